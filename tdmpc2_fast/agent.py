@@ -1,0 +1,124 @@
+"""`TDMPC2`: the agent, with the official methods `act`, `plan`, `update`, `save`, `load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .backend import matmul_precision, resolve_backend, resolve_device
+from .config import Config
+from .errors import InputError
+from .planner import Planner, check_obs
+from .rng import stream_seed
+from .update import Batch, Updater
+from .world_model import WorldModel
+
+
+class Sampler(Protocol):
+    """What `TDMPC2.update` draws from: our `ReplayBuffer`, or the official `Buffer`."""
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,) or None."""
+        ...
+
+
+class TDMPC2:
+    """TD-MPC2 agent: a world model, a planner and an updater around it.
+
+    Args:
+        cfg: a `Config` or the official `cfg` object, completed by the environment's
+            `obs_shape`, `action_dim` and `episode_length`.
+        num_envs: environments acted in side by side by `act`.
+    """
+
+    def __init__(self, cfg: Config | Any, num_envs: int | None = None) -> None:
+        cfg = Config.from_official(cfg)
+        self.cfg = cfg
+        self.device = resolve_device(cfg.device)
+        self.backend = resolve_backend(cfg)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(cfg.seed, "init"))
+            self.model = WorldModel(cfg)
+        self.model.to(self.device).eval()
+        self.planner = Planner(self.model, num_envs or cfg.num_envs)
+        self.updater = Updater(self.model)
+
+    @torch.no_grad()
+    def act(
+        self, obs: Tensor, t0: bool | Tensor = False, eval_mode: bool = False, task: int | Tensor | None = None
+    ) -> Tensor:
+        """Action for one observation (*obs_shape) -> (A,), or a batch (E, *obs_shape) -> (E, A).
+
+        Plans, or follows the policy prior where `mpc=false` (its mean in evaluation). The
+        action is on the CPU, as in the official code.
+        """
+        obs = torch.as_tensor(obs)
+        shape = dict(self.cfg._require("obs_shape"))[self.cfg.obs]
+        single = obs.ndim == len(shape)
+        if single:
+            obs = obs.unsqueeze(0)
+        action = self.plan(obs, t0, eval_mode, task) if self.cfg.mpc else self._prior(obs, eval_mode, task)
+        return (action[0] if single else action).cpu()
+
+    def plan(
+        self,
+        obs: Tensor,
+        t0: bool | Tensor = False,
+        eval_mode: bool | Tensor = False,
+        task: int | Tensor | None = None,
+    ) -> Tensor:
+        """Plan for a batch of observations: (E, *obs_shape) -> (E, A) on the agent's device."""
+        with matmul_precision(self.cfg, self.device):
+            return self.planner.plan(obs, t0, eval_mode, task)
+
+    def _prior(self, obs: Tensor, eval_mode: bool, task: int | Tensor | None) -> Tensor:
+        obs = check_obs(obs, self.cfg, (obs.shape[0],)).to(self.device)
+        with matmul_precision(self.cfg, self.device):
+            z = self.model.encode(obs, task)
+            eps = torch.randn(
+                z.shape[0],
+                self.cfg._require("action_dim"),
+                generator=self.planner.generator,
+                device=self.device,
+            )
+            out = self.model.policy(z, task, eps)
+        return out.mean if eval_mode else out.action
+
+    def update(self, buffer: Sampler) -> dict[str, Tensor]:
+        """One training step on a batch from `buffer`; returns the official metrics."""
+        obs, action, reward, terminated, task = buffer.sample()
+        with matmul_precision(self.cfg, self.device):
+            return self.updater.step(Batch(obs, action, reward, terminated, task))
+
+    def save(self, fp: str | Path) -> None:
+        """Save the weights: safetensors + JSON, or the official format for a name ending in `.pt`."""
+        checkpoint.save(self.model, fp)
+
+    def load(self, fp: str | Path | dict[str, Any]) -> None:
+        """Load weights from a file of ours, an official file of either generation, or a state dict."""
+        if isinstance(fp, dict):
+            checkpoint.load_into(self.model, fp)
+        elif isinstance(fp, (str, Path)):
+            state, _ = checkpoint.read(fp, self.device)
+            checkpoint.load_into(self.model, state, repr(str(fp)))
+        else:
+            raise InputError(f"fp: got {type(fp).__name__}, allowed: a path or a state dict")
+
+
+def load(fp: str | Path, **changes: Any) -> TDMPC2:
+    """The agent of a checkpoint that has a manifest, ready to plan or to train on.
+
+    changes: config keys to change, e.g. `device="cuda"`.
+    """
+    state, cfg = checkpoint.read(fp)
+    if cfg is None:
+        raise checkpoint.CheckpointError(
+            f"checkpoint {str(fp)!r}: official files carry no config; build TDMPC2(cfg) and call its load()"
+        )
+    agent = TDMPC2(cfg.replace(**changes))
+    checkpoint.load_into(agent.model, state, repr(str(fp)))
+    return agent

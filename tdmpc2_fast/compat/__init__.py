@@ -1,0 +1,1 @@
+"""Faces towards the official code: its state dicts and checkpoint files."""

@@ -1,0 +1,348 @@
+"""The one configuration of the project: a frozen, validated dataclass with the official names.
+
+Names, defaults and model sizes are those of the official TD-MPC2 `config.yaml`; keys that
+exist only here are grouped at the end. Sizes are counted in *decisions*: one call of the
+planner, however often the environment repeats the action.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError, did_you_mean
+
+MODEL_SIZES: dict[int, dict[str, int]] = {
+    1: dict(enc_dim=256, mlp_dim=384, latent_dim=128, num_enc_layers=2, num_q=2),
+    5: dict(enc_dim=256, mlp_dim=512, latent_dim=512, num_enc_layers=2, num_q=5),
+    19: dict(enc_dim=1024, mlp_dim=1024, latent_dim=768, num_enc_layers=3, num_q=5),
+    48: dict(enc_dim=1792, mlp_dim=1792, latent_dim=768, num_enc_layers=4, num_q=5),
+    317: dict(enc_dim=4096, mlp_dim=4096, latent_dim=1376, num_enc_layers=5, num_q=8),
+}
+"""Architecture by model size in millions of parameters (paper, Table 9)."""
+
+_WIDE_TASK_EMBEDDING = (1, 317)
+_LARGE_ACTION_DIM = 20
+
+
+def _key(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    choices: tuple[Any, ...] | None = None,
+) -> Any:
+    """A config field that carries its meaning and range, for validation and for `--help`."""
+    meta = dict(help=help, low=low, high=high, open_low=open_low, choices=choices)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines an agent and a run.
+
+    Build one with keyword arguments, `Config.from_dict` or `Config.from_official`; every
+    value is checked on construction and a bad one raises `ConfigError`. `obs_shape`,
+    `action_dim` and `episode_length` come from the environment (`with_env`).
+    """
+
+    # environment
+    task: str = _key("walker-walk", "task name, e.g. walker-walk or Hopper-v5")
+    obs: str = _key("state", "kind of observation", choices=("state", "rgb"))
+    episodic: bool = _key(False, "the task can end by termination (adds a termination head)")
+
+    # evaluation
+    checkpoint: str | None = _key(None, "checkpoint to start from or to evaluate")
+    eval_episodes: int = _key(10, "episodes per evaluation", low=1)
+    eval_freq: int = _key(50_000, "decisions between evaluations", low=1)
+
+    # training
+    steps: int = _key(10_000_000, "decisions to train for", low=1)
+    batch_size: int = _key(256, "slices per update", low=1)
+    reward_coef: float = _key(0.1, "weight of the reward loss", low=0)
+    value_coef: float = _key(0.1, "weight of the value loss", low=0)
+    termination_coef: float = _key(1.0, "weight of the termination loss", low=0)
+    consistency_coef: float = _key(20.0, "weight of the latent consistency loss", low=0)
+    rho: float = _key(0.5, "decay of loss weights along the horizon", low=0, high=1)
+    lr: float = _key(3e-4, "learning rate", low=0, open_low=True)
+    enc_lr_scale: float = _key(0.3, "encoder learning rate as a share of lr", low=0)
+    grad_clip_norm: float = _key(20.0, "gradient norm is clipped to this", low=0, open_low=True)
+    tau: float = _key(0.01, "step of target networks and running scale", low=0, high=1)
+    discount_denom: float = _key(5.0, "discount = (T/d - 1)/(T/d) for T decisions", low=0, open_low=True)
+    discount_min: float = _key(0.95, "smallest discount", low=0, high=1)
+    discount_max: float = _key(0.995, "largest discount", low=0, high=1)
+    buffer_size: int = _key(1_000_000, "replay capacity in decisions", low=1)
+    exp_name: str = _key("default", "name of the experiment, part of the run folder")
+    data_dir: str | None = _key(None, "folder of an offline data set")
+
+    # planning
+    mpc: bool = _key(True, "act by planning; false acts by the policy prior")
+    iterations: int = _key(6, "MPPI iterations; 2 more where action_dim >= 20", low=1)
+    num_samples: int = _key(512, "action sequences per iteration", low=1)
+    num_elites: int = _key(64, "sequences that shape the next distribution", low=1)
+    num_pi_trajs: int = _key(24, "sequences drawn from the policy prior", low=0)
+    horizon: int = _key(3, "planning horizon and length of training slices", low=1)
+    min_std: float = _key(0.05, "smallest sampling std", low=0)
+    max_std: float = _key(2.0, "largest and initial sampling std", low=0, open_low=True)
+    temperature: float = _key(0.5, "sharpness of the elite weights", low=0)
+
+    # policy prior
+    log_std_min: float = _key(-10, "smallest log std of the policy")
+    log_std_max: float = _key(2, "largest log std of the policy")
+    entropy_coef: float = _key(1e-4, "weight of the policy entropy", low=0)
+
+    # critic
+    num_bins: int = _key(101, "bins of discrete regression; 1 symlog, 0 plain regression", low=0)
+    vmin: float = _key(-10, "lowest bin, in symlog space")
+    vmax: float = _key(10, "highest bin, in symlog space")
+
+    # architecture
+    model_size: int | None = _key(
+        None, "millions of parameters; sets the dims below", choices=(None, *MODEL_SIZES)
+    )
+    num_enc_layers: int = _key(2, "encoder layers", low=1)
+    enc_dim: int = _key(256, "encoder width", low=1)
+    num_channels: int = _key(32, "channels of the pixel encoder", low=1)
+    mlp_dim: int = _key(512, "width of all heads", low=1)
+    latent_dim: int = _key(512, "width of the latent z", low=1)
+    task_dim: int = _key(0, "width of the task embedding; 0 for a single task", low=0)
+    num_q: int = _key(5, "critics", low=2)
+    dropout: float = _key(0.01, "dropout in the first layer of the critics", low=0, high=0.99)
+    simnorm_dim: int = _key(8, "width of a SimNorm group", low=1)
+
+    # logging
+    wandb_project: str | None = _key(None, "Weights & Biases project")
+    wandb_entity: str | None = _key(None, "Weights & Biases entity")
+    wandb_silent: bool = _key(False, "quiet Weights & Biases")
+    enable_wandb: bool = _key(False, "log to Weights & Biases")
+    save_csv: bool = _key(True, "write eval.csv and train.csv")
+
+    # misc
+    compile: bool = _key(False, "torch.compile, as in the official code")
+    save_video: bool = _key(False, "record evaluation videos")
+    save_agent: bool = _key(True, "write checkpoints")
+    seed: int = _key(1, "seed of everything random", low=0, high=2**32 - 1)
+    work_dir: str | None = _key(None, "run folder; default runs/TASK/EXP_NAME/SEED")
+
+    # filled in from the environment
+    obs_shape: Mapping[str, tuple[int, ...]] | None = _key(None, "shape per kind of observation")
+    action_dim: int | None = _key(None, "width of the action", low=1)
+    episode_length: int | None = _key(None, "decisions per episode", low=1)
+    seed_steps: int | None = _key(
+        None, "random decisions at the start; default max(1000, 5 episodes)", low=1
+    )
+    multitask: bool = _key(False, "one model for several tasks")
+    tasks: tuple[str, ...] = _key((), "names of the tasks of a multi-task model")
+    obs_shapes: tuple[Any, ...] = _key((), "observation shape per task (multi-task)")
+    action_dims: tuple[int, ...] = _key((), "action width per task (multi-task)")
+    episode_lengths: tuple[int, ...] = _key((), "decisions per episode per task (multi-task)")
+
+    # of this project
+    num_envs: int = _key(1, "environments stepped side by side", low=1)
+    utd: float = _key(1.0, "updates per decision", low=0)
+    device: str = _key("auto", "torch device: auto, cpu, cuda, cuda:1, ...")
+    precision: str = _key(
+        "auto", "float32 products: exact, or tf32 on a GPU (auto: tf32 on a GPU)", choices=("auto", "float32", "tf32")
+    )
+    backend: str = _key("auto", "implementation of the ops", choices=("auto", "torch", "triton"))
+    task_grad_leak: bool = _key(
+        True, "multi-task: the policy loss's task-embedding gradient enters the next world update, as official"
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_size is not None and self.model_size not in MODEL_SIZES:
+            raise ConfigError(
+                f"config key 'model_size': got {self.model_size!r}, allowed: one of {list(MODEL_SIZES)}"
+            )
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        self._check_relations()
+
+    def _check_relations(self) -> None:
+        def need(ok: bool, key: str, allowed: str) -> None:
+            if not ok:
+                raise ConfigError(f"config key {key!r}: got {getattr(self, key)!r}, allowed: {allowed}")
+
+        n, p = self.num_samples, self.num_pi_trajs
+        need(self.num_elites <= n, "num_elites", f"at most num_samples ({n})")
+        need(p <= n, "num_pi_trajs", f"at most num_samples ({n})")
+        need(self.min_std <= self.max_std, "min_std", f"at most max_std ({self.max_std})")
+        need(self.log_std_min < self.log_std_max, "log_std_min", f"less than log_std_max ({self.log_std_max})")
+        need(self.vmin < self.vmax, "vmin", f"less than vmax ({self.vmax})")
+        need(self.discount_min <= self.discount_max, "discount_min", f"at most discount_max ({self.discount_max})")
+        need(
+            self.latent_dim % self.simnorm_dim == 0, "latent_dim", f"a multiple of simnorm_dim ({self.simnorm_dim})"
+        )
+        if self.obs == "rgb":
+            flat = 16 * self.num_channels
+            need(self.latent_dim == flat, "latent_dim", f"16*num_channels = {flat} where obs=rgb")
+        if self.multitask:
+            need(self.obs == "state", "obs", "state in a multi-task model")
+            need(not self.episodic, "episodic", "false in a multi-task model")
+            need(len(self.tasks) > 0, "tasks", "at least one task name where multitask=true")
+            need(self.task_dim > 0, "task_dim", "at least 1 where multitask=true")
+            for key in ("action_dims", "episode_lengths"):
+                need(len(getattr(self, key)) in (0, len(self.tasks)), key, f"one entry per task ({len(self.tasks)})")
+        else:
+            need(self.task_dim == 0, "task_dim", "0 in a single-task model")
+
+    @property
+    def effective_iterations(self) -> int:
+        """MPPI iterations actually run: two more for large action spaces (official heuristic)."""
+        return self.iterations + 2 * int(self._require("action_dim") >= _LARGE_ACTION_DIM)
+
+    @property
+    def bin_size(self) -> float:
+        """Width of a bin in symlog space."""
+        return (self.vmax - self.vmin) / max(self.num_bins - 1, 1)
+
+    @property
+    def num_logits(self) -> int:
+        """Outputs of the reward head and of each critic."""
+        return max(self.num_bins, 1)
+
+    def _require(self, key: str) -> Any:
+        value = getattr(self, key)
+        if value is None:
+            raise ConfigError(f"config key {key!r} is not set: it comes from the environment (Config.with_env)")
+        return value
+
+    def discount(self, episode_length: int) -> float:
+        """Discount for episodes of this many decisions: clip((T/d - 1)/(T/d)) (paper, Appendix)."""
+        frac = episode_length / self.discount_denom
+        return min(max((frac - 1) / frac, self.discount_min), self.discount_max)
+
+    def with_env(
+        self, obs_shape: Mapping[str, tuple[int, ...]], action_dim: int, episode_length: int
+    ) -> Config:
+        """This config, completed by what an environment knows."""
+        return self.replace(
+            obs_shape=dict(obs_shape),
+            action_dim=action_dim,
+            episode_length=episode_length,
+            seed_steps=self.seed_steps or max(1000, 5 * episode_length),
+        )
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some keys changed, validated again; other keys keep their values."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values, the inverse of `from_dict`."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """All config keys."""
+        return [f.name for f in dataclasses.fields(cls)]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """A config from keys and values; `model_size` sets dims that are not given themselves."""
+        known = cls.keys()
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown config key {key!r}.{did_you_mean(key, known)}")
+        size = values.get("model_size")
+        dims = MODEL_SIZES.get(size, {}) if isinstance(size, int) else {}
+        return cls(**{**dims, **values})
+
+    @classmethod
+    def from_official(cls, cfg: Any) -> Config:
+        """From the official code's `cfg` (dataclass, OmegaConf or any object with attributes).
+
+        Keys without a meaning here are left out, unset ones (`???`) take the default.
+        """
+        if isinstance(cfg, Config):
+            return cfg
+        get = cfg.get if isinstance(cfg, Mapping) else lambda key, default: getattr(cfg, key, default)
+        values: dict[str, Any] = {}
+        for key in cls.keys():
+            value = get(key, None)
+            if value is None or (isinstance(value, str) and value == "???"):
+                continue
+            values[key] = value
+        for key in ("work_dir", "checkpoint", "data_dir"):
+            if key in values:
+                values[key] = str(values[key])
+        if not values.get("multitask", False):
+            for key in ("tasks", "obs_shapes", "action_dims", "episode_lengths"):
+                values.pop(key, None)
+            values["task_dim"] = 0
+        return cls(**values)
+
+
+def task_embedding_dim(task_set: str, model_size: int | None) -> int:
+    """Width of the task embedding the official code uses for a task set and size."""
+    return 96 if task_set == "mt80" or model_size in _WIDE_TASK_EMBEDDING else 64
+
+
+def _type_name(annotation: str) -> str:
+    return annotation.replace(" | None", "")
+
+
+def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
+    """The value in the field's type and range, or a `ConfigError` that names key and range."""
+    kind, meta = _type_name(str(f.type)), f.metadata
+    optional = "None" in str(f.type)
+    if value is None and optional:
+        return None
+    allowed = describe_range(f)
+
+    def fail() -> ConfigError:
+        return ConfigError(f"config key {f.name!r}: got {value!r}, allowed: {allowed}")
+
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise fail()
+    elif kind in ("int", "float"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise fail()
+        if kind == "int":
+            if value != int(value):
+                raise fail()
+            value = int(value)
+        if not math.isfinite(value):
+            raise fail()
+        low, high = meta["low"], meta["high"]
+        if low is not None and (value < low or (meta["open_low"] and value == low)):
+            raise fail()
+        if high is not None and value > high:
+            raise fail()
+    elif kind == "str":
+        if not isinstance(value, str) or not value:
+            raise fail()
+    elif kind.startswith("tuple"):
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise fail()
+        value = tuple(value)
+    elif kind.startswith("Mapping"):
+        if not isinstance(value, Mapping) or not value:
+            raise fail()
+        value = {str(k): tuple(int(n) for n in shape) for k, shape in value.items()}
+        unknown = set(value) - {"state", "rgb"}
+        if unknown:
+            raise ConfigError(f"config key 'obs_shape': got kinds {sorted(value)}, allowed: 'state', 'rgb'")
+    if meta["choices"] is not None and value not in meta["choices"]:
+        raise fail()
+    return value
+
+
+def describe_range(f: dataclasses.Field[Any]) -> str:
+    """What a field may hold, in words."""
+    kind, meta = _type_name(str(f.type)), f.metadata
+    if meta["choices"] is not None:
+        return "one of " + ", ".join(str(c) for c in meta["choices"] if c is not None)
+    names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a non-empty text"}
+    text = names.get(kind, kind)
+    if meta["low"] is not None:
+        text += f" {'above' if meta['open_low'] else 'of at least'} {meta['low']}"
+    if meta["high"] is not None:
+        text += f"{' and' if meta['low'] is not None else ''} at most {meta['high']}"
+    return text

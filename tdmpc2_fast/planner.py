@@ -1,0 +1,259 @@
+"""MPPI planning in latent space for E environments at once (paper, section 3.2).
+
+Computes what the official planner computes with what is not needed left out: only the two
+drawn critics are evaluated; rewards and latents of the policy-prior sequences, whose actions
+never change, are rolled out once per plan; the first step multiplies the one latent all
+samples share only once; nothing is concatenated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .errors import InputError
+from .kernels import elite_update, pick_elite, policy_action, sample_actions, shift_mean
+from .kernels.mppi import take_samples
+from .profiling import annotate
+from .rng import PlanNoise, generator
+from .world_model import WorldModel, join
+
+
+@dataclass
+class PlanTrace:
+    """What happened inside a plan: one entry per MPPI iteration, for tests and pictures."""
+
+    z: list[Tensor] = field(default_factory=list)  # (E, L), one entry
+    pi_actions: list[Tensor] = field(default_factory=list)  # (E, H, P, A), one entry
+    actions: list[Tensor] = field(default_factory=list)  # (E, H, N, A)
+    values: list[Tensor] = field(default_factory=list)  # (E, N)
+    elites: list[Tensor] = field(default_factory=list)  # (E, num_elites) indices
+    scores: list[Tensor] = field(default_factory=list)  # (E, num_elites)
+    means: list[Tensor] = field(default_factory=list)  # (E, H, A)
+    stds: list[Tensor] = field(default_factory=list)  # (E, H, A)
+    chosen: list[Tensor] = field(default_factory=list)  # (E, H, A), one entry
+    picked: list[Tensor] = field(default_factory=list)  # (E,) index into the elites, one entry
+
+    def record(self, **entries: Tensor) -> None:
+        """Append a copy of each tensor to the list of its name."""
+        for name, x in entries.items():
+            getattr(self, name).append(x.clone())
+
+
+@dataclass
+class _Rollout:
+    """Return so far, weight of what follows, and last latent of n sequences per environment."""
+
+    G: Tensor  # (E, n, 1)
+    weight: Tensor | float  # discount * (1 - terminated), (E, n, 1) or what broadcasts to it
+    z: Tensor  # (E, n, L)
+
+
+class Planner:
+    """Plans actions for `num_envs` environments with one world model.
+
+    Reads the model's parameters in place, so updates and loads take effect at once. Keeps
+    the previous mean of each environment for warm starts (`prev_mean`, (E, H, A)). Not
+    thread-safe: one planner per thread.
+
+    Args:
+        model: the world model.
+        num_envs: environments planned for in each call.
+        seed: seed of the planner's random stream; default `cfg.seed`.
+    """
+
+    def __init__(self, model: WorldModel, num_envs: int = 1, seed: int | None = None) -> None:
+        cfg = model.cfg
+        if num_envs < 1:
+            raise InputError(f"num_envs: got {num_envs}, allowed: at least 1")
+        self.model, self.cfg, self.num_envs = model, cfg, num_envs
+        self.generator = generator(cfg.seed if seed is None else seed, "plan", model.device)
+        self.prev_mean = torch.zeros(num_envs, cfg.horizon, cfg._require("action_dim"), device=model.device)
+        self._discounts: Tensor | None = None
+        if cfg.multitask:
+            lengths = cfg.episode_lengths or (cfg._require("episode_length"),) * len(cfg.tasks)
+            self._discounts = torch.tensor([cfg.discount(n) for n in lengths], device=model.device)
+
+    @torch.no_grad()
+    def plan(
+        self,
+        obs: Tensor,
+        t0: bool | Tensor = False,
+        eval_mode: bool | Tensor = False,
+        task: int | Tensor | None = None,
+        noise: PlanNoise | None = None,
+        trace: PlanTrace | None = None,
+    ) -> Tensor:
+        """Plan one action for each environment.
+
+        Args:
+            obs: (E, *obs_shape), any device; state observations must be finite.
+            t0: whether this is the first observation of an episode; bool or (E,) bool.
+            eval_mode: leave out exploration noise; bool or (E,) bool. The choice of the
+                elite stays random, as in the official code.
+            task: task index, int or (E,), multi-task only.
+            noise: the draws to use; fresh ones where not given.
+            trace: filled with what happened inside, if given.
+
+        Returns:
+            (E, A) actions in [-1, 1] on the model's device.
+
+        Raises:
+            InputError: an argument of the wrong shape or value.
+        """
+        device = self.model.device
+        obs = check_obs(obs, self.cfg, (self.num_envs,)).to(device, non_blocking=True)
+        task = self.model.task_index(task)
+        if task is not None:
+            task = task.expand(self.num_envs)
+        first, evaluate = (self._flags(x, name) for x, name in ((t0, "t0"), (eval_mode, "eval_mode")))
+        if noise is None:
+            noise = PlanNoise.draw(self.cfg, self.num_envs, self.generator)
+        action, mean = self._plan(obs, first, evaluate, task, noise, trace)
+        self.prev_mean.copy_(mean)
+        return action
+
+    def _flags(self, value: bool | Tensor, name: str) -> Tensor:
+        flag = torch.as_tensor(value, dtype=torch.bool)
+        if flag.ndim > 1 or flag.numel() not in (1, self.num_envs):
+            raise InputError(f"{name}: got shape {tuple(flag.shape)}, allowed: a bool or ({self.num_envs},)")
+        return flag.to(self.model.device).expand(self.num_envs)
+
+    def _plan(
+        self,
+        obs: Tensor,
+        t0: Tensor,
+        eval_mode: Tensor,
+        task: Tensor | None,
+        noise: PlanNoise,
+        trace: PlanTrace | None,
+    ) -> tuple[Tensor, Tensor]:
+        cfg, p = self.cfg, self.cfg.num_pi_trajs
+        e = self.model.embed(task)
+        with annotate("encode"):
+            z = self.model.encode_parts(obs, e, noise.shift)
+        e = None if e is None else e.unsqueeze(1)
+        mask = self.model.action_mask(task)
+        gamma = cfg.discount(cfg._require("episode_length")) if task is None else self._discount_of(task)
+        z0 = z.unsqueeze(1)
+
+        actions = torch.empty(self.num_envs, cfg.horizon, cfg.num_samples, self.prev_mean.shape[-1], device=z.device)
+        with annotate("prior"):
+            prior = self._prior(z0, e, mask, gamma, noise.pi_eps, actions[:, :, :p]) if p else None
+        if trace is not None:
+            trace.record(z=z, pi_actions=actions[:, :, :p])
+
+        mean = shift_mean(self.prev_mean, t0)
+        std = torch.full_like(mean, cfg.max_std)
+        for i in range(cfg.effective_iterations):
+            with annotate("iteration"):
+                samples = sample_actions(mean, std, noise.samples[i], mask)
+                actions[:, :, p:] = samples
+                rollout = self._rollout(z0, e, samples, gamma)
+                if prior is not None:
+                    rollout = _concat(prior, rollout, per_sample_weight=cfg.episodic)
+                values = self._value(rollout, e, mask, noise.value_eps[i], noise.members[i])
+                elites, score, mean, std = elite_update(
+                    values, actions, cfg.num_elites, cfg.temperature, cfg.min_std, cfg.max_std, mask
+                )
+            if trace is not None:
+                trace.record(actions=actions, values=values, elites=elites, scores=score, means=mean, stds=std)
+
+        with annotate("select"):
+            pick = pick_elite(score, noise.elite)
+            chosen = take_samples(actions, elites.gather(1, pick.unsqueeze(1))).squeeze(2)
+            explore = (~eval_mode).unsqueeze(1) * std[:, 0] * noise.action
+            action = (chosen[:, 0] + explore).clamp(-1, 1)
+        if trace is not None:
+            trace.record(chosen=chosen, picked=pick)
+        return action, mean
+
+    def _discount_of(self, task: Tensor) -> Tensor:
+        assert self._discounts is not None
+        return self._discounts[task].view(-1, 1, 1)
+
+    def _prior(
+        self,
+        z: Tensor,
+        e: Tensor | None,
+        mask: Tensor | None,
+        gamma: Tensor | float,
+        eps: Tensor,
+        actions: Tensor,
+    ) -> _Rollout:
+        """Draw policy sequences from z (E, 1, L) into `actions` (E, H, P, A) and roll them out."""
+        out = None
+        for t in range(self.cfg.horizon):
+            actions[:, t] = self._policy(z, e, mask, eps[:, t])
+            out = self._step(out, z, e, actions[:, t], gamma)
+            z = out.z
+        assert out is not None
+        return out
+
+    def _rollout(self, z: Tensor, e: Tensor | None, actions: Tensor, gamma: Tensor | float) -> _Rollout:
+        """Roll out given sequences (E, H, n, A) from z (E, 1, L)."""
+        out = None
+        for a in actions.unbind(1):
+            out = self._step(out, z, e, a, gamma)
+            z = out.z
+        assert out is not None
+        return out
+
+    def _step(self, so_far: _Rollout | None, z: Tensor, e: Tensor | None, a: Tensor, gamma: Tensor | float) -> _Rollout:
+        """One step: reward of (z, a), next latent, then discount, then termination of that latent."""
+        model = self.model
+        parts = join(z, e, a)
+        reward = model.scalar(model._reward(*parts))
+        z = model._dynamics(*parts)
+        G, weight = (0.0, 1.0) if so_far is None else (so_far.G, so_far.weight)
+        G = G + weight * reward
+        weight = weight * gamma
+        if self.cfg.episodic:
+            # Terminated is sticky: a zero weight stays zero.
+            weight = weight * (model.termination(z) <= 0.5)
+        return _Rollout(G, weight, z)
+
+    def _value(
+        self, rollout: _Rollout, e: Tensor | None, mask: Tensor | None, eps: Tensor, members: Tensor
+    ) -> Tensor:
+        """Return of each sequence with the terminal value of two critics at a policy action: (E, N)."""
+        model = self.model
+        action = self._policy(rollout.z, e, mask, eps)
+        q0, q1 = (model.scalar(x) for x in model.critic_logits(join(rollout.z, e, action), members))
+        return (rollout.G + rollout.weight * ((q0 + q1) / 2)).squeeze(-1)
+
+    def _policy(self, z: Tensor, e: Tensor | None, mask: Tensor | None, eps: Tensor) -> Tensor:
+        logits = self.model._pi(*join(z, e))
+        return policy_action(logits, eps, *self.model.log_std_range, None if mask is None else mask.unsqueeze(1))
+
+
+def _concat(prior: _Rollout, rest: _Rollout, per_sample_weight: bool) -> _Rollout:
+    """Prior sequences first, as the official planner orders its samples."""
+    weight = rest.weight
+    if per_sample_weight:
+        assert isinstance(prior.weight, Tensor) and isinstance(weight, Tensor)
+        weight = torch.cat([prior.weight, weight], 1)
+    return _Rollout(torch.cat([prior.G, rest.G], 1), weight, torch.cat([prior.z, rest.z], 1))
+
+
+def check_obs(obs: Tensor, cfg: Config, leading: tuple[int, ...]) -> Tensor:
+    """The observation as a tensor, or an `InputError` that names what is wrong with it."""
+    if not isinstance(obs, Tensor):
+        try:
+            obs = torch.as_tensor(obs)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise InputError(f"obs: got {type(obs).__name__}, allowed: a tensor or array") from e
+    shape = leading + dict(cfg._require("obs_shape"))[cfg.obs]
+    if tuple(obs.shape) != shape:
+        raise InputError(f"obs: got shape {tuple(obs.shape)}, allowed: {shape}")
+    if cfg.obs == "rgb":
+        return obs
+    obs = obs.to(torch.float32)
+    # Only where it is free: on an accelerator the check would make the host wait.
+    if obs.device.type == "cpu" and not bool(torch.isfinite(obs).all()):
+        bad = (~torch.isfinite(obs)).nonzero()[0].tolist()
+        raise InputError(f"obs: got {obs[tuple(bad)].item()} at index {bad}, allowed: finite numbers")
+    return obs

@@ -1,0 +1,236 @@
+"""Replay of whole episodes with the official sampling law, vectorised.
+
+Steps lie one behind another in a ring; a small table holds start and length of each episode.
+A slice is drawn as in the official sampler: an episode uniformly, then a start uniformly
+inside it, so steps of short episodes are drawn more often than steps of long ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .errors import InputError
+from .rng import generator
+from .update import Batch
+
+_DEVICE_HEADROOM = 2.5  # official rule: the replay lives on the GPU if this many times its size is free
+_FIELDS = ("obs", "action", "reward", "terminated", "task")
+
+
+class ReplayBuffer:
+    """Ring of steps; capacity `min(buffer_size, steps)` as official.
+
+    Storage lives on the agent's device where it fits, else in (pinned) host memory, decided
+    from the free memory measured when the first episode comes. Samples are always on the
+    agent's device.
+
+    Args:
+        cfg: a completed config.
+        device: where samples are wanted; the storage follows if it fits.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device | str = "cpu") -> None:
+        self.cfg = cfg
+        self.device = torch.device(device)
+        self.capacity = min(cfg.buffer_size, cfg.steps)
+        if self.capacity < cfg.horizon + 1:
+            raise InputError(
+                f"buffer capacity min(buffer_size, steps): got {self.capacity}, "
+                f"allowed: at least horizon + 1 = {cfg.horizon + 1}"
+            )
+        self._slice = cfg.horizon + 1
+        self._store: dict[str, Tensor] = {}
+        self._written = 0  # steps ever stored; the ring position is this modulo the capacity
+        self._num_eps = 0
+        # Episodes a slice can come from, oldest first, in rows first..last of a growing table
+        # (absolute start, length). A row outlives the drop of its oldest steps.
+        self._table = torch.zeros(64, 2, dtype=torch.int64)
+        self._first = self._last = 0
+        self._index: Tensor | None = None  # copy of the rows in use, where the storage is
+        self._generator: torch.Generator | None = None
+
+    @property
+    def num_eps(self) -> int:
+        """Episodes ever added."""
+        return self._num_eps
+
+    def __len__(self) -> int:
+        """Steps held."""
+        return min(self._written, self.capacity)
+
+    @property
+    def num_sampleable(self) -> int:
+        """Episodes (or what the ring has left of them) that hold at least one slice."""
+        return self._last - self._first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage, tables included."""
+        tensors = [*self._store.values(), self._table]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def add(self, episode: Mapping[str, Any]) -> int:
+        """Add a whole episode; returns the number of episodes added so far.
+
+        episode: `obs` (T, *obs_shape), `action` (T, A), `reward` (T,), optionally
+        `terminated` (T,) and `task` (T,); a dict or TensorDict. Row 0 holds the reset's
+        observation and, as in the official code, NaN action and reward, which no sample
+        ever contains. Of an episode longer than the buffer the last steps stay.
+        """
+        rows = self._check(episode)
+        length = rows["reward"].shape[0]
+        if not self._store:
+            self._allocate(rows)
+        kept = min(length, self.capacity)
+        where = (self._written + torch.arange(kept)) % self.capacity
+        for name, store in self._store.items():
+            store[where.to(store.device)] = rows[name][-kept:].to(store.device, store.dtype)
+        start = self._written
+        self._written += kept
+        self._drop_overwritten()
+        if kept >= self._slice:
+            self._append(start, kept)
+        self._index = None
+        self._num_eps += 1
+        return self._num_eps
+
+    def sample(self) -> Batch:
+        """Draw `batch_size` slices: obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,)."""
+        b = self.cfg.batch_size
+        if self.num_sampleable == 0:
+            raise InputError(
+                f"replay: got {self._num_eps} episodes, none of {self._slice} or more steps "
+                "(horizon + 1); allowed: sampling after at least one such episode"
+            )
+        if self._index is None:
+            rows = self._table[self._first : self._last]
+            self._index = rows.to(self._device)
+            if self._generator is None:
+                self._generator = generator(self.cfg.seed, "replay", self._device)
+        u = torch.rand(2, b, dtype=torch.float64, device=self._device, generator=self._generator)
+        episode = (u[0] * self.num_sampleable).long()
+        start, length = self._index[episode].unbind(-1)
+        first = start + (u[1] * (length - self._slice + 1)).long()
+        steps = (first + torch.arange(self._slice, device=self._device).unsqueeze(1)) % self.capacity  # (H+1, B)
+
+        def take(name: str, index: Tensor) -> Tensor:
+            rows = self._store[name].index_select(0, index.flatten())
+            return rows.unflatten(0, tuple(index.shape)).to(self.device, non_blocking=True)
+
+        return Batch(
+            obs=take("obs", steps),
+            action=take("action", steps[1:]),
+            reward=take("reward", steps[1:]).unsqueeze(-1),
+            terminated=take("terminated", steps[1:]).unsqueeze(-1).float(),
+            task=take("task", steps[0]) if "task" in self._store else None,
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._store["reward"].device
+
+    def _check(self, episode: Mapping[str, Any]) -> dict[str, Tensor]:
+        cfg = self.cfg
+        rows: dict[str, Tensor] = {}
+        keys = set(episode.keys())
+        needed = ["obs", "action", "reward", *(["task"] if cfg.multitask else [])]
+        for name in needed:
+            if name not in keys:
+                raise InputError(f"episode: got keys {sorted(map(str, keys))}, allowed: {needed} at least")
+        for name in _FIELDS:
+            if name in keys and (name != "task" or cfg.multitask):
+                rows[name] = torch.as_tensor(episode[name])
+        if isinstance(episode["obs"], Mapping):
+            raise InputError("episode['obs']: got a dict, allowed: one array of observations")
+        length = rows["reward"].shape[0] if rows["reward"].ndim else 0
+        shapes = dict(
+            obs=(length, *dict(cfg._require("obs_shape"))[cfg.obs]),
+            action=(length, cfg._require("action_dim")),
+            reward=(length,),
+            terminated=(length,),
+            task=(length,),
+        )
+        for name, x in rows.items():
+            if tuple(x.shape) != shapes[name] or length == 0:
+                raise InputError(f"episode[{name!r}]: got shape {tuple(x.shape)}, allowed: {shapes[name]}")
+        for name in ("action", "reward"):
+            if not bool(rows[name][1:].isfinite().all()):
+                raise InputError(f"episode[{name!r}]: got NaN or infinity after row 0, allowed: finite numbers")
+        rows.setdefault("terminated", torch.zeros(length))
+        rows["terminated"] = rows["terminated"].nan_to_num(0) > 0.5
+        return rows
+
+    def _allocate(self, rows: dict[str, Tensor]) -> None:
+        dtype = dict(
+            obs=torch.uint8 if self.cfg.obs == "rgb" else torch.float32,
+            action=torch.float32,
+            reward=torch.float32,
+            terminated=torch.bool,
+            task=torch.int64,
+        )
+        size = {n: (self.capacity, *x.shape[1:]) for n, x in rows.items()}
+        total = sum(
+            torch.Size(s).numel() * torch.empty((), dtype=dtype[n]).element_size() for n, s in size.items()
+        )
+        device, pin = storage_device(self.device, total)
+        self._store = {n: torch.empty(s, dtype=dtype[n], device=device, pin_memory=pin) for n, s in size.items()}
+
+    def _append(self, start: int, length: int) -> None:
+        if self._last == self._table.shape[0]:
+            live = self._table[self._first : self._last]
+            table = torch.zeros(max(64, 2 * live.shape[0]), 2, dtype=torch.int64)
+            table[: live.shape[0]] = live
+            self._table, self._first, self._last = table, 0, live.shape[0]
+        self._table[self._last, 0] = start
+        self._table[self._last, 1] = length
+        self._last += 1
+
+    def _drop_overwritten(self) -> None:
+        """Cut what the ring has overwritten off the oldest episodes; drop those too short for a slice."""
+        oldest = self._written - self.capacity
+        while self._first < self._last:
+            start, length = self._table[self._first].tolist()
+            lost = oldest - start
+            if lost <= 0:
+                return
+            if length - lost >= self._slice:
+                self._table[self._first, 0] = start + lost
+                self._table[self._first, 1] = length - lost
+                return
+            self._first += 1
+
+
+def storage_device(device: torch.device, nbytes: int) -> tuple[torch.device, bool]:
+    """Where `nbytes` of replay go, and whether that memory is pinned; from measured free memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if _DEVICE_HEADROOM * nbytes < free:
+            return device, False
+    available = _host_memory()
+    if available is not None and nbytes > available:
+        raise InputError(
+            f"buffer_size: got a replay of {nbytes / 1e9:.1f} GB, allowed: at most the "
+            f"{available / 1e9:.1f} GB of memory free now; make buffer_size smaller"
+        )
+    return torch.device("cpu"), device.type == "cuda"
+
+
+def _host_memory() -> int | None:
+    """Bytes of host memory available, or None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,46 @@
+"""Running scale of Q values, by which the policy loss is normalised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PERCENTILES = (5, 95)
+
+
+class RunningScale:
+    """Moving average of the 5%-95% range of Q values, at least 1 (paper, section 3.1).
+
+    `value` is a (1,) float32 tensor, updated in place.
+    """
+
+    def __init__(self, tau: float, device: torch.device) -> None:
+        self.tau = tau
+        self.value = torch.ones(1, device=device)
+
+    @torch.no_grad()
+    def update(self, q: Tensor) -> None:
+        """Move towards the range of q (B, 1)."""
+        low, high = percentiles(q)
+        self.value.lerp_((high - low).clamp(min=1.0), self.tau)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As the official class: the value and which percentiles."""
+        return dict(value=self.value, percentiles=torch.tensor(_PERCENTILES, dtype=torch.float32))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved value."""
+        self.value.copy_(state["value"])
+
+
+def percentiles(x: Tensor) -> Tensor:
+    """5% and 95% percentile over the batch, linearly interpolated: (B, ...) -> (2, ...)."""
+    ordered = torch.sort(x, dim=0).values
+    last = x.shape[0] - 1
+    out = []
+    for percent in _PERCENTILES:
+        position = percent * last / 100
+        low = int(position)
+        share = position - low
+        out.append(ordered[low] * (1 - share) + ordered[min(low + 1, last)] * share)
+    return torch.stack(out)

@@ -1,0 +1,162 @@
+"""The 28 standard DMControl tasks, official semantics.
+
+One decision repeats the action for two control steps and sums the rewards; the observation
+is the one after the second, all entries flattened and concatenated in their order. Episodes
+are cut after 500 decisions and never terminate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tdmpc2_fast.config import Config
+
+from .base import Array, Env
+
+TASKS = (
+    "acrobot-swingup",
+    "cartpole-balance",
+    "cartpole-balance-sparse",
+    "cartpole-swingup",
+    "cartpole-swingup-sparse",
+    "cheetah-run",
+    "cup-catch",
+    "dog-run",
+    "dog-stand",
+    "dog-trot",
+    "dog-walk",
+    "finger-spin",
+    "finger-turn-easy",
+    "finger-turn-hard",
+    "fish-swim",
+    "hopper-hop",
+    "hopper-stand",
+    "humanoid-run",
+    "humanoid-stand",
+    "humanoid-walk",
+    "pendulum-swingup",
+    "quadruped-run",
+    "quadruped-walk",
+    "reacher-easy",
+    "reacher-hard",
+    "walker-run",
+    "walker-stand",
+    "walker-walk",
+)
+_DOMAINS = {"cup": "ball_in_cup"}
+_ACTION_REPEAT = 2
+_DECISIONS = 500
+
+
+class DMControl:
+    """A DMControl task. `seed` seeds the task's own random state, as in the official code."""
+
+    action_repeat = _ACTION_REPEAT
+    max_episode_steps = _DECISIONS
+
+    def __init__(self, task: str, seed: int) -> None:
+        _load_triton_first()
+        from dm_control import suite
+        from dm_control.suite.wrappers import action_scale
+
+        domain, name = task.replace("-", "_").split("_", 1)
+        domain = _DOMAINS.get(domain, domain)
+        raw = suite.load(domain, name, task_kwargs={"random": seed}, visualize_reward=False)
+        self.env = action_scale.Wrapper(raw, minimum=-1.0, maximum=1.0)
+        self.camera_id = 2 if domain == "quadruped" else 0
+        size = sum(int(np.prod(v.shape)) for v in self.env.observation_spec().values())
+        self.obs_shape: tuple[int, ...] = (size,)
+        self.action_dim = int(self.env.action_spec().shape[0])
+        self._decisions = 0
+
+    def reset(self) -> Array:
+        """Start an episode from the task's random state."""
+        self._decisions = 0
+        return _flatten(self.env.reset().observation)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """One decision: the action twice, rewards summed."""
+        action = action.astype(np.float64)
+        reward = 0.0
+        for _ in range(_ACTION_REPEAT):
+            step = self.env.step(action)
+            reward += step.reward
+        self._decisions += 1
+        return _flatten(step.observation), reward, False, self._decisions >= _DECISIONS, {"success": 0.0}
+
+    def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
+        """The official camera's picture."""
+        picture: NDArray[np.uint8] = self.env.physics.render(height, width, self.camera_id)
+        return picture
+
+    def overrides(self, cfg: Config) -> Config:
+        """Nothing is fixed for these tasks."""
+        return cfg
+
+    def close(self) -> None:
+        """Free the physics."""
+        self.env.close()
+
+
+class Pixels:
+    """Three stacked 64x64 frames, channels first, instead of the state."""
+
+    def __init__(self, env: DMControl, num_frames: int = 3, size: int = 64) -> None:
+        self.env, self.size = env, size
+        self.obs_shape: tuple[int, ...] = (3 * num_frames, size, size)
+        self.action_dim = env.action_dim
+        self.action_repeat, self.max_episode_steps = env.action_repeat, env.max_episode_steps
+        self._frames: deque[NDArray[np.uint8]] = deque(maxlen=num_frames)
+
+    def _observe(self, count: int) -> Array:
+        frame = self.env.render(self.size, self.size).transpose(2, 0, 1)
+        self._frames.extend([frame] * count)
+        return np.concatenate(self._frames)
+
+    def reset(self) -> Array:
+        """Start an episode; the first frame fills the stack."""
+        self.env.reset()
+        return self._observe(self._frames.maxlen or 1)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """One decision, seen through the camera."""
+        _, *rest = self.env.step(action)
+        return (self._observe(1), *rest)  # type: ignore[return-value]
+
+    def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
+        """The official camera's picture."""
+        return self.env.render(width, height)
+
+    def overrides(self, cfg: Config) -> Config:
+        """Nothing is fixed for these tasks."""
+        return cfg
+
+    def close(self) -> None:
+        """Free the physics."""
+        self.env.close()
+
+
+def make(cfg: Config, seed: int) -> Env:
+    """The task, from states or (`obs=rgb`) pixels."""
+    env = DMControl(cfg.task, seed)
+    return Pixels(env) if cfg.obs == "rgb" else env
+
+
+def _load_triton_first() -> None:
+    """Import triton, if installed, before dm_control brings in an OpenGL driver.
+
+    Mesa's driver and triton each carry an LLVM. Whichever loads second finds the other's
+    symbols; triton second crashes the process, Mesa second does not. torch imports triton
+    by itself at the first optimiser step.
+    """
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+
+
+def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:
+    return np.concatenate([np.ravel(v) for v in observation.values()]).astype(np.float32)
