@@ -21,14 +21,22 @@ class PolicyOutput(NamedTuple):
     scaled_entropy: Tensor  # (..., 1)
 
 
-def _gaussian(
-    logits: Tensor, low: float, high: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _gaussian(logits: Tensor, low: float, high: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     mean, log_std = logits.chunk(2, dim=-1)
     log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1)
     if mask is not None:
         mean, log_std = mean * mask, log_std * mask
     return mean, log_std
+
+
+def gaussian_log_prob(eps: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of mean + eps exp(log_std), summed over A: (..., A) -> (..., 1)."""
+    return (-0.5 * eps.square() - log_std - LOG_SQRT_2PI).sum(-1, keepdim=True)
+
+
+def squash_correction(action: Tensor) -> Tensor:
+    """What tanh takes off the log-density: sum log(relu(1 - action²) + 1e-6), (..., A) -> (..., 1)."""
+    return torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1, keepdim=True)
 
 
 def policy_action(logits: Tensor, eps: Tensor, low: float, high: float, mask: Tensor | None = None) -> Tensor:
@@ -43,9 +51,7 @@ def policy_action(logits: Tensor, eps: Tensor, low: float, high: float, mask: Te
     return torch.tanh(torch.addcmul(mean, eps, log_std.exp()))
 
 
-def policy_head(
-    logits: Tensor, eps: Tensor, low: float, high: float, mask: Tensor | None = None
-) -> PolicyOutput:
+def policy_head(logits: Tensor, eps: Tensor, low: float, high: float, mask: Tensor | None = None) -> PolicyOutput:
     """Action, mean, log std, log-prob and scaled entropy; arguments as in `policy_action`.
 
     Two properties of the official code are kept on purpose. The squash correction uses
@@ -59,9 +65,8 @@ def policy_head(
     if mask is not None:
         eps = eps * mask
         live = mask.sum(-1, keepdim=True)
-    gaussian = (-0.5 * eps.square() - log_std - LOG_SQRT_2PI).sum(-1, keepdim=True)
+    gaussian = gaussian_log_prob(eps, log_std)
     action = torch.tanh(torch.addcmul(mean, eps, log_std.exp()))
-    squash = torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1, keepdim=True)
-    log_prob = gaussian - squash
+    log_prob = gaussian - squash_correction(action)
     scaled_entropy = -log_prob * (gaussian * live / (log_prob + 1e-8))
     return PolicyOutput(action, torch.tanh(mean), log_std, log_prob, scaled_entropy)

@@ -59,7 +59,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, num_bins: int, vmin: floa
     if num_bins <= 1:
         return (logits - (symlog(target) if num_bins else target)).square()
     lower, upper, weight = _bins_of(target, num_bins, vmin, vmax)
-    leading = logits.shape[:-1] + (1,)
+    leading = (*logits.shape[:-1], 1)
     at_lower = logits.gather(-1, lower.expand(leading))
     at_upper = logits.gather(-1, upper.expand(leading))
     return logits.logsumexp(-1, keepdim=True) - torch.lerp(at_lower, at_upper, weight)

@@ -1,6 +1,6 @@
 """TD-MPC2 at the speed the hardware allows: same algorithm, same numbers.
 
-    from tdmpc2_fast import TDMPC2, WorldModel, Planner, ReplayBuffer, Config, load
+from tdmpc2_fast import TDMPC2, WorldModel, Planner, ReplayBuffer, Config, load
 """
 
 import os
@@ -17,7 +17,5 @@ from .planner import Planner
 from .replay import ReplayBuffer
 from .version import __version__
 from .world_model import WorldModel
-
-
 
 __all__ = ["TDMPC2", "Config", "Planner", "ReplayBuffer", "WorldModel", "__version__", "load"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checkpoint
 from .backend import matmul_precision, resolve_backend, resolve_device
 from .config import Config
-from .errors import InputError
+from .errors import CheckpointError, InputError
 from .planner import Planner, check_obs
 from .rng import stream_seed
 from .update import Batch, Updater
@@ -116,7 +116,7 @@ def load(fp: str | Path, **changes: Any) -> TDMPC2:
     """
     state, cfg = checkpoint.read(fp)
     if cfg is None:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"checkpoint {str(fp)!r}: official files carry no config; build TDMPC2(cfg) and call its load()"
         )
     agent = TDMPC2(cfg.replace(**changes))

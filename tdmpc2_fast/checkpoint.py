@@ -77,7 +77,7 @@ def load_into(model: WorldModel, state: dict[str, Any], name: str = "state dict"
     """Load any generation of state dict; a mismatch names the first tensors that differ."""
     state = dict(state["model"]) if "model" in state and isinstance(state["model"], dict) else dict(state)
     probe = dict(state)
-    own = {k: v for k, v in model.named_buffers(recurse=False)}
+    own = dict(model.named_buffers(recurse=False))
     from .compat.state_dict import from_official_entries
 
     from_official_entries(probe, "", own)

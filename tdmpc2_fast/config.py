@@ -102,9 +102,7 @@ class Config:
     vmax: float = _key(10, "highest bin, in symlog space")
 
     # architecture
-    model_size: int | None = _key(
-        None, "millions of parameters; sets the dims below", choices=(None, *MODEL_SIZES)
-    )
+    model_size: int | None = _key(None, "millions of parameters; sets the dims below", choices=(None, *MODEL_SIZES))
     num_enc_layers: int = _key(2, "encoder layers", low=1)
     enc_dim: int = _key(256, "encoder width", low=1)
     num_channels: int = _key(32, "channels of the pixel encoder", low=1)
@@ -133,9 +131,7 @@ class Config:
     obs_shape: Mapping[str, tuple[int, ...]] | None = _key(None, "shape per kind of observation")
     action_dim: int | None = _key(None, "width of the action", low=1)
     episode_length: int | None = _key(None, "decisions per episode", low=1)
-    seed_steps: int | None = _key(
-        None, "random decisions at the start; default max(1000, 5 episodes)", low=1
-    )
+    seed_steps: int | None = _key(None, "random decisions at the start; default max(1000, 5 episodes)", low=1)
     multitask: bool = _key(False, "one model for several tasks")
     tasks: tuple[str, ...] = _key((), "names of the tasks of a multi-task model")
     obs_shapes: tuple[Any, ...] = _key((), "observation shape per task (multi-task)")
@@ -156,9 +152,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.model_size is not None and self.model_size not in MODEL_SIZES:
-            raise ConfigError(
-                f"config key 'model_size': got {self.model_size!r}, allowed: one of {list(MODEL_SIZES)}"
-            )
+            raise ConfigError(f"config key 'model_size': got {self.model_size!r}, allowed: one of {list(MODEL_SIZES)}")
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         self._check_relations()
@@ -175,9 +169,7 @@ class Config:
         need(self.log_std_min < self.log_std_max, "log_std_min", f"less than log_std_max ({self.log_std_max})")
         need(self.vmin < self.vmax, "vmin", f"less than vmax ({self.vmax})")
         need(self.discount_min <= self.discount_max, "discount_min", f"at most discount_max ({self.discount_max})")
-        need(
-            self.latent_dim % self.simnorm_dim == 0, "latent_dim", f"a multiple of simnorm_dim ({self.simnorm_dim})"
-        )
+        need(self.latent_dim % self.simnorm_dim == 0, "latent_dim", f"a multiple of simnorm_dim ({self.simnorm_dim})")
         if self.obs == "rgb":
             flat = 16 * self.num_channels
             need(self.latent_dim == flat, "latent_dim", f"16*num_channels = {flat} where obs=rgb")
@@ -217,9 +209,7 @@ class Config:
         frac = episode_length / self.discount_denom
         return min(max((frac - 1) / frac, self.discount_min), self.discount_max)
 
-    def with_env(
-        self, obs_shape: Mapping[str, tuple[int, ...]], action_dim: int, episode_length: int
-    ) -> Config:
+    def with_env(self, obs_shape: Mapping[str, tuple[int, ...]], action_dim: int, episode_length: int) -> Config:
         """This config, completed by what an environment knows."""
         return self.replace(
             obs_shape=dict(obs_shape),
@@ -238,14 +228,14 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     @classmethod
-    def keys(cls) -> list[str]:
+    def key_names(cls) -> list[str]:
         """All config keys."""
         return [f.name for f in dataclasses.fields(cls)]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """A config from keys and values; `model_size` sets dims that are not given themselves."""
-        known = cls.keys()
+        known = cls.key_names()
         for key in values:
             if key not in known:
                 raise ConfigError(f"unknown config key {key!r}.{did_you_mean(key, known)}")
@@ -263,7 +253,7 @@ class Config:
             return cfg
         get = cfg.get if isinstance(cfg, Mapping) else lambda key, default: getattr(cfg, key, default)
         values: dict[str, Any] = {}
-        for key in cls.keys():
+        for key in cls.key_names():
             value = get(key, None)
             if value is None or (isinstance(value, str) and value == "???"):
                 continue

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import linear, normed_linear, simnorm
+from .kernels.activations import simnorm
+from .kernels.normed_linear import linear, normed_linear
 
 _INIT_STD = 0.02
 _SHIFT_PAD = 3
@@ -24,11 +26,10 @@ class NormedLinear(nn.Linear):
 
     def forward(self, *parts: Tensor) -> Tensor:
         """concat(parts): (..., in_features) -> (..., out_features)."""
-        return normed_linear(
-            parts, self.weight, self.bias, self.ln.weight, self.ln.bias, simnorm_dim=self.simnorm_dim
-        )
+        return normed_linear(parts, self.weight, self.bias, self.ln.weight, self.ln.bias, simnorm_dim=self.simnorm_dim)
 
     def extra_repr(self) -> str:
+        """Shown in the printed model."""
         act = f"SimNorm({self.simnorm_dim})" if self.simnorm_dim else "Mish"
         return f"{super().extra_repr()}, act={act}"
 
@@ -38,17 +39,17 @@ class MLP(nn.Sequential):
 
     def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, simnorm_dim: int = 0) -> None:
         dims = [in_dim, *hidden]
-        layers: list[nn.Module] = [NormedLinear(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True)]
+        layers: list[nn.Module] = [NormedLinear(i, o) for i, o in itertools.pairwise(dims)]
         last = NormedLinear(dims[-1], out_dim, simnorm_dim) if simnorm_dim else nn.Linear(dims[-1], out_dim)
         super().__init__(*layers, last)
 
-    def forward(self, *parts: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, *parts: Tensor) -> Tensor:
         """concat(parts): (..., in_dim) -> (..., out_dim); leading dims broadcast."""
         first, *rest = self
-        x = first(*parts)
+        x: Tensor = first(*parts)
         for layer in rest:
             x = layer(x)
-        return x  # type: ignore[no-any-return]
+        return x
 
 
 class _Affine(nn.Module):
@@ -124,6 +125,7 @@ class Ensemble(nn.Module):
         super().__init__()
         self.params = stacked_mlp(members, in_dim, hidden, out_dim)
         for i, layer in enumerate(self.params):
+            assert isinstance(layer, StackedLinear)
             layer.reset(zero=i == len(self.params) - 1)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .config import Config
 from .errors import InputError
-from .kernels import elite_update, pick_elite, policy_action, sample_actions, shift_mean
-from .kernels.mppi import take_samples
+from .kernels.mppi import elite_update, pick_elite, sample_actions, shift_mean, take_samples
+from .kernels.policy_head import policy_action
 from .profiling import annotate
 from .rng import PlanNoise, generator
 from .world_model import WorldModel, join
@@ -216,9 +216,7 @@ class Planner:
             weight = weight * (model.termination(z) <= 0.5)
         return _Rollout(G, weight, z)
 
-    def _value(
-        self, rollout: _Rollout, e: Tensor | None, mask: Tensor | None, eps: Tensor, members: Tensor
-    ) -> Tensor:
+    def _value(self, rollout: _Rollout, e: Tensor | None, mask: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         """Return of each sequence with the terminal value of two critics at a policy action: (E, N)."""
         model = self.model
         action = self._policy(rollout.z, e, mask, eps)
@@ -234,7 +232,8 @@ def _concat(prior: _Rollout, rest: _Rollout, per_sample_weight: bool) -> _Rollou
     """Prior sequences first, as the official planner orders its samples."""
     weight = rest.weight
     if per_sample_weight:
-        assert isinstance(prior.weight, Tensor) and isinstance(weight, Tensor)
+        assert isinstance(prior.weight, Tensor)
+        assert isinstance(weight, Tensor)
         weight = torch.cat([prior.weight, weight], 1)
     return _Rollout(torch.cat([prior.G, rest.G], 1), weight, torch.cat([prior.z, rest.z], 1))
 

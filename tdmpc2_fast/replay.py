@@ -121,7 +121,7 @@ class ReplayBuffer:
 
         def take(name: str, index: Tensor) -> Tensor:
             rows = self._store[name].index_select(0, index.flatten())
-            return rows.unflatten(0, tuple(index.shape)).to(self.device, non_blocking=True)
+            return rows.view(*index.shape, *rows.shape[1:]).to(self.device, non_blocking=True)
 
         return Batch(
             obs=take("obs", steps),
@@ -175,9 +175,7 @@ class ReplayBuffer:
             task=torch.int64,
         )
         size = {n: (self.capacity, *x.shape[1:]) for n, x in rows.items()}
-        total = sum(
-            torch.Size(s).numel() * torch.empty((), dtype=dtype[n]).element_size() for n, s in size.items()
-        )
+        total = sum(torch.Size(s).numel() * torch.empty((), dtype=dtype[n]).element_size() for n, s in size.items())
         device, pin = storage_device(self.device, total)
         self._store = {n: torch.empty(s, dtype=dtype[n], device=device, pin_memory=pin) for n, s in size.items()}
 

@@ -7,7 +7,7 @@ constants whose first layer reads the fixed latent once, outside the graph.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .config import Config
 from .errors import InputError, NonFiniteError
-from .kernels import policy_head, soft_cross_entropy
+from .kernels.policy_head import policy_head
+from .kernels.two_hot import soft_cross_entropy
 from .profiling import annotate
 from .rng import UpdateNoise, generator
 from .scale import RunningScale
@@ -60,7 +61,7 @@ class Updater:
         named = list(model.world_parameters())
         encoder = [p for n, p in named if n.startswith("_encoder.")]
         rest = [p for n, p in named if not n.startswith("_encoder.")]
-        groups = [dict(params=encoder, lr=cfg.lr * cfg.enc_lr_scale), dict(params=rest)]
+        groups: list[dict[str, Any]] = [dict(params=encoder, lr=cfg.lr * cfg.enc_lr_scale), dict(params=rest)]
         self.optim = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
         self.pi_optim = torch.optim.Adam(model._pi.parameters(), lr=cfg.lr, eps=_POLICY_ADAM_EPS, fused=True)
         self.scale = RunningScale(cfg.tau, device)
@@ -116,9 +117,7 @@ class Updater:
         e = model.embed(task)
         logits = model._pi(*join(next_z, e))
         action = policy_head(logits, eps, *model.log_std_range, model.action_mask(task)).action
-        q0, q1 = (
-            model.scalar(x) for x in model.critic_logits(join(next_z, e, action), members, target=True)
-        )
+        q0, q1 = (model.scalar(x) for x in model.critic_logits(join(next_z, e, action), members, target=True))
         discount = self.discount if task is None else self.discount[task].unsqueeze(-1)  # type: ignore[index]
         return batch.reward + discount * (1 - batch.terminated) * torch.minimum(q0, q1)
 
@@ -199,9 +198,7 @@ class Updater:
         self.pi_optim.zero_grad(set_to_none=True)
         return info
 
-    def _clip(
-        self, params: dict[str, nn.Parameter], losses: dict[str, Tensor], trace: UpdateTrace | None
-    ) -> Tensor:
+    def _clip(self, params: dict[str, nn.Parameter], losses: dict[str, Tensor], trace: UpdateTrace | None) -> Tensor:
         """Clip by global norm; refuse non-finite losses and gradients before anything is updated."""
         if trace is not None:
             trace.grads.update((n, p.grad.clone()) for n, p in params.items() if p.grad is not None)
@@ -225,9 +222,7 @@ def termination_statistics(prob: Tensor, target: Tensor, eps: float = 1e-9) -> d
     tp = (predicted & actual).sum()
     recall = tp / (actual.sum() + eps)
     precision = tp / ((predicted & (target == 0)).sum() + tp + eps)
-    return dict(
-        termination_rate=target.mean(), termination_f1=2 * precision * recall / (precision + recall + eps)
-    )
+    return dict(termination_rate=target.mean(), termination_f1=2 * precision * recall / (precision + recall + eps))
 
 
 def _check_batch(batch: Batch, cfg: Config) -> None:

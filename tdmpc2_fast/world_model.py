@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .compat.state_dict import add_official_entries, from_official_entries
 from .config import Config
 from .errors import InputError
-from .kernels import PolicyOutput, policy_head, two_hot_inv
+from .kernels.policy_head import PolicyOutput, policy_head
+from .kernels.two_hot import two_hot_inv
 from .layers import (
     MLP,
     Ensemble,
@@ -75,7 +76,7 @@ class WorldModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self._pi[-1].weight.device  # type: ignore[union-attr, return-value]
+        return self._pi[-1].weight.device  # type: ignore[return-value]
 
     @property
     def total_params(self) -> int:
@@ -250,7 +251,7 @@ class WorldModel(nn.Module):
         """
         layers = self._target_Qs_params if target else self._Qs.params
         out = []
-        for i, params in enumerate(ensemble_members(layers, members, detach)):  # type: ignore[arg-type]
+        for i, params in enumerate(ensemble_members(layers, members, detach)):
             if isinstance(dropout, Tensor):
                 multiplier: Tensor | None = dropout[i]
             elif dropout > 0:
@@ -306,5 +307,5 @@ def _state_dict_hook(module: nn.Module, state: dict[str, Any], prefix: str, _: A
 
 def _load_hook(module: nn.Module, state: OrderedDict[str, Any], prefix: str, *_: Any) -> None:
     assert isinstance(module, WorldModel)
-    own = {k: v for k, v in module.named_buffers(prefix=prefix.rstrip("."), recurse=False)}
+    own = dict(module.named_buffers(prefix=prefix.rstrip("."), recurse=False))
     from_official_entries(state, prefix, own)

@@ -142,7 +142,9 @@ def describe_keys() -> str:
     lines = ["keys:"]
     for f in dataclasses.fields(Config):
         if f.name not in _FILLED_IN:
-            default = "none" if f.default is None else str(f.default).lower() if f.default in (True, False) else f.default
+            default = (
+                "none" if f.default is None else str(f.default).lower() if f.default in (True, False) else f.default
+            )
             lines.append(f"  {f.name:16} {default!s:14} {f.metadata['help']} ({describe_range(f)})")
     lines.append("model sizes: " + "; ".join(f"{k}: {v}" for k, v in MODEL_SIZES.items()))
     return "\n".join(lines)

@@ -59,7 +59,7 @@ class Evaluator:
             found += self._round()
         kept = found[: self.cfg.eval_episodes]
         returns, successes, lengths = (list(x) for x in zip(*kept, strict=True))
-        return Evaluation(returns, successes, lengths)  # type: ignore[arg-type]
+        return Evaluation(returns, successes, lengths)
 
     def _round(self) -> list[tuple[float, float, int]]:
         count = len(self.envs)

@@ -7,6 +7,7 @@ Read beside sections 3.1 and 3.2 of the paper. All randomness comes in as `PlanN
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ class ReferenceAgent:
         self.pi = {k: v for k, v in self.trained.items() if k.startswith("_pi.")}
         encoder = [v for k, v in self.trained.items() if k.startswith("_encoder.")]
         rest = [v for k, v in self.trained.items() if k not in self.pi and not k.startswith("_encoder.")]
-        self.optim = torch.optim.Adam([dict(params=encoder, lr=c.lr * c.enc_lr_scale), dict(params=rest)], lr=c.lr)
+        groups: list[dict[str, Any]] = [dict(params=encoder, lr=c.lr * c.enc_lr_scale), dict(params=rest)]
+        self.optim = torch.optim.Adam(groups, lr=c.lr)
         self.pi_optim = torch.optim.Adam(self.pi.values(), lr=c.lr, eps=1e-5)
         self.scale = torch.ones(1)
         self.prev_mean = torch.zeros(c.horizon, c._require("action_dim"))
@@ -46,7 +48,9 @@ class ReferenceAgent:
         else:
             self.discount = c.discount(c._require("episode_length"))
 
-    def q_value(self, z: Tensor, a: Tensor, task: Tensor | None, how: str, members: Tensor, target: bool = False) -> Tensor:
+    def q_value(
+        self, z: Tensor, a: Tensor, task: Tensor | None, how: str, members: Tensor, target: bool = False
+    ) -> Tensor:
         """All critics, of which the two drawn give the minimum or the average."""
         q = m.critics(self.p, z, a, task, self.c, "_target_Qs_params" if target else "_Qs.params")
         values = m.two_hot_inv(q[members[:2]], self.c)
@@ -196,7 +200,9 @@ class ReferenceAgent:
             trace.tensors.update(td_target=td_target, zs=zs.detach())
         return {k: v.detach().mean() for k, v in info.items()}
 
-    def update_pi(self, zs: Tensor, task: Tensor | None, noise: UpdateNoise, trace: UpdateTrace | None) -> dict[str, Tensor]:
+    def update_pi(
+        self, zs: Tensor, task: Tensor | None, noise: UpdateNoise, trace: UpdateTrace | None
+    ) -> dict[str, Tensor]:
         """Policy step; its gradient on the task embedding stays, as in the official code."""
         c = self.c
         action, info = m.policy(self.p, zs, task, c, noise.pi_eps)

@@ -20,7 +20,9 @@ def simnorm(x: Tensor, c: Config) -> Tensor:
     return F.softmax(x.view(*shape[:-1], -1, c.simnorm_dim), dim=-1).view(*shape)
 
 
-def normed_linear(p: Params, name: str, x: Tensor, c: Config, last: bool = False, dropout: Tensor | None = None) -> Tensor:
+def normed_linear(
+    p: Params, name: str, x: Tensor, c: Config, last: bool = False, dropout: Tensor | None = None
+) -> Tensor:
     """Linear, dropout, LayerNorm, then Mish or (`last`) SimNorm."""
     x = F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
     if dropout is not None:
@@ -114,7 +116,13 @@ def policy(p: Params, z: Tensor, task: Tensor | None, c: Config, eps: Tensor) ->
 
 
 def critics(
-    p: Params, z: Tensor, a: Tensor, task: Tensor | None, c: Config, group: str = "_Qs.params", dropout: Tensor | None = None
+    p: Params,
+    z: Tensor,
+    a: Tensor,
+    task: Tensor | None,
+    c: Config,
+    group: str = "_Qs.params",
+    dropout: Tensor | None = None,
 ) -> Tensor:
     """Logits of all critics, vectorised over the ensemble: (Q, ..., K)."""
     x = torch.cat([with_task(p, z, task, c), a], -1)

@@ -90,8 +90,8 @@ class GymnasiumTask:
             raise ConfigError(f"config key 'episode_length': {name!r} has no time limit; set decisions per episode")
         self.task, self.name = cfg.task, name
         self.max_episode_steps = int(steps)
-        self.obs_shape: tuple[int, ...] = tuple(env.observation_space.shape)
-        self.action_dim = int(env.action_space.shape[0])
+        self.obs_shape: tuple[int, ...] = tuple(env.observation_space.shape or ())
+        self.action_dim = int(np.prod(env.action_space.shape or ()))
         self._seed: int | None = seed
         self._kwargs = kwargs
         self._return = 0.0

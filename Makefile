@@ -1,0 +1,49 @@
+# Everything a newcomer needs: `make train` runs the main job, `make test` the tests.
+# Both set up .venv first. On a GPU machine choose the torch build: make TORCH="torch>=2.11" train
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+TRAIN  ?= task=cartpole-swingup model_size=1 seed_steps=1000 steps=2500 eval_freq=2500 eval_episodes=1 exp_name=quick
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint typecheck golden bench clean
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[train,dev]"
+	@touch $@
+
+setup: $(VENV)/.ready  ## install everything into .venv
+
+train: setup     ## train a real task, evaluate before and after (about 15 minutes on two CPU cores)
+	$(BIN)/tdmpc2-fast train $(TRAIN)
+
+test: setup      ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup      ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup ## mypy over the three packages, laid out as they are installed
+	@rm -rf build/typecheck && mkdir -p build/typecheck/tdmpc2_fast
+	@ln -s $(CURDIR)/tdmpc2_fast/* build/typecheck/tdmpc2_fast/
+	@ln -s $(CURDIR)/kernels $(CURDIR)/train build/typecheck/tdmpc2_fast/
+	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml tdmpc2_fast
+
+golden: setup    ## parity with the recorded official numbers, array by array
+	$(BIN)/python tests/golden_check.py tests/golden --implementation reference
+	$(BIN)/python tests/golden_check.py tests/golden --implementation torch
+
+bench: setup     ## plan and update against the eager reference, in one run
+	$(BIN)/python benchmarks/plan_update.py
+
+clean:           ## remove .venv and caches
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,82 @@
+"""What all tests share: small configs, random episodes, no spinning threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
+
+GOLDEN = Path(__file__).parent / "golden"
+
+TINY = dict(latent_dim=16, mlp_dim=24, enc_dim=16, num_q=3, num_samples=32, num_elites=8, num_pi_trajs=4, batch_size=8)
+
+
+def tiny_config(obs_dim: int = 5, action_dim: int = 2, episode_length: int = 50, **changes: Any) -> Config:
+    """A completed config of a model that runs in milliseconds."""
+    cfg = Config.from_dict({**TINY, "device": "cpu", **changes})
+    return cfg.with_env({"state": (obs_dim,)}, action_dim, episode_length)
+
+
+def tiny_multitask(**changes: Any) -> Config:
+    """Three tasks with 1, 3 and 2 live action dims."""
+    keys = dict(
+        multitask=True,
+        tasks=("a", "b", "c"),
+        action_dims=(1, 3, 2),
+        episode_lengths=(50, 100, 500),
+        task_dim=4,
+    )
+    return tiny_config(action_dim=3, **{**keys, **changes})
+
+
+def random_episode(cfg: Config, length: int, seed: int = 0, task: int | None = None) -> dict[str, Any]:
+    """An episode as the training loop stores it: row 0 has NaN action and reward."""
+    rng = np.random.default_rng(seed)
+    episode: dict[str, Any] = dict(
+        obs=rng.standard_normal((length, *cfg.obs_shape["state"])).astype(np.float32),  # type: ignore[index]
+        action=rng.uniform(-1, 1, (length, cfg.action_dim)).astype(np.float32),
+        reward=rng.uniform(0, 2, length).astype(np.float32),
+        terminated=np.zeros(length, np.float32),
+    )
+    episode["action"][0] = episode["reward"][0] = np.nan
+    if task is not None:
+        episode["task"] = np.full(length, task)
+    return episode
+
+
+def filled_buffer(cfg: Config, episodes: int = 4, length: int = 20) -> ReplayBuffer:
+    """A replay with some random episodes, tasks in turn."""
+    buffer = ReplayBuffer(cfg)
+    for i in range(episodes):
+        buffer.add(random_episode(cfg, length, seed=i, task=i % len(cfg.tasks) if cfg.multitask else None))
+    return buffer
+
+
+@pytest.fixture
+def cfg() -> Config:
+    return tiny_config()
+
+
+@pytest.fixture
+def agent(cfg: Config) -> TDMPC2:
+    return TDMPC2(cfg)
+
+
+@pytest.fixture
+def livened() -> Callable[[TDMPC2], TDMPC2]:
+    """Gives an agent non-zero last layers, so that values and rewards differ."""
+
+    def liven(agent: TDMPC2, seed: int = 0) -> TDMPC2:
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in agent.model.parameters():
+                p.add_(0.3 * torch.randn(p.shape, generator=g) / max(p.shape[-1], 1) ** 0.5)
+        return agent
+
+    return liven
