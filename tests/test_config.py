@@ -99,6 +99,8 @@ def test_environment_values_are_asked_for() -> None:
         _ = Config().effective_iterations
 
 
-@pytest.mark.parametrize(("task", "size", "dim"), [("mt80", 5, 96), ("mt30", 5, 64), ("mt30", 1, 96), ("mt30", 317, 96)])
+@pytest.mark.parametrize(
+    ("task", "size", "dim"), [("mt80", 5, 96), ("mt30", 5, 64), ("mt30", 1, 96), ("mt30", 317, 96)]
+)
 def test_task_embedding_width(task: str, size: int, dim: int) -> None:
     assert task_embedding_dim(task, size) == dim

@@ -1,9 +1,9 @@
 """Online training: one loop for one environment and for many.
 
 The official schedule, counted in decisions: random actions up to and including
-`seed_steps`; there, as many updates as seed steps; from then on `utd` updates per decision.
-Evaluation at the first episode boundary after every `eval_freq` decisions, at the start,
-and at the end.
+`seed_steps` (and on, until an episode has ended: with many environments that can be later);
+there, as many updates as seed steps; from then on `utd` updates per decision. Evaluation
+at the first episode boundary after every `eval_freq` decisions, at the start, and at the end.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class OnlineTrainer:
         self._metrics: dict[str, Tensor] = {}
         self._decisions = 0
         self._updates_due = 0.0
-        self._pretrained = False
+        self._seeded = False
         self._next_eval = 0
         self._best = -np.inf
 
@@ -109,8 +109,7 @@ class OnlineTrainer:
     def _decide(self) -> None:
         """One decision in every environment."""
         episodes = [e for e in self._episodes if e is not None]
-        assert self.cfg.seed_steps is not None
-        if self._decisions > self.cfg.seed_steps:
+        if self._seeded:
             obs = torch.from_numpy(np.stack([e.obs[-1] for e in episodes]))
             t0 = torch.tensor([len(e) == 0 for e in episodes])
             actions = self.agent.act(obs, t0).numpy()
@@ -141,20 +140,13 @@ class OnlineTrainer:
 
     def _learn(self) -> None:
         """The updates that are due."""
-        assert self.cfg.seed_steps is not None
-        if self._decisions <= self.cfg.seed_steps:
-            return
-        if not self._pretrained:
-            self._pretrained = True
-            if self.buffer.num_sampleable == 0:
-                raise ConfigError(
-                    f"config key 'seed_steps': got {self.cfg.seed_steps}, allowed: enough for one whole episode "
-                    f"of {self.cfg.horizon} decisions (no episode has ended yet)"
-                )
-            self.log.note(f"pretraining on the seed data: {self.cfg.seed_steps:,} updates")
-            self._updates_due += self.cfg.seed_steps
-        else:
+        seed_steps = self.cfg.seed_steps or 0
+        if self._seeded:
             self._updates_due += self.cfg.utd * len(self.envs)
+        elif self._decisions > seed_steps and self.buffer.num_sampleable > 0:
+            self._seeded = True
+            self.log.note(f"pretraining on the seed data: {seed_steps:,} updates")
+            self._updates_due += seed_steps
         while self._updates_due >= 1:
             self._metrics = self.agent.update(self.buffer)
             self._updates_due -= 1

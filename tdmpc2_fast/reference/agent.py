@@ -92,7 +92,7 @@ class ReferenceAgent:
         trace.record(z=z)
         actions = torch.empty(h, n, a)
         _z = z.repeat(k, 1)
-        for t in range(h):
+        for t in range(h if k > 0 else 0):
             actions[t, :k], _ = m.policy(p, _z, task, c, noise.pi_eps[0, t])
             if t < h - 1:
                 _z = m.next_latent(p, _z, actions[t, :k], task, c)

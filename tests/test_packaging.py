@@ -1,0 +1,92 @@
+"""The package as a user gets it: few dependencies, floors that do not mix, one top-level name."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import tdmpc2_fast
+from tdmpc2_fast.version import __version__
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = ["triton", "nvtx", "mujoco", "dm_control", "gymnasium", "pytest", "matplotlib"]
+
+
+def test_a_planner_needs_only_torch_numpy_and_safetensors() -> None:
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch, tdmpc2_fast as t
+cfg = t.Config(latent_dim=16, mlp_dim=16, enc_dim=16, device="cpu").with_env({{"state": (3,)}}, 2, 10)
+agent = t.TDMPC2(cfg)
+assert agent.act(torch.zeros(3), t0=True).shape == (2,)
+buffer = t.ReplayBuffer(cfg)
+buffer.add(dict(obs=torch.zeros(9, 3), action=torch.zeros(9, 2), reward=torch.zeros(9)))
+agent.update(buffer)
+assert not set({OPTIONAL}) & set(sys.modules)
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+ALLOWED = {
+    "kernels": {"torch", "triton"},
+    "tdmpc2_fast": {"torch", "triton", "numpy", "safetensors", "nvtx", "tdmpc2_fast.kernels"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("floor", ALLOWED)
+def test_no_arrow_runs_back_up(floor: str) -> None:
+    files = list((ROOT / floor).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            top = name.split(".")[0]
+            fine = top in sys.stdlib_module_names or any(
+                name == ok or name.startswith(ok + ".") for ok in ALLOWED[floor]
+            )
+            assert fine, f"{path.relative_to(ROOT)} imports {name}"
+            assert "train" not in name.split("."), path
+
+
+def test_only_the_reference_folder_and_the_tests_know_the_reference() -> None:
+    for path in [*(ROOT / "tdmpc2_fast").glob("*.py"), *(ROOT / "train").rglob("*.py")]:
+        assert "ReferenceAgent" not in path.read_text(), path
+
+
+def test_everything_installs_under_one_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]
+    assert all(p == "tdmpc2_fast" or p.startswith("tdmpc2_fast.") for p in packages)
+    source = {**project["tool"]["setuptools"]["package-dir"]}
+    for package in packages:
+        top = max((k for k in source if package == k or package.startswith(k + ".")), key=len)
+        folder = ROOT / source[top] / package[len(top) :].strip(".").replace(".", "/")
+        assert (folder / "__init__.py").is_file(), package
+    folders = {p.parent for d in ("tdmpc2_fast", "kernels", "train") for p in (ROOT / d).rglob("__init__.py")}
+    assert len(folders) == len(packages)
+
+
+def test_version_is_in_one_place() -> None:
+    assert tdmpc2_fast.__version__ == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,177 @@
+"""Planning for many environments: equal to planning for each, independent, well-behaved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_multitask
+
+from tdmpc2_fast import TDMPC2, Config, Planner
+from tdmpc2_fast.compat.state_dict import tensors_only
+from tdmpc2_fast.errors import InputError
+from tdmpc2_fast.planner import PlanTrace
+from tdmpc2_fast.reference import ReferenceAgent
+from tdmpc2_fast.rng import PlanNoise, generator
+
+Liven = Callable[[TDMPC2], TDMPC2]
+
+
+def draw(cfg: Config, num_envs: int, seed: int = 0) -> PlanNoise:
+    return PlanNoise.draw(cfg, num_envs, generator(seed, "test", torch.device("cpu")))
+
+
+def of_env(noise: PlanNoise, i: int) -> PlanNoise:
+    """The draws of one environment."""
+    one = {f.name: getattr(noise, f.name) for f in dataclasses.fields(noise)}
+    for name in ("pi_eps", "elite", "action"):
+        one[name] = one[name][i : i + 1]
+    for name in ("samples", "value_eps"):
+        one[name] = one[name][:, i : i + 1]
+    return PlanNoise(**one)
+
+
+CONFIGS = dict(
+    plain=tiny_config(),
+    one_action=tiny_config(action_dim=1),
+    many_actions=tiny_config(action_dim=23, num_samples=19, num_elites=19),
+    no_prior=tiny_config(num_pi_trajs=0),
+    only_prior=tiny_config(num_pi_trajs=32),
+    episodic=tiny_config(episodic=True),
+    horizon_1=tiny_config(horizon=1),
+    long=tiny_config(horizon=7),
+    multitask=tiny_multitask(),
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_many_environments_equal_the_reference_on_each(name: str, livened: Liven) -> None:
+    cfg, count = CONFIGS[name], 4
+    agent = livened(TDMPC2(cfg))
+    planner = Planner(agent.model, count)
+    planner.prev_mean.copy_(torch.rand_like(planner.prev_mean) - 0.5)
+    obs, noise = torch.randn(count, 5), draw(cfg, count)
+    t0, evaluate = torch.tensor([True, False, False, True]), torch.tensor([False, False, True, True])
+    task = torch.tensor([0, 1, 2, 1]) if cfg.multitask else None
+    before = planner.prev_mean.clone()
+    actions = planner.plan(obs, t0, evaluate, task, noise)
+    for i in range(count):
+        reference = ReferenceAgent(cfg, tensors_only(agent.model.state_dict()))
+        reference.prev_mean.copy_(before[i])
+        one_task = None if task is None else task[i : i + 1]
+        want = reference.plan(obs[i : i + 1], bool(t0[i]), bool(evaluate[i]), one_task, of_env(noise, i))
+        torch.testing.assert_close(actions[i], want, atol=2e-4, rtol=0)
+        torch.testing.assert_close(planner.prev_mean[i], reference.prev_mean, atol=2e-4, rtol=0)
+
+
+def test_an_environment_never_feels_another(agent: TDMPC2, livened: Liven) -> None:
+    livened(agent)
+    noise, obs = draw(agent.cfg, 3), torch.randn(3, 5)
+    first = Planner(agent.model, 3)
+    a = first.plan(obs, t0=True, noise=noise)
+    other = obs.clone()
+    other[1] += 10
+    second = Planner(agent.model, 3)
+    b = second.plan(other, t0=True, noise=noise)
+    assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert torch.equal(first.prev_mean[[0, 2]], second.prev_mean[[0, 2]])
+    assert not torch.equal(a[1], b[1])
+
+
+def test_bounds_and_trace(agent: TDMPC2, livened: Liven) -> None:
+    livened(agent)
+    cfg, trace = agent.cfg, PlanTrace()
+    planner = Planner(agent.model, 2)
+    action = planner.plan(torch.randn(2, 5), t0=True, trace=trace)
+    assert action.abs().max() <= 1
+    assert len(trace.values) == cfg.effective_iterations
+    for actions, mean, std, score, elites in zip(
+        trace.actions, trace.means, trace.stds, trace.scores, trace.elites, strict=True
+    ):
+        assert actions.shape == (2, cfg.horizon, cfg.num_samples, cfg.action_dim)
+        assert actions.abs().max() <= 1
+        assert std.min() >= cfg.min_std
+        assert std.max() <= cfg.max_std
+        torch.testing.assert_close(score.sum(-1), torch.ones(2))
+        chosen = actions.gather(2, elites[:, None, :, None].expand(-1, cfg.horizon, -1, cfg.action_dim))
+        assert (mean <= chosen.amax(2) + 1e-6).all()
+        assert (mean >= chosen.amin(2) - 1e-6).all()
+    # prior sequences never change
+    p = cfg.num_pi_trajs
+    assert torch.equal(trace.actions[0][:, :, :p], trace.actions[-1][:, :, :p])
+
+
+def test_dead_action_dims_stay_dead(livened: Liven) -> None:
+    agent = livened(TDMPC2(tiny_multitask()))
+    planner = Planner(agent.model, 3)
+    actions = planner.plan(torch.randn(3, 5), t0=True, task=torch.tensor([0, 1, 2]))
+    assert actions[0, 1:].abs().max() == 0
+    assert actions[2, 2:].abs().max() == 0
+    assert (actions[1] != 0).all()
+    assert planner.prev_mean[0, :, 1:].abs().max() == 0
+
+
+def test_same_seed_same_plan_and_fresh_draws_each_call(cfg: Config) -> None:
+    obs = torch.randn(5)
+    one, two = TDMPC2(cfg), TDMPC2(cfg)
+    first = one.act(obs, t0=True)
+    assert torch.equal(first, two.act(obs, t0=True))
+    assert not torch.equal(first, one.act(obs, t0=True))
+    assert not torch.equal(first, TDMPC2(cfg.replace(seed=2)).act(obs, t0=True))
+
+
+def test_parameters_are_read_in_place(agent: TDMPC2, livened: Liven) -> None:
+    noise, obs = draw(agent.cfg, 1), torch.randn(1, 5)
+    before = agent.planner.plan(obs, t0=True, noise=noise)
+    livened(agent)
+    assert not torch.equal(before, agent.planner.plan(obs, t0=True, noise=noise))
+
+
+def test_nan_values_do_not_reach_the_action(agent: TDMPC2) -> None:
+    with torch.no_grad():
+        agent.model._reward[-1].bias.fill_(torch.nan)  # type: ignore[union-attr, operator]
+    assert agent.act(torch.randn(5), t0=True).isfinite().all()
+
+
+def test_without_mpc_the_policy_acts(cfg: Config) -> None:
+    agent = TDMPC2(cfg.replace(mpc=False))
+    obs = torch.randn(5)
+    assert torch.equal(agent.act(obs, eval_mode=True), agent.act(obs, eval_mode=True))
+    assert not torch.equal(agent.act(obs), agent.act(obs))
+    assert agent.act(torch.randn(3, 5)).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("obs", "words"),
+    [
+        (torch.zeros(4), ["obs", "(1, 4)", "(1, 5)"]),
+        (torch.zeros(2, 5), ["obs", "(2, 5)", "(1, 5)"]),
+        (torch.tensor([0.0, 1.0, torch.nan, 0.0, 0.0]), ["obs", "nan", "[0, 2]", "finite"]),
+        (torch.full((5,), torch.inf), ["obs", "inf"]),
+    ],
+)
+def test_bad_observations_are_named(agent: TDMPC2, obs: torch.Tensor, words: list[str]) -> None:
+    with pytest.raises(InputError) as e:
+        agent.act(obs)
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_bad_flags_and_counts_are_named(agent: TDMPC2) -> None:
+    with pytest.raises(InputError, match="t0"):
+        agent.planner.plan(torch.zeros(1, 5), t0=torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(InputError, match="num_envs: got 0"):
+        Planner(agent.model, 0)
+
+
+def test_pixels_plan_with_random_shifts() -> None:
+    cfg = Config.from_dict(
+        dict(obs="rgb", mlp_dim=16, num_samples=8, num_elites=4, num_pi_trajs=2, device="cpu")
+    ).with_env({"rgb": (9, 64, 64)}, 2, 500)
+    agent = TDMPC2(cfg, num_envs=2)
+    obs = torch.randint(0, 256, (2, 9, 64, 64), dtype=torch.uint8)
+    assert agent.act(obs, t0=True).shape == (2, 2)
+    with pytest.raises(InputError, match="obs: got shape"):
+        agent.act(obs[:, :3])

@@ -1,0 +1,183 @@
+"""The training loop and the command line, end to end on tiny models."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from tdmpc2_fast.train import cli
+from tdmpc2_fast.train.online import OnlineTrainer
+
+from tdmpc2_fast import Config, load
+from tdmpc2_fast.compat.state_dict import tensors_only
+from tdmpc2_fast.errors import ConfigError
+
+pytest.importorskip("dm_control")
+
+QUICK = dict(
+    TINY,
+    task="Pendulum-v1",
+    episode_length=40,
+    seed_steps=50,
+    steps=90,
+    eval_freq=40,
+    eval_episodes=2,
+    iterations=2,
+    device="cpu",
+)
+
+
+def run(tmp_path: Path, **changes: Any) -> OnlineTrainer:
+    tmp_path.mkdir(exist_ok=True)
+    trainer = OnlineTrainer(Config.from_dict({**QUICK, **changes}), tmp_path)
+    trainer.run()
+    return trainer
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path) as f:
+        return list(csv.DictReader(f))
+
+
+def weights(trainer: OnlineTrainer) -> dict[str, torch.Tensor]:
+    return tensors_only(trainer.agent.model.state_dict())
+
+
+def test_official_schedule_with_one_environment(tmp_path: Path) -> None:
+    trainer = run(tmp_path)
+    # as many updates as seed steps at the first decision after them, then one per decision
+    assert trainer.agent.updater.steps == 50 + (90 - 51)
+    evals = rows(tmp_path / "eval.csv")
+    assert list(evals[0]) == ["step", "reward", "seed"]
+    assert [int(r["step"]) for r in evals] == [0, 40, 80, 90]
+    train = rows(tmp_path / "train.csv")
+    assert [int(r["decisions"]) for r in train] == [40, 80]
+    assert train[0]["consistency_loss"] == ""
+    assert float(train[1]["consistency_loss"]) > 0
+    agent = load(tmp_path / "checkpoints" / "latest", device="cpu")
+    assert all(torch.equal(v, weights(trainer)[k]) for k, v in tensors_only(agent.model.state_dict()).items())
+
+
+def test_several_environments_share_the_loop(tmp_path: Path) -> None:
+    trainer = run(tmp_path, num_envs=3, utd=0.5, steps=180)
+    assert trainer.buffer.num_eps == 3
+    starts = [trainer.buffer._store["obs"][i * 41] for i in range(3)]
+    assert not torch.equal(starts[0], starts[1])
+    # decisions come three at a time, and the first episodes end at 120, after the seed steps
+    assert trainer.agent.updater.steps == 50 + int(0.5 * (180 - 120))
+
+
+def test_same_seed_same_run(tmp_path: Path) -> None:
+    a, b, c = (run(tmp_path / n, seed=s, steps=70) for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    assert all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+    assert (tmp_path / "a/eval.csv").read_text() == (tmp_path / "b/eval.csv").read_text()
+    assert not all(torch.equal(v, weights(c)[k]) for k, v in weights(a).items())
+
+
+def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
+    a = run(tmp_path / "a", steps=70, eval_freq=100_000)
+    b = run(tmp_path / "b", steps=70, eval_freq=40, eval_episodes=3)
+    assert all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+
+
+def test_episodic_tasks_store_their_terminations(tmp_path: Path) -> None:
+    changes = dict(task="Hopper-v5", episodic=True, episode_length=100, seed_steps=60, steps=100, eval_episodes=1)
+    trainer = run(tmp_path / "a", **changes)
+    assert trainer.buffer._store["terminated"][: len(trainer.buffer)].any()
+    assert float(rows(tmp_path / "a/train.csv")[0]["episode_terminated"]) == 1.0
+    with pytest.raises(ConfigError, match="episodic=true"):
+        run(tmp_path / "b", **dict(changes, episodic=False))
+
+
+def test_random_actions_go_on_until_an_episode_has_ended(tmp_path: Path) -> None:
+    trainer = run(tmp_path, seed_steps=20, steps=45)
+    assert trainer.agent.updater.steps == 20 + (45 - 40)
+
+
+class TestCommandLine:
+    def words(self, **values: Any) -> list[str]:
+        return [f"{k}={v}" for k, v in {**QUICK, **values}.items()]
+
+    def test_train_then_eval(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = tmp_path / "run"
+        assert cli.main(["train", *self.words(work_dir=folder, steps=60)]) == 0
+        out = capsys.readouterr().out
+        assert out.count("eval   step") == 3
+        assert "done: return" in out
+        assert cli.main(["eval", f"checkpoint={folder}/checkpoints/latest", "eval_episodes=1"]) == 0
+        assert "Pendulum-v1: return" in capsys.readouterr().out
+        # nothing is overwritten
+        assert cli.main(["train", *self.words(work_dir=folder, steps=60)]) == 2
+        assert "not empty" in capsys.readouterr().err
+
+    def test_the_default_folder_never_overwrites(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):
+            assert cli.main(["train", *self.words(steps=4)]) == 0
+        runs = sorted(str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("eval.csv"))
+        assert runs == ["runs/Pendulum-v1/default/1", "runs/Pendulum-v1/default/1-2"]
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["task=walker-wlak"], "walker-walk"),
+            (["horizn=3"], "Did you mean 'horizon'"),
+            (["horizon=0"], "horizon"),
+            (["horizon=three"], "an integer"),
+            (["episodic=maybe"], "true or false"),
+            (["steps"], "key=value"),
+            (["num_elites=20", "num_samples=10"], "num_samples (10)"),
+            (["obs_shape=3"], "comes from the environment"),
+            (["checkpoint=/nowhere/a.pt", "task=Pendulum-v1", "work_dir=x"], "no such file"),
+            (["backend=triton", "task=Pendulum-v1", "work_dir=x"], "no Triton kernels yet"),
+            (["device=cuda:99", "task=Pendulum-v1", "work_dir=x"], "device"),
+        ],
+    )
+    def test_mistakes_are_answered_at_once(
+        self,
+        words: list[str],
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["train", *words]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "Traceback" not in captured.err
+
+    def test_help_names_every_key(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["train", "--help"]) == 0
+        out = capsys.readouterr().out
+        for key in ("num_samples", "utd", "episodic", "model_size", "an integer of at least 1"):
+            assert key in out
+        assert cli.main(["trian"]) == 2
+        assert "Did you mean 'train'" in capsys.readouterr().err
+
+    def test_numbers_as_people_write_them(self) -> None:
+        got = cli.parse(["steps=7_000_000", "lr=3e-4", "buffer_size=1e6", "vmax=+10", "model_size=none"])
+        assert Config.from_dict(got).steps == 7_000_000
+        assert Config.from_dict(got).buffer_size == 1_000_000
+        assert got["model_size"] is None
+
+    def test_the_installed_command_runs(self) -> None:
+        command = [str(Path(sys.executable).with_name("tdmpc2-fast")), "--version"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_evaluation_plays_every_episode_once(tmp_path: Path) -> None:
+    from tdmpc2_fast.train.evaluate import Evaluator
+
+    trainer = OnlineTrainer(Config.from_dict(dict(QUICK, eval_episodes=19, mpc=False)), tmp_path)
+    found = Evaluator(trainer.agent).run()
+    assert len(found.returns) == len(found.lengths) == 19
+    assert set(found.lengths) == {40}
+    assert len(set(np.round(found.returns, 6))) == 19
