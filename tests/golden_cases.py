@@ -44,6 +44,15 @@ class Deviation:
         return self.worst <= self.limit
 
 
+def as_tensor(x: np.ndarray) -> Tensor:
+    """A recorded array: float16 as float32, integers as int64, images as they are."""
+    if x.dtype == np.float16:
+        x = x.astype(np.float32)
+    elif x.dtype.kind == "i":
+        x = x.astype(np.int64)
+    return torch.from_numpy(np.array(x))
+
+
 class Case:
     """One recorded case: config, weights, arrays and limits."""
 
@@ -93,13 +102,8 @@ class Case:
         return other
 
     def get(self, key: str) -> Tensor:
-        """A recorded array: float16 as float32, integers as int64, images as they are."""
-        x = self.arrays[key]
-        if x.dtype == np.float16:
-            x = x.astype(np.float32)
-        elif x.dtype.kind == "i":
-            x = x.astype(np.int64)
-        return torch.from_numpy(np.array(x))
+        """A recorded array."""
+        return as_tensor(self.arrays[key])
 
     def maybe(self, key: str) -> Tensor | None:
         return self.get(key) if key in self.arrays else None

@@ -21,6 +21,9 @@ from golden_cases import CONDITIONING_RUNS, NOISE_FACTOR, Case, Deviation, Imple
 from golden_math import check_math
 from torch import Tensor
 
+from tdmpc2_fast.backend import resolve_backend
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import BackendError
 from tdmpc2_fast.planner import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
 from tdmpc2_fast.update import Batch, UpdateTrace
@@ -275,6 +278,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="a line per array")
     args = parser.parse_args(argv)
     bad = 0
+    if args.implementation != "reference":
+        try:
+            resolve_backend(Config(backend=args.implementation))
+        except BackendError as e:
+            print(f"golden_check: {e}", file=sys.stderr)
+            return 2
     for case, found in check(args.folder, args.implementation, args.case):
         for section in dict.fromkeys(d.section for d in found):
             rows = [d for d in found if d.section == section]

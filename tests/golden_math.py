@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from golden_cases import TOLERANCE, Deviation
+from golden_cases import TOLERANCE, Deviation, as_tensor
 from tdmpc2_fast.kernels.activations import mish, simnorm
 from tdmpc2_fast.kernels.mppi import pick_elite
 from tdmpc2_fast.kernels.normed_linear import normed_linear
@@ -36,12 +36,7 @@ class MathFixtures:
         self.found: list[Deviation] = []
 
     def get(self, key: str) -> Tensor:
-        x = self.arrays[key]
-        if x.dtype == np.float16:
-            x = x.astype(np.float32)
-        elif x.dtype.kind == "i":
-            x = x.astype(np.int64)
-        return torch.from_numpy(np.array(x))
+        return as_tensor(self.arrays[key])
 
     def same(self, section: str, key: str, got: Tensor, limit: float = TOLERANCE) -> None:
         """Relative above 1, absolute below."""

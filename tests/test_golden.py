@@ -57,3 +57,8 @@ def test_unknown_case_and_empty_folder_are_named(tmp_path: Path) -> None:
         golden_check.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="unknown case 'nope'"):
         golden_check.main([str(GOLDEN), "--case", "nope"])
+
+
+def test_an_implementation_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert golden_check.main([str(GOLDEN), "--implementation", "triton", "--case", "episodic"]) == 2
+    assert "no Triton kernels yet" in capsys.readouterr().err

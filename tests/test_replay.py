@@ -9,6 +9,7 @@ from conftest import random_episode, tiny_config, tiny_multitask
 
 from tdmpc2_fast import Config, ReplayBuffer
 from tdmpc2_fast.errors import InputError
+from tdmpc2_fast.replay import storage_device
 
 
 def numbered(cfg: Config, length: int, first: int) -> dict[str, torch.Tensor]:
@@ -176,3 +177,13 @@ def test_a_buffer_too_small_or_too_large_is_named() -> None:
     huge = ReplayBuffer(tiny_config(buffer_size=10**12, steps=10**12))
     with pytest.raises(InputError, match="make buffer_size smaller"):
         huge.add(random_episode(tiny_config(), 20))
+
+
+@pytest.mark.parametrize(("free", "where", "pinned"), [(10**9, "cuda", False), (10**8, "cpu", True)])
+def test_storage_follows_the_memory_that_is_free(
+    free: int, where: str, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8 * 10**10))
+    device, pin = storage_device(torch.device("cuda"), 10**8)
+    assert (device.type, pin) == (where, pinned)
+    assert storage_device(torch.device("cpu"), 10**8) == (torch.device("cpu"), False)
