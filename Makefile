@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-TRAIN  ?= task=cartpole-balance model_size=1 seed_steps=1000 steps=2000 eval_freq=10000 eval_episodes=2 exp_name=quick
+TRAIN  ?= task=cartpole-balance model_size=1 seed_steps=1000 steps=2000 eval_freq=10000 eval_episodes=1 exp_name=quick
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint typecheck golden bench clean

@@ -142,6 +142,7 @@ class Config:
     num_envs: int = _key(1, "environments stepped side by side", low=1)
     utd: float = _key(1.0, "updates per decision", low=0)
     device: str = _key("auto", "torch device: auto, cpu, cuda, cuda:1, ...")
+    num_threads: int | None = _key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)
     precision: str = _key(
         "auto", "float32 products: exact, or tf32 on a GPU (auto: tf32 on a GPU)", choices=("auto", "float32", "tf32")
     )

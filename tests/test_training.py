@@ -14,6 +14,7 @@ import torch
 from conftest import TINY
 from tdmpc2_fast.train import cli
 from tdmpc2_fast.train.online import OnlineTrainer
+from tdmpc2_fast.train.threads import choose_threads, idle_cores
 
 from tdmpc2_fast import Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
@@ -181,3 +182,25 @@ def test_evaluation_plays_every_episode_once(tmp_path: Path) -> None:
     assert len(found.returns) == len(found.lengths) == 19
     assert set(found.lengths) == {40}
     assert len(set(np.round(found.returns, 6))) == 19
+
+
+STAT = """cpu  {u} 0 0 {i} 0 0 0 0 0 0
+cpu0 0 0 0 0 0 0 0 0 0 0
+cpu1 0 0 0 0 0 0 0 0 0 0
+intr 0"""
+
+
+@pytest.mark.parametrize(("busy", "idle", "cores"), [(0, 60, 2.0), (30, 30, 1.0), (60, 0, 0.0), (0, 0, 0.0)])
+def test_idle_cores(busy: int, idle: int, cores: float) -> None:
+    assert idle_cores(STAT.format(u=100, i=500), STAT.format(u=100 + busy, i=500 + idle)) == pytest.approx(cores)
+
+
+def test_threads_follow_config_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert choose_threads(Config(num_threads=1)) == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert choose_threads(Config()) == 1
+        assert choose_threads(Config(num_threads=2)) == 2
+    finally:
+        torch.set_num_threads(before)

@@ -20,6 +20,7 @@ from .envs import complete, make_env
 from .evaluate import Evaluator
 from .online import OnlineTrainer
 from .run_log import run_folder
+from .threads import choose_threads
 
 USAGE = f"""tdmpc2-fast {__version__}
 
@@ -64,12 +65,13 @@ def train(values: dict[str, Any]) -> int:
     probe = make_env(cfg, cfg.seed)  # errors before a folder is made
     complete(cfg, probe)
     probe.close()
+    threads = choose_threads(cfg)
     folder = run_folder(cfg)
     trainer = OnlineTrainer(cfg, folder)
     agent = trainer.agent
     print(
         f"task {cfg.task}  model {agent.model.total_params:,} parameters  device {agent.device}  "
-        f"backend {agent.backend}  seed {cfg.seed}\nrun folder {folder}",
+        f"backend {agent.backend}  threads {threads}  seed {cfg.seed}\nrun folder {folder}",
         flush=True,
     )
     for key in ("compile", "save_video", "enable_wandb"):
@@ -93,6 +95,7 @@ def evaluate(values: dict[str, Any]) -> int:
     env = make_env(cfg, cfg.seed)
     cfg = complete(cfg, env)
     env.close()
+    choose_threads(cfg)
     agent = TDMPC2(cfg)
     agent.load(path)
     evaluator = Evaluator(agent)
