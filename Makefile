@@ -13,14 +13,17 @@ TRAIN  ?= task=cartpole-balance model_size=1 seed_steps=1000 steps=2000 eval_fre
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
 
-$(VENV)/.ready: pyproject.toml
+# The stamp carries the torch build, so that choosing another one installs it.
+READY   = $(VENV)/.ready-$(subst =,-,$(subst >,_,$(TORCH)))
+
+$(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[train,dev]"
 	@touch $@
 
-setup: $(VENV)/.ready  ## install everything into .venv
+setup: $(READY)  ## install everything into .venv
 
 train: setup     ## train a real task, evaluate before and after (about 15 minutes on two CPU cores)
 	$(BIN)/tdmpc2-fast train $(TRAIN)

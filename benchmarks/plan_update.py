@@ -132,15 +132,22 @@ def main(argv: list[str]) -> int:
             print(f"argument {word!r}: allowed: {', '.join(k + '=...' for k in options)}", file=sys.stderr)
             return 2
         options[key] = value
-    torch.set_num_threads(int(options["threads"]))
-    size = int(options["model_size"])
+    try:
+        size, repeats, threads = (int(options[k]) for k in ("model_size", "repeats", "threads"))
+    except ValueError as e:
+        print(f"model_size, repeats and threads are integers: {e}", file=sys.stderr)
+        return 2
+    if repeats < 2 or threads < 1:
+        print("allowed: repeats of at least 2, threads of at least 1", file=sys.stderr)
+        return 2
+    torch.set_num_threads(threads)
     cfg = Config.from_dict(dict(model_size=size, device="cpu")).with_env({"state": (OBS,)}, ACTION, 500)
     rows, failed = [], False
     print(
         "| what | reference ms (p20, p80) | torch backend ms (p20, p80) | ratio of medians |\n| --- | --- | --- | --- |"
     )
     for name, pair in (("plan", plan_pair), ("update", update_pair)):
-        same, times = pair(cfg, int(options["repeats"]))
+        same, times = pair(cfg, repeats)
         stats = {k: quartiles(v) for k, v in times.items()}
         ratio = stats["reference"][1] / stats["torch"][1]
         cells = [f"{m:.0f} ({a:.0f}, {b:.0f})" for a, m, b in stats.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,12 +40,14 @@ class _Mish(torch.autograd.Function):
 
 
 def mish(x: Tensor) -> Tensor:
-    """x * tanh(softplus(x)), any shape and floating dtype.
+    """x * tanh(softplus(x)), any shape; float32 or float64 (others go to `F.mish`).
 
     tanh(log(1 + e)) is the ratio (e^2 + 2e)/(e^2 + 2e + 2), e = exp(x): one exponential in
     place of three transcendental functions, without cancellation on either side, so as exact
     as `torch.nn.functional.mish` and two to three times faster on a CPU.
     """
+    if x.dtype not in (torch.float32, torch.float64):
+        return F.mish(x)
     y: Tensor = _Mish.apply(x)
     return y
 

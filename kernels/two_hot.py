@@ -24,7 +24,8 @@ def _bins_of(x: Tensor, num_bins: int, vmin: float, vmax: float) -> tuple[Tensor
     """Lower bin, upper bin (modulo K, as official) and weight of the upper one; (..., 1) each."""
     position = (symlog(x).clamp(vmin, vmax) - vmin) / ((vmax - vmin) / (num_bins - 1))
     lower = torch.floor(position)
-    index = lower.long()
+    # NaN has no bin; it stays in the weight, where the loss shows it.
+    index = lower.nan_to_num(0).long()
     return index, (index + 1) % num_bins, position - lower
 
 

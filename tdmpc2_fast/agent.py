@@ -41,7 +41,7 @@ class TDMPC2:
         self.device = resolve_device(cfg.device)
         self.backend = resolve_backend(cfg)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(cfg.seed, "init"))
+            torch.default_generator.manual_seed(stream_seed(cfg.seed, "init"))
             self.model = WorldModel(cfg)
         self.model.to(self.device).eval()
         self.planner = Planner(self.model, num_envs or cfg.num_envs)
@@ -72,27 +72,24 @@ class TDMPC2:
         task: int | Tensor | None = None,
     ) -> Tensor:
         """Plan for a batch of observations: (E, *obs_shape) -> (E, A) on the agent's device."""
-        with matmul_precision(self.cfg, self.device):
-            return self.planner.plan(obs, t0, eval_mode, task)
+        return self.planner.plan(obs, t0, eval_mode, task)
 
     def _prior(self, obs: Tensor, eval_mode: bool, task: int | Tensor | None) -> Tensor:
         obs = check_obs(obs, self.cfg, (obs.shape[0],)).to(self.device)
         with matmul_precision(self.cfg, self.device):
             z = self.model.encode(obs, task)
-            eps = torch.randn(
-                z.shape[0],
-                self.cfg._require("action_dim"),
-                generator=self.planner.generator,
-                device=self.device,
-            )
+            size = (z.shape[0], self.cfg._require("action_dim"))
+            if eval_mode:  # the mean is asked for: nothing is drawn, so evaluating changes no stream
+                eps = torch.zeros(size, device=self.device)
+            else:
+                eps = torch.randn(size, generator=self.planner.generator, device=self.device)
             out = self.model.policy(z, task, eps)
         return out.mean if eval_mode else out.action
 
     def update(self, buffer: Sampler) -> dict[str, Tensor]:
         """One training step on a batch from `buffer`; returns the official metrics."""
         obs, action, reward, terminated, task = buffer.sample()
-        with matmul_precision(self.cfg, self.device):
-            return self.updater.step(Batch(obs, action, reward, terminated, task))
+        return self.updater.step(Batch(obs, action, reward, terminated, task))
 
     def save(self, fp: str | Path) -> None:
         """Save the weights: safetensors + JSON, or the official format for a name ending in `.pt`."""

@@ -37,14 +37,16 @@ def resolve_backend(cfg: Config) -> str:
 
 @contextlib.contextmanager
 def matmul_precision(cfg: Config, device: torch.device) -> Iterator[None]:
-    """Within: float32 products as the config asks, tf32 on a GPU or exact."""
-    tf32 = device.type == "cuda" and cfg.precision in ("auto", "tf32")
-    before = torch.get_float32_matmul_precision()
-    wanted = "high" if tf32 else "highest"
-    if before != wanted:
-        torch.set_float32_matmul_precision(wanted)
+    """Within: float32 products and convolutions as the config asks, tf32 on a GPU or exact."""
+    tf32 = cfg.precision in ("auto", "tf32")
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
-        if before != wanted:
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

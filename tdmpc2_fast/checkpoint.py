@@ -1,8 +1,9 @@
 """Weights on disk: safetensors with a JSON manifest, and official `.pt` files.
 
-`NAME.safetensors` holds the tensors, `NAME.json` what they are: config, checksum, version.
-Both are written to a temporary file, flushed to disk and renamed, the manifest last, so an
-interrupted save leaves the previous checkpoint usable. Pickles are read with
+`NAME.safetensors` holds the tensors and, in its header, the manifest: format, config and a
+checksum of the tensors. `NAME.json` is a copy of the manifest for people and scripts; loading
+does not need it. Files are written under a temporary name, flushed to disk and renamed, so
+an interrupted save leaves the previous checkpoint whole. Pickles are read with
 `weights_only=True` only: a file that would run code is refused.
 """
 
@@ -16,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file as save_safetensors
 from torch import Tensor
 
-from .compat.state_dict import tensors_only
+from .compat.state_dict import from_official_entries, tensors_only
 from .config import Config
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .world_model import WorldModel
 
 FORMAT = "tdmpc2-fast/1"
@@ -43,20 +43,16 @@ def save(model: WorldModel, path: str | Path) -> Path:
         return path
     path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors_only(state).items()}
-    blob = save_safetensors(tensors)
-    digest = hashlib.sha256(blob).hexdigest()
-    manifest = dict(format=FORMAT, weights=path.name, sha256=digest, config=model.cfg.to_dict())
-    # The weights carry their checksum in the name of the manifest's promise: weights first,
-    # manifest last, and a reader that finds them apart says so.
+    manifest = dict(format=FORMAT, sha256=_digest(tensors), config=model.cfg.to_dict())
     with _replacing(path) as tmp:
-        tmp.write_bytes(blob)
+        save_safetensors(tensors, tmp, metadata={"manifest": json.dumps(manifest)})
     with _replacing(path.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps(manifest, indent=1) + "\n")
     return path
 
 
 def read(path: str | Path, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], Config | None]:
-    """State dict of a checkpoint file and, if it has a manifest, its config.
+    """State dict of a checkpoint file and, for one of ours, its config.
 
     Raises:
         CheckpointError: no such file, or one that is truncated, altered or unsafe.
@@ -66,8 +62,6 @@ def read(path: str | Path, map_location: torch.device | str = "cpu") -> tuple[di
         path = path.with_name(path.name + ".safetensors")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {str(path)!r}: no such file")
-    if path.suffix == ".json":
-        path = path.with_suffix(".safetensors")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, map_location)
     return _read_pickle(path, map_location), None
@@ -78,8 +72,6 @@ def load_into(model: WorldModel, state: dict[str, Any], name: str = "state dict"
     state = dict(state["model"]) if "model" in state and isinstance(state["model"], dict) else dict(state)
     probe = dict(state)
     own = dict(model.named_buffers(recurse=False))
-    from .compat.state_dict import from_official_entries
-
     from_official_entries(probe, "", own)
     mine = tensors_only(model.state_dict())
     wrong = [
@@ -95,31 +87,46 @@ def load_into(model: WorldModel, state: dict[str, Any], name: str = "state dict"
             f"checkpoint {name}: made for another model ({len(wrong)} shapes differ, {len(missing)} tensors "
             f"missing, {len(extra)} unknown): {'; '.join(facts)}. Check model_size, task and obs."
         )
+    for name in ("log_std_min", "log_std_dif"):
+        if float(probe[name]) != float(mine[name]):
+            raise CheckpointError(
+                f"checkpoint {name}: {float(probe[name])}, this config has {float(mine[name])}; "
+                "set log_std_min and log_std_max to the checkpoint's"
+            )
     model.load_state_dict(state)
 
 
 def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dict[str, Any], Config]:
-    manifest_path = path.with_suffix(".json")
     try:
-        manifest = json.loads(manifest_path.read_text())
-        config = Config.from_dict(manifest["config"])
-        digest = manifest["sha256"]
-    except FileNotFoundError as e:
-        raise CheckpointError(f"checkpoint {str(path)!r}: its manifest {manifest_path.name} is missing") from e
+        with safe_open(path, framework="pt", device="cpu") as f:
+            metadata = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"checkpoint {str(path)!r}: truncated or not a safetensors file ({e})") from e
+    try:
+        manifest = json.loads(metadata["manifest"])
+        kind = manifest["format"]
     except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise CheckpointError(f"checkpoint {str(path)!r}: its manifest {manifest_path.name} is damaged ({e})") from e
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {str(path)!r}: format {manifest.get('format')!r}, allowed: {FORMAT!r}")
-    blob = path.read_bytes()
-    if hashlib.sha256(blob).hexdigest() != digest:
-        raise CheckpointError(
-            f"checkpoint {str(path)!r}: checksum differs from its manifest; the file is truncated or altered"
-        )
+        raise CheckpointError(f"checkpoint {str(path)!r}: no manifest of tdmpc2-fast in its header") from e
+    if kind != FORMAT:
+        raise CheckpointError(f"checkpoint {str(path)!r}: format {kind!r}, allowed: {FORMAT!r}")
+    if _digest(tensors) != manifest.get("sha256"):
+        raise CheckpointError(f"checkpoint {str(path)!r}: checksum differs from its manifest; the file was altered")
     try:
-        tensors = load_safetensors(blob)
-    except SafetensorError as e:
-        raise CheckpointError(f"checkpoint {str(path)!r}: not a safetensors file ({e})") from e
+        config = Config.from_dict(manifest["config"])
+    except (ConfigError, KeyError, TypeError) as e:
+        raise CheckpointError(f"checkpoint {str(path)!r}: its config cannot be used: {e}") from e
     return {k: v.to(map_location) for k, v in tensors.items()}, config
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of all tensors."""
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name]
+        h.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        h.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
 
 
 def _read_pickle(path: Path, map_location: torch.device | str) -> dict[str, Any]:

@@ -134,7 +134,6 @@ class Config:
     seed_steps: int | None = _key(None, "random decisions at the start; default max(1000, 5 episodes)", low=1)
     multitask: bool = _key(False, "one model for several tasks")
     tasks: tuple[str, ...] = _key((), "names of the tasks of a multi-task model")
-    obs_shapes: tuple[Any, ...] = _key((), "observation shape per task (multi-task)")
     action_dims: tuple[int, ...] = _key((), "action width per task (multi-task)")
     episode_lengths: tuple[int, ...] = _key((), "decisions per episode per task (multi-task)")
 
@@ -180,7 +179,11 @@ class Config:
             need(len(self.tasks) > 0, "tasks", "at least one task name where multitask=true")
             need(self.task_dim > 0, "task_dim", "at least 1 where multitask=true")
             for key in ("action_dims", "episode_lengths"):
-                need(len(getattr(self, key)) in (0, len(self.tasks)), key, f"one entry per task ({len(self.tasks)})")
+                entries = getattr(self, key)
+                need(len(entries) == len(self.tasks), key, f"one entry per task ({len(self.tasks)})")
+                need(min(entries) >= 1, key, "at least 1 for each task")
+            widest = self.action_dim or max(self.action_dims)
+            need(max(self.action_dims) <= widest, "action_dims", f"at most action_dim ({widest})")
         else:
             need(self.task_dim == 0, "task_dim", "0 in a single-task model")
 
@@ -188,6 +191,12 @@ class Config:
     def effective_iterations(self) -> int:
         """MPPI iterations actually run: two more for large action spaces (official heuristic)."""
         return self.iterations + 2 * int(self._require("action_dim") >= _LARGE_ACTION_DIM)
+
+    @property
+    def discounts(self) -> list[float]:
+        """Discount of each task of a multi-task model, or of the one task."""
+        lengths = self.episode_lengths if self.multitask else (self._require("episode_length"),)
+        return [self.discount(n) for n in lengths]
 
     @property
     def bin_size(self) -> float:
@@ -263,7 +272,7 @@ class Config:
             if key in values:
                 values[key] = str(values[key])
         if not values.get("multitask", False):
-            for key in ("tasks", "obs_shapes", "action_dims", "episode_lengths"):
+            for key in ("tasks", "action_dims", "episode_lengths"):
                 values.pop(key, None)
             values["task_dim"] = 0
         return cls(**values)
@@ -295,12 +304,9 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
     elif kind in ("int", "float"):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise fail()
-        if kind == "int":
-            if value != int(value):
-                raise fail()
-            value = int(value)
-        if not math.isfinite(value):
+        if not math.isfinite(value) or (kind == "int" and value != int(value)):
             raise fail()
+        value = int(value) if kind == "int" else value
         low, high = meta["low"], meta["high"]
         if low is not None and (value < low or (meta["open_low"] and value == low)):
             raise fail()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .backend import matmul_precision
 from .config import Config
 from .errors import InputError
 from .kernels.mppi import elite_update, pick_elite, sample_actions, shift_mean, take_samples
@@ -74,8 +75,7 @@ class Planner:
         self.prev_mean = torch.zeros(num_envs, cfg.horizon, cfg._require("action_dim"), device=model.device)
         self._discounts: Tensor | None = None
         if cfg.multitask:
-            lengths = cfg.episode_lengths or (cfg._require("episode_length"),) * len(cfg.tasks)
-            self._discounts = torch.tensor([cfg.discount(n) for n in lengths], device=model.device)
+            self._discounts = torch.tensor(cfg.discounts, device=model.device)
 
     @torch.no_grad()
     def plan(
@@ -108,11 +108,14 @@ class Planner:
         obs = check_obs(obs, self.cfg, (self.num_envs,)).to(device, non_blocking=True)
         task = self.model.task_index(task)
         if task is not None:
+            if task.ndim > 1 or task.numel() not in (1, self.num_envs):
+                raise InputError(f"task: got shape {tuple(task.shape)}, allowed: an int or ({self.num_envs},)")
             task = task.expand(self.num_envs)
         first, evaluate = (self._flags(x, name) for x, name in ((t0, "t0"), (eval_mode, "eval_mode")))
         if noise is None:
             noise = PlanNoise.draw(self.cfg, self.num_envs, self.generator)
-        action, mean = self._plan(obs, first, evaluate, task, noise, trace)
+        with matmul_precision(self.cfg, device):
+            action, mean = self._plan(obs, first, evaluate, task, noise, trace)
         self.prev_mean.copy_(mean)
         return action
 
@@ -137,7 +140,7 @@ class Planner:
             z = self.model.encode_parts(obs, e, noise.shift)
         e = None if e is None else e.unsqueeze(1)
         mask = self.model.action_mask(task)
-        gamma = cfg.discount(cfg._require("episode_length")) if task is None else self._discount_of(task)
+        gamma = cfg.discounts[0] if task is None else self._discount_of(task)
         z0 = z.unsqueeze(1)
 
         actions = torch.empty(self.num_envs, cfg.horizon, cfg.num_samples, self.prev_mean.shape[-1], device=z.device)

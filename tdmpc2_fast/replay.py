@@ -121,6 +121,8 @@ class ReplayBuffer:
 
         def take(name: str, index: Tensor) -> Tensor:
             rows = self._store[name].index_select(0, index.flatten())
+            if rows.device.type != self.device.type:
+                rows = rows.pin_memory()
             return rows.view(*index.shape, *rows.shape[1:]).to(self.device, non_blocking=True)
 
         return Batch(
@@ -143,11 +145,11 @@ class ReplayBuffer:
         for name in needed:
             if name not in keys:
                 raise InputError(f"episode: got keys {sorted(map(str, keys))}, allowed: {needed} at least")
+        if isinstance(episode["obs"], Mapping):
+            raise InputError("episode['obs']: got a dict, allowed: one array of observations")
         for name in _FIELDS:
             if name in keys and (name != "task" or cfg.multitask):
                 rows[name] = torch.as_tensor(episode[name])
-        if isinstance(episode["obs"], Mapping):
-            raise InputError("episode['obs']: got a dict, allowed: one array of observations")
         length = rows["reward"].shape[0] if rows["reward"].ndim else 0
         shapes = dict(
             obs=(length, *dict(cfg._require("obs_shape"))[cfg.obs]),
@@ -159,9 +161,14 @@ class ReplayBuffer:
         for name, x in rows.items():
             if tuple(x.shape) != shapes[name] or length == 0:
                 raise InputError(f"episode[{name!r}]: got shape {tuple(x.shape)}, allowed: {shapes[name]}")
-        for name in ("action", "reward"):
-            if not bool(rows[name][1:].isfinite().all()):
-                raise InputError(f"episode[{name!r}]: got NaN or infinity after row 0, allowed: finite numbers")
+        for name, first in (("obs", 0), ("action", 1), ("reward", 1)):
+            if not bool(rows[name][first:].isfinite().all()):
+                raise InputError(f"episode[{name!r}]: got NaN or infinity from row {first} on, allowed: finite numbers")
+        if cfg.obs == "rgb" and rows["obs"].dtype != torch.uint8:
+            raise InputError(f"episode['obs']: got {rows['obs'].dtype}, allowed: torch.uint8 pixels")
+        if "task" in rows and not bool(((rows["task"] >= 0) & (rows["task"] < len(cfg.tasks))).all()):
+            raise InputError(f"episode['task']: got an unknown task, allowed: 0 to {len(cfg.tasks) - 1}")
+
         rows.setdefault("terminated", torch.zeros(length))
         rows["terminated"] = rows["terminated"].nan_to_num(0) > 0.5
         return rows

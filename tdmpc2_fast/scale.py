@@ -19,18 +19,14 @@ class RunningScale:
         self.value = torch.ones(1, device=device)
 
     @torch.no_grad()
-    def update(self, q: Tensor) -> None:
-        """Move towards the range of q (B, 1)."""
+    def after(self, q: Tensor) -> Tensor:
+        """The value one step towards the range of q (B, 1); `value` itself stays."""
         low, high = percentiles(q)
-        self.value.lerp_((high - low).clamp(min=1.0), self.tau)
+        return self.value.lerp((high - low).clamp(min=1.0), self.tau)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """As the official class: the value and which percentiles."""
-        return dict(value=self.value, percentiles=torch.tensor(_PERCENTILES, dtype=torch.float32))
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved value."""
-        self.value.copy_(state["value"])
+    def update(self, q: Tensor) -> None:
+        """Take that step."""
+        self.value.copy_(self.after(q))
 
 
 def percentiles(x: Tensor) -> Tensor:

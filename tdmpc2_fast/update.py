@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backend import matmul_precision
 from .config import Config
 from .errors import InputError, NonFiniteError
 from .kernels.policy_head import policy_head
@@ -66,12 +67,9 @@ class Updater:
         self.pi_optim = torch.optim.Adam(model._pi.parameters(), lr=cfg.lr, eps=_POLICY_ADAM_EPS, fused=True)
         self.scale = RunningScale(cfg.tau, device)
         self._rho = cfg.rho ** torch.arange(cfg.horizon + 1, device=device, dtype=torch.float32)
-        self.discount: Tensor | float
+        self.discount: Tensor | float = cfg.discounts[0]
         if cfg.multitask:
-            lengths = cfg.episode_lengths or (cfg._require("episode_length"),) * len(cfg.tasks)
-            self.discount = torch.tensor([cfg.discount(n) for n in lengths], device=device)
-        else:
-            self.discount = cfg.discount(cfg._require("episode_length"))
+            self.discount = torch.tensor(cfg.discounts, device=device)
         self.steps = 0
 
     def step(
@@ -86,6 +84,10 @@ class Updater:
         """
         _check_batch(batch, self.cfg)
         noise = noise or UpdateNoise.draw(self.cfg, self.generator)
+        with matmul_precision(self.cfg, self.model.device):
+            return self._step(batch, noise, trace)
+
+    def _step(self, batch: Batch, noise: UpdateNoise, trace: UpdateTrace | None) -> dict[str, Tensor]:
         model = self.model
         model.train()
         try:
@@ -184,8 +186,8 @@ class Updater:
             for x in model.critic_logits(join(zs, e, out.action), noise.pi_members, detach=True, dropout=dropout)
         )
         qs = (q0 + q1) / 2
-        self.scale.update(qs[0])
-        qs = qs / self.scale.value
+        scale = self.scale.after(qs[0])
+        qs = qs / scale
         loss = (-(cfg.entropy_coef * out.scaled_entropy + qs).mean((1, 2)) * self._rho).mean()
         info = dict(pi_loss=loss, pi_entropy=-out.log_prob, pi_scaled_entropy=out.scaled_entropy)
         # Backward also reaches the task embedding, whose gradient no one clears: the next
@@ -193,7 +195,8 @@ class Updater:
         loss.backward()
         params = {f"_pi.{n}": p for n, p in model._pi.named_parameters()}
         info["pi_grad_norm"] = self._clip(params, dict(pi_loss=loss), trace)
-        info["pi_scale"] = self.scale.value.clone()
+        self.scale.value.copy_(scale)
+        info["pi_scale"] = scale
         self.pi_optim.step()
         self.pi_optim.zero_grad(set_to_none=True)
         return info
@@ -202,7 +205,7 @@ class Updater:
         """Clip by global norm; refuse non-finite losses and gradients before anything is updated."""
         if trace is not None:
             trace.grads.update((n, p.grad.clone()) for n, p in params.items() if p.grad is not None)
-        norm = nn.utils.clip_grad_norm_(params.values(), self.cfg.grad_clip_norm)
+        norm = nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
         if not bool(torch.isfinite(norm)):
             bad = [n for n, x in losses.items() if not bool(torch.isfinite(x).all())]
             if not bad:
@@ -211,8 +214,9 @@ class Updater:
             self.pi_optim.zero_grad(set_to_none=True)
             raise NonFiniteError(
                 f"update {self.steps}: {', '.join(bad[:3]) or 'gradient norm'} is not finite; "
-                "parameters were left as they were before this step"
+                f"the step of {next(iter(params)).split('.')[0]} and what follows it was not taken"
             )
+        nn.utils.clip_grads_with_norm_(params.values(), self.cfg.grad_clip_norm, norm)
         return norm
 
 

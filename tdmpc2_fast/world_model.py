@@ -1,7 +1,7 @@
 """The TD-MPC2 world model: encoder, dynamics, reward, termination, policy prior, critics.
 
 `WorldModel` has the official methods and the official state dict. Methods of the public
-face take what the official ones take; `heads` below them read inputs in parts and leave the
+face take what the official ones take; those below them read inputs in parts and leave the
 task embedding to the caller, so that a planner looks it up once.
 """
 
@@ -113,11 +113,12 @@ class WorldModel(nn.Module):
             return None
         if task is None:
             raise InputError("task: got None, allowed: task indices, this is a multi-task model")
-        if isinstance(task, int):
-            if not 0 <= task < len(self.cfg.tasks):
-                raise InputError(f"task: got {task}, allowed: 0 to {len(self.cfg.tasks) - 1}")
-            task = torch.tensor([task])
-        return task.to(self.device, torch.int64)
+        task = torch.as_tensor(task, dtype=torch.int64)
+        task = task.view(1) if task.ndim == 0 else task
+        # Only where it is free: on an accelerator the check would make the host wait.
+        if task.device.type == "cpu" and not bool(((task >= 0) & (task < len(self.cfg.tasks))).all()):
+            raise InputError(f"task: got {task.tolist()}, allowed: 0 to {len(self.cfg.tasks) - 1}")
+        return task.to(self.device)
 
     # ---- the official face
 

@@ -1,4 +1,4 @@
-"""What all tests share: small configs, random episodes, no spinning threads."""
+"""What all tests share: small configs and random episodes."""
 
 from __future__ import annotations
 

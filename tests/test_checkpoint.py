@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config, tiny_multitask
+from safetensors.torch import save_file
 from test_world_model import old_generation
 
 import tdmpc2_fast.checkpoint
@@ -90,7 +91,7 @@ def test_altered_bytes_are_noticed(tmp_path: Path) -> None:
     agent = TDMPC2(tiny_config())
     agent.save(tmp_path / "a")
     blob = bytearray((tmp_path / "a.safetensors").read_bytes())
-    blob[-5] ^= 1
+    blob[-5] ^= 1  # a weight: the header is untouched
     (tmp_path / "a.safetensors").write_bytes(blob)
     with pytest.raises(CheckpointError, match="checksum"):
         agent.load(tmp_path / "a")
@@ -118,20 +119,42 @@ def test_missing_files_and_wrong_things_are_named(tmp_path: Path) -> None:
     agent = TDMPC2(tiny_config())
     with pytest.raises(CheckpointError, match="no such file"):
         agent.load(tmp_path / "nothing")
-    agent.save(tmp_path / "a")
-    manifest = json.loads((tmp_path / "a.json").read_text())
-    (tmp_path / "a.json").write_text(json.dumps({**manifest, "format": "other/9"}))
-    with pytest.raises(CheckpointError, match="other/9"):
-        agent.load(tmp_path / "a")
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        agent.load(tmp_path / "a")
-    (tmp_path / "a.json").unlink()
-    with pytest.raises(CheckpointError, match="manifest"):
-        agent.load(tmp_path / "a")
+    for metadata, words in (
+        ({}, "no manifest"),
+        ({"manifest": "{"}, "no manifest"),
+        ({"manifest": json.dumps({"format": "other/9"})}, "other/9"),
+    ):
+        save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors", metadata=metadata)
+        with pytest.raises(CheckpointError, match=words):
+            agent.load(tmp_path / "a")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="list"):
         agent.load(tmp_path / "list.pt")
+
+
+def test_a_crash_between_the_two_files_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, other = TDMPC2(tiny_config()), TDMPC2(tiny_config(seed=8))
+    agent.save(tmp_path / "a")
+    replace = os.replace
+
+    def crash(source: Path, target: Path) -> None:
+        if target.suffix == ".json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(tdmpc2_fast.checkpoint.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        other.save(tmp_path / "a")
+    monkeypatch.undo()
+    assert same(load(tmp_path / "a"), other)
+    (tmp_path / "a.json").unlink()
+    assert same(load(tmp_path / "a"), other)
+
+
+def test_another_range_of_the_policy_is_not_loaded_silently(tmp_path: Path) -> None:
+    TDMPC2(tiny_config(log_std_min=-5)).save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="log_std_min"):
+        TDMPC2(tiny_config()).load(tmp_path / "a")
 
 
 def test_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,9 @@ from tdmpc2_fast.errors import ConfigError
         (dict(backend="cuda"), ["backend", "auto, torch, triton"]),
         (dict(task_dim=64), ["task_dim", "single-task"]),
         (dict(obs="rgb", latent_dim=128), ["latent_dim", "512"]),
+        (dict(steps=float("inf")), ["steps", "inf", "an integer"]),
+        (dict(steps=float("nan")), ["steps", "nan"]),
+        (dict(multitask=True, tasks=("a",), task_dim=4), ["action_dims", "one entry per task"]),
         (dict(seed=-1), ["seed", "-1"]),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -160,10 +162,12 @@ def test_sampling_is_reproducible() -> None:
         (dict(obs=np.zeros((20, 4), np.float32)), [r"episode\['obs'\]", r"\(20, 4\)", r"\(20, 5\)"]),
         (dict(action=np.zeros((20, 3), np.float32)), [r"episode\['action'\]", r"\(20, 2\)"]),
         (dict(reward=np.full(20, np.nan, np.float32)), [r"episode\['reward'\]", "NaN"]),
+        (dict(obs=np.full((20, 5), np.inf, np.float32)), [r"episode\['obs'\]", "infinity"]),
+        (dict(obs={"state": 1}), [r"episode\['obs'\]", "dict"]),
         (dict(reward=None), ["episode: got keys", "'reward'"]),
     ],
 )
-def test_bad_episodes_are_named(change: dict[str, np.ndarray | None], words: list[str]) -> None:
+def test_bad_episodes_are_named(change: dict[str, Any], words: list[str]) -> None:
     cfg = tiny_config()
     episode = {k: v for k, v in {**random_episode(cfg, 20), **change}.items() if v is not None}
     for word in words:

@@ -102,6 +102,22 @@ def test_random_actions_go_on_until_an_episode_has_ended(tmp_path: Path) -> None
     assert trainer.agent.updater.steps == 20 + (45 - 40)
 
 
+def test_what_was_learned_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = OnlineTrainer(Config.from_dict(dict(QUICK, eval_freq=10_000)), tmp_path)
+    step = trainer.envs[0].step
+
+    def fail(action: np.ndarray) -> Any:
+        if trainer.agent.updater.steps > 60:
+            raise RuntimeError("the simulator broke")
+        return step(action)
+
+    monkeypatch.setattr(trainer.envs[0], "step", fail)
+    with pytest.raises(RuntimeError, match="simulator"):
+        trainer.run()
+    saved = tensors_only(load(tmp_path / "checkpoints/latest", device="cpu").model.state_dict())
+    assert all(torch.equal(v, saved[k]) for k, v in weights(trainer).items())
+
+
 class TestCommandLine:
     def words(self, **values: Any) -> list[str]:
         return [f"{k}={v}" for k, v in {**QUICK, **values}.items()]
@@ -116,7 +132,7 @@ class TestCommandLine:
         assert "Pendulum-v1: return" in capsys.readouterr().out
         # nothing is overwritten
         assert cli.main(["train", *self.words(work_dir=folder, steps=60)]) == 2
-        assert "not empty" in capsys.readouterr().err
+        assert "is taken" in capsys.readouterr().err
 
     def test_the_default_folder_never_overwrites(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -134,6 +150,8 @@ class TestCommandLine:
             (["horizon=three"], "an integer"),
             (["episodic=maybe"], "true or false"),
             (["steps"], "key=value"),
+            (["steps=inf"], "steps"),
+            (["task=Pendulum-v1", "work_dir=/dev/null/x"], "work_dir"),
             (["num_elites=20", "num_samples=10"], "num_samples (10)"),
             (["obs_shape=3"], "comes from the environment"),
             (["checkpoint=/nowhere/a.pt", "task=Pendulum-v1", "work_dir=x"], "no such file"),

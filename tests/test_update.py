@@ -82,6 +82,16 @@ def test_same_seed_same_parameters(cfg: Config) -> None:
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+@pytest.mark.parametrize("module", ["_encoder", "_pi", "_target_Qs_params", "_dynamics"])
+def test_a_nan_anywhere_is_named_and_not_an_index_error(cfg: Config, module: str) -> None:
+    agent, buffer = TDMPC2(cfg), filled_buffer(cfg)
+    with torch.no_grad():
+        next(iter(getattr(agent.model, module).parameters())).fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="update 0"):
+        agent.update(buffer)
+    assert agent.updater.scale.value.isfinite()
+
+
 @pytest.mark.parametrize(("part", "words"), [("_reward", "reward_loss"), ("_pi", "pi_loss")])
 def test_a_nan_stops_before_parameters_are_touched(cfg: Config, part: str, words: str) -> None:
     agent, buffer = TDMPC2(cfg), filled_buffer(cfg)

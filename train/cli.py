@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
-
-os.environ.setdefault("MUJOCO_GL", "egl")
 
 from tdmpc2_fast import __version__, checkpoint
 from tdmpc2_fast.agent import TDMPC2
@@ -28,8 +25,8 @@ USAGE = f"""tdmpc2-fast {__version__}
   tdmpc2-fast eval checkpoint=PATH [key=value ...]       evaluate a checkpoint
   tdmpc2-fast COMMAND --help                             every key, its default and range
 """
-_FILLED_IN = ("obs_shape", "action_dim", "multitask", "tasks", "obs_shapes", "action_dims", "episode_lengths")
-_USER_ERRORS = (BackendError, CheckpointError, ConfigError, InputError, NonFiniteError)
+_FILLED_IN = ("obs_shape", "action_dim", "multitask", "tasks", "action_dims", "episode_lengths")
+_USER_ERRORS = (BackendError, CheckpointError, ConfigError, InputError, NonFiniteError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[args[0]](parse(args[1:]))
     except _USER_ERRORS as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1 if isinstance(e, NonFiniteError) else 2
+        return 1 if isinstance(e, (NonFiniteError, OSError)) else 2
     except KeyboardInterrupt:
-        print("interrupted; checkpoints written so far are in the run folder", file=sys.stderr)
+        print("interrupted; checkpoints/latest in the run folder has the weights", file=sys.stderr)
         return 130
 
 
@@ -65,18 +62,21 @@ def train(values: dict[str, Any]) -> int:
     probe = make_env(cfg, cfg.seed)  # errors before a folder is made
     complete(cfg, probe)
     probe.close()
-    threads = choose_threads(cfg)
+    cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
     folder = run_folder(cfg)
     trainer = OnlineTrainer(cfg, folder)
     agent = trainer.agent
     print(
         f"task {cfg.task}  model {agent.model.total_params:,} parameters  device {agent.device}  "
-        f"backend {agent.backend}  threads {threads}  seed {cfg.seed}\nrun folder {folder}",
+        f"backend {agent.backend}  threads {cfg.num_threads}  seed {cfg.seed}\nrun folder {folder}",
         flush=True,
     )
-    for key in ("compile", "save_video", "enable_wandb"):
+    for key in ("compile", "save_video", "enable_wandb", "data_dir"):
         if getattr(cfg, key):
-            print(f"note: {key}=true has no effect in this version")
+            print(f"note: {key} has no effect in this version")
+    for key in values:
+        if getattr(trainer.cfg, key) != getattr(cfg, key):
+            print(f"note: {key}={getattr(trainer.cfg, key)}, fixed by the task {cfg.task}")
     found = trainer.run()
     print(f"done: return {found.mean_return:.1f} ± {found.std_return:.1f}; files in {folder}")
     return 0

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from tdmpc2_fast.agent import TDMPC2
-from tdmpc2_fast.backend import matmul_precision
 from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.rng import stream_seed
 
@@ -47,7 +46,8 @@ class Evaluator:
     def __init__(self, agent: TDMPC2) -> None:
         cfg = agent.cfg
         self.agent, self.cfg = agent, cfg
-        width = min(cfg.eval_episodes, _MOST_SIDE_BY_SIDE)
+        rounds = -(-cfg.eval_episodes // _MOST_SIDE_BY_SIDE)
+        width = -(-cfg.eval_episodes // rounds)
         seeds = [stream_seed(cfg.seed, f"eval env {i}") % 2**31 for i in range(width)]
         self.envs: list[Env] = [make_env(cfg, s) for s in seeds]
         self.planner = Planner(agent.model, width, seed=stream_seed(cfg.seed, "eval"))
@@ -81,8 +81,7 @@ class Evaluator:
         batch = torch.from_numpy(obs)
         if not self.cfg.mpc:
             return np.asarray(self.agent.act(batch, eval_mode=True))
-        with matmul_precision(self.cfg, self.agent.device):
-            return self.planner.plan(batch, t0=t0, eval_mode=True).cpu().numpy()
+        return self.planner.plan(batch, t0=t0, eval_mode=True).cpu().numpy()
 
     def close(self) -> None:
         """Free the environments."""

@@ -93,6 +93,9 @@ class OnlineTrainer:
                 self._decide()
                 self._learn()
             return self._evaluate()
+        except BaseException:
+            self._save("latest")
+            raise
         finally:
             close_all(self.envs)
             self.evaluator.close()
@@ -152,14 +155,19 @@ class OnlineTrainer:
             self._updates_due -= 1
 
     def _evaluate(self) -> Evaluation:
+        self._save("latest")
         found = self.evaluator.run()
         self.log.evaluation(self._decisions, found.mean_return, found.std_return, len(found.returns))
-        if self.cfg.save_agent:
-            self.agent.save(self.folder / "checkpoints" / "latest")
-            if found.mean_return > self._best:
-                self._best = found.mean_return
-                self.agent.save(self.folder / "checkpoints" / "best")
+        if found.mean_return > self._best:
+            self._best = found.mean_return
+            self._save("best")
         return found
+
+    def _save(self, name: str) -> None:
+        """Write a checkpoint, unless switched off or the weights are not worth keeping."""
+        finite = all(bool(p.isfinite().all()) for p in self.agent.model.parameters())
+        if self.cfg.save_agent and finite:
+            self.agent.save(self.folder / "checkpoints" / name)
 
 
 def _metric_names(episodic: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -22,18 +23,24 @@ def run_folder(cfg: Config) -> Path:
     The default `runs/TASK/EXP_NAME/SEED` gets a number behind it when it is taken; an
     explicit `work_dir` that is taken is an error.
     """
-    if cfg.work_dir is not None:
-        folder = Path(cfg.work_dir)
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"config key 'work_dir': {str(folder)!r} is not empty, allowed: a new or empty folder")
-    else:
-        base = Path("runs") / cfg.task / cfg.exp_name / str(cfg.seed)
-        folder, n = base, 1
-        while folder.exists() and any(folder.iterdir()):
-            n += 1
-            folder = base.with_name(f"{base.name}-{n}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    base = Path(cfg.work_dir) if cfg.work_dir else Path("runs") / cfg.task / cfg.exp_name / str(cfg.seed)
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for n in itertools.count(1):
+            folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
+            try:
+                folder.mkdir()  # fails if it exists: two runs started together get two folders
+                return folder
+            except FileExistsError:
+                if cfg.work_dir and (not folder.is_dir() or any(folder.iterdir())):
+                    raise ConfigError(
+                        f"config key 'work_dir': {str(folder)!r} is taken, allowed: a new or empty folder"
+                    ) from None
+                if cfg.work_dir:
+                    return folder
+    except OSError as e:
+        raise ConfigError(f"config key 'work_dir': cannot make {str(base)!r}: {e.strerror}") from e
+    raise AssertionError("itertools.count ended")
 
 
 class RunLog:
@@ -59,15 +66,16 @@ class RunLog:
             f"  ({episodes} episodes)  {self._elapsed()}",
             flush=True,
         )
+        self._last_line, self._last_decisions = time.monotonic(), decisions
 
-    def episode(self, decisions: int, row: Mapping[str, Any], force: bool = False) -> None:
+    def episode(self, decisions: int, row: Mapping[str, Any]) -> None:
         """One finished training episode; a line is printed every few seconds at most."""
         if self._train_columns is None:
             self._train_columns = ["step", "decisions", *row]
         values = dict(step=decisions * self.action_repeat, decisions=decisions, **row)
         self._append("train.csv", self._train_columns, values)
         now = time.monotonic()
-        if force or now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
             rate = (decisions - self._last_decisions) / max(now - self._last_line, 1e-9)
             losses = "".join(
                 f"  {name.removesuffix('_loss')} {row[name]:.3f}"

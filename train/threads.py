@@ -31,7 +31,8 @@ def choose_threads(cfg: Config) -> int:
         before = _STAT.read_text()
         time.sleep(_SAMPLE_SECONDS)
         idle = idle_cores(before, _STAT.read_text())
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), round(idle))))
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else round(idle)
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), allowed, round(idle))))
     return torch.get_num_threads()
 
 

@@ -49,11 +49,6 @@ def tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(ALIAS)}
 
 
-def is_old_generation(state: Mapping[str, Any]) -> bool:
-    """Whether critics are numbered as in checkpoints before the torch.compile release."""
-    return any(_OLD_KEY.match(k) for k in state)
-
-
 def from_official_entries(state: MutableMapping[str, Any], prefix: str, own: Mapping[str, Tensor]) -> None:
     """Turn, in place, any generation of official state dict into our keys.
 

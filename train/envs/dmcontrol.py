@@ -8,6 +8,8 @@ are cut after 500 decisions and never terminate.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections import deque
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError
 
 from .base import Array, Env
 
@@ -143,8 +146,16 @@ class Pixels:
 
 def make(cfg: Config, seed: int) -> Env:
     """The task, from states or (`obs=rgb`) pixels."""
+    if cfg.obs == "rgb" and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
     env = DMControl(cfg.task, seed)
-    return Pixels(env) if cfg.obs == "rgb" else env
+    if cfg.obs == "state":
+        return env
+    try:
+        env.render(8, 8)
+    except Exception as e:  # whatever the OpenGL driver at hand raises
+        raise ConfigError(f"config key 'obs': 'rgb' needs a headless renderer (MUJOCO_GL=egl or osmesa): {e}") from e
+    return Pixels(env)
 
 
 def _load_triton_first() -> None:

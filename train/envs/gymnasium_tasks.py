@@ -93,15 +93,13 @@ class GymnasiumTask:
         self.obs_shape: tuple[int, ...] = tuple(env.observation_space.shape or ())
         self.action_dim = int(np.prod(env.action_space.shape or ()))
         self._seed: int | None = seed
-        self._kwargs = kwargs
         self._return = 0.0
-        self._camera: Any = None
 
     def reset(self) -> Array:
         """Start an episode; the first one is seeded, the rest follow from it."""
         obs, _ = self.env.reset(seed=self._seed)
         self._seed, self._return = None, 0.0
-        return np.asarray(obs, dtype=np.float32)
+        return np.array(obs, dtype=np.float32)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """One environment step."""
@@ -112,7 +110,7 @@ class GymnasiumTask:
         else:
             success = info.get("success", info.get("is_success", 0.0))
         info = {"success": float(success)}
-        return np.asarray(obs, dtype=np.float32), float(reward), bool(terminated), bool(truncated), info
+        return np.array(obs, dtype=np.float32), float(reward), bool(terminated), bool(truncated), info
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """A picture by the environment's own renderer."""
