@@ -8,6 +8,7 @@ are cut after 500 decisions and never terminate.
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import os
 import sys
 from collections import deque
@@ -64,6 +65,7 @@ class DMControl:
 
     def __init__(self, task: str, seed: int) -> None:
         _load_triton_first()
+        _choose_renderer()
         from dm_control import suite
         from dm_control.suite.wrappers import action_scale
 
@@ -146,8 +148,6 @@ class Pixels:
 
 def make(cfg: Config, seed: int) -> Env:
     """The task, from states or (`obs=rgb`) pixels."""
-    if cfg.obs == "rgb" and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
     env = DMControl(cfg.task, seed)
     if cfg.obs == "state":
         return env
@@ -167,6 +167,16 @@ def _load_triton_first() -> None:
     """
     with contextlib.suppress(ImportError):
         import triton  # type: ignore[import-untyped]  # noqa: F401
+
+
+def _choose_renderer() -> None:
+    """Headless rendering where the machine has it; left to dm_control elsewhere.
+
+    dm_control decides once, when it is imported, and refuses to be imported with a renderer
+    that is named and missing.
+    """
+    if sys.platform == "linux" and ctypes.util.find_library("EGL"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:
