@@ -12,6 +12,9 @@ import torch
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 
+# Small tensors gain nothing from more threads, and one thread does not mind a busy machine.
+torch.set_num_threads(1)
+
 GOLDEN = Path(__file__).parent / "golden"
 
 TINY = dict(latent_dim=16, mlp_dim=24, enc_dim=16, num_q=3, num_samples=32, num_elites=8, num_pi_trajs=4, batch_size=8)
