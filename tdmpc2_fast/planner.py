@@ -72,7 +72,9 @@ class Planner:
             raise InputError(f"num_envs: got {num_envs}, allowed: at least 1")
         self.model, self.cfg, self.num_envs = model, cfg, num_envs
         self.generator = generator(cfg.seed if seed is None else seed, "plan", model.device)
-        self.prev_mean = torch.zeros(num_envs, cfg.horizon, cfg._require("action_dim"), device=model.device)
+        self.prev_mean = torch.zeros(
+            num_envs, cfg.horizon, cfg._require("action_dim"), device=model.device, dtype=model.dtype
+        )
         self._discounts: Tensor | None = None
         if cfg.multitask:
             self._discounts = torch.tensor(cfg.discounts, device=model.device)
@@ -106,6 +108,7 @@ class Planner:
         """
         device = self.model.device
         obs = check_obs(obs, self.cfg, (self.num_envs,)).to(device, non_blocking=True)
+        obs = obs if self.cfg.obs == "rgb" else obs.to(self.model.dtype)
         task = self.model.task_index(task)
         if task is not None:
             if task.ndim > 1 or task.numel() not in (1, self.num_envs):
@@ -143,7 +146,9 @@ class Planner:
         gamma = cfg.discounts[0] if task is None else self._discount_of(task)
         z0 = z.unsqueeze(1)
 
-        actions = torch.empty(self.num_envs, cfg.horizon, cfg.num_samples, self.prev_mean.shape[-1], device=z.device)
+        actions = torch.empty(
+            self.num_envs, cfg.horizon, cfg.num_samples, self.prev_mean.shape[-1], device=z.device, dtype=z.dtype
+        )
         with annotate("prior"):
             prior = self._prior(z0, e, mask, gamma, noise.pi_eps, actions[:, :, :p]) if p else None
         if trace is not None:
@@ -253,7 +258,7 @@ def check_obs(obs: Tensor, cfg: Config, leading: tuple[int, ...]) -> Tensor:
         raise InputError(f"obs: got shape {tuple(obs.shape)}, allowed: {shape}")
     if cfg.obs == "rgb":
         return obs
-    obs = obs.to(torch.float32)
+    obs = obs if obs.dtype == torch.float64 else obs.to(torch.float32)
     # Only where it is free: on an accelerator the check would make the host wait.
     if obs.device.type == "cpu" and not bool(torch.isfinite(obs).all()):
         bad = (~torch.isfinite(obs)).nonzero()[0].tolist()

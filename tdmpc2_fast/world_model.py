@@ -79,6 +79,11 @@ class WorldModel(nn.Module):
         return self._pi[-1].weight.device  # type: ignore[return-value]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters: float32, unless the model was cast."""
+        return self._pi[-1].weight.dtype  # type: ignore[return-value]
+
+    @property
     def total_params(self) -> int:
         """Number of learnable parameters; targets do not count."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
