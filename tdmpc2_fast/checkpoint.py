@@ -87,10 +87,10 @@ def load_into(model: WorldModel, state: dict[str, Any], name: str = "state dict"
             f"checkpoint {name}: made for another model ({len(wrong)} shapes differ, {len(missing)} tensors "
             f"missing, {len(extra)} unknown): {'; '.join(facts)}. Check model_size, task and obs."
         )
-    for name in ("log_std_min", "log_std_dif"):
-        if float(probe[name]) != float(mine[name]):
+    for key in ("log_std_min", "log_std_dif"):
+        if float(probe[key]) != float(mine[key]):
             raise CheckpointError(
-                f"checkpoint {name}: {float(probe[name])}, this config has {float(mine[name])}; "
+                f"checkpoint {name}: {key} is {float(probe[key])}, this config has {float(mine[key])}; "
                 "set log_std_min and log_std_max to the checkpoint's"
             )
     model.load_state_dict(state)
