@@ -24,6 +24,9 @@ MODEL_SIZES: dict[int, dict[str, int]] = {
 }
 """Architecture by model size in millions of parameters (paper, Table 9)."""
 
+DEFAULT_DIMS = MODEL_SIZES[5]
+"""Architecture where neither `model_size` nor the dims themselves are given, as in `config.yaml`."""
+
 _WIDE_TASK_EMBEDDING = (1, 317)
 _LARGE_ACTION_DIM = 20
 
@@ -102,14 +105,14 @@ class Config:
     vmax: float = _key(10, "highest bin, in symlog space")
 
     # architecture
-    model_size: int | None = _key(None, "millions of parameters; sets the dims below", choices=(None, *MODEL_SIZES))
-    num_enc_layers: int = _key(2, "encoder layers", low=1)
-    enc_dim: int = _key(256, "encoder width", low=1)
+    model_size: int | None = _key(None, "millions of parameters; sets dims not given", choices=(None, *MODEL_SIZES))
+    num_enc_layers: int = _key(None, "encoder layers", low=1)
+    enc_dim: int = _key(None, "encoder width", low=1)
     num_channels: int = _key(32, "channels of the pixel encoder", low=1)
-    mlp_dim: int = _key(512, "width of all heads", low=1)
-    latent_dim: int = _key(512, "width of the latent z", low=1)
+    mlp_dim: int = _key(None, "width of all heads", low=1)
+    latent_dim: int = _key(None, "width of the latent z", low=1)
     task_dim: int = _key(0, "width of the task embedding; 0 for a single task", low=0)
-    num_q: int = _key(5, "critics", low=2)
+    num_q: int = _key(None, "critics", low=2)
     dropout: float = _key(0.01, "dropout in the first layer of the critics", low=0, high=0.99)
     simnorm_dim: int = _key(8, "width of a SimNorm group", low=1)
 
@@ -151,10 +154,12 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if self.model_size is not None and self.model_size not in MODEL_SIZES:
-            raise ConfigError(f"config key 'model_size': got {self.model_size!r}, allowed: one of {list(MODEL_SIZES)}")
-        for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        size = _checked(fields["model_size"], self.model_size)
+        dims = DEFAULT_DIMS if size is None else MODEL_SIZES[size]
+        for name, f in fields.items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, _checked(f, dims.get(name) if value is None else value))
         self._check_relations()
 
     def _check_relations(self) -> None:
@@ -229,7 +234,12 @@ class Config:
         )
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some keys changed, validated again; other keys keep their values."""
+        """A copy with some keys changed, validated again.
+
+        Other keys keep their values, except that another `model_size` brings its own dims.
+        """
+        if changes.get("model_size", self.model_size) != self.model_size:
+            changes = {**dict.fromkeys(DEFAULT_DIMS), **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,14 +254,12 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """A config from keys and values; `model_size` sets dims that are not given themselves."""
+        """A config from keys and values; an unknown key raises `ConfigError` with the nearest one."""
         known = cls.key_names()
         for key in values:
             if key not in known:
                 raise ConfigError(f"unknown config key {key!r}.{did_you_mean(key, known)}")
-        size = values.get("model_size")
-        dims = MODEL_SIZES.get(size, {}) if isinstance(size, int) else {}
-        return cls(**{**dims, **values})
+        return cls(**values)
 
     @classmethod
     def from_official(cls, cfg: Any) -> Config:

@@ -22,6 +22,8 @@ from tdmpc2_fast.errors import ConfigError
         (dict(num_elites=600), ["num_elites", "600", "num_samples (512)"]),
         (dict(num_pi_trajs=513), ["num_pi_trajs", "num_samples (512)"]),
         (dict(model_size=7), ["model_size", "7", "317"]),
+        (dict(model_size=[5]), ["model_size", "[5]", "317"]),
+        (dict(mlp_dim=0), ["mlp_dim", "got 0", "at least 1"]),
         (dict(horizn=3), ["unknown config key 'horizn'", "Did you mean 'horizon'"]),
         (dict(lr="fast"), ["lr", "'fast'", "a number"]),
         (dict(lr=0.0), ["lr", "above 0"]),
@@ -51,9 +53,22 @@ def test_bad_values_name_key_value_and_range(values: dict[str, Any], words: list
 
 @pytest.mark.parametrize("size", MODEL_SIZES)
 def test_model_size_sets_dims_unless_given(size: int) -> None:
-    cfg = Config.from_dict(dict(model_size=size))
-    assert {k: getattr(cfg, k) for k in MODEL_SIZES[size]} == MODEL_SIZES[size]
-    assert Config.from_dict(dict(model_size=size, mlp_dim=32)).mlp_dim == 32
+    def dims(cfg: Config) -> dict[str, int]:
+        return {k: getattr(cfg, k) for k in MODEL_SIZES[size]}
+
+    other = 5 if size != 5 else 1
+    assert dims(Config(model_size=size)) == MODEL_SIZES[size]
+    assert dims(Config.from_dict(dict(model_size=size))) == MODEL_SIZES[size]
+    assert dims(Config(model_size=other).replace(model_size=size)) == MODEL_SIZES[size]
+    assert dims(Config(model_size=size, mlp_dim=512)) == MODEL_SIZES[size] | dict(mlp_dim=512)
+    assert dims(Config(model_size=other).replace(model_size=size, num_q=7)) == MODEL_SIZES[size] | dict(num_q=7)
+    assert dims(Config(model_size=size, enc_dim=32).replace(model_size=size, seed=3))["enc_dim"] == 32
+
+
+def test_dims_without_a_model_size() -> None:
+    assert Config(mlp_dim=32).mlp_dim == 32
+    assert Config(mlp_dim=32).replace(seed=2).mlp_dim == 32
+    assert {k: getattr(Config(), k) for k in MODEL_SIZES[5]} == MODEL_SIZES[5]
 
 
 def test_defaults_are_the_official_ones() -> None:

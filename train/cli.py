@@ -10,7 +10,7 @@ from typing import Any
 
 from tdmpc2_fast import __version__, checkpoint
 from tdmpc2_fast.agent import TDMPC2
-from tdmpc2_fast.config import MODEL_SIZES, Config, describe_range
+from tdmpc2_fast.config import DEFAULT_DIMS, MODEL_SIZES, Config, describe_range
 from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError, InputError, NonFiniteError, did_you_mean
 
 from .envs import complete, make_env
@@ -91,7 +91,7 @@ def evaluate(values: dict[str, Any]) -> int:
     if saved is None and "task" not in values:
         raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
     kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in _FILLED_IN}
-    cfg = Config.from_dict({**kept, **values})
+    cfg = Config.from_dict(kept).replace(**values)
     env = make_env(cfg, cfg.seed)
     cfg = complete(cfg, env)
     env.close()
@@ -145,10 +145,9 @@ def describe_keys() -> str:
     lines = ["keys:"]
     for f in dataclasses.fields(Config):
         if f.name not in _FILLED_IN:
-            default = (
-                "none" if f.default is None else str(f.default).lower() if f.default in (True, False) else f.default
-            )
-            lines.append(f"  {f.name:16} {default!s:14} {f.metadata['help']} ({describe_range(f)})")
+            default = DEFAULT_DIMS.get(f.name, f.default)
+            shown = str(default).lower() if default is None or isinstance(default, bool) else default
+            lines.append(f"  {f.name:16} {shown!s:14} {f.metadata['help']} ({describe_range(f)})")
     lines.append("model sizes: " + "; ".join(f"{k}: {v}" for k, v in MODEL_SIZES.items()))
     return "\n".join(lines)
 
