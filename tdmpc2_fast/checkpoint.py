@@ -153,12 +153,15 @@ class _replacing:
         self.tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
+        self.tmp.touch()
+        self.mode = self.tmp.stat().st_mode
         return self.tmp
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.tmp.unlink(missing_ok=True)
             return
+        os.chmod(self.tmp, self.mode)  # safetensors makes files private; the umask is the user's word on that
         with open(self.tmp, "rb") as f:
             os.fsync(f.fileno())
         os.replace(self.tmp, self.path)

@@ -35,6 +35,17 @@ def test_round_trip(tmp_path: Path, name: str, multitask: bool) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_who_may_read_a_checkpoint_is_up_to_the_umask(tmp_path: Path, name: str) -> None:
+    before = os.umask(0o027)
+    try:
+        TDMPC2(tiny_config()).save(tmp_path / name)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o640}
+
+
 def test_an_agent_comes_back_from_its_file_alone(tmp_path: Path) -> None:
     agent = TDMPC2(tiny_config(episodic=True, rho=0.7))
     agent.save(tmp_path / "a")
