@@ -133,10 +133,12 @@ def _read_pickle(path: Path, map_location: torch.device | str) -> dict[str, Any]
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = str(e).splitlines()[0]
+        # Torch's message opens with how to run the file all the same; pass on only what was found.
+        found = [line.strip(" .") for line in str(e).splitlines() if "nsupported" in line]
         raise CheckpointError(
-            f"checkpoint {str(path)!r}: refused, it holds more than weights or is damaged ({reason})"
-        ) from e
+            f"checkpoint {str(path)!r}: refused, it holds more than weights or is damaged"
+            + (f" ({found[0]})" if found else "")
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise CheckpointError(f"checkpoint {str(path)!r}: truncated or not a checkpoint ({reason})") from e
