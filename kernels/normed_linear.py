@@ -5,6 +5,9 @@ action. Instead of concatenating, each part meets its own columns of the weight,
 `W [z, e, a] = Wz z + We e + Wa a`, and the parts broadcast against each other. A part that
 many rows share (the latent of the first step, shared by all samples; the task embedding,
 shared by all steps) is then multiplied once.
+
+`linear` and `normed_linear` serve the torch backend. The fused planner evaluates the same
+layer for several heads at once on rows of E environments, see `grouped_layer`.
 """
 
 from __future__ import annotations

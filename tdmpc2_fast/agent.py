@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .backend import matmul_precision, resolve_backend, resolve_device
+from .backend import Backend, matmul_precision, resolve_device
 from .config import Config
 from .errors import CheckpointError, InputError
 from .planner import Planner, check_obs
@@ -39,13 +39,17 @@ class TDMPC2:
         cfg = Config.from_official(cfg)
         self.cfg = cfg
         self.device = resolve_device(cfg.device)
-        self.backend = resolve_backend(cfg)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(stream_seed(cfg.seed, "init"))
             self.model = WorldModel(cfg)
         self.model.to(self.device).eval()
         self.planner = Planner(self.model, num_envs or cfg.num_envs)
         self.updater = Updater(self.model)
+
+    @property
+    def backend(self) -> Backend:
+        """What plans, and why; updates are torch's."""
+        return self.planner.backend
 
     @torch.no_grad()
     def act(

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from .config import Config
 from .errors import BackendError, ConfigError
+from .kernels.launch import Precision, why_not
+
+_WIDEST_SIMNORM = 32
+
+
+class Backend(NamedTuple):
+    """An implementation of planning, and why it is this one."""
+
+    name: str  # torch or triton
+    why: str
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,17 +39,56 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_backend(cfg: Config) -> str:
-    """The implementation to use; raises `BackendError` with the reason if it cannot run."""
+def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
+    """The implementation of planning to use, and why.
+
+    `auto` takes the kernels on a GPU that can run them, else torch. `triton` where it cannot
+    run raises `BackendError` with the reason.
+    """
+    if cfg.backend == "torch":
+        return _torch("backend=torch was asked for", cfg)
+    reason = _why_no_kernels(cfg, device, dtype)
     if cfg.backend == "triton":
-        raise BackendError("backend='triton': this version has no Triton kernels yet; use backend='torch' or 'auto'")
-    return "torch"
+        if reason is not None:
+            raise BackendError(f"backend='triton' cannot run: {reason}; use backend='torch' or 'auto'")
+        return Backend("triton", "backend=triton was asked for")
+    if reason is None and device.type != "cuda":
+        reason = "the interpreter is for tests: ask for it with backend='triton'"
+    if reason is not None:
+        return _torch(reason, cfg)
+    return Backend("triton", f"the kernels run on {torch.cuda.get_device_name(device)}")
+
+
+def _torch(why: str, cfg: Config) -> Backend:
+    if cfg.precision == "bfloat16":
+        raise BackendError(f"precision='bfloat16' needs the Triton kernels, and torch plans here: {why}")
+    return Backend("torch", why)
+
+
+def _why_no_kernels(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot plan for this config on this device, or None where they can."""
+    v = cfg.simnorm_dim
+    if v & (v - 1) or v > _WIDEST_SIMNORM:
+        return f"simnorm_dim is {v}, allowed: a power of two up to {_WIDEST_SIMNORM}"
+    if dtype != torch.float32:
+        return f"the model is {dtype}, allowed: torch.float32"
+    return why_not(device)
+
+
+def plan_precision(cfg: Config, device: torch.device) -> Precision:
+    """How the kernels compute products: `auto` is tf32 on a GPU and exact elsewhere."""
+    if cfg.precision == "auto":
+        return Precision("tf32" if device.type == "cuda" else "float32")
+    return Precision(cfg.precision)
 
 
 @contextlib.contextmanager
 def matmul_precision(cfg: Config, device: torch.device) -> Iterator[None]:
-    """Within: float32 products and convolutions as the config asks, tf32 on a GPU or exact."""
-    tf32 = cfg.precision in ("auto", "tf32")
+    """Within: float32 products and convolutions of torch as the config asks.
+
+    tf32 on a GPU, or exact. `bfloat16` is for plans: what torch computes beside them is tf32.
+    """
+    tf32 = cfg.precision != "float32"
     if device.type != "cuda":
         yield
         return

@@ -146,7 +146,9 @@ class Config:
     device: str = _key("auto", "torch device: auto, cpu, cuda, cuda:1, ...")
     num_threads: int | None = _key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)
     precision: str = _key(
-        "auto", "float32 products: exact, or tf32 on a GPU (auto: tf32 on a GPU)", choices=("auto", "float32", "tf32")
+        "auto",
+        "products: float32 exact, tf32 on a GPU (auto there), bfloat16 in plans of the Triton backend",
+        choices=("auto", "float32", "tf32", "bfloat16"),
     )
     backend: str = _key("auto", "implementation of the ops", choices=("auto", "torch", "triton"))
     task_grad_leak: bool = _key(

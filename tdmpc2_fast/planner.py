@@ -1,64 +1,71 @@
-"""MPPI planning in latent space for E environments at once (paper, section 3.2).
-
-Computes what the official planner computes with what is not needed left out: only the two
-drawn critics are evaluated; rewards and latents of the policy-prior sequences, whose actions
-never change, are rolled out once per plan; the first step multiplies the one latent all
-samples share only once; nothing is concatenated.
-"""
+"""`Planner`: MPPI planning in latent space for E environments at once (paper, section 3.2)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .backend import matmul_precision
+from . import checkpoint
+from .backend import resolve_backend, resolve_device
 from .config import Config
-from .errors import InputError
-from .kernels.mppi import elite_update, pick_elite, sample_actions, shift_mean, take_samples
-from .kernels.policy_head import policy_action
-from .profiling import annotate
+from .errors import CheckpointError, InputError
+from .plan_trace import PlanTrace
 from .rng import PlanNoise, generator
-from .world_model import WorldModel, join
+from .torch_plan import TorchPlan
+from .world_model import WorldModel
+
+_KEPT_TIMES = 10_000
 
 
-@dataclass
-class PlanTrace:
-    """What happened inside a plan: one entry per MPPI iteration, for tests and pictures."""
+class PlanStats(NamedTuple):
+    """Wall-clock of the last calls of `plan`, in milliseconds; NaN before the first."""
 
-    z: list[Tensor] = field(default_factory=list)  # (E, L), one entry
-    pi_actions: list[Tensor] = field(default_factory=list)  # (E, H, P, A), one entry
-    actions: list[Tensor] = field(default_factory=list)  # (E, H, N, A)
-    values: list[Tensor] = field(default_factory=list)  # (E, N)
-    elites: list[Tensor] = field(default_factory=list)  # (E, num_elites) indices
-    scores: list[Tensor] = field(default_factory=list)  # (E, num_elites)
-    means: list[Tensor] = field(default_factory=list)  # (E, H, A)
-    stds: list[Tensor] = field(default_factory=list)  # (E, H, A)
-    chosen: list[Tensor] = field(default_factory=list)  # (E, H, A), one entry
-    picked: list[Tensor] = field(default_factory=list)  # (E,) index into the elites, one entry
-
-    def record(self, **entries: Tensor) -> None:
-        """Append a copy of each tensor to the list of its name."""
-        for name, x in entries.items():
-            getattr(self, name).append(x.clone())
+    calls: int  # so far
+    median: float
+    p99: float
 
 
-@dataclass
-class _Rollout:
-    """Return so far, weight of what follows, and last latent of n sequences per environment."""
+class PlanBackend(Protocol):
+    """One implementation of a whole plan; `TorchPlan` documents the arguments."""
 
-    G: Tensor  # (E, n, 1)
-    weight: Tensor | float  # discount * (1 - terminated), (E, n, 1) or what broadcasts to it
-    z: Tensor  # (E, n, L)
+    @property
+    def prev_mean(self) -> Tensor:
+        """(E, H, A), written to by plans."""
+        ...
+
+    def plan(
+        self,
+        obs: Tensor,
+        t0: bool | Tensor,
+        eval_mode: bool | Tensor,
+        task: Tensor | None,
+        noise: PlanNoise | None,
+        trace: PlanTrace | None,
+    ) -> Tensor:
+        """Actions (E, A), not overwritten by a later call."""
+        ...
+
+    def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
+        """Values (E, N) of given sequences."""
+        ...
 
 
 class Planner:
     """Plans actions for `num_envs` environments with one world model.
 
     Reads the model's parameters in place, so updates and loads take effect at once. Keeps
-    the previous mean of each environment for warm starts (`prev_mean`, (E, H, A)). Not
-    thread-safe: one planner per thread.
+    the previous mean of each environment for warm starts (`prev_mean`, (E, H, A)). On the
+    Triton backend everything is allocated, warmed up and, on a GPU, captured in a CUDA graph
+    here; a call then copies its inputs, replays and returns without waiting for the device.
+
+    One planner serves one thread: a call while another runs is refused. Planners of their own
+    may run in threads of their own, on one model.
 
     Args:
         model: the world model.
@@ -72,12 +79,39 @@ class Planner:
             raise InputError(f"num_envs: got {num_envs}, allowed: at least 1")
         self.model, self.cfg, self.num_envs = model, cfg, num_envs
         self.generator = generator(cfg.seed if seed is None else seed, "plan", model.device)
-        self.prev_mean = torch.zeros(
-            num_envs, cfg.horizon, cfg._require("action_dim"), device=model.device, dtype=model.dtype
-        )
-        self._discounts: Tensor | None = None
-        if cfg.multitask:
-            self._discounts = torch.tensor(cfg.discounts, device=model.device)
+        self.backend = resolve_backend(cfg, model.device, model.dtype)
+        self._busy = threading.Lock()
+        self._times: deque[float] = deque(maxlen=_KEPT_TIMES)
+        self._calls = 0
+        self._plan: PlanBackend
+        if self.backend.name == "triton":
+            from .fused_plan import FusedPlanner
+
+            self._plan = FusedPlanner(model, num_envs, cfg.seed if seed is None else seed)
+        else:
+            self._plan = TorchPlan(model, num_envs, self.generator)
+
+    @classmethod
+    def from_checkpoint(cls, fp: str | Path, num_envs: int = 1, seed: int | None = None, **changes: object) -> Planner:
+        """A planner for the model of a checkpoint that has a manifest.
+
+        changes: config keys to change, e.g. `device="cuda"`.
+        """
+        state, cfg = checkpoint.read(fp)
+        if cfg is None:
+            raise CheckpointError(
+                f"checkpoint {str(fp)!r}: official files carry no config; build TDMPC2(cfg), call its load() and "
+                "give its model to Planner"
+            )
+        cfg = cfg.replace(**changes)
+        model = WorldModel(cfg)
+        checkpoint.load_into(model, state, repr(str(fp)))
+        return cls(model.to(resolve_device(cfg.device)).eval(), num_envs, seed)
+
+    @property
+    def prev_mean(self) -> Tensor:
+        """Mean of each environment's last plan (E, H, A), to be shifted into the next one's start."""
+        return self._plan.prev_mean
 
     @torch.no_grad()
     def plan(
@@ -98,152 +132,51 @@ class Planner:
                 elite stays random, as in the official code.
             task: task index, int or (E,), multi-task only.
             noise: the draws to use; fresh ones where not given.
-            trace: filled with what happened inside, if given.
+            trace: filled with what happened inside, if given (slow: not captured).
 
         Returns:
             (E, A) actions in [-1, 1] on the model's device.
 
         Raises:
-            InputError: an argument of the wrong shape or value.
+            InputError: an argument of the wrong shape or value, or a second thread.
         """
-        device = self.model.device
-        obs = check_obs(obs, self.cfg, (self.num_envs,)).to(device, non_blocking=True)
-        obs = obs if self.cfg.obs == "rgb" else obs.to(self.model.dtype)
-        task = self.model.task_index(task)
-        if task is not None:
-            if task.ndim > 1 or task.numel() not in (1, self.num_envs):
-                raise InputError(f"task: got shape {tuple(task.shape)}, allowed: an int or ({self.num_envs},)")
-            task = task.expand(self.num_envs)
-        first, evaluate = (self._flags(x, name) for x, name in ((t0, "t0"), (eval_mode, "eval_mode")))
-        if noise is None:
-            noise = PlanNoise.draw(self.cfg, self.num_envs, self.generator)
-        with matmul_precision(self.cfg, device):
-            action, mean = self._plan(obs, first, evaluate, task, noise, trace)
-        self.prev_mean.copy_(mean)
+        start = time.perf_counter()
+        obs = check_obs(obs, self.cfg, (self.num_envs,))
+        index = self.model.task_index(task)
+        if index is not None:
+            if index.ndim > 1 or index.numel() not in (1, self.num_envs):
+                raise InputError(f"task: got shape {tuple(index.shape)}, allowed: an int or ({self.num_envs},)")
+            index = index.expand(self.num_envs)
+        first, evaluate = (self._flag(x, name) for x, name in ((t0, "t0"), (eval_mode, "eval_mode")))
+        if not self._busy.acquire(blocking=False):
+            raise InputError("plan: got a call while another thread's runs, allowed: one planner per thread")
+        try:
+            action = self._plan.plan(obs, first, evaluate, index, noise, trace)
+        finally:
+            self._busy.release()
+        self._calls += 1
+        self._times.append(time.perf_counter() - start)
         return action
 
-    def _flags(self, value: bool | Tensor, name: str) -> Tensor:
+    def stats(self) -> PlanStats:
+        """Median and 99th percentile of the last 10,000 calls of `plan`, milliseconds.
+
+        On a GPU a call returns when the plan is queued; its time includes the plan only where
+        the caller waits for the action before planning again, as a control loop does.
+        """
+        if not self._times:
+            return PlanStats(0, float("nan"), float("nan"))
+        ordered = sorted(self._times)
+        last = len(ordered) - 1
+        return PlanStats(self._calls, 1e3 * ordered[last // 2], 1e3 * ordered[round(0.99 * last)])
+
+    def _flag(self, value: bool | Tensor, name: str) -> bool | Tensor:
+        if isinstance(value, bool):
+            return value
         flag = torch.as_tensor(value, dtype=torch.bool)
         if flag.ndim > 1 or flag.numel() not in (1, self.num_envs):
             raise InputError(f"{name}: got shape {tuple(flag.shape)}, allowed: a bool or ({self.num_envs},)")
-        return flag.to(self.model.device).expand(self.num_envs)
-
-    def _plan(
-        self,
-        obs: Tensor,
-        t0: Tensor,
-        eval_mode: Tensor,
-        task: Tensor | None,
-        noise: PlanNoise,
-        trace: PlanTrace | None,
-    ) -> tuple[Tensor, Tensor]:
-        cfg, p = self.cfg, self.cfg.num_pi_trajs
-        e = self.model.embed(task)
-        with annotate("encode"):
-            z = self.model.encode_parts(obs, e, noise.shift)
-        e = None if e is None else e.unsqueeze(1)
-        mask = self.model.action_mask(task)
-        gamma = cfg.discounts[0] if task is None else self._discount_of(task)
-        z0 = z.unsqueeze(1)
-
-        actions = torch.empty(
-            self.num_envs, cfg.horizon, cfg.num_samples, self.prev_mean.shape[-1], device=z.device, dtype=z.dtype
-        )
-        with annotate("prior"):
-            prior = self._prior(z0, e, mask, gamma, noise.pi_eps, actions[:, :, :p]) if p else None
-        if trace is not None:
-            trace.record(z=z, pi_actions=actions[:, :, :p])
-
-        mean = shift_mean(self.prev_mean, t0)
-        std = torch.full_like(mean, cfg.max_std)
-        for i in range(cfg.effective_iterations):
-            with annotate("iteration"):
-                samples = sample_actions(mean, std, noise.samples[i], mask)
-                actions[:, :, p:] = samples
-                rollout = self._rollout(z0, e, samples, gamma)
-                if prior is not None:
-                    rollout = _concat(prior, rollout, per_sample_weight=cfg.episodic)
-                values = self._value(rollout, e, mask, noise.value_eps[i], noise.members[i])
-                elites, score, mean, std = elite_update(
-                    values, actions, cfg.num_elites, cfg.temperature, cfg.min_std, cfg.max_std, mask
-                )
-            if trace is not None:
-                trace.record(actions=actions, values=values, elites=elites, scores=score, means=mean, stds=std)
-
-        with annotate("select"):
-            pick = pick_elite(score, noise.elite)
-            chosen = take_samples(actions, elites.gather(1, pick.unsqueeze(1))).squeeze(2)
-            explore = (~eval_mode).unsqueeze(1) * std[:, 0] * noise.action
-            action = (chosen[:, 0] + explore).clamp(-1, 1)
-        if trace is not None:
-            trace.record(chosen=chosen, picked=pick)
-        return action, mean
-
-    def _discount_of(self, task: Tensor) -> Tensor:
-        assert self._discounts is not None
-        return self._discounts[task].view(-1, 1, 1)
-
-    def _prior(
-        self,
-        z: Tensor,
-        e: Tensor | None,
-        mask: Tensor | None,
-        gamma: Tensor | float,
-        eps: Tensor,
-        actions: Tensor,
-    ) -> _Rollout:
-        """Draw policy sequences from z (E, 1, L) into `actions` (E, H, P, A) and roll them out."""
-        out = None
-        for t in range(self.cfg.horizon):
-            actions[:, t] = self._policy(z, e, mask, eps[:, t])
-            out = self._step(out, z, e, actions[:, t], gamma)
-            z = out.z
-        assert out is not None
-        return out
-
-    def _rollout(self, z: Tensor, e: Tensor | None, actions: Tensor, gamma: Tensor | float) -> _Rollout:
-        """Roll out given sequences (E, H, n, A) from z (E, 1, L)."""
-        out = None
-        for a in actions.unbind(1):
-            out = self._step(out, z, e, a, gamma)
-            z = out.z
-        assert out is not None
-        return out
-
-    def _step(self, so_far: _Rollout | None, z: Tensor, e: Tensor | None, a: Tensor, gamma: Tensor | float) -> _Rollout:
-        """One step: reward of (z, a), next latent, then discount, then termination of that latent."""
-        model = self.model
-        parts = join(z, e, a)
-        reward = model.scalar(model._reward(*parts))
-        z = model._dynamics(*parts)
-        G, weight = (0.0, 1.0) if so_far is None else (so_far.G, so_far.weight)
-        G = G + weight * reward
-        weight = weight * gamma
-        if self.cfg.episodic:
-            # Terminated is sticky: a zero weight stays zero.
-            weight = weight * (model.termination(z) <= 0.5)
-        return _Rollout(G, weight, z)
-
-    def _value(self, rollout: _Rollout, e: Tensor | None, mask: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
-        """Return of each sequence with the terminal value of two critics at a policy action: (E, N)."""
-        model = self.model
-        action = self._policy(rollout.z, e, mask, eps)
-        q0, q1 = (model.scalar(x) for x in model.critic_logits(join(rollout.z, e, action), members))
-        return (rollout.G + rollout.weight * ((q0 + q1) / 2)).squeeze(-1)
-
-    def _policy(self, z: Tensor, e: Tensor | None, mask: Tensor | None, eps: Tensor) -> Tensor:
-        logits = self.model._pi(*join(z, e))
-        return policy_action(logits, eps, *self.model.log_std_range, None if mask is None else mask.unsqueeze(1))
-
-
-def _concat(prior: _Rollout, rest: _Rollout, per_sample_weight: bool) -> _Rollout:
-    """Prior sequences first, as the official planner orders its samples."""
-    weight = rest.weight
-    if per_sample_weight:
-        assert isinstance(prior.weight, Tensor)
-        assert isinstance(weight, Tensor)
-        weight = torch.cat([prior.weight, weight], 1)
-    return _Rollout(torch.cat([prior.G, rest.G], 1), weight, torch.cat([prior.z, rest.z], 1))
+        return flag
 
 
 def check_obs(obs: Tensor, cfg: Config, leading: tuple[int, ...]) -> Tensor:

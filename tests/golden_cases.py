@@ -18,7 +18,7 @@ from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.checkpoint import load_into
 from tdmpc2_fast.compat.state_dict import CRITICS, TARGETS, add_official_entries, tensors_only
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.planner import PlanTrace
+from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.reference import model as ref
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
@@ -171,12 +171,9 @@ class Torch:
         return self.model.Q(z, a, task, how, target=target, detach=detach, members=members[:2])
 
     def value(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
-        planner = self.agent.planner
-        e = self.model.embed(task)
-        e = None if e is None else e.unsqueeze(1)
-        gamma = self.cfg.discount(self.cfg.episode_length or 0) if task is None else planner._discount_of(task)
-        rollout = planner._rollout(z.unsqueeze(0), e, actions.unsqueeze(0), gamma)
-        return planner._value(rollout, e, self.model.action_mask(task), eps.unsqueeze(0), members[:2]).T
+        plan = self.agent.planner._plan
+        index = None if task is None else task.view(-1)[:1]
+        return plan.values(z.unsqueeze(0), actions.unsqueeze(0), index, eps.unsqueeze(0), members[:2]).T
 
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
         return self.agent.updater.td_target(next_z, batch, eps, members[:2])

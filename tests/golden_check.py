@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from tdmpc2_fast.backend import resolve_backend
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import BackendError
-from tdmpc2_fast.planner import PlanTrace
+from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
 from tdmpc2_fast.update import Batch, UpdateTrace
 
@@ -127,7 +127,10 @@ class Checker:
         return self.case.get(f"plan{k}_obs"), meta["t0"], meta["eval_mode"], task
 
     def plan(self, k: int) -> None:
-        """The whole plan k, and every iteration of it."""
+        """The whole plan k, and every iteration of it; each iteration amplifies the one before."""
+        self._conditioned(lambda checker: checker._plan(k))
+
+    def _plan(self, k: int) -> None:
         c, p, section = self.case, f"plan{k}_", f"plan {k}"
         trace = PlanTrace()
         obs, t0, evaluate, task = self._plan_inputs(k)
@@ -179,26 +182,35 @@ class Checker:
 
         Adam's first steps divide small gradients by their own size, so rounding of the
         gradient can decide the sign of a parameter's step, and everything after feels it.
-        How far that goes is a property of the case: where a plain limit is exceeded, the
-        reference is run with weights half an ulp away, and the limit is taken from its spread.
         """
-        found = self._updates(build(self.name, self.case))
-        if not all(d.ok for d in found):
-            spread: dict[str, float] = {}
-            for seed in range(CONDITIONING_RUNS):
-                for d in Checker(self.case.nudged(seed), "reference")._updates():
-                    spread[d.name] = max(spread.get(d.name, 0.0), d.worst)
-            for d in found:
-                d.limit = max(d.limit, NOISE_FACTOR * spread[d.name])
-        self.found += found
+        self._conditioned(Checker._updates)
 
-    def _updates(self, impl: Implementation | None = None) -> list[Deviation]:
-        outer, self.found = self.found, []
-        impl = impl or build(self.name, self.case)
+    def _updates(self) -> None:
+        impl = build(self.name, self.case)
         for u in range(self.case.meta["n_updates"]):
             self._update(impl, u)
-        inner, self.found = self.found, outer
-        return inner
+
+    def _conditioned(self, section: Callable[[Checker], None]) -> None:
+        """Run a section in which rounding is amplified, judged by how much the case amplifies it.
+
+        Where a plain limit is exceeded, the reference is run with weights half an ulp away,
+        and the limit is taken from its spread: a property of the case.
+        """
+        start = len(self.found)
+        section(self)
+        found = self.found[start:]
+        if all(d.ok for d in found):
+            return
+        spread: dict[str, float] = {}
+        for seed in range(CONDITIONING_RUNS):
+            other = Checker(self.case.nudged(seed), "reference")
+            section(other)
+            for d in other.found:
+                spread[d.name] = max(spread.get(d.name, 0.0), d.worst)
+        for d in found:
+            # Choices (which elites, which sample) are equal or not.
+            if d.limit:
+                d.limit = max(d.limit, NOISE_FACTOR * spread[d.name])
 
     def _update(self, impl: Implementation, u: int) -> None:
         c, p, section = self.case, f"upd{u}_", f"update {u}"
@@ -280,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     bad = 0
     if args.implementation != "reference":
         try:
-            resolve_backend(Config(backend=args.implementation))
+            resolve_backend(Config(backend=args.implementation), torch.device("cpu"))
         except BackendError as e:
             print(f"golden_check: {e}", file=sys.stderr)
             return 2

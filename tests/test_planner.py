@@ -12,7 +12,7 @@ from conftest import tiny_config, tiny_multitask
 from tdmpc2_fast import TDMPC2, Config, Planner
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import InputError
-from tdmpc2_fast.planner import PlanTrace
+from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, generator
 

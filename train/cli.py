@@ -68,7 +68,8 @@ def train(values: dict[str, Any]) -> int:
     agent = trainer.agent
     print(
         f"task {cfg.task}  model {agent.model.total_params:,} parameters  device {agent.device}  "
-        f"backend {agent.backend}  threads {cfg.num_threads}  seed {cfg.seed}\nrun folder {folder}",
+        f"backend {agent.backend.name} ({agent.backend.why})  threads {cfg.num_threads}  seed {cfg.seed}\n"
+        f"run folder {folder}",
         flush=True,
     )
     for key in ("compile", "save_video", "enable_wandb", "data_dir"):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Config
-from ..planner import PlanTrace
+from ..plan_trace import PlanTrace
 from ..rng import PlanNoise, UpdateNoise
 from ..update import Batch, UpdateTrace
 from . import model as m

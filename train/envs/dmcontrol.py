@@ -166,7 +166,7 @@ def _load_triton_first() -> None:
     by itself at the first optimiser step.
     """
     with contextlib.suppress(ImportError):
-        import triton  # type: ignore[import-untyped]  # noqa: F401
+        import triton  # noqa: F401
 
 
 def _choose_renderer() -> None:

@@ -1,0 +1,419 @@
+"""x Wᵀ + b of several heads on rows of E environments, with LayerNorm and activation due or done.
+
+    y[g, e, r] = act(LN(x[g, e, r])) W[s]ᵀ + a[e, r] A[s]ᵀ + b[s],    s = slab of group g
+
+One launch for all groups, rows and columns. The result is a pre-activation with statistics
+(linear_tile.py); `activate` finishes one where nobody downstream will. Cost of a layer: 2 M D K
+FLOP a group for M = E n rows; W is read once per row tile, x once per column tile, both from L2.
+Reads `K` = 0 inputs, too: the first step's rows are a shared sum (the bias) and an action.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .launch import Precision, cdiv, interpreting, jit, launch, pow2, tl
+from .linear_tile import (
+    PLAIN,
+    activate,
+    add_small_product,
+    await_producers,
+    merge_statistics,
+    product,
+    row_offsets,
+    store_rounded,
+    store_with_statistics,
+)
+from .rows import EACH, LEAST_COLUMNS, Layer, Rows, Slabs
+from .tiles import Tile, layer_tile
+
+
+@jit
+def slab_of(members_ptr, base, step, g, HAS_MEMBERS: tl.constexpr):
+    """Slab of group g, int64."""
+    if HAS_MEMBERS:
+        return base + tl.load(members_ptr + g)
+    return tl.full((), base, tl.int64) + step * g
+
+
+@jit
+def grouped_layer_kernel(
+    x_ptr,
+    x_g,
+    x_e,
+    x_r,
+    in_stats_ptr,
+    in_stats_g,
+    in_stats_e,
+    in_stats_r,
+    in_gamma_ptr,
+    in_beta_ptr,
+    in_members_ptr,
+    in_base,
+    in_step,
+    a_ptr,
+    a_e,
+    a_r,
+    w_ptr,
+    side_ptr,
+    bias_ptr,
+    bias_s,
+    bias_e,
+    members_ptr,
+    base,
+    step,
+    y_ptr,
+    y_g,
+    y_e,
+    y_r,
+    stats_ptr,
+    stats_g,
+    stats_e,
+    stats_r,
+    M,
+    n,
+    D,
+    K,
+    A,
+    HAS_X: tl.constexpr,
+    HAS_SIDE: tl.constexpr,
+    IN_ACT: tl.constexpr,
+    V: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    IN_MEMBERS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One tile [BM, BN] of one group; grid (row tiles x column tiles, groups)."""
+    g = tl.program_id(1).to(tl.int64)
+    tiles_n = tl.cdiv(D, BN)
+    tile_n = tl.program_id(0) % tiles_n
+    rows = (tl.program_id(0) // tiles_n) * BM + tl.arange(0, BM)
+    cols = tile_n * BN + tl.arange(0, BN)
+    row_ok, col_ok = rows < M, cols < D
+    await_producers(PDL)
+    slab = slab_of(members_ptr, base, step, g, MEMBERS)
+    bias_rows = row_offsets(rows, n, bias_e, 0)
+    bias = tl.load(
+        bias_ptr + slab * bias_s + bias_rows[:, None] + cols[None, :],
+        mask=row_ok[:, None] & col_ok[None, :],
+        other=0.0,
+    )
+    acc = tl.zeros((BM, BN), tl.float32)
+    if HAS_SIDE:
+        acc = add_small_product(
+            acc,
+            a_ptr,
+            row_offsets(rows, n, a_e, a_r),
+            row_ok,
+            side_ptr + slab * D * A,
+            cols,
+            col_ok,
+            A,
+            BA,
+            BFLOAT16,
+            DOT,
+            INTERPRETED,
+        )
+    if HAS_X:
+        mean, rstd = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+        in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
+        if IN_ACT != 0:
+            in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
+            mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES)
+        acc = product(
+            acc,
+            x_ptr + g * x_g,
+            row_offsets(rows, n, x_e, x_r),
+            row_ok,
+            mean,
+            rstd,
+            in_gamma_ptr + in_slab * K,
+            in_beta_ptr + in_slab * K,
+            w_ptr + slab * D * K,
+            cols,
+            col_ok,
+            K,
+            IN_ACT,
+            V,
+            BK,
+            EVEN_K,
+            BFLOAT16,
+            DOT,
+            INTERPRETED,
+        )
+    store_with_statistics(
+        acc + bias,
+        y_ptr + g * y_g,
+        row_offsets(rows, n, y_e, y_r),
+        stats_ptr + g * stats_g,
+        row_offsets(rows, n, stats_e, stats_r),
+        row_ok,
+        cols,
+        col_ok,
+        tile_n,
+        D,
+        BN,
+        INTERPRETED,
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a kernel reads `Rows`: arguments and constants shared by all kernels that do."""
+
+    args: tuple[object, ...]
+    constants: dict[str, object]
+
+
+def source(x: Rows, groups: int) -> Source:
+    """Pointers and strides of rows, their statistics, and the LayerNorm that is due."""
+    act = PLAIN if x.layer is None else x.layer.activation
+    gamma: Tensor = x.x
+    beta: Tensor = x.x
+    stats: Tensor = x.x
+    stats_strides: tuple[int, ...] = (0, 0, 0)
+    if act != PLAIN:
+        assert x.layer is not None
+        assert x.layer.ln_weight is not None
+        assert x.layer.ln_bias is not None
+        assert x.stats is not None
+        gamma, beta, stats = x.layer.ln_weight, x.layer.ln_bias, x.stats
+        stats_strides = _strides(x.stats, groups)
+    args = (
+        x.x,
+        *_strides(x.x, groups),
+        stats,
+        *stats_strides,
+        gamma,
+        beta,
+        x.x if x.slabs.members is None else x.slabs.members,
+        x.slabs.base,
+        x.slabs.step if x.x.shape[0] > 1 else 0,
+    )
+    constants: dict[str, object] = dict(
+        IN_ACT=act,
+        V=x.layer.simnorm_dim if x.layer is not None and x.layer.simnorm_dim else 1,
+        IN_TILE=max(x.tile, 1),
+        IN_TILES=pow2(cdiv(x.x.shape[-1], x.tile)) if x.tile else 1,
+        IN_MEMBERS=act != PLAIN and x.slabs.members is not None,
+    )
+    return Source(args, constants)
+
+
+def _strides(t: Tensor, groups: int) -> tuple[int, int, int]:
+    """Strides over group, environment and row; one group serves all."""
+    g, e, r = t.stride()[:3]
+    return (g if t.shape[0] > 1 or groups == 1 else 0), e, r
+
+
+def arithmetic(precision: Precision) -> dict[str, object]:
+    """Constants that fix how products are computed."""
+    return dict(BFLOAT16=precision.name == "bfloat16", DOT=precision.dot, INTERPRETED=interpreting())
+
+
+def grouped_layer(
+    x: Rows | None,
+    a: Tensor | None,
+    layer: Layer,
+    out: Rows,
+    *,
+    precision: Precision,
+    slabs: Slabs = EACH,
+    bias: Tensor | None = None,
+    tile: Tile | None = None,
+    pdl: bool = False,
+) -> Rows:
+    """Pre-activation of `layer` for every group of `out`, written in place.
+
+    Args:
+        x: main input (G or 1, E, n, K), or None for none; an activation due is applied.
+        a: side input (E, n, A), float32, or None for none. A stride of 0 shares a row.
+        layer: packed weights.
+        out: where to; its x is (G, E, n, D).
+        precision: of the products.
+        slabs: slab of `layer` of each group.
+        bias: (S, E, D) float32, per environment, in place of the layer's own.
+        tile: None takes the table's.
+        pdl: programmatic dependent launch.
+
+    Returns:
+        `out` with the layer's activation due.
+    """
+    groups, e, n, d = out.x.shape
+    k = layer.weight.shape[-1]
+    assert out.stats is not None
+    if x is not None and (x.x.shape[1:] != (e, n, k) or x.x.shape[0] not in (1, groups)):
+        raise ValueError(f"x: got shape {tuple(x.x.shape)}, allowed: (1 or {groups}, {e}, {n}, {k})")
+    if a is not None and (layer.side is None or a.shape != (e, n, layer.side.shape[-1])):
+        width = "no side input" if layer.side is None else (e, n, layer.side.shape[-1])
+        raise ValueError(f"a: got shape {tuple(a.shape)}, allowed: {width}")
+    if x is None and a is None:
+        raise ValueError("x and a: got None for both, allowed: at least one of them")
+    tile = tile or layer_tile(e * n, groups, d, k, precision.name)
+    if tile.BN < LEAST_COLUMNS:
+        raise ValueError(f"tile: got BN={tile.BN}, allowed: at least {LEAST_COLUMNS}")
+    src = source(Rows(out.x) if x is None else x, groups)
+    side = 0 if layer.side is None else layer.side.shape[-1]
+    own_bias = layer.bias if bias is None else bias
+    launch(
+        grouped_layer_kernel,
+        (cdiv(e * n, tile.BM) * cdiv(d, tile.BN), groups),
+        *src.args,
+        out.x if a is None else a,
+        *((0, 0) if a is None else a.stride()[:2]),
+        layer.weight,
+        layer.weight if layer.side is None else layer.side,
+        own_bias,
+        own_bias.stride(0),
+        0 if bias is None else bias.stride(1),
+        layer.weight if slabs.members is None else slabs.members,
+        slabs.base,
+        slabs.step,
+        out.x,
+        *out.x.stride()[:3],
+        out.stats,
+        *out.stats.stride()[:3],
+        e * n,
+        n,
+        d,
+        k,
+        side,
+        HAS_X=x is not None,
+        HAS_SIDE=a is not None,
+        MEMBERS=slabs.members is not None,
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        BA=min(pow2(max(side, 1), 16), 64),
+        EVEN_K=k % tile.BK == 0,
+        PDL=pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        launch_pdl=pdl,
+        **src.constants,
+        **arithmetic(precision),
+    )
+    return Rows(out.x, out.stats, layer, slabs, tile.BN)
+
+
+def grouped_layer_reference(
+    x: Rows | None,
+    a: Tensor | None,
+    layer: Layer,
+    out: Rows,
+    *,
+    precision: Precision,
+    slabs: Slabs = EACH,
+    bias: Tensor | None = None,
+    tile: Tile | None = None,
+    pdl: bool = False,
+) -> Rows:
+    """`grouped_layer` in plain torch: the same result, statistics left out."""
+    del tile, pdl
+    dense = None if x is None else x.activated()
+    for g, s in enumerate(slabs.of(out.x.shape[0])):
+        y = (layer.bias[s] if bias is None else bias[s].unsqueeze(1)).to(out.x.dtype)
+        if a is not None:
+            assert layer.side is not None
+            y = y + rounded(a, precision).to(out.x) @ layer.side[s].to(out.x).T
+        if dense is not None:
+            y = y + rounded(dense[min(g, dense.shape[0] - 1)], precision).to(out.x) @ layer.weight[s].to(out.x).T
+        out.x[g] = y
+    return Rows(out.x, None, layer, slabs)
+
+
+def rounded(x: Tensor, precision: Precision) -> Tensor:
+    """x with the precision that operands of products have; the oracle's float64 is left alone."""
+    return x if x.dtype == torch.float64 else x.to(precision.dtype)
+
+
+@jit
+def activate_kernel(
+    x_ptr,
+    x_g,
+    x_e,
+    x_r,
+    in_stats_ptr,
+    in_stats_g,
+    in_stats_e,
+    in_stats_r,
+    in_gamma_ptr,
+    in_beta_ptr,
+    in_members_ptr,
+    in_base,
+    in_step,
+    y_ptr,
+    y_g,
+    y_e,
+    y_r,
+    M,
+    n,
+    D,
+    IN_ACT: tl.constexpr,
+    V: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    IN_MEMBERS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """act(LN(x)) of one tile [BM, BN]; grid (row tiles, column tiles, groups)."""
+    g = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    row_ok, col_ok = rows < M, cols < D
+    ok = row_ok[:, None] & col_ok[None, :]
+    await_producers(PDL)
+    slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
+    stats_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
+    mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, stats_rows, row_ok, D, IN_TILE, IN_TILES)
+    x = tl.load(x_ptr + g * x_g + row_offsets(rows, n, x_e, x_r)[:, None] + cols[None, :], mask=ok, other=0.0)
+    gamma = tl.load(in_gamma_ptr + slab * D + cols, mask=col_ok, other=0.0)
+    beta = tl.load(in_beta_ptr + slab * D + cols, mask=col_ok, other=0.0)
+    y = activate(x.to(tl.float32), mean, rstd, gamma, beta, IN_ACT, V)
+    store_rounded(y_ptr + g * y_g + row_offsets(rows, n, y_e, y_r)[:, None] + cols[None, :], y, ok, INTERPRETED)
+
+
+def activate_rows(x: Rows, out: Tensor, pdl: bool = False) -> Rows:
+    """act(LN(x)) written to `out` (G, E, n, D), which may be `x.x` itself; nothing is due after."""
+    if x.layer is None or x.layer.activation == PLAIN:
+        raise ValueError("x: nothing is due, allowed: rows a layer with LayerNorm wrote")
+    groups, e, n, d = x.x.shape
+    src = source(x, groups)
+    if interpreting():
+        bm, bn = min(pow2(e * n), 512), min(pow2(d), 512)
+    else:
+        bm, bn = 8, min(pow2(d), 512)
+    launch(
+        activate_kernel,
+        (cdiv(e * n, bm), cdiv(d, bn), groups),
+        *src.args,
+        out,
+        *out.stride()[:3],
+        e * n,
+        n,
+        d,
+        BM=bm,
+        BN=bn,
+        INTERPRETED=interpreting(),
+        PDL=pdl,
+        num_warps=4,
+        launch_pdl=pdl,
+        **src.constants,
+    )
+    return Rows(out)

@@ -1,0 +1,148 @@
+"""What every kernel launch shares: whether Triton can run here, precisions, and a launch log.
+
+Triton is optional. Kernel files take `triton`, `tl` and `jit` from here, so that they import,
+with their plain-torch references, where it is missing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    import triton as _triton
+    import triton.language as _tl
+
+    triton: Any = _triton
+    tl: Any = _tl
+    jit: Any = _triton.jit
+except ImportError:
+    triton = None
+
+    class _Absent:
+        """Stands for Triton where a kernel is defined: gives back what it is given. None is launched."""
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda value=None: value
+
+    tl = _Absent()
+    jit = tl.jit
+
+
+MIN_CAPABILITY = (8, 0)
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How products are computed; sums, norms and returns are float32 always.
+
+    dtype: of weights and activations in memory. dot: Triton's `input_precision`.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in PRECISIONS:
+            raise ValueError(f"precision: got {self.name!r}, allowed: {', '.join(PRECISIONS)}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of packed weights and activations."""
+        return torch.bfloat16 if self.name == "bfloat16" else torch.float32
+
+    @property
+    def dot(self) -> str:
+        """`input_precision` of float32 products."""
+        return "tf32" if self.name == "tf32" else "ieee"
+
+
+def interpreting() -> bool:
+    """Whether kernels run under Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why kernels cannot run on this device, or None where they can."""
+    if triton is None:
+        return "the package triton is not installed"
+    if interpreting():
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on the CPU only"
+    if device.type != "cuda":
+        return f"Triton needs a CUDA device, this one is {device.type!r} (TRITON_INTERPRET=1 interprets on the CPU)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, allowed: 8.0 and newer"
+    return None
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends (Hopper and newer)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as the log saw it."""
+
+    name: str
+    programs: int
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+COMPILER_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion")
+
+_logs: list[list[Launch]] = []
+_dry: list[bool] = []
+
+
+@contextmanager
+def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
+    """Within: every launch of ours is appended to the list given; if `dry`, none is executed.
+
+    A dry run needs no GPU: it tells which kernels a composition launches, with which arguments.
+    """
+    log: list[Launch] = []
+    _logs.append(log)
+    _dry.append(dry)
+    try:
+        yield log
+    finally:
+        _logs.remove(log)
+        _dry.pop()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options), noted in open logs; a grid without programs is no launch."""
+    programs = 1
+    for n in grid:
+        programs *= n
+    if programs == 0:
+        return
+    for log in _logs:
+        log.append(Launch(kernel.__name__, programs, kernel, args, options))
+    if any(_dry):
+        return
+    if interpreting():
+        options = {k: v for k, v in options.items() if k not in COMPILER_OPTIONS}
+    else:
+        # Its default differs between versions of Triton.
+        options.setdefault("enable_fp_fusion", True)
+    kernel[grid](*args, **options)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def pow2(n: int, least: int = 1) -> int:
+    """The least power of two that is at least n and `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())

@@ -1,0 +1,186 @@
+"""One tile of act(LN(x)) Wᵀ + b, the device code under all layers of the world model.
+
+A layer writes its *pre-activation* and, for each row and each tile of columns, mean and sum of
+squared deviations. The layer that reads it merges these (Chan et al.) into the row's LayerNorm
+statistics, then normalises and activates each block on its way into the product. So no program
+needs a complete row, one layer spreads over the whole chip, and a layer is one launch.
+
+Rows are addressed as (environment, row of that environment), each with its own stride; a
+stride of 0 shares one row among all. Sums, norms and activations are float32.
+"""
+
+from .launch import jit, tl
+
+# What a reader does to the rows: nothing, or LayerNorm and then Mish or SimNorm.
+PLAIN, MISH, SIMNORM = 0, 1, 2
+
+_LN_EPS = tl.constexpr(1e-5)
+_MISH = tl.constexpr(MISH)
+_PLAIN = tl.constexpr(PLAIN)
+
+
+@jit
+def round_bfloat16(x):
+    """x rounded to the nearest bfloat16, as float32: what the interpreter's own cast gets wrong."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@jit
+def operand(x, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x as the product takes it: bfloat16, or float32."""
+    if BFLOAT16:
+        x = round_bfloat16(x) if INTERPRETED else x.to(tl.bfloat16)
+    return x
+
+
+@jit
+def store_rounded(ptrs, x, mask, INTERPRETED: tl.constexpr):
+    """Store float32 x in the type of the buffer."""
+    if INTERPRETED and ptrs.dtype.element_ty == tl.bfloat16:
+        x = round_bfloat16(x)
+    tl.store(ptrs, x, mask=mask)
+
+
+@jit
+def mish(x):
+    """x tanh(softplus(x)) by one exponential (see activations.mish)."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    m = e * (e + 2.0)
+    return x * (m / (m + 2.0))
+
+
+@jit
+def simnorm(x, V: tl.constexpr):
+    """Softmax in groups of V columns: [BM, BK] -> [BM, BK]."""
+    BM: tl.constexpr = x.shape[0]
+    BK: tl.constexpr = x.shape[1]
+    g = tl.reshape(x, (BM, BK // V, V))  # [BM, BK/V, V]
+    e = tl.exp(g - tl.max(g, axis=2, keep_dims=True))
+    return tl.reshape(e / tl.sum(e, axis=2, keep_dims=True), (BM, BK))
+
+
+@jit
+def row_offsets(rows, n, e_stride, r_stride):
+    """Element offsets of rows 0..E*n: environment rows // n, its row rows % n; int64."""
+    e = rows // n
+    return e.to(tl.int64) * e_stride + (rows - e * n).to(tl.int64) * r_stride
+
+
+@jit
+def merge_statistics(stats_ptr, offsets, row_ok, K, TILE: tl.constexpr, TILES: tl.constexpr):
+    """Mean and 1/std of rows of width K from those of their column tiles of width TILE: [BM] each."""
+    t = tl.arange(0, TILES)
+    count = tl.minimum(tl.maximum(K - t * TILE, 0), TILE).to(tl.float32)[None, :]
+    ok = row_ok[:, None] & (count > 0)
+    ptrs = stats_ptr + offsets[:, None] + 2 * t[None, :]  # [BM, TILES]
+    tile_mean = tl.load(ptrs, mask=ok, other=0.0)
+    tile_m2 = tl.load(ptrs + 1, mask=ok, other=0.0)
+    mean = tl.sum(count * tile_mean, axis=1) / K
+    d = tile_mean - mean[:, None]
+    var = tl.sum(tile_m2 + count * d * d, axis=1) / K
+    return mean, 1.0 / tl.sqrt(var + _LN_EPS)
+
+
+@jit
+def activate(x, mean, rstd, gamma, beta, ACT: tl.constexpr, V: tl.constexpr):
+    """act(LN(x)): x [BM, BK], mean and rstd [BM], gamma and beta [BK]."""
+    x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+    if ACT == _MISH:
+        return mish(x)
+    return simnorm(x, V)
+
+
+@jit
+def product(
+    acc,
+    x_ptr,
+    x_rows,
+    row_ok,
+    mean,
+    rstd,
+    gamma_ptr,
+    beta_ptr,
+    w_ptr,
+    cols,
+    col_ok,
+    K,
+    ACT: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """acc + act(LN(x)) Wᵀ for rows x_rows [BM] of x and rows cols [BN] of W (., K)."""
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        k_ok = k < K
+        x_mask = row_ok[:, None] if EVEN_K else row_ok[:, None] & k_ok[None, :]
+        w_mask = col_ok[None, :] if EVEN_K else col_ok[None, :] & k_ok[:, None]
+        x = tl.load(x_ptr + x_rows[:, None] + k[None, :], mask=x_mask, other=0.0)  # [BM, BK]
+        if ACT != _PLAIN:
+            gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)
+            beta = tl.load(beta_ptr + k, mask=k_ok, other=0.0)
+            x = activate(x.to(tl.float32), mean, rstd, gamma, beta, ACT, V)
+            x = operand(x, BFLOAT16, INTERPRETED)
+        elif BFLOAT16:
+            x = operand(x.to(tl.float32), BFLOAT16, INTERPRETED)
+        # Beyond K a SimNorm group is 1/V, not 0: W is 0 there.
+        w = tl.load(w_ptr + cols[None, :] * K + k[:, None], mask=w_mask, other=0.0)  # [BK, BN]
+        if INTERPRETED:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision=DOT)
+    return acc
+
+
+@jit
+def add_small_product(
+    acc,
+    a_ptr,
+    a_rows,
+    row_ok,
+    w_ptr,
+    cols,
+    col_ok,
+    A,
+    BA: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """acc + a Wᵀ for a narrow float32 input a (., A), the action or the task embedding; W (., A)."""
+    for start in range(0, A, BA):
+        k = start + tl.arange(0, BA)
+        k_ok = k < A
+        a = tl.load(a_ptr + a_rows[:, None] + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        w = tl.load(w_ptr + cols[None, :] * A + k[:, None], mask=col_ok[None, :] & k_ok[:, None], other=0.0)
+        a = operand(a.to(tl.float32), BFLOAT16, INTERPRETED)
+        if INTERPRETED:
+            w = w.to(tl.float32)
+        acc = tl.dot(a, w, acc, input_precision=DOT)
+    return acc
+
+
+@jit
+def store_with_statistics(
+    y, y_ptr, y_rows, stats_ptr, stats_rows, row_ok, cols, col_ok, tile, D, BN: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """Store pre-activations y [BM, BN], and mean and squared deviations of this tile of each row."""
+    store_rounded(y_ptr + y_rows[:, None] + cols[None, :], y, row_ok[:, None] & col_ok[None, :], INTERPRETED)
+    count = tl.minimum(D - tile * BN, BN).to(tl.float32)
+    mean = tl.sum(tl.where(col_ok[None, :], y, 0.0), axis=1) / count
+    d = tl.where(col_ok[None, :], y - mean[:, None], 0.0)
+    ptrs = stats_ptr + stats_rows + 2 * tile
+    tl.store(ptrs, mean, mask=row_ok)
+    tl.store(ptrs + 1, tl.sum(d * d, axis=1), mask=row_ok)
+
+
+@jit
+def await_producers(PDL: tl.constexpr):
+    """Let the next kernel start, then wait for all before this one (programmatic dependent launch)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

@@ -1,0 +1,117 @@
+"""What passes between fused layers: packed weights, and rows whose activation may still be due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .activations import mish, simnorm
+from .linear_tile import MISH, PLAIN, SIMNORM
+
+LAYER_NORM_EPS = 1e-5
+
+# Narrowest column tile, which sets the room for statistics.
+LEAST_COLUMNS = 32
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """Which slab of a packed layer each group g uses: base + members[g], or base + step g."""
+
+    base: int = 0
+    step: int = 1
+    members: Tensor | None = None  # (G,) int64 on the device: critics drawn there
+
+    def of(self, groups: int) -> list[int]:
+        """Slab of each group; reads `members` back, so for the plain-torch references only."""
+        if self.members is not None:
+            return [self.base + int(m) for m in self.members[:groups]]
+        return [self.base + self.step * g for g in range(groups)]
+
+
+EACH = Slabs()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """S layers of equal shape, packed: contiguous weights of the main and of a narrow side input.
+
+    The side input is the action, or the task embedding of an encoder. A layer without LayerNorm
+    (the last one of a head) has no `ln_weight`.
+    """
+
+    weight: Tensor  # (S, D, K) in the precision's type
+    bias: Tensor  # (S, D) float32
+    ln_weight: Tensor | None = None  # (S, D) float32
+    ln_bias: Tensor | None = None  # (S, D) float32
+    side: Tensor | None = None  # (S, D, A) in the precision's type
+    simnorm_dim: int = 0  # 0: Mish
+
+    @property
+    def activation(self) -> int:
+        """What is due after this layer."""
+        if self.ln_weight is None:
+            return PLAIN
+        return SIMNORM if self.simnorm_dim else MISH
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.weight.shape[1]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of E environments in G groups, and what is due before they are read.
+
+    `x` is contiguous in its last dim; other strides are free, so samples, steps and groups can
+    be slices of one buffer. Where `layer` is given, `x` is its pre-activation and `stats` has
+    mean and squared deviations of each row's column tiles of width `tile`.
+    """
+
+    x: Tensor  # (G, E, n, D)
+    stats: Tensor | None = None  # (G, E, n, T, 2) float32
+    layer: Layer | None = None
+    slabs: Slabs = EACH
+    tile: int = 0
+
+    def __getitem__(self, key: tuple[slice, slice]) -> Rows:
+        """Some groups and some rows of each environment."""
+        groups, rows = key
+        stats = None if self.stats is None else self.stats[groups, :, rows]
+        start, _, step = groups.indices(self.x.shape[0])
+        s = self.slabs
+        slabs = (
+            Slabs(s.base + s.step * start, s.step * step)
+            if s.members is None
+            else replace(s, members=s.members[groups])
+        )
+        return Rows(self.x[groups, :, rows], stats, self.layer, slabs, self.tile)
+
+    def expand(self, n: int) -> Rows:
+        """The one row of each environment, n times, without a copy."""
+        assert self.stats is not None
+        return replace(self, x=self.x.expand(-1, -1, n, -1), stats=self.stats.expand(-1, -1, n, -1, -1))
+
+    @classmethod
+    def empty(cls, groups: int, envs: int, n: int, width: int, dtype: torch.dtype, device: torch.device) -> Rows:
+        """Room for pre-activations and statistics."""
+        tiles = -(-width // LEAST_COLUMNS)
+        x = torch.empty(groups, envs, n, width, dtype=dtype, device=device)
+        return cls(x, torch.empty(groups, envs, n, tiles, 2, dtype=torch.float32, device=device))
+
+    def activated(self) -> Tensor:
+        """act(LN(x)) in plain torch, in the type of the statistics' precision: (G, E, n, D)."""
+        if self.layer is None or self.layer.ln_weight is None:
+            return self.x
+        x = self.x if self.x.dtype == torch.float64 else self.x.float()
+        out = torch.empty_like(x)
+        for g, s in enumerate(self.slabs.of(x.shape[0])):
+            assert self.layer.ln_bias is not None
+            y = torch.nn.functional.layer_norm(
+                x[g], x.shape[-1:], self.layer.ln_weight[s].to(x), self.layer.ln_bias[s].to(x), LAYER_NORM_EPS
+            )
+            out[g] = simnorm(y, self.layer.simnorm_dim) if self.layer.simnorm_dim else mish(y)
+        return out

@@ -1,0 +1,220 @@
+"""The last layer of reward, critics and termination, down to a scalar; no logits in memory.
+
+    s[g, e, r] = two_hot_inv(act(LN(x[g, e, r])) W[s]ᵀ + b[s])      (paper, section 3.1)
+
+One program has all K bins of its rows, so softmax and expectation stay in registers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .grouped_layer import arithmetic, grouped_layer_reference, slab_of, source
+from .launch import Precision, cdiv, jit, launch, tl
+from .linear_tile import await_producers, merge_statistics, product, row_offsets
+from .rows import EACH, Layer, Rows, Slabs
+from .tiles import Tile, head_tile
+from .two_hot import two_hot_inv
+
+
+@jit
+def symexp(x):
+    """sign(x) (exp(|x|) - 1)."""
+    y = tl.exp(tl.abs(x)) - 1.0
+    return tl.where(x < 0, -y, y)
+
+
+@jit
+def scalar_of(logits, cols, K, vmin, vmax, BINS: tl.constexpr):
+    """Scalar that each row of logits [BM, BK] stands for: [BM]. BINS as `num_bins` in two_hot.py."""
+    if BINS > 1:
+        logits = tl.where((cols < K)[None, :], logits, float("-inf"))
+        p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        width = (vmax - vmin) / (K - 1)
+        # From the nearer end, as torch.linspace: both ends and the middle are exact.
+        bins = tl.where(cols < K // 2, vmin + width * cols, vmax - width * (K - 1 - cols))
+        bins = tl.where(cols < K, bins, 0.0)
+        return symexp(tl.sum(p * bins[None, :], axis=1) / tl.sum(p, axis=1))
+    x = tl.sum(tl.where((cols < 1)[None, :], logits, 0.0), axis=1)
+    if BINS == 1:
+        x = symexp(x)
+    return x
+
+
+@jit
+def scalar_head_kernel(
+    x_ptr,
+    x_g,
+    x_e,
+    x_r,
+    in_stats_ptr,
+    in_stats_g,
+    in_stats_e,
+    in_stats_r,
+    in_gamma_ptr,
+    in_beta_ptr,
+    in_members_ptr,
+    in_base,
+    in_step,
+    w_ptr,
+    bias_ptr,
+    members_ptr,
+    base,
+    step,
+    y_ptr,
+    y_g,
+    y_e,
+    M,
+    n,
+    D,
+    K,
+    vmin,
+    vmax,
+    IN_ACT: tl.constexpr,
+    V: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    IN_MEMBERS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BINS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BM rows of one group, all D <= BN columns; grid (row tiles, groups)."""
+    g = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    row_ok, col_ok = rows < M, cols < D
+    await_producers(PDL)
+    slab = slab_of(members_ptr, base, step, g, MEMBERS)
+    in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
+    in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
+    mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES)
+    logits = product(
+        tl.zeros((BM, BN), tl.float32),
+        x_ptr + g * x_g,
+        row_offsets(rows, n, x_e, x_r),
+        row_ok,
+        mean,
+        rstd,
+        in_gamma_ptr + in_slab * K,
+        in_beta_ptr + in_slab * K,
+        w_ptr + slab * D * K,
+        cols,
+        col_ok,
+        K,
+        IN_ACT,
+        V,
+        BK,
+        EVEN_K,
+        BFLOAT16,
+        DOT,
+        INTERPRETED,
+    )
+    logits += tl.load(bias_ptr + slab * D + cols, mask=col_ok, other=0.0)[None, :]
+    y = scalar_of(logits, cols, D, vmin, vmax, BINS)
+    tl.store(y_ptr + g * y_g + row_offsets(rows, n, y_e, 1), y, mask=row_ok)
+
+
+def scalar_head(
+    x: Rows,
+    layer: Layer,
+    out: Tensor,
+    *,
+    precision: Precision,
+    num_bins: int,
+    vmin: float,
+    vmax: float,
+    slabs: Slabs = EACH,
+    tile: Tile | None = None,
+    pdl: bool = False,
+) -> None:
+    """Scalars of every group, written in place.
+
+    Args:
+        x: (G or 1, E, n, K) rows with an activation due.
+        layer: packed (S, max(num_bins, 1), K), no LayerNorm.
+        out: (G, E, n) float32, contiguous in its last dim.
+        precision: of the product.
+        num_bins, vmin, vmax: the code, as in two_hot.py; 0 bins give the logit itself.
+        slabs: slab of `layer` of each group.
+        tile: None takes the table's.
+        pdl: programmatic dependent launch.
+    """
+    groups, e, n = out.shape
+    d, k = layer.weight.shape[1:]
+    check_last_layer(x, layer, (groups, e, n), max(num_bins, 1))
+    tile = tile or head_tile(e * n, groups, d, k, precision.name)
+    src = source(x, groups)
+    launch(
+        scalar_head_kernel,
+        (cdiv(e * n, tile.BM), groups),
+        *src.args,
+        layer.weight,
+        layer.bias,
+        layer.weight if slabs.members is None else slabs.members,
+        slabs.base,
+        slabs.step,
+        out,
+        *out.stride()[:2],
+        e * n,
+        n,
+        d,
+        k,
+        float(vmin),
+        float(vmax),
+        MEMBERS=slabs.members is not None,
+        BINS=min(num_bins, 2),
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        EVEN_K=k % tile.BK == 0,
+        PDL=pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        launch_pdl=pdl,
+        **src.constants,
+        **arithmetic(precision),
+    )
+
+
+def scalar_head_reference(
+    x: Rows,
+    layer: Layer,
+    out: Tensor,
+    *,
+    precision: Precision,
+    num_bins: int,
+    vmin: float,
+    vmax: float,
+    slabs: Slabs = EACH,
+    tile: Tile | None = None,
+    pdl: bool = False,
+) -> None:
+    """`scalar_head` in plain torch."""
+    logits = last_layer_reference(x, layer, out, precision, slabs)
+    out.copy_(two_hot_inv(logits, num_bins, vmin, vmax).squeeze(-1))
+
+
+def last_layer_reference(x: Rows, layer: Layer, out: Tensor, precision: Precision, slabs: Slabs) -> Tensor:
+    """Logits (G, E, n, D) of a head's last layer, in the type of `out`; G, E, n are `out`'s first."""
+    logits = out.new_empty(*out.shape[:3], layer.width)
+    return grouped_layer_reference(x, None, layer, Rows(logits), precision=precision, slabs=slabs).x
+
+
+def check_last_layer(x: Rows, layer: Layer, lead: tuple[int, int, int], outputs: int) -> None:
+    """The shapes a last layer needs, or a `ValueError` naming the argument."""
+    groups, e, n = lead
+    d, k = layer.weight.shape[1:]
+    if x.x.shape[1:] != (e, n, k) or x.x.shape[0] not in (1, groups):
+        raise ValueError(f"x: got shape {tuple(x.x.shape)}, allowed: (1 or {groups}, {e}, {n}, {k})")
+    if x.layer is None or x.stats is None:
+        raise ValueError("x: nothing is due, allowed: rows a layer with LayerNorm wrote")
+    if d != outputs:
+        raise ValueError(f"layer: got {d} outputs, allowed: {outputs}")

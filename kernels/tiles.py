@@ -1,0 +1,78 @@
+"""Which tile a layer is cut into: a table that works unmeasured, and what a measurement may change.
+
+Two regimes. *Latency* (few environments): rows are few, one layer is a dependent step, so tiles
+are small enough for every multiprocessor to have one. *Throughput* (many environments): full
+tensor-core tiles; a layer's input is then normalised and activated once by a launch of its own
+instead of by each of its readers, because the tensor cores, not the steps, are what is short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .launch import cdiv, interpreting, pow2
+
+# Multiprocessors of an H100 or H200; A100 has 108, B200 148.
+_PROCESSORS = 132
+
+THROUGHPUT_ROWS = 8192
+"""Rows (environments x samples) from which the throughput regime is taken."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM rows, BN columns and BK of the depth per step; warps and pipeline stages of a program."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int = 4
+    stages: int = 3
+
+
+# A100-and-newer shapes by precision, widest first; registers and shared memory of each are in the
+# compile report (report.py).
+_LATENCY = {
+    "bfloat16": (Tile(64, 64, 64, 8), Tile(32, 64, 128), Tile(32, 32, 128), Tile(16, 32, 128)),
+    "tf32": (Tile(64, 64, 32, 8), Tile(32, 64, 32), Tile(32, 32, 64), Tile(16, 32, 64)),
+    "float32": (Tile(64, 64, 16, 8), Tile(32, 32, 32), Tile(16, 32, 32)),
+}
+_THROUGHPUT = {
+    "bfloat16": Tile(128, 128, 64, 8),
+    "tf32": Tile(128, 64, 32, 8),
+    "float32": Tile(64, 64, 16, 8),
+}
+_HEAD_ROWS = {"bfloat16": (64, 64), "tf32": (64, 32), "float32": (32, 16)}
+
+# The interpreter pays by the number of operations, not by their size.
+_INTERPRETED = 512
+
+
+def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
+    """Tile of a layer: `rows` (of all environments) x `columns`, times `groups`, over `depth`."""
+    if interpreting():
+        side = [min(_INTERPRETED, pow2(n, least)) for n, least in ((rows, 16), (columns, 32), (depth, 16))]
+        return Tile(*side)
+    if rows >= THROUGHPUT_ROWS:
+        return _THROUGHPUT[precision]
+    fitting = [t for t in _LATENCY[precision] if pow2(rows, 16) >= t.BM]
+    for tile in fitting:
+        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= 0.75 * _PROCESSORS:
+            return tile
+    return fitting[-1]
+
+
+def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
+    """Tile of a last layer: all its `columns` in one program, which reduces over them."""
+    if interpreting():
+        return Tile(min(_INTERPRETED, pow2(rows, 16)), pow2(columns, 16), min(_INTERPRETED, pow2(depth, 16)))
+    most, bk = _HEAD_ROWS[precision]
+    bm = min(most, pow2(rows, 16))
+    while bm > 16 and cdiv(rows, bm) * groups < _PROCESSORS:
+        bm //= 2
+    return Tile(bm, pow2(columns, 16), bk, 4, 3)
+
+
+def activates_once(rows: int) -> bool:
+    """Whether activations get a launch of their own (throughput) or are left to each reader (latency)."""
+    return rows >= THROUGHPUT_ROWS

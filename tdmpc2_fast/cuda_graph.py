@@ -1,0 +1,63 @@
+"""One function of static buffers, captured in a CUDA graph and replayed.
+
+Contract: the function reads inputs and parameters from tensors whose addresses stay, allocates
+nothing that outlives it except in the graph's own pool, and never waits for the device. Whoever
+replays copies inputs in before and results out after, on the same stream.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+_WARM_UP_RUNS = 3
+
+
+class GraphedFunction:
+    """Calls `fn` by replaying a CUDA graph of it; eagerly, and saying so, where capture fails.
+
+    Args:
+        fn: what to capture. It is run a few times first, so its buffers must be ready and its
+            effects on them are the caller's to undo.
+        device: a CUDA device, or any other for eager calls throughout.
+        name: for the warning.
+    """
+
+    def __init__(self, fn: Callable[[], None], device: torch.device, name: str) -> None:
+        self._fn, self._graph = fn, None
+        self.why_eager: str | None = None
+        if device.type != "cuda":
+            self.why_eager = f"CUDA graphs need a CUDA device, this one is {device.type!r}"
+            return
+        try:
+            self._graph = self._capture(device)
+        except RuntimeError as e:
+            self.why_eager = f"capture failed: {e}"
+            warnings.warn(f"{name}: {self.why_eager}; running eagerly, which is slower", RuntimeWarning, stacklevel=3)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a call is a replay."""
+        return self._graph is not None
+
+    def _capture(self, device: torch.device) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(side):
+            for _ in range(_WARM_UP_RUNS):
+                self._fn()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            self._fn()
+        return graph
+
+    def __call__(self) -> None:
+        """Run on the current stream, without waiting for it."""
+        if self._graph is None:
+            self._fn()
+        else:
+            self._graph.replay()

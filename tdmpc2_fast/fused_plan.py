@@ -1,0 +1,172 @@
+"""A plan on the Triton backend: the model's weights packed, the chain of kernels captured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import matmul_precision, plan_precision
+from .cuda_graph import GraphedFunction
+from .kernels.launch import has_dependent_launch
+from .kernels.plan import FusedPlan
+from .kernels.rows import Rows
+from .packing import PackedModel, plan_sizes
+from .plan_trace import PlanTrace
+from .profiling import annotate
+from .rng import PlanNoise, stream_seed
+from .world_model import WorldModel
+
+_NORM_EPS = 1e-7
+
+
+class FusedPlanner:
+    """Plans for `num_envs` environments by one replay of a CUDA graph.
+
+    Draws come from a counter-based generator on the device, whose counter each plan advances.
+    throughput: see `FusedPlan`.
+    """
+
+    def __init__(self, model: WorldModel, num_envs: int, seed: int, throughput: bool | None = None) -> None:
+        cfg, device = model.cfg, model.device
+        self.model, self.cfg, self.num_envs = model, cfg, num_envs
+        self.precision = plan_precision(cfg, device)
+        sizes = plan_sizes(cfg, num_envs)
+        self._packed = PackedModel(model, sizes, self.precision)
+        self.fused = FusedPlan(
+            sizes,
+            self._packed.weights,
+            self.precision,
+            device,
+            pdl=has_dependent_launch(device),
+            throughput=throughput,
+            annotate=annotate,
+        )
+        inputs = self.fused.inputs
+        inputs.discount.fill_(cfg.discounts[0])
+        self._discounts = torch.tensor(cfg.discounts, device=device)
+        self._task = torch.zeros(num_envs, dtype=torch.int64, device=device) if cfg.multitask else None
+        shape = dict(cfg._require("obs_shape"))[cfg.obs]
+        self._images = torch.zeros(num_envs, *shape, device=device) if cfg.obs == "rgb" else None
+        self._packed.refresh()
+        self._graph = GraphedFunction(self._run, device, "Planner")
+        inputs.prev_mean.zero_()
+        inputs.rng.copy_(torch.tensor([stream_seed(seed, "plan"), 0]))
+
+    @property
+    def prev_mean(self) -> Tensor:
+        """(E, H, A)."""
+        return self.fused.inputs.prev_mean
+
+    @property
+    def why_eager(self) -> str | None:
+        """Why plans are not replays of a CUDA graph, or None where they are."""
+        return self._graph.why_eager
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        self.fused.draw()
+        self._inputs_from_torch()
+        self.fused.run(draw=False)
+
+    @torch.no_grad()
+    def plan(
+        self,
+        obs: Tensor,
+        t0: bool | Tensor,
+        eval_mode: bool | Tensor,
+        task: Tensor | None,
+        noise: PlanNoise | None,
+        trace: PlanTrace | None,
+    ) -> Tensor:
+        """Actions (E, A); arguments as checked by `Planner.plan`."""
+        inputs = self.fused.inputs
+        self._packed.refresh()
+        (inputs.obs if self._images is None else self._images).copy_(obs, non_blocking=True)
+        for buffer, flag in ((inputs.t0, t0), (inputs.eval_mode, eval_mode)):
+            if isinstance(flag, bool):
+                buffer.fill_(flag)
+            else:
+                buffer.copy_(flag, non_blocking=True)
+        if self._task is not None:
+            assert task is not None
+            self._task.copy_(task, non_blocking=True)
+        if noise is None and trace is None:
+            self._graph()
+        else:
+            self._run_given(noise, trace)
+        # A copy: the next plan overwrites the buffer.
+        return self.fused.state.action.clone()
+
+    def _run_given(self, noise: PlanNoise | None, trace: PlanTrace | None) -> None:
+        """The same plan, eagerly, from given draws or watched."""
+        fused = self.fused
+        if noise is None:
+            fused.draw()
+        else:
+            self._take(noise)
+        self._inputs_from_torch()
+        fused.run(draw=False, observe=None if trace is None else lambda event: self._observe(event, trace))
+        if trace is not None:
+            trace.record(chosen=fused.state.chosen, picked=fused.state.picked)
+
+    def _take(self, noise: PlanNoise) -> None:
+        draws = self.fused.draws
+        for name in ("pi_eps", "samples", "value_eps", "elite", "action", "members"):
+            getattr(draws, name).copy_(getattr(noise, name))
+        if draws.shift is not None and noise.shift is not None:
+            draws.shift.copy_(noise.shift)
+
+    def _inputs_from_torch(self) -> None:
+        """What is looked up or encoded by torch ops: the task's rows, and the latent of pixels."""
+        inputs = self.fused.inputs
+        if self._task is not None:
+            assert inputs.task_embedding is not None
+            assert inputs.mask is not None
+            inputs.task_embedding.copy_(self._embedding(self._task))
+            inputs.mask.copy_(self.model._action_masks[self._task])
+            inputs.discount.copy_(self._discounts[self._task])
+        if self._images is not None:
+            assert inputs.z0 is not None
+            with annotate("encode"), matmul_precision(self.cfg, inputs.z0.device):
+                inputs.z0.copy_(self.model.encode_parts(self._images, None, self.fused.draws.shift))
+
+    def _embedding(self, task: Tensor) -> Tensor:
+        """`WorldModel.embed` without the host synchronisation of torch's renormalising lookup."""
+        weight = self.model._task_emb.weight
+        rows = weight.index_select(0, task)
+        norm = rows.norm(dim=-1, keepdim=True)
+        rows = torch.where(norm > 1, rows * (1 / (norm + _NORM_EPS)), rows)
+        weight.index_copy_(0, task, rows)
+        return rows
+
+    def _observe(self, event: str, trace: PlanTrace) -> None:
+        s, p = self.fused.state, self.cfg.num_pi_trajs
+        if event == "prior":
+            z = self._latent()
+            trace.record(z=z, pi_actions=s.actions[:, :, :p])
+        elif event == "values":
+            trace.record(actions=s.actions)
+        else:
+            trace.record(values=s.values, elites=s.elites, scores=s.scores, means=s.mean, stds=s.std)
+
+    def _latent(self) -> Tensor:
+        """z0 (E, L), activated by torch for the trace."""
+        z = self.fused.encode()
+        return z.activated()[0, :, 0].float()
+
+    @torch.no_grad()
+    def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
+        """Values (E, N) of sequences (E, H, N, A) from latents z (E, N, L); see `TorchPlan.values`."""
+        fused = self.fused
+        self._packed.refresh()
+        if self._task is not None:
+            assert task is not None
+            self._task.copy_(task)
+            self._inputs_from_torch()
+        fused.draws.value_eps[0].copy_(eps)
+        fused.draws.members[0].copy_(members)
+        fused.state.actions.copy_(actions)
+        fused.rollout(Rows(z.unsqueeze(0)), fused.share(None), first=True)
+        fused.terminal_value(0)
+        fused.update()
+        return fused.state.values.clone()

@@ -1,0 +1,122 @@
+"""Packs a world model's parameters for the fused plan, and keeps the packed copy up to date."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .kernels.launch import Precision
+from .kernels.plan import CRITICS, DYNAMICS, POLICY, REWARD, PlanSizes, PlanWeights
+from .kernels.policy_layer import interleave
+from .kernels.rows import Layer
+from .world_model import WorldModel
+
+
+def plan_sizes(cfg: Config, num_envs: int) -> PlanSizes:
+    """The sizes of a plan for this config."""
+    shape = dict(cfg._require("obs_shape"))[cfg.obs]
+    return PlanSizes(
+        envs=num_envs,
+        obs_dim=0 if cfg.obs == "rgb" else shape[0],
+        action_dim=cfg._require("action_dim"),
+        latent_dim=cfg.latent_dim,
+        mlp_dim=cfg.mlp_dim,
+        enc_dim=cfg.enc_dim,
+        num_enc_layers=cfg.num_enc_layers,
+        num_q=cfg.num_q,
+        num_bins=cfg.num_bins,
+        vmin=cfg.vmin,
+        vmax=cfg.vmax,
+        simnorm_dim=cfg.simnorm_dim,
+        task_dim=cfg.task_dim,
+        episodic=cfg.episodic,
+        horizon=cfg.horizon,
+        iterations=cfg.effective_iterations,
+        num_samples=cfg.num_samples,
+        num_pi_trajs=cfg.num_pi_trajs,
+        num_elites=cfg.num_elites,
+        temperature=cfg.temperature,
+        min_std=cfg.min_std,
+        max_std=cfg.max_std,
+        log_std_min=cfg.log_std_min,
+        log_std_max=cfg.log_std_max,
+    )
+
+
+class PackedModel:
+    """Packed weights of a world model.
+
+    The buffers keep their addresses, so a captured graph reads what `refresh` writes.
+    """
+
+    def __init__(self, model: WorldModel, sizes: PlanSizes, precision: Precision) -> None:
+        self.model, self._sizes = model, sizes
+        self.weights = PlanWeights.empty(sizes, precision, model.device)
+        self._version: tuple[int, ...] | None = None
+
+    def refresh(self) -> bool:
+        """Copy the parameters if one changed since the last time; whether one did.
+
+        Changes are noticed by torch's version counters, which every in-place operation of
+        torch advances (optimisers, `load_state_dict`, `copy_`); writes through `.data` are not.
+        """
+        version = tuple(chain.from_iterable((p._version, p.data_ptr()) for p in self.model.parameters()))
+        if version == self._version:
+            return False
+        with torch.no_grad():
+            pairs = list(self._pairs())
+            torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
+        self._version = version
+        return True
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Every packed tensor beside the parameter it is a copy of."""
+        m: Any = self.model
+        w, z, t = self.weights, self._sizes.latent_dim, self._sizes.task_dim
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def normed(layer: Layer, slab: int | slice, source: Any, columns: slice, side: slice | None) -> None:
+            assert layer.ln_weight is not None
+            assert layer.ln_bias is not None
+            weight, ln = source.weight, source.ln
+            pairs.append((layer.weight[slab], weight[..., columns]))
+            pairs.append((layer.bias[slab], source.bias))
+            pairs.append((layer.ln_weight[slab], ln.weight))
+            pairs.append((layer.ln_bias[slab], ln.bias))
+            if layer.side is not None and side is not None:
+                pairs.append((layer.side[slab], weight[..., side]))
+
+        every, latent, task, action = slice(None), slice(0, z), slice(z, z + t), slice(z + t, None)
+        for i, layer in enumerate(w.encoder):
+            source = m._encoder[self.model.cfg.obs][i]
+            obs = layer.weight.shape[-1]
+            normed(layer, 0, source, slice(0, obs), slice(obs, None))
+        heads: list[tuple[int | slice, Any]] = [
+            (DYNAMICS, m._dynamics),
+            (POLICY, m._pi),
+            (REWARD, m._reward),
+            (slice(CRITICS, None), m._Qs.params),
+        ]
+        for slab, head in heads:
+            first, second = head[0], head[1]
+            normed(w.first, slab, first, latent, None if slab == POLICY else action)
+            normed(w.second, slab, second, every, None)
+            if w.task is not None:
+                assert w.task.side is not None
+                pairs.append((w.task.side[slab], first.weight[..., task]))
+                pairs.append((w.task.bias[slab], first.bias))
+        normed(w.third, 0, m._dynamics[2], every, None)
+        pairs += [(w.scalars.weight[0], m._reward[2].weight), (w.scalars.bias[0], m._reward[2].bias)]
+        pairs += [(w.scalars.weight[1:], m._Qs.params[2].weight), (w.scalars.bias[1:], m._Qs.params[2].bias)]
+        pairs += [(w.policy.weight[0], interleave(m._pi[2].weight)), (w.policy.bias[0], interleave(m._pi[2].bias))]
+        if w.termination is not None:
+            assert m._termination is not None
+            normed(w.termination[0], 0, m._termination[0], every, None)
+            normed(w.termination[1], 0, m._termination[1], every, None)
+            last = w.termination[2]
+            pairs += [(last.weight[0], m._termination[2].weight), (last.bias[0], m._termination[2].bias)]
+        return pairs
