@@ -19,24 +19,15 @@ from .launch import Precision, cdiv, interpreting, jit, launch, pow2, tl
 from .linear_tile import (
     PLAIN,
     activate,
-    add_small_product,
     await_producers,
+    layer_on_tile,
     merge_statistics,
-    product,
     row_offsets,
+    slab_of,
     store_rounded,
-    store_with_statistics,
 )
 from .rows import EACH, LEAST_COLUMNS, Layer, Rows, Slabs
 from .tiles import Tile, layer_tile
-
-
-@jit
-def slab_of(members_ptr, base, step, g, HAS_MEMBERS: tl.constexpr):
-    """Slab of group g, int64."""
-    if HAS_MEMBERS:
-        return base + tl.load(members_ptr + g)
-    return tl.full((), base, tl.int64) + step * g
 
 
 @jit
@@ -97,75 +88,64 @@ def grouped_layer_kernel(
     PDL: tl.constexpr,
 ):
     """One tile [BM, BN] of one group; grid (row tiles x column tiles, groups)."""
-    g = tl.program_id(1).to(tl.int64)
-    tiles_n = tl.cdiv(D, BN)
-    tile_n = tl.program_id(0) % tiles_n
-    rows = (tl.program_id(0) // tiles_n) * BM + tl.arange(0, BM)
-    cols = tile_n * BN + tl.arange(0, BN)
-    row_ok, col_ok = rows < M, cols < D
     await_producers(PDL)
-    slab = slab_of(members_ptr, base, step, g, MEMBERS)
-    bias_rows = row_offsets(rows, n, bias_e, 0)
-    bias = tl.load(
-        bias_ptr + slab * bias_s + bias_rows[:, None] + cols[None, :],
-        mask=row_ok[:, None] & col_ok[None, :],
-        other=0.0,
-    )
-    acc = tl.zeros((BM, BN), tl.float32)
-    if HAS_SIDE:
-        acc = add_small_product(
-            acc,
-            a_ptr,
-            row_offsets(rows, n, a_e, a_r),
-            row_ok,
-            side_ptr + slab * D * A,
-            cols,
-            col_ok,
-            A,
-            BA,
-            BFLOAT16,
-            DOT,
-            INTERPRETED,
-        )
-    if HAS_X:
-        mean, rstd = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-        in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
-        if IN_ACT != 0:
-            in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-            mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES)
-        acc = product(
-            acc,
-            x_ptr + g * x_g,
-            row_offsets(rows, n, x_e, x_r),
-            row_ok,
-            mean,
-            rstd,
-            in_gamma_ptr + in_slab * K,
-            in_beta_ptr + in_slab * K,
-            w_ptr + slab * D * K,
-            cols,
-            col_ok,
-            K,
-            IN_ACT,
-            V,
-            BK,
-            EVEN_K,
-            BFLOAT16,
-            DOT,
-            INTERPRETED,
-        )
-    store_with_statistics(
-        acc + bias,
-        y_ptr + g * y_g,
-        row_offsets(rows, n, y_e, y_r),
-        stats_ptr + g * stats_g,
-        row_offsets(rows, n, stats_e, stats_r),
-        row_ok,
-        cols,
-        col_ok,
-        tile_n,
+    tiles_n = tl.cdiv(D, BN)
+    layer_on_tile(
+        tl.program_id(0) // tiles_n,
+        tl.program_id(0) % tiles_n,
+        tl.program_id(1).to(tl.int64),
+        x_ptr,
+        x_g,
+        x_e,
+        x_r,
+        in_stats_ptr,
+        in_stats_g,
+        in_stats_e,
+        in_stats_r,
+        in_gamma_ptr,
+        in_beta_ptr,
+        in_members_ptr,
+        in_base,
+        in_step,
+        a_ptr,
+        a_e,
+        a_r,
+        w_ptr,
+        side_ptr,
+        bias_ptr,
+        bias_s,
+        bias_e,
+        members_ptr,
+        base,
+        step,
+        y_ptr,
+        y_g,
+        y_e,
+        y_r,
+        stats_ptr,
+        stats_g,
+        stats_e,
+        stats_r,
+        M,
+        n,
         D,
+        K,
+        A,
+        HAS_X,
+        HAS_SIDE,
+        IN_ACT,
+        V,
+        IN_TILE,
+        IN_TILES,
+        IN_MEMBERS,
+        MEMBERS,
+        BM,
         BN,
+        BK,
+        BA,
+        EVEN_K,
+        BFLOAT16,
+        DOT,
         INTERPRETED,
     )
 

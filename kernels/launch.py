@@ -95,6 +95,7 @@ class Launch:
     kernel: Any
     args: tuple[Any, ...]
     options: dict[str, Any]
+    grid: tuple[int, ...] = ()
 
 
 COMPILER_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion")
@@ -127,7 +128,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if programs == 0:
         return
     for log in _logs:
-        log.append(Launch(kernel.__name__, programs, kernel, args, options))
+        log.append(Launch(kernel.__name__, programs, kernel, args, options, grid))
     if any(_dry):
         return
     if interpreting():

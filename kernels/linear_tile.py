@@ -69,14 +69,14 @@ def row_offsets(rows, n, e_stride, r_stride):
 
 
 @jit
-def merge_statistics(stats_ptr, offsets, row_ok, K, TILE: tl.constexpr, TILES: tl.constexpr):
+def merge_statistics(stats_ptr, offsets, row_ok, K, TILE: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr = ""):
     """Mean and 1/std of rows of width K from those of their column tiles of width TILE: [BM] each."""
     t = tl.arange(0, TILES)
     count = tl.minimum(tl.maximum(K - t * TILE, 0), TILE).to(tl.float32)[None, :]
     ok = row_ok[:, None] & (count > 0)
     ptrs = stats_ptr + offsets[:, None] + 2 * t[None, :]  # [BM, TILES]
-    tile_mean = tl.load(ptrs, mask=ok, other=0.0)
-    tile_m2 = tl.load(ptrs + 1, mask=ok, other=0.0)
+    tile_mean = tl.load(ptrs, mask=ok, other=0.0, cache_modifier=CACHE)
+    tile_m2 = tl.load(ptrs + 1, mask=ok, other=0.0, cache_modifier=CACHE)
     mean = tl.sum(count * tile_mean, axis=1) / K
     d = tile_mean - mean[:, None]
     var = tl.sum(tile_m2 + count * d * d, axis=1) / K
@@ -113,6 +113,7 @@ def product(
     BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    CACHE: tl.constexpr = "",
 ):
     """acc + act(LN(x)) Wᵀ for rows x_rows [BM] of x and rows cols [BN] of W (., K)."""
     for start in range(0, K, BK):
@@ -120,7 +121,7 @@ def product(
         k_ok = k < K
         x_mask = row_ok[:, None] if EVEN_K else row_ok[:, None] & k_ok[None, :]
         w_mask = col_ok[None, :] if EVEN_K else col_ok[None, :] & k_ok[:, None]
-        x = tl.load(x_ptr + x_rows[:, None] + k[None, :], mask=x_mask, other=0.0)  # [BM, BK]
+        x = tl.load(x_ptr + x_rows[:, None] + k[None, :], mask=x_mask, other=0.0, cache_modifier=CACHE)  # [BM, BK]
         if ACT != _PLAIN:
             gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)
             beta = tl.load(beta_ptr + k, mask=k_ok, other=0.0)
@@ -150,12 +151,14 @@ def add_small_product(
     BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    CACHE: tl.constexpr = "",
 ):
     """acc + a Wᵀ for a narrow float32 input a (., A), the action or the task embedding; W (., A)."""
     for start in range(0, A, BA):
         k = start + tl.arange(0, BA)
         k_ok = k < A
-        a = tl.load(a_ptr + a_rows[:, None] + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        a_ok = row_ok[:, None] & k_ok[None, :]
+        a = tl.load(a_ptr + a_rows[:, None] + k[None, :], mask=a_ok, other=0.0, cache_modifier=CACHE)
         w = tl.load(w_ptr + cols[None, :] * A + k[:, None], mask=col_ok[None, :] & k_ok[:, None], other=0.0)
         a = operand(a.to(tl.float32), BFLOAT16, INTERPRETED)
         if INTERPRETED:
@@ -184,3 +187,143 @@ def await_producers(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def slab_of(members_ptr, base, step, g, HAS_MEMBERS: tl.constexpr):
+    """Slab of group g, int64."""
+    if HAS_MEMBERS:
+        return base + tl.load(members_ptr + g)
+    return tl.full((), base, tl.int64) + step * g
+
+
+@jit
+def layer_on_tile(
+    tile_m,
+    tile_n,
+    g,
+    x_ptr,
+    x_g,
+    x_e,
+    x_r,
+    in_stats_ptr,
+    in_stats_g,
+    in_stats_e,
+    in_stats_r,
+    in_gamma_ptr,
+    in_beta_ptr,
+    in_members_ptr,
+    in_base,
+    in_step,
+    a_ptr,
+    a_e,
+    a_r,
+    w_ptr,
+    side_ptr,
+    bias_ptr,
+    bias_s,
+    bias_e,
+    members_ptr,
+    base,
+    step,
+    y_ptr,
+    y_g,
+    y_e,
+    y_r,
+    stats_ptr,
+    stats_g,
+    stats_e,
+    stats_r,
+    M,
+    n,
+    D,
+    K,
+    A,
+    HAS_X: tl.constexpr,
+    HAS_SIDE: tl.constexpr,
+    IN_ACT: tl.constexpr,
+    V: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    IN_MEMBERS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    CACHE: tl.constexpr = "",
+):
+    """One tile [BM, BN] of group g of a layer: product, bias, store with statistics."""
+    rows = tile_m * BM + tl.arange(0, BM)
+    cols = tile_n * BN + tl.arange(0, BN)
+    row_ok, col_ok = rows < M, cols < D
+    slab = slab_of(members_ptr, base, step, g, MEMBERS)
+    bias_rows = row_offsets(rows, n, bias_e, 0)
+    bias = tl.load(
+        bias_ptr + slab * bias_s + bias_rows[:, None] + cols[None, :],
+        mask=row_ok[:, None] & col_ok[None, :],
+        other=0.0,
+    )
+    acc = tl.zeros((BM, BN), tl.float32)
+    if HAS_SIDE:
+        acc = add_small_product(
+            acc,
+            a_ptr,
+            row_offsets(rows, n, a_e, a_r),
+            row_ok,
+            side_ptr + slab * D * A,
+            cols,
+            col_ok,
+            A,
+            BA,
+            BFLOAT16,
+            DOT,
+            INTERPRETED,
+            CACHE,
+        )
+    if HAS_X:
+        mean, rstd = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+        in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
+        if IN_ACT != 0:
+            in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
+            mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES, CACHE)
+        acc = product(
+            acc,
+            x_ptr + g * x_g,
+            row_offsets(rows, n, x_e, x_r),
+            row_ok,
+            mean,
+            rstd,
+            in_gamma_ptr + in_slab * K,
+            in_beta_ptr + in_slab * K,
+            w_ptr + slab * D * K,
+            cols,
+            col_ok,
+            K,
+            IN_ACT,
+            V,
+            BK,
+            EVEN_K,
+            BFLOAT16,
+            DOT,
+            INTERPRETED,
+            CACHE,
+        )
+    store_with_statistics(
+        acc + bias,
+        y_ptr + g * y_g,
+        row_offsets(rows, n, y_e, y_r),
+        stats_ptr + g * stats_g,
+        row_offsets(rows, n, stats_e, stats_r),
+        row_ok,
+        cols,
+        col_ok,
+        tile_n,
+        D,
+        BN,
+        INTERPRETED,
+    )

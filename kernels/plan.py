@@ -25,8 +25,9 @@ from torch import Tensor
 
 from . import mppi
 from .grouped_layer import activate_rows, grouped_layer
-from .launch import Precision
+from .launch import Precision, log_launches
 from .noise import draw_plan_noise
+from .persistent import PersistentRollout
 from .policy_layer import policy_layer
 from .rows import EACH, Layer, Rows, Slabs
 from .scalar_head import scalar_head
@@ -243,6 +244,8 @@ class FusedPlan:
         device: of `weights`.
         pdl: programmatic dependent launch.
         throughput: whether an activation gets a launch of its own; None lets the table decide.
+        persistent: multiprocessors to use for one launch an iteration in place of a chain of
+            small ones (persistent.py); 0: the chain.
         annotate: makes a named range for profilers.
     """
 
@@ -254,6 +257,7 @@ class FusedPlan:
         device: torch.device,
         pdl: bool = False,
         throughput: bool | None = None,
+        persistent: int = 0,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.sizes, self.weights, self.precision, self.pdl = sizes, weights, precision, pdl
@@ -269,6 +273,7 @@ class FusedPlan:
         self._third_tile = layer_tile(rows, 1, z, d, precision.name)
         third = (None, 0) if self.throughput else (weights.third, self._third_tile.BN)
         self.z = Rows(self.state.z.x, self.state.z.stats, third[0], _SHARED, third[1])
+        self._persistent = self._one_launch(persistent) if persistent and sizes.iterations > 1 else None
 
     def run(self, draw: bool = True, observe: Observer | None = None) -> None:
         """One plan from `inputs` to `state.action`; `draw`: fresh random numbers first."""
@@ -282,8 +287,11 @@ class FusedPlan:
             self.begin()
         for i in range(self.sizes.iterations):
             with self._annotate("iteration"):
-                self.rollout(None, shared, first=i == 0)
-                self.terminal_value(i)
+                if self._persistent and i:
+                    self._persistent.run(i - 1)
+                else:
+                    self.rollout(None, shared, 0 if i == 0 else self.sizes.num_pi_trajs, act=i == 0)
+                    self.terminal_value(i)
             if observe:
                 if i == 0:
                     observe("prior")
@@ -293,6 +301,19 @@ class FusedPlan:
                 self.update(None if last else self.draws.samples[i + 1], choose=last)
             if observe:
                 observe("update")
+
+    def _one_launch(self, processors: int) -> PersistentRollout:
+        """All iterations but the first, which draws the prior's actions, as one launch each."""
+        if self.throughput or self.sizes.episodic:
+            what = "the throughput regime" if self.throughput else "an episodic model"
+            raise ValueError(f"persistent: got {what}, allowed: few environments, without termination")
+        iterations = []
+        for i in range(1, self.sizes.iterations):
+            with log_launches(dry=True) as log:
+                self.rollout(None, self.state.shared)
+                self.terminal_value(i)
+            iterations.append(log)
+        return PersistentRollout(iterations, self.precision, processors, self._second_tile)
 
     def draw(self) -> None:
         """Fill `draws` from the counter RNG."""
@@ -363,19 +384,19 @@ class FusedPlan:
             pdl=self.pdl,
         )
 
-    def rollout(self, z0: Rows | None, shared: Rows, first: bool) -> None:
-        """Latents of all steps, and the reward's second layer.
+    def rollout(self, z0: Rows | None, shared: Rows, start: int = 0, act: bool = False) -> None:
+        """Latents of all steps, and the reward's second layer, of sequences from `start` on.
 
-        z0: latents (1, E, N, L) to start from; None: the one of `share`. first: all sequences,
-        the actions of prior ones drawn on the way; else the sampled ones alone.
+        z0: latents (1, E, N, L) to start from; None: the one of `share`. act: draw the actions
+        of the prior sequences on the way, after the first step's.
         """
         s, w, p = self.state, self.weights, self.sizes.num_pi_trajs
-        rows = slice(0 if first else p, self.sizes.num_samples)
+        rows = slice(start, self.sizes.num_samples)
         if rows.start == rows.stop:
             return
         for t in range(self.sizes.horizon):
             before = self.z[t - 1 : t, rows] if t else z0
-            if first and p and t and z0 is None:
+            if act and p and t:
                 self._act(self._policy(self.z[t - 1 : t, :p]), self.draws.pi_eps[:, t], s.actions[:, t, :p])
             bias = shared.x[:, :, 0] if before is None else self._task_bias
             h = self._layer(before, s.actions[:, t, rows], w.first, s.first[:, rows], _PAIR, bias)

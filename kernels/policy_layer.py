@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grouped_layer import arithmetic, slab_of, source
+from .grouped_layer import arithmetic, source
 from .launch import Precision, cdiv, jit, launch, pow2, tl
-from .linear_tile import await_producers, merge_statistics, product, row_offsets
+from .linear_tile import await_producers, merge_statistics, product, row_offsets, slab_of
 from .policy_head import policy_action
 from .rows import EACH, Layer, Rows
 from .scalar_head import check_last_layer, last_layer_reference
@@ -29,6 +29,94 @@ def tanh(x):
     s = x * x
     near = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
     return tl.where(s < 0.04, near, tl.where(x < 0, -far, far))
+
+
+@jit
+def policy_on_tile(
+    tile_m,
+    x_ptr,
+    x_g,
+    x_e,
+    x_r,
+    in_stats_ptr,
+    in_stats_g,
+    in_stats_e,
+    in_stats_r,
+    in_gamma_ptr,
+    in_beta_ptr,
+    in_members_ptr,
+    in_base,
+    in_step,
+    w_ptr,
+    bias_ptr,
+    eps_ptr,
+    eps_e,
+    eps_r,
+    mask_ptr,
+    y_ptr,
+    y_e,
+    y_r,
+    M,
+    n,
+    K,
+    A,
+    low,
+    high,
+    HAS_MASK: tl.constexpr,
+    IN_ACT: tl.constexpr,
+    V: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    IN_MEMBERS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    CACHE: tl.constexpr = "",
+):
+    """BM rows, all 2A <= BN columns, down to actions."""
+    rows = tile_m * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    row_ok, col_ok = rows < M, cols < 2 * A
+    in_slab = slab_of(in_members_ptr, in_base, in_step, 0, IN_MEMBERS)
+    in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
+    mean, rstd = merge_statistics(in_stats_ptr, in_rows, row_ok, K, IN_TILE, IN_TILES, CACHE)
+    logits = product(
+        tl.zeros((BM, BN), tl.float32),
+        x_ptr,
+        row_offsets(rows, n, x_e, x_r),
+        row_ok,
+        mean,
+        rstd,
+        in_gamma_ptr + in_slab * K,
+        in_beta_ptr + in_slab * K,
+        w_ptr,
+        cols,
+        col_ok,
+        K,
+        IN_ACT,
+        V,
+        BK,
+        EVEN_K,
+        BFLOAT16,
+        DOT,
+        INTERPRETED,
+        CACHE,
+    )
+    logits += tl.load(bias_ptr + cols, mask=col_ok, other=0.0)[None, :]
+    center, log_std = tl.split(tl.reshape(logits, (BM, BN // 2, 2)))  # [BM, BA] each
+    log_std = low + 0.5 * (high - low) * (tanh(log_std) + 1.0)
+    dims = tl.arange(0, BN // 2)
+    ok = row_ok[:, None] & (dims < A)[None, :]
+    eps = tl.load(eps_ptr + row_offsets(rows, n, eps_e, eps_r)[:, None] + dims[None, :], mask=ok, other=0.0)
+    if HAS_MASK:
+        live = tl.load(mask_ptr + row_offsets(rows, n, A, 0)[:, None] + dims[None, :], mask=ok, other=0.0)
+        center, log_std, eps = center * live, log_std * live, eps * live
+    action = tanh(center + eps * tl.exp(log_std))
+    tl.store(y_ptr + row_offsets(rows, n, y_e, y_r)[:, None] + dims[None, :], action, mask=ok)
 
 
 @jit
@@ -77,45 +165,51 @@ def policy_layer_kernel(
     PDL: tl.constexpr,
 ):
     """BM rows, all 2A <= BN columns; grid (row tiles,)."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    cols = tl.arange(0, BN)
-    row_ok, col_ok = rows < M, cols < 2 * A
     await_producers(PDL)
-    in_slab = slab_of(in_members_ptr, in_base, in_step, 0, IN_MEMBERS)
-    in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-    mean, rstd = merge_statistics(in_stats_ptr, in_rows, row_ok, K, IN_TILE, IN_TILES)
-    logits = product(
-        tl.zeros((BM, BN), tl.float32),
+    policy_on_tile(
+        tl.program_id(0),
         x_ptr,
-        row_offsets(rows, n, x_e, x_r),
-        row_ok,
-        mean,
-        rstd,
-        in_gamma_ptr + in_slab * K,
-        in_beta_ptr + in_slab * K,
+        x_g,
+        x_e,
+        x_r,
+        in_stats_ptr,
+        in_stats_g,
+        in_stats_e,
+        in_stats_r,
+        in_gamma_ptr,
+        in_beta_ptr,
+        in_members_ptr,
+        in_base,
+        in_step,
         w_ptr,
-        cols,
-        col_ok,
+        bias_ptr,
+        eps_ptr,
+        eps_e,
+        eps_r,
+        mask_ptr,
+        y_ptr,
+        y_e,
+        y_r,
+        M,
+        n,
         K,
+        A,
+        low,
+        high,
+        HAS_MASK,
         IN_ACT,
         V,
+        IN_TILE,
+        IN_TILES,
+        IN_MEMBERS,
+        BM,
+        BN,
         BK,
         EVEN_K,
         BFLOAT16,
         DOT,
         INTERPRETED,
     )
-    logits += tl.load(bias_ptr + cols, mask=col_ok, other=0.0)[None, :]
-    center, log_std = tl.split(tl.reshape(logits, (BM, BN // 2, 2)))  # [BM, BA] each
-    log_std = low + 0.5 * (high - low) * (tanh(log_std) + 1.0)
-    dims = tl.arange(0, BN // 2)
-    ok = row_ok[:, None] & (dims < A)[None, :]
-    eps = tl.load(eps_ptr + row_offsets(rows, n, eps_e, eps_r)[:, None] + dims[None, :], mask=ok, other=0.0)
-    if HAS_MASK:
-        live = tl.load(mask_ptr + row_offsets(rows, n, A, 0)[:, None] + dims[None, :], mask=ok, other=0.0)
-        center, log_std, eps = center * live, log_std * live, eps * live
-    action = tanh(center + eps * tl.exp(log_std))
-    tl.store(y_ptr + row_offsets(rows, n, y_e, y_r)[:, None] + dims[None, :], action, mask=ok)
 
 
 def interleave(x: Tensor) -> Tensor:

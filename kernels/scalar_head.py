@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .grouped_layer import arithmetic, grouped_layer_reference, slab_of, source
+from .grouped_layer import arithmetic, grouped_layer_reference, source
 from .launch import Precision, cdiv, jit, launch, tl
-from .linear_tile import await_producers, merge_statistics, product, row_offsets
+from .linear_tile import await_producers, merge_statistics, product, row_offsets, slab_of
 from .rows import EACH, Layer, Rows, Slabs
 from .tiles import Tile, head_tile
 from .two_hot import two_hot_inv
@@ -39,6 +39,88 @@ def scalar_of(logits, cols, K, vmin, vmax, BINS: tl.constexpr):
     if BINS == 1:
         x = symexp(x)
     return x
+
+
+@jit
+def scalars_on_tile(
+    tile_m,
+    g,
+    x_ptr,
+    x_g,
+    x_e,
+    x_r,
+    in_stats_ptr,
+    in_stats_g,
+    in_stats_e,
+    in_stats_r,
+    in_gamma_ptr,
+    in_beta_ptr,
+    in_members_ptr,
+    in_base,
+    in_step,
+    w_ptr,
+    bias_ptr,
+    members_ptr,
+    base,
+    step,
+    y_ptr,
+    y_g,
+    y_e,
+    M,
+    n,
+    D,
+    K,
+    vmin,
+    vmax,
+    IN_ACT: tl.constexpr,
+    V: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    IN_MEMBERS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BINS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    CACHE: tl.constexpr = "",
+):
+    """BM rows of group g, all D <= BN columns, down to a scalar each."""
+    rows = tile_m * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    row_ok, col_ok = rows < M, cols < D
+    slab = slab_of(members_ptr, base, step, g, MEMBERS)
+    in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
+    in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
+    mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES, CACHE)
+    logits = product(
+        tl.zeros((BM, BN), tl.float32),
+        x_ptr + g * x_g,
+        row_offsets(rows, n, x_e, x_r),
+        row_ok,
+        mean,
+        rstd,
+        in_gamma_ptr + in_slab * K,
+        in_beta_ptr + in_slab * K,
+        w_ptr + slab * D * K,
+        cols,
+        col_ok,
+        K,
+        IN_ACT,
+        V,
+        BK,
+        EVEN_K,
+        BFLOAT16,
+        DOT,
+        INTERPRETED,
+        CACHE,
+    )
+    logits += tl.load(bias_ptr + slab * D + cols, mask=col_ok, other=0.0)[None, :]
+    y = scalar_of(logits, cols, D, vmin, vmax, BINS)
+    tl.store(y_ptr + g * y_g + row_offsets(rows, n, y_e, 1), y, mask=row_ok)
 
 
 @jit
@@ -87,39 +169,52 @@ def scalar_head_kernel(
     PDL: tl.constexpr,
 ):
     """BM rows of one group, all D <= BN columns; grid (row tiles, groups)."""
-    g = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    cols = tl.arange(0, BN)
-    row_ok, col_ok = rows < M, cols < D
     await_producers(PDL)
-    slab = slab_of(members_ptr, base, step, g, MEMBERS)
-    in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
-    in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-    mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES)
-    logits = product(
-        tl.zeros((BM, BN), tl.float32),
-        x_ptr + g * x_g,
-        row_offsets(rows, n, x_e, x_r),
-        row_ok,
-        mean,
-        rstd,
-        in_gamma_ptr + in_slab * K,
-        in_beta_ptr + in_slab * K,
-        w_ptr + slab * D * K,
-        cols,
-        col_ok,
+    scalars_on_tile(
+        tl.program_id(0),
+        tl.program_id(1).to(tl.int64),
+        x_ptr,
+        x_g,
+        x_e,
+        x_r,
+        in_stats_ptr,
+        in_stats_g,
+        in_stats_e,
+        in_stats_r,
+        in_gamma_ptr,
+        in_beta_ptr,
+        in_members_ptr,
+        in_base,
+        in_step,
+        w_ptr,
+        bias_ptr,
+        members_ptr,
+        base,
+        step,
+        y_ptr,
+        y_g,
+        y_e,
+        M,
+        n,
+        D,
         K,
+        vmin,
+        vmax,
         IN_ACT,
         V,
+        IN_TILE,
+        IN_TILES,
+        IN_MEMBERS,
+        MEMBERS,
+        BINS,
+        BM,
+        BN,
         BK,
         EVEN_K,
         BFLOAT16,
         DOT,
         INTERPRETED,
     )
-    logits += tl.load(bias_ptr + slab * D + cols, mask=col_ok, other=0.0)[None, :]
-    y = scalar_of(logits, cols, D, vmin, vmax, BINS)
-    tl.store(y_ptr + g * y_g + row_offsets(rows, n, y_e, 1), y, mask=row_ok)
 
 
 def scalar_head(

@@ -23,10 +23,12 @@ class FusedPlanner:
     """Plans for `num_envs` environments by one replay of a CUDA graph.
 
     Draws come from a counter-based generator on the device, whose counter each plan advances.
-    throughput: see `FusedPlan`.
+    throughput, persistent: see `FusedPlan`.
     """
 
-    def __init__(self, model: WorldModel, num_envs: int, seed: int, throughput: bool | None = None) -> None:
+    def __init__(
+        self, model: WorldModel, num_envs: int, seed: int, throughput: bool | None = None, persistent: int = 0
+    ) -> None:
         cfg, device = model.cfg, model.device
         self.model, self.cfg, self.num_envs = model, cfg, num_envs
         self.precision = plan_precision(cfg, device)
@@ -39,6 +41,7 @@ class FusedPlanner:
             device,
             pdl=has_dependent_launch(device),
             throughput=throughput,
+            persistent=persistent,
             annotate=annotate,
         )
         inputs = self.fused.inputs
@@ -166,7 +169,7 @@ class FusedPlanner:
         fused.draws.value_eps[0].copy_(eps)
         fused.draws.members[0].copy_(members)
         fused.state.actions.copy_(actions)
-        fused.rollout(Rows(z.unsqueeze(0)), fused.share(None), first=True)
+        fused.rollout(Rows(z.unsqueeze(0)), fused.share(None))
         fused.terminal_value(0)
         fused.update()
         return fused.state.values.clone()

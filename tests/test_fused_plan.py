@@ -68,12 +68,25 @@ def observations(cfg: Config, num_envs: int) -> torch.Tensor:
     return torch.randn(num_envs, dict(cfg.obs_shape or {})["state"][0], generator=g)
 
 
-@pytest.mark.parametrize("throughput", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_equals_the_torch_backend(name: str, throughput: bool, livened: Liven) -> None:
-    cfg, count = CONFIGS[name], 3
+REGIMES = dict(latency=dict(throughput=False), throughput=dict(throughput=True), persistent=dict(persistent=8))
+WIDE = dict(latent_dim=32, mlp_dim=48)
+PERSISTENT = dict(
+    plain=small(iterations=3, **WIDE),
+    no_prior=small(num_pi_trajs=0, **WIDE),
+    horizon_1=small(horizon=1, **WIDE),
+    many_actions=small(action_dim=21, iterations=1, **WIDE),
+    multitask=tiny_multitask(backend="triton", iterations=2, **WIDE),
+)
+
+
+@pytest.mark.parametrize(
+    ("regime", "name"),
+    [(r, n) for r in ("latency", "throughput") for n in CONFIGS] + [("persistent", n) for n in PERSISTENT],
+)
+def test_equals_the_torch_backend(regime: str, name: str, livened: Liven) -> None:
+    cfg, count = (PERSISTENT if regime == "persistent" else CONFIGS)[name], 3
     agent = livened(TDMPC2(cfg, num_envs=count))
-    fused = FusedPlanner(agent.model, count, seed=1, throughput=throughput)
+    fused = FusedPlanner(agent.model, count, seed=1, **REGIMES[regime])
     plain = TorchPlan(agent.model, count, agent.planner.generator)
     before = torch.rand(plain.prev_mean.shape, generator=torch.Generator().manual_seed(1)) - 0.5
     for plan in (fused, plain):
@@ -310,3 +323,14 @@ def test_a_plan_is_at_most_130_launches() -> None:
     with log_launches(dry=True) as log:
         plan.run()
     assert len(log) == 109
+
+
+def test_the_persistent_variant_names_what_it_cannot_run() -> None:
+    for cfg, why in (
+        (small(episodic=True), "persistent: got an episodic model"),
+        (small(), r"persistent: got widths \[16, 24\], allowed: multiples of 16"),
+        (small(**WIDE, num_samples=1025, num_pi_trajs=0), "persistent: got 7 blocks of rows, allowed: at most 4"),
+    ):
+        agent = TDMPC2(cfg.replace(backend="torch"), num_envs=3)
+        with pytest.raises(ValueError, match=why):
+            FusedPlanner(agent.model, 3, seed=1, persistent=4)
