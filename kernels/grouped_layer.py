@@ -22,6 +22,7 @@ from .linear_tile import (
     await_producers,
     layer_on_tile,
     merge_statistics,
+    prefetch_weights,
     row_offsets,
     slab_of,
     store_rounded,
@@ -85,11 +86,16 @@ def grouped_layer_kernel(
     BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile [BM, BN] of one group; grid (row tiles x column tiles, groups)."""
-    await_producers(PDL)
     tiles_n = tl.cdiv(D, BN)
+    if PDL and HAS_X and not MEMBERS:  # members are another kernel's output
+        cols = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
+        slab = slab_of(members_ptr, base, step, tl.program_id(1).to(tl.int64), MEMBERS)
+        prefetch_weights(w_ptr + slab * D * K, cols, D, K, LINES)
+    await_producers(PDL)
     layer_on_tile(
         tl.program_id(0) // tiles_n,
         tl.program_id(0) % tiles_n,
@@ -279,6 +285,7 @@ def grouped_layer(
         BK=tile.BK,
         BA=min(pow2(max(side, 1), 16), 64),
         EVEN_K=k % tile.BK == 0,
+        LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if pdl else 1,
         PDL=pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -190,6 +190,25 @@ def await_producers(PDL: tl.constexpr):
 
 
 @jit
+def prefetch_weights(w_ptr, cols, D, K, LINES: tl.constexpr):
+    """Ask for rows `cols` of a weight (D, K) to be brought to L2: while the kernel before this one ends.
+
+    Weights are no kernel's output, so this needs no waiting. LINES lines of 128 bytes a row.
+    """
+    element: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    line = tl.arange(0, LINES) * (128 // element)
+    inside = tl.minimum(cols, D - 1)[:, None] * K + tl.minimum(line, K - 1)[None, :]  # [BN, LINES]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [(w_ptr + inside).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@jit
 def slab_of(members_ptr, base, step, g, HAS_MEMBERS: tl.constexpr):
     """Slab of group g, int64."""
     if HAS_MEMBERS:
