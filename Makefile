@@ -10,7 +10,7 @@ TRAIN  ?= task=cheetah-run model_size=1 num_samples=128 num_elites=16 batch_size
           eval_freq=10000 eval_episodes=2 exp_name=quick
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint typecheck golden bench clean
+.PHONY: help setup train test gpu report lint typecheck golden bench clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -46,6 +46,13 @@ typecheck: setup ## mypy over the three packages, laid out as they are installed
 golden: setup    ## parity with the recorded official numbers, array by array
 	$(BIN)/python tests/golden_check.py tests/golden --implementation reference
 	$(BIN)/python tests/golden_check.py tests/golden --implementation torch
+	TRITON_INTERPRET=1 $(BIN)/python tests/golden_check.py tests/golden --implementation triton
+
+gpu: setup       ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory
+	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.kernels.report
 
 bench: setup     ## plan and update against the eager reference, in one run
 	$(BIN)/python benchmarks/plan_update.py

@@ -33,11 +33,47 @@ _HEAD_ROWS = 16
 _MOST_GROUPS = 32
 
 # Columns of the table, by the names of the kernels' arguments; `kind` and `groups` are ours.
-_FIELDS = (
-    "kind groups x_ptr x_g x_e x_r in_stats_ptr in_stats_g in_stats_e in_stats_r in_gamma_ptr in_beta_ptr "
-    "in_members_ptr in_base a_ptr a_e a_r w_ptr side_ptr bias_ptr bias_s bias_e members_ptr base "
-    "y_ptr y_g y_e y_r stats_ptr stats_g stats_e stats_r D K A eps_ptr eps_e eps_r mask_ptr"
-).split()
+_FIELDS = [
+    "kind",
+    "groups",
+    "x_ptr",
+    "x_g",
+    "x_e",
+    "x_r",
+    "in_stats_ptr",
+    "in_stats_g",
+    "in_stats_e",
+    "in_stats_r",
+    "in_gamma_ptr",
+    "in_beta_ptr",
+    "in_members_ptr",
+    "in_base",
+    "a_ptr",
+    "a_e",
+    "a_r",
+    "w_ptr",
+    "side_ptr",
+    "bias_ptr",
+    "bias_s",
+    "bias_e",
+    "members_ptr",
+    "base",
+    "y_ptr",
+    "y_g",
+    "y_e",
+    "y_r",
+    "stats_ptr",
+    "stats_g",
+    "stats_e",
+    "stats_r",
+    "D",
+    "K",
+    "A",
+    "eps_ptr",
+    "eps_e",
+    "eps_r",
+    "mask_ptr",
+]
 FIELDS = tl.constexpr(len(_FIELDS))
 
 

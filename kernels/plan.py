@@ -23,9 +23,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import mppi
 from .grouped_layer import activate_rows, grouped_layer
 from .launch import Precision, log_launches
+from .mppi_begin import mppi_begin
+from .mppi_update import Choice, mppi_update
 from .noise import draw_plan_noise
 from .persistent import PersistentRollout
 from .policy_layer import policy_layer
@@ -372,7 +373,7 @@ class FusedPlan:
     def begin(self) -> None:
         """Warm start and the first samples."""
         s = self.state
-        mppi.mppi_begin(
+        mppi_begin(
             self.inputs.prev_mean,
             self.inputs.t0,
             self.draws.samples[0],
@@ -428,7 +429,7 @@ class FusedPlan:
     def update(self, next_noise: Tensor | None = None, choose: bool = False) -> None:
         """Values, elites, mean and std; then the next samples, or the choice of the action."""
         s, d, inputs, sizes = self.state, self.draws, self.inputs, self.sizes
-        choice = mppi.Choice(
+        choice = Choice(
             elite_noise=d.elite,
             action_noise=d.action,
             eval_mode=inputs.eval_mode,
@@ -438,7 +439,7 @@ class FusedPlan:
             chosen=s.chosen,
             counter=inputs.rng,
         )
-        mppi.mppi_update(
+        mppi_update(
             s.scalars,
             inputs.discount,
             s.termination,

@@ -8,7 +8,7 @@ instead of by each of its readers, because the tensor cores, not the steps, are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .launch import cdiv, interpreting, pow2
 
@@ -31,14 +31,15 @@ class Tile:
 
 
 # A100-and-newer shapes by precision, widest first; registers and shared memory of each are in the
-# compile report (report.py).
+# compile report (report.py). Narrower than 64 x 64, eight warps are there because four spill on an
+# A100; so does a 128 x 128 tile of bfloat16 that adds nothing but an action to a bias.
 _LATENCY = {
-    "bfloat16": (Tile(64, 64, 64, 8), Tile(32, 64, 128), Tile(32, 32, 128), Tile(16, 32, 128)),
-    "tf32": (Tile(64, 64, 32, 8), Tile(32, 64, 32), Tile(32, 32, 64), Tile(16, 32, 64)),
-    "float32": (Tile(64, 64, 16, 8), Tile(32, 32, 32), Tile(16, 32, 32)),
+    "bfloat16": (Tile(64, 64, 64, 8), Tile(32, 64, 128, 8), Tile(32, 32, 128), Tile(16, 32, 128)),
+    "tf32": (Tile(64, 64, 32, 8), Tile(32, 64, 32, 8), Tile(32, 32, 64, 8), Tile(16, 32, 64)),
+    "float32": (Tile(64, 64, 16, 8), Tile(32, 32, 32, 8), Tile(16, 32, 32)),
 }
 _THROUGHPUT = {
-    "bfloat16": Tile(128, 128, 64, 8),
+    "bfloat16": Tile(128, 64, 64, 8),
     "tf32": Tile(128, 64, 32, 8),
     "float32": Tile(64, 64, 16, 8),
 }
@@ -54,12 +55,17 @@ def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str)
         side = [min(_INTERPRETED, pow2(n, least)) for n, least in ((rows, 16), (columns, 32), (depth, 16))]
         return Tile(*side)
     if rows >= THROUGHPUT_ROWS:
-        return _THROUGHPUT[precision]
-    fitting = [t for t in _LATENCY[precision] if pow2(rows, 16) >= t.BM]
+        return _shallow(_THROUGHPUT[precision], depth)
+    fitting = [t for t in _LATENCY[precision] if t.BM <= pow2(rows, 16)]
     for tile in fitting:
         if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= 0.75 * _PROCESSORS:
-            return tile
-    return fitting[-1]
+            return _shallow(tile, depth)
+    return _shallow(fitting[-1], depth)
+
+
+def _shallow(tile: Tile, depth: int) -> Tile:
+    """The tile, no deeper than the layer: an observation is."""
+    return replace(tile, BK=min(tile.BK, pow2(depth, 16)))
 
 
 def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
@@ -70,7 +76,8 @@ def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) 
     bm = min(most, pow2(rows, 16))
     while bm > 16 and cdiv(rows, bm) * groups < _PROCESSORS:
         bm //= 2
-    return Tile(bm, pow2(columns, 16), bk, 4, 3)
+    bn = pow2(columns, 16)
+    return Tile(bm, bn, bk, 8 if bm * bn >= 8192 else 4, 3)
 
 
 def activates_once(rows: int) -> bool:

@@ -32,7 +32,8 @@ class GraphedFunction:
             self.why_eager = f"CUDA graphs need a CUDA device, this one is {device.type!r}"
             return
         try:
-            self._graph = self._capture(device)
+            with torch.cuda.device(device):
+                self._graph = self._capture(device)
         except RuntimeError as e:
             self.why_eager = f"capture failed: {e}"
             warnings.warn(f"{name}: {self.why_eager}; running eagerly, which is slower", RuntimeWarning, stacklevel=3)
@@ -45,7 +46,7 @@ class GraphedFunction:
     def _capture(self, device: torch.device) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(side):
+        with torch.cuda.stream(side):
             for _ in range(_WARM_UP_RUNS):
                 self._fn()
         torch.cuda.current_stream(device).wait_stream(side)

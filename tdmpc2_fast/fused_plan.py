@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .backend import matmul_precision, plan_precision
 from .cuda_graph import GraphedFunction
+from .errors import InputError
 from .kernels.launch import has_dependent_launch
 from .kernels.plan import FusedPlan
 from .kernels.rows import Rows
@@ -83,6 +84,11 @@ class FusedPlanner:
     ) -> Tensor:
         """Actions (E, A); arguments as checked by `Planner.plan`."""
         inputs = self.fused.inputs
+        if self.model.device != inputs.obs.device or self.model.dtype != torch.float32:
+            raise InputError(
+                f"model: got {self.model.dtype} on {self.model.device}, allowed: torch.float32 on "
+                f"{inputs.obs.device}, where this planner was built; build another after moving the model"
+            )
         self._packed.refresh()
         (inputs.obs if self._images is None else self._images).copy_(obs, non_blocking=True)
         for buffer, flag in ((inputs.t0, t0), (inputs.eval_mode, eval_mode)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-# Kernels are interpreted where there is no GPU; decided when they are first imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# `pytest -m gpu` compiles kernels and runs them on the GPU; every other run interprets them on
+# the CPU. Triton decides when a kernel is defined, so this comes before the first import.
+ON_GPU = "gpu" in sys.argv and torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 
@@ -64,6 +67,13 @@ def filled_buffer(cfg: Config, episodes: int = 4, length: int = 20) -> ReplayBuf
     for i in range(episodes):
         buffer.add(random_episode(cfg, length, seed=i, task=i % len(cfg.tasks) if cfg.multitask else None))
     return buffer
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the kernels' own tests run there, too."""
+    for item in items:
+        if ON_GPU and item.path.name.endswith(("_kernel.py", "_kernels.py")):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture

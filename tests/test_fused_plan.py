@@ -274,6 +274,12 @@ def test_a_planner_comes_from_a_checkpoint(tmp_path: Path, livened: Liven) -> No
     assert plain.plan(torch.randn(5, 5)).shape == (5, 2)
 
 
+def test_a_model_changed_under_its_planner_is_named(planner: Planner) -> None:
+    planner.model.double()
+    with pytest.raises(InputError, match=r"model: got torch.float64 on cpu, allowed: torch.float32 on cpu"):
+        planner.plan(torch.randn(3, 5), True)
+
+
 class TestBackend:
     cpu = torch.device("cpu")
 

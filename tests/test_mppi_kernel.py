@@ -10,14 +10,15 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_config
-from tdmpc2_fast.kernels import mppi
+from tdmpc2_fast.kernels import mppi, mppi_begin, mppi_update
 from tdmpc2_fast.kernels.launch import interpreting, why_not
-from tdmpc2_fast.kernels.mppi import Choice
+from tdmpc2_fast.kernels.mppi_update import Choice
 from torch import Tensor
 
 from tdmpc2_fast import TDMPC2
@@ -102,7 +103,7 @@ class Result:
     choice: Choice | None
 
 
-def run(case: Case, op: Callable[..., None] = mppi.mppi_update, **changes: Any) -> Result:
+def run(case: Case, op: Callable[..., None] = mppi_update.mppi_update, **changes: Any) -> Result:
     """One update into poisoned outputs, on a copy of the actions."""
     e, h, n, a = case.actions.shape
     k = case.num_elites
@@ -146,8 +147,8 @@ def run(case: Case, op: Callable[..., None] = mppi.mppi_update, **changes: Any) 
 
 def exact_values(case: Case) -> tuple[Tensor, Tensor]:
     """Values in float64, and the sum of the sizes of their terms."""
-    exact = run(case.double(), mppi.mppi_update_reference).values
-    sizes = run(replace(case, scalars=case.scalars.abs()).double(), mppi.mppi_update_reference).values
+    exact = run(case.double(), mppi_update.mppi_update_reference).values
+    sizes = run(replace(case, scalars=case.scalars.abs()).double(), mppi_update.mppi_update_reference).values
     q = case.scalars[-2:].double().abs().sum(0)
     return exact, sizes + q
 
@@ -227,8 +228,8 @@ def within_twice(got: Tensor, plain: Tensor, exact: Tensor) -> None:
 def test_update_is_as_exact_as_torch(sizes: dict[str, int], episodic: bool) -> None:
     case = Case.draw(**sizes, episodic=episodic)
     got = run(case)
-    plain = run(case, mppi.mppi_update_reference)
-    within_twice(got.values, plain.values, run(case.double(), mppi.mppi_update_reference).values)
+    plain = run(case, mppi_update.mppi_update_reference)
+    within_twice(got.values, plain.values, run(case.double(), mppi_update.mppi_update_reference).values)
     wide, narrow = (exact_update(case, got.values, t)[1:] for t in (torch.float64, torch.float32))
     for x, y, exact in zip((got.scores, got.mean, got.std), narrow, wide, strict=True):
         within_twice(x, y, exact)
@@ -270,7 +271,7 @@ def test_ties_and_numbers_that_are_none(values: list[float], k: int) -> None:
     case = Case.draw(e=1, h=1, n=11, p=2, a=2, k=k, form="choice")
     case = case.with_values(torch.tensor([values], device=DEVICE))
     # (v + v) / 2 of the largest overflows in float32, in torch too
-    got, plain = run(case), run(case, mppi.mppi_update_reference)
+    got, plain = run(case), run(case, mppi_update.mppi_update_reference)
     assert torch.equal(got.values.isnan(), plain.values.isnan())
     assert torch.equal(got.values.nan_to_num(0), plain.values.nan_to_num(0))
     assert torch.equal(got.elites, plain.elites)
@@ -377,7 +378,7 @@ def test_begin(e: int, h: int, n: int, p: int, a: int, masked: bool) -> None:
     mask = (torch.rand(e, a, device=DEVICE) > 0.4).float() if masked else None
     t0 = torch.arange(e, device=DEVICE) % 3 == 1
     actions, mean, std = (torch.full(s, torch.nan, device=DEVICE) for s in ((e, h, n, a), (e, h, a), (e, h, a)))
-    mppi.mppi_begin(prev, t0, noise, mask, MAX_STD, actions=actions, mean=mean, std=std)
+    mppi_begin.mppi_begin(prev, t0, noise, mask, MAX_STD, actions=actions, mean=mean, std=std)
     assert torch.equal(mean, mppi.shift_mean(prev, t0))
     assert (std == MAX_STD).all()
     assert actions[:, :, :p].isnan().all()
@@ -385,9 +386,9 @@ def test_begin(e: int, h: int, n: int, p: int, a: int, masked: bool) -> None:
     torch.testing.assert_close(actions[:, :, p:].double(), mppi.sample_actions(*wide), rtol=0, atol=16 * ULP)
 
 
-@pytest.mark.parametrize("name", ["mppi_begin", "mppi_update"])
-def test_references_have_the_same_signature(name: str) -> None:
-    op, reference = (inspect.signature(getattr(mppi, x)) for x in (name, f"{name}_reference"))
+@pytest.mark.parametrize(("module", "name"), [(mppi_begin, "mppi_begin"), (mppi_update, "mppi_update")])
+def test_references_have_the_same_signature(module: ModuleType, name: str) -> None:
+    op, reference = (inspect.signature(getattr(module, x)) for x in (name, f"{name}_reference"))
     assert op == reference
 
 
@@ -406,7 +407,7 @@ def test_a_plan_of_the_planner_in_launches(livened: Callable[[TDMPC2], TDMPC2]) 
     actions[:, :, :p] = trace.pi_actions[0].to(DEVICE)
     mean, std = torch.empty(e, h, a, device=DEVICE), torch.empty(e, h, a, device=DEVICE)
     draws = noise.samples.to(DEVICE)
-    mppi.mppi_begin(prev, t0.to(DEVICE), draws[0], None, cfg.max_std, actions=actions, mean=mean, std=std)
+    mppi_begin.mppi_begin(prev, t0.to(DEVICE), draws[0], None, cfg.max_std, actions=actions, mean=mean, std=std)
     choice = Choice(
         noise.elite.to(DEVICE),
         noise.action.to(DEVICE),
@@ -423,7 +424,7 @@ def test_a_plan_of_the_planner_in_launches(livened: Callable[[TDMPC2], TDMPC2]) 
         scalars[-2:] = trace.values[i].to(DEVICE)
         values, scores = torch.empty(e, n, device=DEVICE), torch.empty(e, cfg.num_elites, device=DEVICE)
         elites = torch.empty(e, cfg.num_elites, dtype=torch.int64, device=DEVICE)
-        mppi.mppi_update(
+        mppi_update.mppi_update(
             scalars,
             torch.ones(e, device=DEVICE),
             None,
@@ -488,9 +489,9 @@ def test_bad_outputs_are_named() -> None:
     mean, std = torch.zeros(2, 3, 3, device=DEVICE), torch.zeros(2, 3, 3, device=DEVICE)
     t0 = torch.zeros(2, device=DEVICE, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"^mean: got prev_mean itself"):
-        mppi.mppi_begin(mean, t0, case.noise, None, 2.0, actions=case.actions, mean=mean, std=std)
+        mppi_begin.mppi_begin(mean, t0, case.noise, None, 2.0, actions=case.actions, mean=mean, std=std)
     with pytest.raises(ValueError, match=r"^t0: got .*allowed: \(2,\) bool"):
-        mppi.mppi_begin(mean, t0.float(), case.noise, None, 2.0, actions=case.actions, mean=mean.clone(), std=std)
+        mppi_begin.mppi_begin(mean, t0.float(), case.noise, None, 2.0, actions=case.actions, mean=mean.clone(), std=std)
 
 
 def test_fuzz() -> None:
