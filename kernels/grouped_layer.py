@@ -187,7 +187,7 @@ def source(x: Rows, groups: int) -> Source:
         beta,
         x.x if x.slabs.members is None else x.slabs.members,
         x.slabs.base,
-        x.slabs.step if x.x.shape[0] > 1 else 0,
+        x.slabs.stride(shared=x.x.shape[0] == 1),
     )
     constants: dict[str, object] = dict(
         IN_ACT=act,
@@ -197,6 +197,15 @@ def source(x: Rows, groups: int) -> Source:
         IN_MEMBERS=act != PLAIN and x.slabs.members is not None,
     )
     return Source(args, constants)
+
+
+def check_tile(tile: Tile, columns: int, x: Rows | None) -> None:
+    """Refuse a tile narrower than `columns`, or one that cuts a SimNorm group of the input."""
+    group = 1 if x is None or x.layer is None else max(x.layer.simnorm_dim, 1)
+    if columns > tile.BN:
+        raise ValueError(f"tile: got BN={tile.BN}, allowed: at least {columns}")
+    if tile.BK % group:
+        raise ValueError(f"tile: got BK={tile.BK}, allowed: multiples of simnorm_dim ({group})")
 
 
 def _strides(t: Tensor, groups: int) -> tuple[int, int, int]:
@@ -231,7 +240,7 @@ def grouped_layer(
         out: where to; its x is (G, E, n, D).
         precision: of the products.
         slabs: slab of `layer` of each group.
-        bias: (S, E, D) float32, per environment, in place of the layer's own.
+        bias: (slabs, E, D) float32, per environment, in place of the layer's own.
         tile: None takes the table's.
         pdl: programmatic dependent launch.
 
@@ -249,8 +258,14 @@ def grouped_layer(
     if x is None and a is None:
         raise ValueError("x and a: got None for both, allowed: at least one of them")
     tile = tile or layer_tile(e * n, groups, d, k, precision.name)
-    if tile.BN < LEAST_COLUMNS:
-        raise ValueError(f"tile: got BN={tile.BN}, allowed: at least {LEAST_COLUMNS}")
+    check_tile(tile, LEAST_COLUMNS, x)
+    if d != layer.width or out.stats.shape[:3] != (groups, e, n) or out.stats.shape[3] < cdiv(d, tile.BN):
+        raise ValueError(
+            f"out: got {tuple(out.x.shape)} with statistics {tuple(out.stats.shape)}, allowed: "
+            f"(G, E, n, {layer.width}) with (G, E, n, at least {cdiv(layer.width, tile.BN)}, 2)"
+        )
+    if bias is not None and (bias.ndim != 3 or bias.shape[1:] != (e, d) or bias.stride(-1) != 1):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, allowed: (slabs, {e}, {d})")
     src = source(Rows(out.x) if x is None else x, groups)
     side = 0 if layer.side is None else layer.side.shape[-1]
     own_bias = layer.bias if bias is None else bias
@@ -267,7 +282,7 @@ def grouped_layer(
         0 if bias is None else bias.stride(1),
         layer.weight if slabs.members is None else slabs.members,
         slabs.base,
-        slabs.step,
+        slabs.stride(),
         out.x,
         *out.x.stride()[:3],
         out.stats,
@@ -381,6 +396,8 @@ def activate_rows(x: Rows, out: Tensor, pdl: bool = False) -> Rows:
     if x.layer is None or x.layer.activation == PLAIN:
         raise ValueError("x: nothing is due, allowed: rows a layer with LayerNorm wrote")
     groups, e, n, d = x.x.shape
+    if out.shape != x.x.shape or out.stride(-1) != 1:
+        raise ValueError(f"out: got shape {tuple(out.shape)}, allowed: {tuple(x.x.shape)}")
     src = source(x, groups)
     if interpreting():
         bm, bn = min(pow2(e * n), 512), min(pow2(d), 512)

@@ -210,9 +210,9 @@ def prefetch_weights(w_ptr, cols, D, K, LINES: tl.constexpr):
 
 @jit
 def slab_of(members_ptr, base, step, g, HAS_MEMBERS: tl.constexpr):
-    """Slab of group g, int64."""
+    """Slab of group g, int64; `step` is from group to group, of slabs or of entries of `members`."""
     if HAS_MEMBERS:
-        return base + tl.load(members_ptr + g)
+        return base + tl.load(members_ptr + step * g)
     return tl.full((), base, tl.int64) + step * g
 
 

@@ -181,7 +181,7 @@ def persistent_kernel(
                     beta,
                     in_members,
                     in_base,
-                    0,
+                    1,
                     w,
                     bias,
                     eps,
@@ -229,12 +229,12 @@ def persistent_kernel(
                     beta,
                     in_members,
                     in_base,
-                    0,
+                    1,
                     w,
                     bias,
                     members,
                     base,
-                    0,
+                    1,
                     _plain_ptr(row, 24, tl.float32),
                     y_g,
                     y_e,
@@ -283,7 +283,7 @@ def persistent_kernel(
                         beta,
                         in_members,
                         in_base,
-                        0,
+                        1,
                         a,
                         a_e,
                         a_r,
@@ -294,7 +294,7 @@ def persistent_kernel(
                         bias_e,
                         members,
                         base,
-                        0,
+                        1,
                         y,
                         y_g,
                         y_e,
@@ -345,7 +345,7 @@ def persistent_kernel(
                         beta,
                         in_members,
                         in_base,
-                        0,
+                        1,
                         a,
                         a_e,
                         a_r,
@@ -356,7 +356,7 @@ def persistent_kernel(
                         bias_e,
                         members,
                         base,
-                        0,
+                        1,
                         y,
                         y_g,
                         y_e,
@@ -502,8 +502,11 @@ class PersistentRollout:
             v |= dict(K=v["K"] if v["HAS_X"] else 0, A=v["A"] if v["HAS_SIDE"] else 0)
         v |= dict(kind=kind, groups=groups)
         for prefix, used in (("in_", v["IN_MEMBERS"]), ("", v.get("MEMBERS", False))):
+            step = v.get(prefix + "step", 0)
             if not used:
-                v[prefix + "members_ptr"] = self._steps[v.get(prefix + "step", 0)]
+                v[prefix + "members_ptr"] = self._steps[step]
+            elif step != 1:
+                raise ValueError(f"persistent: got members with stride {step}, allowed: 1")
         entries = (v.get(name, 0) for name in _FIELDS)
         return [x.data_ptr() if isinstance(x, Tensor) else int(x) for x in entries]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grouped_layer import arithmetic, source
+from .grouped_layer import arithmetic, check_tile, source
 from .launch import Precision, cdiv, jit, launch, pow2, tl
 from .linear_tile import await_producers, merge_statistics, product, row_offsets, slab_of
 from .policy_head import policy_action
@@ -23,12 +23,13 @@ from .tiles import Tile, head_tile
 
 @jit
 def tanh(x):
-    """tanh by one exponential; by its series near 0, where that would cancel."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
+    """tanh by one exponential; near 0, where that would cancel, by a polynomial (Cephes, tanhf)."""
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
     s = x * x
-    near = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
-    return tl.where(s < 0.04, near, tl.where(x < 0, -far, far))
+    p = 2.06390887954e-2 - 5.70498872745e-3 * s
+    p = 1.33314422036e-1 + (p * s - 5.37397155531e-2) * s
+    near = x + x * s * (p * s - 3.33332819422e-1)
+    return tl.where(s < 0.390625, near, tl.where(x < 0, -far, far))
 
 
 @jit
@@ -252,6 +253,7 @@ def policy_layer(
     if mask is not None and (mask.shape != (e, a) or not mask.is_contiguous()):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: contiguous ({e}, {a})")
     tile = tile or head_tile(e * n, 1, 2 * pow2(a, 8), k, precision.name)
+    check_tile(tile, 2 * a, x)
     src = source(x, 1)
     launch(
         policy_layer_kernel,

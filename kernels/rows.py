@@ -24,6 +24,12 @@ class Slabs:
     step: int = 1
     members: Tensor | None = None  # (G,) int64 on the device: critics drawn there
 
+    def stride(self, shared: bool = False) -> int:
+        """From one group's slab, or entry of `members`, to the next; 0 where one serves all."""
+        if shared:
+            return 0
+        return self.step if self.members is None else self.members.stride(0)
+
     def of(self, groups: int) -> list[int]:
         """Slab of each group; reads `members` back, so for the plain-torch references only."""
         if self.members is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .grouped_layer import arithmetic, grouped_layer_reference, source
+from .grouped_layer import arithmetic, check_tile, grouped_layer_reference, source
 from .launch import Precision, cdiv, jit, launch, tl
 from .linear_tile import await_producers, merge_statistics, product, row_offsets, slab_of
 from .rows import EACH, Layer, Rows, Slabs
@@ -246,6 +246,7 @@ def scalar_head(
     d, k = layer.weight.shape[1:]
     check_last_layer(x, layer, (groups, e, n), max(num_bins, 1))
     tile = tile or head_tile(e * n, groups, d, k, precision.name)
+    check_tile(tile, d, x)
     src = source(x, groups)
     launch(
         scalar_head_kernel,
@@ -255,7 +256,7 @@ def scalar_head(
         layer.bias,
         layer.weight if slabs.members is None else slabs.members,
         slabs.base,
-        slabs.step,
+        slabs.stride(),
         out,
         *out.stride()[:2],
         e * n,

@@ -56,7 +56,7 @@ def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str)
         return Tile(*side)
     if rows >= THROUGHPUT_ROWS:
         return _shallow(_THROUGHPUT[precision], depth)
-    fitting = [t for t in _LATENCY[precision] if t.BM <= pow2(rows, 16)]
+    fitting = [t for t in _LATENCY[precision] if pow2(rows, 16) >= t.BM]
     for tile in fitting:
         if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= 0.75 * _PROCESSORS:
             return _shallow(tile, depth)

@@ -12,7 +12,7 @@ from .config import Config
 from .errors import BackendError, ConfigError
 from .kernels.launch import Precision, why_not
 
-_WIDEST_SIMNORM = 32
+_WIDEST_SIMNORM = 16
 
 
 class Backend(NamedTuple):
