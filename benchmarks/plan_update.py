@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tdmpc2_fast.kernels.launch import Precision
+from tdmpc2_fast.kernels.work import plan_work
 
 import tdmpc2_fast
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.compat.state_dict import tensors_only
+from tdmpc2_fast.packing import plan_sizes
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
 from tdmpc2_fast.update import Batch
@@ -155,6 +158,11 @@ def main(argv: list[str]) -> int:
         print(f"| {name}, {size}M | {cells[0]} | {cells[1]} | {shown} |", flush=True)
         failed |= not same
         rows.append(dict(what=name, model_size=size, same_result=same, ratio=ratio if same else None, ms=times))
+    work = plan_work(plan_sizes(cfg, 1), Precision("bfloat16"))
+    print(
+        f"\nOn the Triton backend a plan of this size is {work.launches} launches, {work.flops / 1e9:.1f} GFLOP, at "
+        f"bfloat16 {work.bytes / 1e6:.1f} MB from memory and {work.l2_bytes / 1e9:.2f} GB through L2 (counted)."
+    )
     if options["out"]:
         Path(options["out"]).write_text(json.dumps(dict(machine=machine(), rows=rows), indent=1) + "\n")
     return 1 if failed else 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -314,7 +314,9 @@ class FusedPlan:
                 self.rollout(None, self.state.shared)
                 self.terminal_value(i)
             iterations.append(log)
-        return PersistentRollout(iterations, self.precision, processors, self._second_tile)
+        # A kernel that holds every kind of phase has no registers to spare for deep blocks.
+        tile = replace(self._second_tile, BK=min(self._second_tile.BK, 64))
+        return PersistentRollout(iterations, self.precision, processors, tile)
 
     def draw(self) -> None:
         """Fill `draws` from the counter RNG."""

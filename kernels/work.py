@@ -1,0 +1,254 @@
+"""What a plan costs, counted from the arguments of the launches of a dry run: nothing is estimated.
+
+Needs neither a GPU nor Triton, and holds no weights. Tiles are those a GPU is given, under
+Triton's interpreter, too. No time follows from these numbers alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import Launch, Precision, cdiv, log_launches
+from .plan import FusedPlan, PlanSizes, PlanWeights
+from .rows import Layer
+
+Args = dict[str, Any]
+"""Arguments and constants of a launch by name, and its number of programs as PROGRAMS."""
+
+
+@dataclass(frozen=True)
+class PlanWork:
+    """What one plan of all its environments costs.
+
+    Attributes:
+        launches: kernels launched.
+        kernels: launches by kernel name.
+        flops: of the products, a multiplication and an addition being two; rows, columns and
+            depths as they are. Noise, norms, activations and elites are left out.
+        padded_flops: of the products as tiles execute them, with what is masked.
+        bytes: what must cross the memory bus once whatever the caches do: weights (every slab a
+            plan may use, so all critics, though an iteration draws two), inputs, random draws, and
+            the action, mean and plan counter written.
+        l2_bytes: what programs read and write, all told: a layer's weights once a row tile, its
+            input once a column tile. One program reads an element once.
+    """
+
+    launches: int
+    kernels: dict[str, int]
+    flops: int
+    padded_flops: int
+    bytes: int
+    l2_bytes: int
+
+
+def plan_work(sizes: PlanSizes, precision: Precision) -> PlanWork:
+    """Count a plan of these sizes.
+
+    One environment, bfloat16, GFLOP beside those the products need by hand (6 actions unless said):
+    1M 12.23 (12.2), 5M 31.61 (31.7), 5M with 38 actions 43.39 (43.4), 19M 107.2 (108), 48M 261.9
+    (263), 317M 1257 (1260). So no product is computed that need not be.
+    """
+    plan, log = dry_plan(sizes, precision)
+    flops = padded = l2 = 0
+    for launch in log:
+        work = launch_work(launch)
+        flops, padded, l2 = flops + work.flops, padded + work.padded_flops, l2 + work.bytes
+    kernels = dict(Counter(launch.name for launch in log))
+    return PlanWork(len(log), kernels, flops, padded, _compulsory_bytes(plan, log), l2)
+
+
+class LaunchWork(NamedTuple):
+    """What a launch costs: FLOP of its products, those with padding, and bytes its programs move."""
+
+    flops: int
+    padded_flops: int
+    bytes: int
+
+
+def launch_work(launch: Launch) -> LaunchWork:
+    """Count one launch."""
+    return LaunchWork(*KERNELS[launch.name](_arguments(launch)))
+
+
+def dry_plan(
+    sizes: PlanSizes, precision: Precision, pdl: bool = False, persistent: int = 0
+) -> tuple[FusedPlan, list[Launch]]:
+    """A plan, and its launches as on a GPU, none of them executed; options as of `FusedPlan`.
+
+    Weights take no memory. Activations are never touched, so they take address space alone.
+    """
+    with _not_interpreted():
+        weights = PlanWeights.empty(sizes, precision, torch.device("meta"))
+        plan = FusedPlan(sizes, weights, precision, torch.device("cpu"), pdl=pdl, persistent=persistent)
+        with log_launches(dry=True) as log:
+            plan.run()
+    return plan, log
+
+
+@contextmanager
+def _not_interpreted() -> Iterator[None]:
+    """Within: tiles as on a GPU; the interpreter's are larger."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def _arguments(launch: Launch) -> Args:
+    names = inspect.signature(getattr(launch.kernel, "fn", launch.kernel)).parameters
+    return {**dict(zip(names, launch.args, strict=False)), **launch.options, "PROGRAMS": launch.programs}
+
+
+def _rows_read(a: Args, e_stride: int, r_stride: int) -> int:
+    """Rows that all row tiles read of an input with these strides; equal ones count once a tile."""
+    m, n, bm = int(a["M"]), int(a["n"]), int(a["BM"])
+    tiles = range(cdiv(m, bm))
+    if n > 1 and r_stride == 0:
+        return sum((min((i + 1) * bm, m) - 1) // n - i * bm // n + 1 for i in tiles) if e_stride else len(tiles)
+    return m if e_stride or r_stride else len(tiles)
+
+
+def _input(a: Args, k: int) -> int:
+    """Bytes that one column tile of one group reads of the rows and of what is due before they are read."""
+    size: int = _rows_read(a, a["x_e"], a["x_r"]) * k * a["x_ptr"].element_size()
+    if a["IN_ACT"]:
+        size += _rows_read(a, a["in_stats_e"], a["in_stats_r"]) * cdiv(k, a["IN_TILE"]) * 8
+        size += cdiv(a["M"], a["BM"]) * 2 * k * 4
+    return size
+
+
+def _grouped_layer(a: Args) -> tuple[int, int, int]:
+    m, d, bm, bn = a["M"], a["D"], a["BM"], a["BN"]
+    row_tiles, tiles = cdiv(m, bm), cdiv(d, bn)
+    groups = _groups(a)
+    k, side = a["K"] if a["HAS_X"] else 0, a["A"] if a["HAS_SIDE"] else 0
+    padded_k = cdiv(k, a["BK"]) * a["BK"] + cdiv(side, a["BA"]) * a["BA"]
+    moved = row_tiles * d * (k + side) * a["w_ptr"].element_size()
+    if k:
+        moved += tiles * _input(a, k)
+    moved += tiles * _rows_read(a, a["a_e"], a["a_r"]) * side * 4
+    moved += _rows_read(a, a["bias_e"], 0) * d * 4
+    moved += m * d * a["y_ptr"].element_size() + m * tiles * 8
+    return 2 * groups * m * d * (k + side), 2 * a["PROGRAMS"] * bm * bn * padded_k, groups * moved
+
+
+def _last_layer(a: Args, d: int, per_row: int) -> tuple[int, int, int]:
+    """The product of all `d` columns in one program; `per_row`: bytes of its other inputs and outputs."""
+    m, k, row_tiles = a["M"], a["K"], cdiv(a["M"], a["BM"])
+    groups = _groups(a)
+    padded = 2 * a["PROGRAMS"] * a["BM"] * a["BN"] * cdiv(k, a["BK"]) * a["BK"]
+    moved = _input(a, k) + row_tiles * d * (k * a["w_ptr"].element_size() + 4) + m * per_row
+    return 2 * groups * m * d * k, padded, groups * moved
+
+
+def _scalar_head(a: Args) -> tuple[int, int, int]:
+    return _last_layer(a, a["D"], 4)
+
+
+def _policy_layer(a: Args) -> tuple[int, int, int]:
+    useful, padded, moved = _last_layer(a, 2 * a["A"], 8 * a["A"])
+    return useful, padded, moved + a["HAS_MASK"] * _rows_read(a, a["A"], 0) * a["A"] * 4
+
+
+def _activate(a: Args) -> tuple[int, int, int]:
+    m, d, tiles = a["M"], a["D"], cdiv(a["D"], a["BN"])
+    groups = _groups(a)
+    statistics = (tiles - 1) * _rows_read(a, a["in_stats_e"], a["in_stats_r"]) * cdiv(d, a["IN_TILE"]) * 8
+    return 0, 0, groups * (_input(a, d) + statistics + m * d * a["y_ptr"].element_size())
+
+
+def _begin(a: Args) -> tuple[int, int, int]:
+    h, drawn, actions = a["H"], (a["N"] - a["P"]) * a["A"], a["A"]
+    steps = a["PROGRAMS"] // max(cdiv(a["N"] - a["P"], a["BN"]), 1)
+    assert steps % h == 0
+    masks = a["MASKED"] * a["PROGRAMS"] * actions
+    return 0, 0, 4 * (steps * (2 * drawn + 2 * actions) + a["PROGRAMS"] * actions + masks) + a["PROGRAMS"]
+
+
+def _update(a: Args) -> tuple[int, int, int]:
+    h, n, elites, actions = a["H"], a["N"], a["K"], a["A"]
+    steps = a["PROGRAMS"] // cdiv(actions, a["BA"])
+    envs = steps // h
+    program = (h + 2) * n + 1 + a["EPISODIC"] * h * n + a["CHOICE"] * elites
+    step = elites * actions + 2 * actions + a["MASKED"] * actions
+    step += a["NEXT"] * 2 * (n - a["P"]) * actions + a["CHOICE"] * 2 * actions
+    env = n + 3 * elites + a["CHOICE"] * (2 * actions + 2)
+    flags = a["CHOICE"] * envs * cdiv(actions, a["BA"])
+    return 0, 0, 4 * (a["PROGRAMS"] * program + steps * step + envs * env) + flags + 16 * a["COUNT"]
+
+
+def _noise(a: Args) -> tuple[int, int, int]:
+    floats = sum(a[f"{x}_n"] for x in ("pi_eps", "samples", "value_eps", "action", "elite"))
+    return 0, 0, 4 * floats + 8 * (a["members_n"] + a["shift_n"]) + 16 * a["PROGRAMS"]
+
+
+KERNELS: dict[str, Callable[[Args], tuple[int, int, int]]] = {
+    "grouped_layer_kernel": _grouped_layer,
+    "scalar_head_kernel": _scalar_head,
+    "policy_layer_kernel": _policy_layer,
+    "activate_kernel": _activate,
+    "begin_kernel": _begin,
+    "update_kernel": _update,
+    "noise_kernel": _noise,
+}
+"""All kernels of plans, and how a launch of each is counted."""
+
+
+def _groups(a: Args) -> int:
+    columns = cdiv(a["D"], a["BN"]) if "D" in a else 1
+    return int(a["PROGRAMS"]) // (cdiv(a["M"], a["BM"]) * columns)
+
+
+def _compulsory_bytes(plan: FusedPlan, log: list[Launch]) -> int:
+    """As `PlanWork.bytes` says."""
+    used: dict[tuple[int, int], int] = {}
+    ours = {id(t) for t in _weight_tensors(plan.weights)}
+    for launch in log:
+        a = _arguments(launch)
+        if "w_ptr" in a:
+            read = [a["bias_ptr"]]
+            read += [a["w_ptr"]] * a.get("HAS_X", True) + [a.get("side_ptr")] * a.get("HAS_SIDE", False)
+            _note(used, ours, read, _slabs(a, "", _groups(a), len(a["w_ptr"])))
+        if a.get("IN_ACT"):
+            due = [a["in_gamma_ptr"], a["in_beta_ptr"]]
+            _note(used, ours, due, _slabs(a, "in_", _groups(a), len(due[0])))
+    i, d = plan.inputs, plan.draws
+    moved = [getattr(x, f.name) for x in (i, d) for f in fields(x)]
+    moved += [plan.state.action, i.prev_mean, i.rng[1:]]
+    return sum(used.values()) + sum(_size(t) for t in moved if t is not None)
+
+
+def _slabs(a: Args, prefix: str, groups: int, count: int) -> list[int]:
+    """Slabs a launch may read; where critics are drawn, all of them."""
+    base = a.get(f"{prefix}base", 0)
+    if a.get("IN_MEMBERS" if prefix else "MEMBERS", False):
+        return list(range(base + int(a[f"{prefix}members_ptr"].min()), count))
+    return [base + a.get(f"{prefix}step", 0) * g for g in range(groups)]
+
+
+def _note(used: dict[tuple[int, int], int], ours: set[int], tensors: list[Tensor], slabs: list[int]) -> None:
+    for t in tensors:
+        if id(t) in ours:
+            used.update({(id(t), s): _size(t) // len(t) for s in slabs})
+
+
+def _weight_tensors(weights: PlanWeights) -> Iterator[Tensor]:
+    layers = [*weights.encoder, *(weights.termination or ())]
+    layers += [x for f in fields(weights) if isinstance(x := getattr(weights, f.name), Layer)]
+    for layer in layers:
+        yield from (x for f in fields(layer) if isinstance(x := getattr(layer, f.name), Tensor))
+
+
+def _size(t: Tensor) -> int:
+    return t.numel() * t.element_size()
