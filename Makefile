@@ -30,8 +30,8 @@ setup: $(READY)  ## install everything into .venv
 train: setup     ## train a real task, evaluate before and after (under 20 minutes on two CPU cores)
 	$(BIN)/tdmpc2-fast train $(TRAIN)
 
-test: setup      ## run the tests
-	$(BIN)/python -m pytest
+test: setup      ## run the tests, a process per core
+	$(BIN)/python -m pytest -n auto
 
 lint: setup      ## ruff: style and formatting
 	$(BIN)/ruff check .

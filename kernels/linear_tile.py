@@ -69,14 +69,16 @@ def row_offsets(rows, n, e_stride, r_stride):
 
 
 @jit
-def merge_statistics(stats_ptr, offsets, row_ok, K, TILE: tl.constexpr, TILES: tl.constexpr, CACHE: tl.constexpr = ""):
+def merge_statistics(
+    stats_ptr, offsets, row_ok, K, TILE: tl.constexpr, TILES: tl.constexpr, FROM_L2: tl.constexpr = False
+):
     """Mean and 1/std of rows of width K from those of their column tiles of width TILE: [BM] each."""
     t = tl.arange(0, TILES)
     count = tl.minimum(tl.maximum(K - t * TILE, 0), TILE).to(tl.float32)[None, :]
     ok = row_ok[:, None] & (count > 0)
     ptrs = stats_ptr + offsets[:, None] + 2 * t[None, :]  # [BM, TILES]
-    tile_mean = tl.load(ptrs, mask=ok, other=0.0, cache_modifier=CACHE)
-    tile_m2 = tl.load(ptrs + 1, mask=ok, other=0.0, cache_modifier=CACHE)
+    tile_mean = tl.load(ptrs, mask=ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
+    tile_m2 = tl.load(ptrs + 1, mask=ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
     mean = tl.sum(count * tile_mean, axis=1) / K
     d = tile_mean - mean[:, None]
     var = tl.sum(tile_m2 + count * d * d, axis=1) / K
@@ -113,7 +115,7 @@ def product(
     BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    FROM_L2: tl.constexpr = False,
 ):
     """acc + act(LN(x)) Wᵀ for rows x_rows [BM] of x and rows cols [BN] of W (., K)."""
     for start in range(0, K, BK):
@@ -121,7 +123,9 @@ def product(
         k_ok = k < K
         x_mask = row_ok[:, None] if EVEN_K else row_ok[:, None] & k_ok[None, :]
         w_mask = col_ok[None, :] if EVEN_K else col_ok[None, :] & k_ok[:, None]
-        x = tl.load(x_ptr + x_rows[:, None] + k[None, :], mask=x_mask, other=0.0, cache_modifier=CACHE)  # [BM, BK]
+        x = tl.load(
+            x_ptr + x_rows[:, None] + k[None, :], mask=x_mask, other=0.0, cache_modifier=".cg" if FROM_L2 else ""
+        )  # [BM, BK]
         if ACT != _PLAIN:
             gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)
             beta = tl.load(beta_ptr + k, mask=k_ok, other=0.0)
@@ -151,14 +155,14 @@ def add_small_product(
     BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    FROM_L2: tl.constexpr = False,
 ):
     """acc + a Wᵀ for a narrow float32 input a (., A), the action or the task embedding; W (., A)."""
     for start in range(0, A, BA):
         k = start + tl.arange(0, BA)
         k_ok = k < A
         a_ok = row_ok[:, None] & k_ok[None, :]
-        a = tl.load(a_ptr + a_rows[:, None] + k[None, :], mask=a_ok, other=0.0, cache_modifier=CACHE)
+        a = tl.load(a_ptr + a_rows[:, None] + k[None, :], mask=a_ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
         w = tl.load(w_ptr + cols[None, :] * A + k[:, None], mask=col_ok[None, :] & k_ok[:, None], other=0.0)
         a = operand(a.to(tl.float32), BFLOAT16, INTERPRETED)
         if INTERPRETED:
@@ -260,6 +264,7 @@ def layer_on_tile(
     A,
     HAS_X: tl.constexpr,
     HAS_SIDE: tl.constexpr,
+    ENV_BIAS: tl.constexpr,
     IN_ACT: tl.constexpr,
     V: tl.constexpr,
     IN_TILE: tl.constexpr,
@@ -274,19 +279,20 @@ def layer_on_tile(
     BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    FROM_L2: tl.constexpr = False,
 ):
     """One tile [BM, BN] of group g of a layer: product, bias, store with statistics."""
     rows = tile_m * BM + tl.arange(0, BM)
     cols = tile_n * BN + tl.arange(0, BN)
     row_ok, col_ok = rows < M, cols < D
     slab = slab_of(members_ptr, base, step, g, MEMBERS)
-    bias_rows = row_offsets(rows, n, bias_e, 0)
-    bias = tl.load(
-        bias_ptr + slab * bias_s + bias_rows[:, None] + cols[None, :],
-        mask=row_ok[:, None] & col_ok[None, :],
-        other=0.0,
-    )
+    bias_ptr += slab * bias_s
+    if ENV_BIAS:
+        bias_rows = row_offsets(rows, n, bias_e, 0)
+        bias_ok = row_ok[:, None] & col_ok[None, :]
+        bias = tl.load(bias_ptr + bias_rows[:, None] + cols[None, :], mask=bias_ok, other=0.0)  # [BM, BN]
+    else:
+        bias = tl.load(bias_ptr + cols, mask=col_ok, other=0.0)[None, :]  # [1, BN]
     acc = tl.zeros((BM, BN), tl.float32)
     if HAS_SIDE:
         acc = add_small_product(
@@ -302,14 +308,14 @@ def layer_on_tile(
             BFLOAT16,
             DOT,
             INTERPRETED,
-            CACHE,
+            FROM_L2,
         )
     if HAS_X:
         mean, rstd = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
         in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
         if IN_ACT != 0:
             in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-            mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES, CACHE)
+            mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES, FROM_L2)
         acc = product(
             acc,
             x_ptr + g * x_g,
@@ -330,7 +336,7 @@ def layer_on_tile(
             BFLOAT16,
             DOT,
             INTERPRETED,
-            CACHE,
+            FROM_L2,
         )
     store_with_statistics(
         acc + bias,

@@ -137,7 +137,7 @@ def persistent_kernel(
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     ALONE: tl.constexpr,
-    CACHE: tl.constexpr,
+    FROM_L2: tl.constexpr,
 ):
     """Phases first_phase..last_phase of one block of BM rows; grid (row blocks x TEAM programs,)."""
     DTYPE: tl.constexpr = tl.bfloat16 if BFLOAT16 else tl.float32
@@ -210,7 +210,7 @@ def persistent_kernel(
                     BFLOAT16,
                     DOT,
                     INTERPRETED,
-                    CACHE,
+                    FROM_L2,
                 )
         elif kind > POLICY:
             for part in range(rank, groups * (BM // BH), TEAM):
@@ -258,7 +258,7 @@ def persistent_kernel(
                     BFLOAT16,
                     DOT,
                     INTERPRETED,
-                    CACHE,
+                    FROM_L2,
                 )
         else:
             tiles_n = tl.cdiv(D, BN)
@@ -310,6 +310,7 @@ def persistent_kernel(
                         A,
                         True,
                         False,
+                        False,
                         MISH,
                         1,
                         BN,
@@ -324,7 +325,7 @@ def persistent_kernel(
                         BFLOAT16,
                         DOT,
                         INTERPRETED,
-                        CACHE,
+                        FROM_L2,
                     )
                 else:
                     # The first step has no latent of its own, the policy no action: K or A is 0
@@ -372,6 +373,7 @@ def persistent_kernel(
                         A,
                         True,
                         True,
+                        True,
                         SIMNORM,
                         V,
                         BN,
@@ -386,7 +388,7 @@ def persistent_kernel(
                         BFLOAT16,
                         DOT,
                         INTERPRETED,
-                        CACHE,
+                        FROM_L2,
                     )
         if not ALONE:
             counter = counters_ptr + block
@@ -459,7 +461,7 @@ class PersistentRollout:
             BFLOAT16=precision.name == "bfloat16",
             DOT=precision.dot,
             INTERPRETED=interpreting(),
-            CACHE="" if interpreting() else ".cg",
+            FROM_L2=not interpreting(),
         )
         self._options = dict(num_warps=tile.warps, num_stages=tile.stages)
 

@@ -76,7 +76,7 @@ def policy_on_tile(
     BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    FROM_L2: tl.constexpr = False,
 ):
     """BM rows, all 2A <= BN columns, down to actions."""
     rows = tile_m * BM + tl.arange(0, BM)
@@ -84,7 +84,7 @@ def policy_on_tile(
     row_ok, col_ok = rows < M, cols < 2 * A
     in_slab = slab_of(in_members_ptr, in_base, in_step, 0, IN_MEMBERS)
     in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-    mean, rstd = merge_statistics(in_stats_ptr, in_rows, row_ok, K, IN_TILE, IN_TILES, CACHE)
+    mean, rstd = merge_statistics(in_stats_ptr, in_rows, row_ok, K, IN_TILE, IN_TILES, FROM_L2)
     logits = product(
         tl.zeros((BM, BN), tl.float32),
         x_ptr,
@@ -105,7 +105,7 @@ def policy_on_tile(
         BFLOAT16,
         DOT,
         INTERPRETED,
-        CACHE,
+        FROM_L2,
     )
     logits += tl.load(bias_ptr + cols, mask=col_ok, other=0.0)[None, :]
     center, log_std = tl.split(tl.reshape(logits, (BM, BN // 2, 2)))  # [BM, BA] each

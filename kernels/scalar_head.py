@@ -86,7 +86,7 @@ def scalars_on_tile(
     BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    FROM_L2: tl.constexpr = False,
 ):
     """BM rows of group g, all D <= BN columns, down to a scalar each."""
     rows = tile_m * BM + tl.arange(0, BM)
@@ -95,7 +95,7 @@ def scalars_on_tile(
     slab = slab_of(members_ptr, base, step, g, MEMBERS)
     in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
     in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-    mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES, CACHE)
+    mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES, FROM_L2)
     logits = product(
         tl.zeros((BM, BN), tl.float32),
         x_ptr + g * x_g,
@@ -116,7 +116,7 @@ def scalars_on_tile(
         BFLOAT16,
         DOT,
         INTERPRETED,
-        CACHE,
+        FROM_L2,
     )
     logits += tl.load(bias_ptr + slab * D + cols, mask=col_ok, other=0.0)[None, :]
     y = scalar_of(logits, cols, D, vmin, vmax, BINS)

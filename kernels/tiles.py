@@ -34,7 +34,7 @@ class Tile:
 # compile report (report.py). Narrower than 64 x 64, eight warps are there because four spill on an
 # A100; so does a 128 x 128 tile of bfloat16 that adds nothing but an action to a bias.
 _LATENCY = {
-    "bfloat16": (Tile(64, 64, 64, 8), Tile(32, 64, 128, 8), Tile(32, 32, 128), Tile(16, 32, 128)),
+    "bfloat16": (Tile(64, 64, 64, 8), Tile(32, 64, 64, 8), Tile(32, 32, 128), Tile(16, 32, 128)),
     "tf32": (Tile(64, 64, 32, 8), Tile(32, 64, 32, 8), Tile(32, 32, 64, 8), Tile(16, 32, 64)),
     "float32": (Tile(64, 64, 16, 8), Tile(32, 32, 32, 8), Tile(16, 32, 32)),
 }

@@ -126,7 +126,8 @@ class Planner:
         """Plan one action for each environment.
 
         Args:
-            obs: (E, *obs_shape), any device; state observations must be finite.
+            obs: (E, *obs_shape), any device; state observations must be finite. One in pinned
+                memory is copied while the call returns: change it after the action was read.
             t0: whether this is the first observation of an episode; bool or (E,) bool.
             eval_mode: leave out exploration noise; bool or (E,) bool. The choice of the
                 elite stays random, as in the official code.

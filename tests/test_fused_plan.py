@@ -236,14 +236,14 @@ def test_a_second_thread_is_refused_and_two_planners_are_not(planner: Planner) -
 
     def slow(*args: Any) -> torch.Tensor:
         entered.set()
-        assert leave.wait(10)
+        assert leave.wait(120)
         return inner(*args)
 
     planner._plan.plan = slow  # type: ignore[method-assign]
     found: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: found.append(planner.plan(obs, True)))
     thread.start()
-    assert entered.wait(10)
+    assert entered.wait(120)
     with pytest.raises(InputError, match="one planner per thread"):
         planner.plan(obs, True)
     assert Planner(planner.model, 3).plan(obs, True).shape == (3, 2)
