@@ -48,8 +48,11 @@ golden: setup    ## parity with the recorded official numbers, array by array
 	$(BIN)/python tests/golden_check.py tests/golden --implementation torch
 	TRITON_INTERPRET=1 $(BIN)/python tests/golden_check.py tests/golden --implementation triton
 
-gpu: setup       ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+gpu:             ## the tests that need a CUDA device, with the torch and triton of PYTHON; installs nothing
+	@rm -rf build/gpu && mkdir -p build/gpu/tdmpc2_fast
+	@ln -s $(CURDIR)/tdmpc2_fast/* build/gpu/tdmpc2_fast/
+	@ln -s $(CURDIR)/kernels $(CURDIR)/train build/gpu/tdmpc2_fast/
+	PYTHONPATH=build/gpu $(PYTHON) -P -m pytest -m gpu tests/test_gpu.py tests/test_*_kernel*.py
 
 report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.kernels.report

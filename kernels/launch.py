@@ -5,6 +5,7 @@ with their plain-torch references, where it is missing.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,15 +13,20 @@ from typing import Any
 
 import torch
 
+# What Triton raises for a kernel it cannot compile or a chip too small for it: KERNEL_ERRORS.
 try:
     import triton as _triton
     import triton.language as _tl
 
     triton: Any = _triton
     tl: Any = _tl
+    from triton.errors import TritonError as _TritonError
+
     jit: Any = _triton.jit
+    KERNEL_ERRORS: tuple[type[Exception], ...] = (_TritonError,)
 except ImportError:
     triton = None
+    KERNEL_ERRORS = ()
 
     class _Absent:
         """Stands for Triton where a kernel is defined: gives back what it is given. None is launched."""
@@ -100,24 +106,35 @@ class Launch:
 
 COMPILER_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion")
 
-_logs: list[list[Launch]] = []
-_dry: list[bool] = []
+
+@dataclass(eq=False)
+class _Log:
+    launches: list[Launch]
+    dry: bool
+
+
+class _Open(threading.local):
+    """Logs open in this thread: another thread's launches are its own."""
+
+    def __init__(self) -> None:
+        self.logs: list[_Log] = []
+
+
+_open = _Open()
 
 
 @contextmanager
 def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
-    """Within: every launch of ours is appended to the list given; if `dry`, none is executed.
+    """Within: every launch of ours in this thread is appended to the list given; `dry`: not executed.
 
     A dry run needs no GPU: it tells which kernels a composition launches, with which arguments.
     """
-    log: list[Launch] = []
-    _logs.append(log)
-    _dry.append(dry)
+    log = _Log([], dry)
+    _open.logs.append(log)
     try:
-        yield log
+        yield log.launches
     finally:
-        _logs.remove(log)
-        _dry.pop()
+        _open.logs.remove(log)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -127,9 +144,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         programs *= n
     if programs == 0:
         return
-    for log in _logs:
-        log.append(Launch(kernel.__name__, programs, kernel, args, options, grid))
-    if any(_dry):
+    for log in _open.logs:
+        log.launches.append(Launch(kernel.__name__, programs, kernel, args, options, grid))
+    if any(log.dry for log in _open.logs):
         return
     if interpreting():
         options = {k: v for k, v in options.items() if k not in COMPILER_OPTIONS}

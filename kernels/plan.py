@@ -465,7 +465,7 @@ class FusedPlan:
         self, x: Rows | None, a: Tensor | None, layer: Layer, out: Rows, slabs: Slabs, bias: Tensor | None = None
     ) -> Rows:
         tile = None
-        if out.x.shape[2] > 1 and layer is self.weights.second and out.x.shape[0] == 2:
+        if layer is self.weights.second and out.x.shape[0] == 2:
             tile = self._second_tile
         elif layer is self.weights.third:
             tile = self._third_tile

@@ -31,19 +31,22 @@ class GraphedFunction:
         if device.type != "cuda":
             self.why_eager = f"CUDA graphs need a CUDA device, this one is {device.type!r}"
             return
-        try:
-            with torch.cuda.device(device):
-                self._graph = self._capture(device)
-        except RuntimeError as e:
-            self.why_eager = f"capture failed: {e}"
-            warnings.warn(f"{name}: {self.why_eager}; running eagerly, which is slower", RuntimeWarning, stacklevel=3)
+        with torch.cuda.device(device):
+            side = self._warm_up(device)
+            try:
+                self._graph = self._capture(side)
+            except RuntimeError as e:
+                self.why_eager = f"capture failed: {e}"
+                text = f"{name}: {self.why_eager}; running eagerly, which is slower"
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     @property
     def captured(self) -> bool:
         """Whether a call is a replay."""
         return self._graph is not None
 
-    def _capture(self, device: torch.device) -> torch.cuda.CUDAGraph:
+    def _warm_up(self, device: torch.device) -> torch.cuda.Stream:
+        """Compile and allocate what the first calls do, on a stream a capture may use."""
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -51,8 +54,13 @@ class GraphedFunction:
                 self._fn()
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)
+        return side
+
+    def _capture(self, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        # The outer context puts the stream back where a failed capture does not. Thread-local:
+        # what other threads do meanwhile is no business of this capture.
+        with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             self._fn()
         return graph
 

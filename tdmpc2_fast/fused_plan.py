@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -52,6 +55,7 @@ class FusedPlanner:
         shape = dict(cfg._require("obs_shape"))[cfg.obs]
         self._images = torch.zeros(num_envs, *shape, device=device) if cfg.obs == "rgb" else None
         self._packed.refresh()
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._graph = GraphedFunction(self._run, device, "Planner")
         inputs.prev_mean.zero_()
         inputs.rng.copy_(torch.tensor([stream_seed(seed, "plan"), 0]))
@@ -89,6 +93,19 @@ class FusedPlanner:
                 f"model: got {self.model.dtype} on {self.model.device}, allowed: torch.float32 on "
                 f"{inputs.obs.device}, where this planner was built; build another after moving the model"
             )
+        with self._on_device():
+            return self._plan(obs, t0, eval_mode, task, noise, trace)
+
+    def _plan(
+        self,
+        obs: Tensor,
+        t0: bool | Tensor,
+        eval_mode: bool | Tensor,
+        task: Tensor | None,
+        noise: PlanNoise | None,
+        trace: PlanTrace | None,
+    ) -> Tensor:
+        inputs = self.fused.inputs
         self._packed.refresh()
         (inputs.obs if self._images is None else self._images).copy_(obs, non_blocking=True)
         for buffer, flag in ((inputs.t0, t0), (inputs.eval_mode, eval_mode)):
@@ -106,6 +123,17 @@ class FusedPlanner:
         # A copy: the next plan overwrites the buffer.
         return self.fused.state.action.clone()
 
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Within: kernels go to the planner's device, after the plan before, whatever its stream."""
+        if self._done is None:
+            yield
+            return
+        with torch.cuda.device(self.fused.inputs.obs.device):
+            torch.cuda.current_stream().wait_event(self._done)
+            yield
+            self._done.record()
+
     def _run_given(self, noise: PlanNoise | None, trace: PlanTrace | None) -> None:
         """The same plan, eagerly, from given draws or watched."""
         fused = self.fused
@@ -120,10 +148,13 @@ class FusedPlanner:
 
     def _take(self, noise: PlanNoise) -> None:
         draws = self.fused.draws
-        for name in ("pi_eps", "samples", "value_eps", "elite", "action", "members"):
-            getattr(draws, name).copy_(getattr(noise, name))
-        if draws.shift is not None and noise.shift is not None:
-            draws.shift.copy_(noise.shift)
+        names = ["pi_eps", "samples", "value_eps", "elite", "action", "members"]
+        for name in names if draws.shift is None else [*names, "shift"]:
+            to, given = getattr(draws, name), getattr(noise, name)
+            if given is None or given.shape != to.shape:
+                got = None if given is None else tuple(given.shape)
+                raise InputError(f"noise.{name}: got shape {got}, allowed: {tuple(to.shape)}")
+            to.copy_(given)
 
     def _inputs_from_torch(self) -> None:
         """What is looked up or encoded by torch ops: the task's rows, and the latent of pixels."""
@@ -166,6 +197,10 @@ class FusedPlanner:
     @torch.no_grad()
     def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         """Values (E, N) of sequences (E, H, N, A) from latents z (E, N, L); see `TorchPlan.values`."""
+        with self._on_device():
+            return self._values(z, actions, task, eps, members)
+
+    def _values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         fused = self.fused
         self._packed.refresh()
         if self._task is not None:

@@ -57,14 +57,18 @@ class PackedModel:
         self.model, self._sizes = model, sizes
         self.weights = PlanWeights.empty(sizes, precision, model.device)
         self._version: tuple[int, ...] | None = None
+        unpacked = ("_target_Qs_params.", "_task_emb.") + (() if sizes.obs_dim else ("_encoder.",))
+        self._names = [name for name, _ in model.named_parameters() if not name.startswith(unpacked)]
 
     def refresh(self) -> bool:
         """Copy the parameters if one changed since the last time; whether one did.
 
         Changes are noticed by torch's version counters, which every in-place operation of
-        torch advances (optimisers, `load_state_dict`, `copy_`); writes through `.data` are not.
+        torch advances (optimisers, `load_state_dict`, `copy_`). Writes through `.data`, by
+        kernels and by the replay of a captured update are not: whoever writes so, says `stale`.
         """
-        version = tuple(chain.from_iterable((p._version, p.data_ptr()) for p in self.model.parameters()))
+        parameters = (self.model.get_parameter(name) for name in self._names)
+        version = tuple(chain.from_iterable((p._version, p.data_ptr()) for p in parameters))
         if version == self._version:
             return False
         with torch.no_grad():
@@ -72,6 +76,10 @@ class PackedModel:
             torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
         self._version = version
         return True
+
+    def stale(self) -> None:
+        """Have the next `refresh` copy, whatever the version counters say."""
+        self._version = None
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Every packed tensor beside the parameter it is a copy of."""

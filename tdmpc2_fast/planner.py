@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .backend import resolve_backend, resolve_device
+from .backend import Backend, resolve_backend, resolve_device
 from .config import Config
-from .errors import CheckpointError, InputError
+from .errors import BackendError, CheckpointError, InputError
+from .kernels.launch import KERNEL_ERRORS
 from .plan_trace import PlanTrace
 from .rng import PlanNoise, generator
 from .torch_plan import TorchPlan
@@ -87,9 +89,16 @@ class Planner:
         if self.backend.name == "triton":
             from .fused_plan import FusedPlanner
 
-            self._plan = FusedPlanner(model, num_envs, cfg.seed if seed is None else seed)
-        else:
-            self._plan = TorchPlan(model, num_envs, self.generator)
+            try:
+                self._plan = FusedPlanner(model, num_envs, cfg.seed if seed is None else seed)
+                return
+            except KERNEL_ERRORS as e:
+                why = f"a kernel cannot run on this device: {str(e).strip().splitlines()[-1]}"
+                if cfg.backend == "triton" or cfg.precision == "bfloat16":
+                    raise BackendError(f"backend='triton' cannot run: {why}") from e
+                self.backend = Backend("torch", why)
+                warnings.warn(f"Planner: {why}; planning with torch", RuntimeWarning, stacklevel=2)
+        self._plan = TorchPlan(model, num_envs, self.generator)
 
     @classmethod
     def from_checkpoint(cls, fp: str | Path, num_envs: int = 1, seed: int | None = None, **changes: object) -> Planner:

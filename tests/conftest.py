@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import pytest
 import torch
 
 # `pytest -m gpu` compiles kernels and runs them on the GPU; every other run interprets them on
-# the CPU. Triton decides when a kernel is defined, so this comes before the first import.
-ON_GPU = "gpu" in sys.argv and torch.cuda.is_available()
+# the CPU. Triton decides when a kernel is defined, so this comes before the first import. The
+# environment tells worker processes, which do not see the command line.
+if "gpu" in sys.argv:
+    os.environ["TDMPC2_GPU"] = "1"
+ON_GPU = os.environ.get("TDMPC2_GPU") == "1" and torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -76,6 +79,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.fixture(autouse=True)
+def tf32_where_the_test_says_so(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU plain torch, too, computes in tf32 in tests of it."""
+    torch.backends.cuda.matmul.allow_tf32 = "tf32" in request.node.name
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture
 def cfg() -> Config:
     return tiny_config()
@@ -94,7 +105,7 @@ def livened() -> Callable[[TDMPC2], TDMPC2]:
         g = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in agent.model.parameters():
-                p.add_(0.3 * torch.randn(p.shape, generator=g) / max(p.shape[-1], 1) ** 0.5)
+                p.add_((0.3 * torch.randn(p.shape, generator=g) / max(p.shape[-1], 1) ** 0.5).to(p))
         return agent
 
     return liven

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import GOLDEN, tiny_config, tiny_multitask
 from golden_cases import Case
-from tdmpc2_fast.kernels.launch import Precision, log_launches
+from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, log_launches
 from tdmpc2_fast.kernels.plan import FusedPlan, PlanSizes, PlanWeights
 
-from tdmpc2_fast import TDMPC2, Config, Planner
-from tdmpc2_fast.backend import resolve_backend
+from tdmpc2_fast import TDMPC2, Config, Planner, WorldModel
+from tdmpc2_fast.backend import Backend, resolve_backend
 from tdmpc2_fast.errors import BackendError, InputError
 from tdmpc2_fast.fused_plan import FusedPlanner
 from tdmpc2_fast.plan_trace import PlanTrace
@@ -272,6 +272,41 @@ def test_a_planner_comes_from_a_checkpoint(tmp_path: Path, livened: Liven) -> No
     assert torch.equal(planner.plan(obs, True, noise=noise), agent.planner.plan(obs, True, noise=noise))
     plain = Planner.from_checkpoint(tmp_path / "model", num_envs=5, backend="torch")
     assert plain.plan(torch.randn(5, 5)).shape == (5, 2)
+
+
+def test_noise_of_another_shape_is_named(planner: Planner) -> None:
+    noise = draw(planner.cfg, 1)
+    with pytest.raises(InputError, match=r"noise.pi_eps: got shape \(1, 3, 4, 2\), allowed: \(3, 3, 4, 2\)"):
+        planner.plan(torch.randn(3, 5), True, noise=noise)
+
+
+def test_auto_plans_with_torch_where_a_kernel_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    (error,) = KERNEL_ERRORS
+
+    def too_large(*args: Any) -> None:
+        raise error("out of resource: shared memory")
+
+    monkeypatch.setattr("tdmpc2_fast.fused_plan.FusedPlanner.__init__", too_large)
+    chosen = Backend("triton", "there is a GPU")
+    monkeypatch.setattr("tdmpc2_fast.planner.resolve_backend", lambda *args: chosen)
+    with pytest.warns(RuntimeWarning, match="out of resource: shared memory; planning with torch"):
+        planner = Planner(WorldModel(tiny_config()))
+    assert planner.backend.name == "torch"
+    assert planner.plan(torch.randn(1, 5)).shape == (1, 2)
+    with pytest.raises(BackendError, match="out of resource"):
+        Planner(WorldModel(small()))
+
+
+def test_logs_of_launches_nest_and_end(planner: Planner) -> None:
+    plan = planner._plan
+    assert isinstance(plan, FusedPlanner)
+    with log_launches() as outer, log_launches(dry=True) as inner:
+        plan.fused.begin()
+    assert outer == inner
+    assert len(inner) == 1
+    with log_launches() as log:
+        plan.fused.begin()
+    assert len(log) == 1
 
 
 def test_a_model_changed_under_its_planner_is_named(planner: Planner) -> None:

@@ -125,8 +125,10 @@ def test_without_bins_the_logit_is_the_scalar() -> None:
     logits = torch.tensor([[-30.0], [-1e-3], [0.0], [20.0]], device=DEVICE)
     assert torch.equal(scalars_of_logits(logits, 0), logits[:, 0])
     symexp = logits.double().sign() * logits.double().abs().expm1()
-    # symexp as the official code has it, exp(|x|) - 1, cancels near 0
-    torch.testing.assert_close(scalars_of_logits(logits, 1).double(), symexp[:, 0], rtol=4 * ULP, atol=2 * ULP)
+    # symexp as the official code has it, exp(|x|) - 1, cancels near 0. A GPU's exp rounds x log2(e)
+    # first, which is worth |x| log2(e) units of the result.
+    units = 4 if DEVICE.type == "cpu" else 4 + 30 * 1.45
+    torch.testing.assert_close(scalars_of_logits(logits, 1).double(), symexp[:, 0], rtol=units * ULP, atol=2 * ULP)
 
 
 def actions_of(
