@@ -147,249 +147,74 @@ def persistent_kernel(
         row = table_ptr + phase * FIELDS
         kind = tl.load(row)
         groups = tl.load(row + 1).to(tl.int32)
-        x, x_g, x_e, x_r = _ptr(row, 2, DTYPE), _pitch(row, 3), _pitch(row, 4), _pitch(row, 5)
-        stats, stats_g, stats_e, stats_r = (
+        # Arguments in the order in which the tiles take them.
+        source = (
+            _ptr(row, 2, DTYPE),
+            _pitch(row, 3),
+            _pitch(row, 4),
+            _pitch(row, 5),
             _plain_ptr(row, 6, tl.float32),
             tl.load(row + 7),
             tl.load(row + 8),
             tl.load(row + 9),
+            _ptr(row, 10, tl.float32),
+            _ptr(row, 11, tl.float32),
+            _plain_ptr(row, 12, tl.int64),
+            tl.load(row + 13),
+            1,
         )
-        gamma, beta = _ptr(row, 10, tl.float32), _ptr(row, 11, tl.float32)
-        in_members, in_base = _plain_ptr(row, 12, tl.int64), tl.load(row + 13)
-        a, a_e, a_r = _plain_ptr(row, 14, tl.float32), tl.load(row + 15), tl.load(row + 16)
-        w, side, bias = _ptr(row, 17, DTYPE), _plain_ptr(row, 18, DTYPE), _plain_ptr(row, 19, tl.float32)
-        bias_s, bias_e = tl.load(row + 20), tl.load(row + 21)
-        members, base = _plain_ptr(row, 22, tl.int64), tl.load(row + 23)
+        w, bias = _ptr(row, 17, DTYPE), _plain_ptr(row, 19, tl.float32)
+        slabs = (_plain_ptr(row, 22, tl.int64), tl.load(row + 23), 1)
         y_g, y_e, y_r = tl.load(row + 25), tl.load(row + 26), tl.load(row + 27)
-        out_stats = _plain_ptr(row, 28, tl.float32)
-        out_stats_g, out_stats_e, out_stats_r = tl.load(row + 29), tl.load(row + 30), tl.load(row + 31)
         D, K, A = tl.load(row + 32).to(tl.int32), _pitch(row, 33).to(tl.int32), tl.load(row + 34).to(tl.int32)
         if kind == POLICY:
-            eps, eps_e, eps_r = _plain_ptr(row, 35, tl.float32), tl.load(row + 36), tl.load(row + 37)
+            eps = (_plain_ptr(row, 35, tl.float32), tl.load(row + 36), tl.load(row + 37))
+            actions = (_plain_ptr(row, 38, tl.float32), _plain_ptr(row, 24, tl.float32), y_e, y_r)
             for part in range(rank, BM // BH, TEAM):
+                tile_m = block * (BM // BH) + part
+                # fmt: off
                 policy_on_tile(
-                    block * (BM // BH) + part,
-                    x,
-                    x_g,
-                    x_e,
-                    x_r,
-                    stats,
-                    stats_g,
-                    stats_e,
-                    stats_r,
-                    gamma,
-                    beta,
-                    in_members,
-                    in_base,
-                    1,
-                    w,
-                    bias,
-                    eps,
-                    eps_e,
-                    eps_r,
-                    _plain_ptr(row, 38, tl.float32),
-                    _plain_ptr(row, 24, tl.float32),
-                    y_e,
-                    y_r,
-                    M,
-                    n,
-                    K,
-                    A,
-                    low,
-                    high,
-                    HAS_MASK,
-                    MISH,
-                    1,
-                    BN,
-                    IN_TILES,
-                    True,
-                    BH,
-                    POLICY_BN,
-                    HEAD_BK,
-                    EVEN_K,
-                    BFLOAT16,
-                    DOT,
-                    INTERPRETED,
-                    FROM_L2,
+                    tile_m, *source, w, bias, *eps, *actions, M, n, K, A, low, high, HAS_MASK, MISH, 1, BN, IN_TILES,
+                    True, BH, POLICY_BN, HEAD_BK, EVEN_K, BFLOAT16, DOT, INTERPRETED, FROM_L2,
                 )
+                # fmt: on
         elif kind > POLICY:
+            scalars = (_plain_ptr(row, 24, tl.float32), y_g, y_e)
             for part in range(rank, groups * (BM // BH), TEAM):
+                tile_m, g = block * (BM // BH) + part // groups, (part % groups).to(tl.int64)
+                # fmt: off
                 scalars_on_tile(
-                    block * (BM // BH) + part // groups,
-                    (part % groups).to(tl.int64),
-                    x,
-                    x_g,
-                    x_e,
-                    x_r,
-                    stats,
-                    stats_g,
-                    stats_e,
-                    stats_r,
-                    gamma,
-                    beta,
-                    in_members,
-                    in_base,
-                    1,
-                    w,
-                    bias,
-                    members,
-                    base,
-                    1,
-                    _plain_ptr(row, 24, tl.float32),
-                    y_g,
-                    y_e,
-                    M,
-                    n,
-                    D,
-                    K,
-                    vmin,
-                    vmax,
-                    MISH,
-                    1,
-                    BN,
-                    IN_TILES,
-                    True,
-                    True,
-                    BINS,
-                    BH,
-                    SCALAR_BN,
-                    HEAD_BK,
-                    EVEN_K,
-                    BFLOAT16,
-                    DOT,
-                    INTERPRETED,
-                    FROM_L2,
+                    tile_m, g, *source, w, bias, *slabs, *scalars, M, n, D, K, vmin, vmax, MISH, 1, BN, IN_TILES,
+                    True, True, BINS, BH, SCALAR_BN, HEAD_BK, EVEN_K, BFLOAT16, DOT, INTERPRETED, FROM_L2,
                 )
+                # fmt: on
         else:
+            a = (_plain_ptr(row, 14, tl.float32), tl.load(row + 15), tl.load(row + 16))
+            weights = (w, _plain_ptr(row, 18, DTYPE), bias, tl.load(row + 20), tl.load(row + 21))
+            stats = (_plain_ptr(row, 28, tl.float32), tl.load(row + 29), tl.load(row + 30), tl.load(row + 31))
+            out = (_ptr(row, 24, DTYPE), y_g, y_e, y_r)
             tiles_n = tl.cdiv(D, BN)
-            y = _ptr(row, 24, DTYPE)
             for part in range(rank, groups * tiles_n, TEAM):
-                g = (part // tiles_n).to(tl.int64)
-                tile_n = part % tiles_n
+                tile_n, g = part % tiles_n, (part // tiles_n).to(tl.int64)
+                # The flags: a main input, a side input, a bias per environment, what is due.
                 if kind == AFTER_HIDDEN:
+                    # fmt: off
                     layer_on_tile(
-                        block,
-                        tile_n,
-                        g,
-                        x,
-                        x_g,
-                        x_e,
-                        x_r,
-                        stats,
-                        stats_g,
-                        stats_e,
-                        stats_r,
-                        gamma,
-                        beta,
-                        in_members,
-                        in_base,
-                        1,
-                        a,
-                        a_e,
-                        a_r,
-                        w,
-                        side,
-                        bias,
-                        bias_s,
-                        bias_e,
-                        members,
-                        base,
-                        1,
-                        y,
-                        y_g,
-                        y_e,
-                        y_r,
-                        out_stats,
-                        out_stats_g,
-                        out_stats_e,
-                        out_stats_r,
-                        M,
-                        n,
-                        D,
-                        K,
-                        A,
-                        True,
-                        False,
-                        False,
-                        MISH,
-                        1,
-                        BN,
-                        IN_TILES,
-                        True,
-                        True,
-                        BM,
-                        BN,
-                        BK,
-                        BA,
-                        EVEN_K,
-                        BFLOAT16,
-                        DOT,
-                        INTERPRETED,
+                        block, tile_n, g, *source, *a, *weights, *slabs, *out, *stats, M, n, D, K, A, True, False,
+                        False, MISH, 1, BN, IN_TILES, True, True, BM, BN, BK, BA, EVEN_K, BFLOAT16, DOT, INTERPRETED,
                         FROM_L2,
                     )
+                    # fmt: on
                 else:
                     # The first step has no latent of its own, the policy no action: K or A is 0
                     # there, and that product empty.
+                    # fmt: off
                     layer_on_tile(
-                        block,
-                        tile_n,
-                        g,
-                        x,
-                        x_g,
-                        x_e,
-                        x_r,
-                        stats,
-                        stats_g,
-                        stats_e,
-                        stats_r,
-                        gamma,
-                        beta,
-                        in_members,
-                        in_base,
-                        1,
-                        a,
-                        a_e,
-                        a_r,
-                        w,
-                        side,
-                        bias,
-                        bias_s,
-                        bias_e,
-                        members,
-                        base,
-                        1,
-                        y,
-                        y_g,
-                        y_e,
-                        y_r,
-                        out_stats,
-                        out_stats_g,
-                        out_stats_e,
-                        out_stats_r,
-                        M,
-                        n,
-                        D,
-                        K,
-                        A,
-                        True,
-                        True,
-                        True,
-                        SIMNORM,
-                        V,
-                        BN,
-                        IN_TILES,
-                        True,
-                        True,
-                        BM,
-                        BN,
-                        BK,
-                        BA,
-                        EVEN_K,
-                        BFLOAT16,
-                        DOT,
-                        INTERPRETED,
+                        block, tile_n, g, *source, *a, *weights, *slabs, *out, *stats, M, n, D, K, A, True, True, True,
+                        SIMNORM, V, BN, IN_TILES, True, True, BM, BN, BK, BA, EVEN_K, BFLOAT16, DOT, INTERPRETED,
                         FROM_L2,
                     )
+                    # fmt: on
         if not ALONE:
             counter = counters_ptr + block
             if phase + 1 < last_phase:
