@@ -315,7 +315,7 @@ class FusedPlan:
                 self.terminal_value(i)
             iterations.append(log)
         # A kernel that holds every kind of phase has no registers to spare for deep blocks.
-        tile = replace(self._second_tile, BK=min(self._second_tile.BK, 64))
+        tile = replace(self._second_tile, BK=min(self._second_tile.BK, 32))
         return PersistentRollout(iterations, self.precision, processors, tile)
 
     def draw(self) -> None:
