@@ -36,12 +36,12 @@ class Tile:
 _LATENCY = {
     "bfloat16": (Tile(64, 64, 64, 8), Tile(32, 64, 64, 8), Tile(32, 32, 128), Tile(16, 32, 128)),
     "tf32": (Tile(64, 64, 32, 8), Tile(32, 64, 32, 8), Tile(32, 32, 64, 8), Tile(16, 32, 64)),
-    "float32": (Tile(64, 64, 16, 8), Tile(32, 32, 32, 8), Tile(16, 32, 32)),
+    "float32": (Tile(32, 32, 32, 8), Tile(16, 32, 32)),
 }
 _THROUGHPUT = {
     "bfloat16": Tile(128, 64, 64, 8),
     "tf32": Tile(128, 64, 32, 8),
-    "float32": Tile(64, 64, 16, 8),
+    "float32": Tile(32, 32, 32, 8),
 }
 _HEAD_ROWS = {"bfloat16": (64, 64), "tf32": (64, 32), "float32": (32, 16)}
 
