@@ -31,7 +31,7 @@ train: setup     ## train a real task, evaluate before and after (under 20 minut
 	$(BIN)/tdmpc2-fast train $(TRAIN)
 
 test: setup      ## run the tests, a process per core
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: setup      ## ruff: style and formatting
 	$(BIN)/ruff check .
