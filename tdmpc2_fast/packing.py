@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import Config
 from .kernels.launch import Precision
@@ -47,6 +49,18 @@ def plan_sizes(cfg: Config, num_envs: int) -> PlanSizes:
     )
 
 
+@cache
+def _have_fused_steps_counted() -> None:
+    """From now on fused optimisers, too, advance the version counters of what they write; torch's do not."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                torch.autograd.graph.increment_version(group["params"])
+
+    register_optimizer_step_post_hook(count)
+
+
 class PackedModel:
     """Packed weights of a world model.
 
@@ -57,15 +71,16 @@ class PackedModel:
         self.model, self._sizes = model, sizes
         self.weights = PlanWeights.empty(sizes, precision, model.device)
         self._version: tuple[int, ...] | None = None
+        _have_fused_steps_counted()
         unpacked = ("_target_Qs_params.", "_task_emb.") + (() if sizes.obs_dim else ("_encoder.",))
         self._names = [name for name, _ in model.named_parameters() if not name.startswith(unpacked)]
 
     def refresh(self) -> bool:
         """Copy the parameters if one changed since the last time; whether one did.
 
-        Changes are noticed by torch's version counters, which every in-place operation of
-        torch advances (optimisers, `load_state_dict`, `copy_`). Writes through `.data`, by
-        kernels and by the replay of a captured update are not: whoever writes so, says `stale`.
+        Changes are noticed by torch's version counters, which in-place operations of torch
+        advance (`load_state_dict`, `copy_`, steps of optimisers). Writes through `.data`, by
+        kernels and by the replay of a captured update do not: whoever writes so, says `stale`.
         """
         parameters = (self.model.get_parameter(name) for name in self._names)
         version = tuple(chain.from_iterable((p._version, p.data_ptr()) for p in parameters))
