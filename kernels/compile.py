@@ -65,29 +65,33 @@ class Compiled:
         return found
 
 
+Place = tuple[int, ...]
+"""Position of an argument, then positions within the tuples it is."""
+
+
 @dataclass(frozen=True)
 class Specialisation:
     """What a launch on a GPU would have compiled; unlike the launch it can be sent to a process."""
 
     module: str
     name: str
-    signature: dict[str, str]
-    constants: dict[str, Any]  # constexprs, and arguments that are 1 or None
-    attributes: dict[tuple[int], Any]  # divisible by 16, by position
+    signature: dict[str, Any]  # types; of a tuple, a tuple of them
+    constants: dict[Place, Any]  # constexprs, and arguments that are 1 or None
+    attributes: dict[Place, Any]  # divisible by 16
     options: dict[str, Any]
-    tile: str  # the constexprs alone
+    tile: dict[str, Any]  # the constexprs alone, by name
 
     @property
     def precision(self) -> str:
         """As `Precision.name`; "-" for a kernel that is the same at every precision, or at two."""
-        if "DOT" not in self.constants:
-            return "bfloat16" if "*bf16" in self.signature.values() else "-"
-        return "bfloat16" if self.constants["BFLOAT16"] else "tf32" if self.constants["DOT"] == "tf32" else "float32"
+        if "*bf16" in str(self.signature) or self.tile.get("BFLOAT16"):
+            return "bfloat16"
+        return {None: "-", "tf32": "tf32", "ieee": "float32"}[self.tile.get("DOT")]
 
     @property
     def needs_tensor(self) -> bool:
         """Whether tensor cores are meant to compute this kernel's products."""
-        return "DOT" in self.constants and self.precision != "float32"
+        return "DOT" in self.tile and self.precision != "float32"
 
     @property
     def configuration(self) -> str:
@@ -95,63 +99,59 @@ class Specialisation:
 
         Left out is what Triton derives from the arguments: alignment, and strides or sizes that are 1.
         """
-        return f"{self.name} {self.tile} {self.options}"
+        return f"{self.name} {self.precision} {sorted(self.tile.items())} {self.options}"
 
     @property
     def label(self) -> str:
         """The constants worth showing."""
-        values = [f"{k}={self.constants[k]}" for k in _SHOWN if k in self.constants]
-        return " ".join([*values, *(k for k in _FLAGS if self.constants.get(k))])
+        values = [f"{k}={self.tile[k]}" for k in _SHOWN if k in self.tile]
+        return " ".join([*values, *(k for k in _FLAGS if self.tile.get(k))])
 
 
 def specialisation(launch: Launch) -> Specialisation:
     """Signature, constants, alignment attributes and compiler options, as a launch on a GPU gives them."""
-    kernel = launch.kernel
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
+    kernel, values = launch.kernel, launch.arguments()
+    constants: dict[Place, Any] = {}
+    attributes: dict[Place, Any] = {}
+
+    def type_of(value: Any, place: Place) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(x, (*place, i)) for i, x in enumerate(value)))
+        if value is None or (type(value) is int and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, bool):
+            return "u1"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, Tensor):
+            # Torch aligns what it allocates; a view starts anywhere.
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        else:
+            aligned = value % 16 == 0
+        if aligned:
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return _TYPES[value.dtype]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    tile = {x.name: values[x.name] for x in kernel.params if x.is_constexpr}
+    signature = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in tile:
+            signature[name], constants[(i,)] = "constexpr", tile[name]
+        else:
+            signature[name] = type_of(values[name], (i,))
     options = {k: v for k, v in launch.options.items() if k in COMPILER_OPTIONS}
     options.setdefault("enable_fp_fusion", True)  # as `launch` does
-    values = dict(zip(kernel.arg_names, launch.args, strict=False))
-    values |= {k: v for k, v in launch.options.items() if k not in COMPILER_OPTIONS}
-    tile = {k: v for k, v in values.items() if kernel.params[kernel.arg_names.index(k)].is_constexpr}
-    for i, name in enumerate(kernel.arg_names):
-        value = values[name]
-        aligned = False
-        if name in tile or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            # Torch aligns what it allocates; a view starts anywhere.
-            signature[name] = _TYPES[value.dtype]
-            aligned = value.storage_offset() * value.element_size() % 16 == 0
-        elif isinstance(value, bool):
-            signature[name] = "u1"
-        elif isinstance(value, int) and value == 1:
-            signature[name], constants[name] = "constexpr", 1
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
-        else:
-            signature[name] = "fp32"
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return Specialisation(
-        kernel.fn.__module__, launch.name, signature, constants, attributes, options, str(sorted(tile.items()))
-    )
-
-
-def key(launch: Launch) -> str:
-    """Equal for launches that share one compiled kernel."""
-    return str(specialisation(launch))
-
-
-def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile for compute capability arch/10; needs Triton, no GPU, and no TRITON_INTERPRET."""
-    return compile_specialisation(specialisation(launch), arch)
+    return Specialisation(kernel.fn.__module__, launch.name, signature, constants, attributes, options, tile)
 
 
 def compile_specialisation(spec: Specialisation, arch: int) -> Compiled:
-    """As `compile_launch`. Programmatic dependent launch is left out of chips older than sm_90."""
+    """Compile for compute capability arch/10; needs Triton, no GPU, and no TRITON_INTERPRET.
+
+    Programmatic dependent launch is left out of chips older than sm_90.
+    """
     done = build(spec, arch)
     usage = _resource_usage(done.asm["cubin"])
     # Spills are the stack frame in the cubin itself. Triton makes no local arrays and no calls, so
@@ -178,12 +178,10 @@ def build(spec: Specialisation, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants, options = dict(spec.constants), dict(spec.options)
-    if arch < 90:
-        options["launch_pdl"] = False
-        if "PDL" in constants:
-            constants["PDL"] = False
     kernel = getattr(importlib.import_module(spec.module), spec.name)
+    constants, options = dict(spec.constants), dict(spec.options)
+    if arch < 90 and "PDL" in spec.tile:
+        constants[(kernel.arg_names.index("PDL"),)] = options["launch_pdl"] = False
     source = ASTSource(fn=kernel, signature=spec.signature, constexprs=constants, attrs=spec.attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

@@ -10,20 +10,22 @@ Reads `K` = 0 inputs, too: the first step's rows are a shared sum (the bias) and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .launch import Precision, cdiv, interpreting, jit, launch, pow2, tl
 from .linear_tile import (
     PLAIN,
+    Slab,
+    Source,
+    Strided,
+    Weights,
     activate,
     await_producers,
     layer_on_tile,
     merge_statistics,
     prefetch_weights,
-    row_offsets,
+    row_ptrs,
     slab_of,
     store_rounded,
 )
@@ -33,38 +35,11 @@ from .tiles import Tile, layer_tile
 
 @jit
 def grouped_layer_kernel(
-    x_ptr,
-    x_g,
-    x_e,
-    x_r,
-    in_stats_ptr,
-    in_stats_g,
-    in_stats_e,
-    in_stats_r,
-    in_gamma_ptr,
-    in_beta_ptr,
-    in_members_ptr,
-    in_base,
-    in_step,
-    a_ptr,
-    a_e,
-    a_r,
-    w_ptr,
-    side_ptr,
-    bias_ptr,
-    bias_s,
-    bias_e,
-    members_ptr,
-    base,
-    step,
-    y_ptr,
-    y_g,
-    y_e,
-    y_r,
-    stats_ptr,
-    stats_g,
-    stats_e,
-    stats_r,
+    x,
+    w,
+    a,
+    y,
+    stats,
     M,
     n,
     D,
@@ -84,7 +59,6 @@ def grouped_layer_kernel(
     BK: tl.constexpr,
     BA: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     LINES: tl.constexpr,
@@ -92,113 +66,54 @@ def grouped_layer_kernel(
 ):
     """One tile [BM, BN] of one group; grid (row tiles x column tiles, groups)."""
     tiles_n = tl.cdiv(D, BN)
+    tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    g = tl.program_id(1).to(tl.int64)
     if PDL and HAS_X and not MEMBERS:  # members are another kernel's output
-        cols = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
-        slab = slab_of(members_ptr, base, step, tl.program_id(1).to(tl.int64), MEMBERS)
-        prefetch_weights(w_ptr + slab * D * K, cols, D, K, LINES)
+        slab = slab_of(w.slab, g, MEMBERS)
+        prefetch_weights(w.ptr + slab * D * K, tile_n * BN + tl.arange(0, BN), D, K, LINES)
     await_producers(PDL)
+    # fmt: off
     layer_on_tile(
-        tl.program_id(0) // tiles_n,
-        tl.program_id(0) % tiles_n,
-        tl.program_id(1).to(tl.int64),
-        x_ptr,
-        x_g,
-        x_e,
-        x_r,
-        in_stats_ptr,
-        in_stats_g,
-        in_stats_e,
-        in_stats_r,
-        in_gamma_ptr,
-        in_beta_ptr,
-        in_members_ptr,
-        in_base,
-        in_step,
-        a_ptr,
-        a_e,
-        a_r,
-        w_ptr,
-        side_ptr,
-        bias_ptr,
-        bias_s,
-        bias_e,
-        members_ptr,
-        base,
-        step,
-        y_ptr,
-        y_g,
-        y_e,
-        y_r,
-        stats_ptr,
-        stats_g,
-        stats_e,
-        stats_r,
-        M,
-        n,
-        D,
-        K,
-        A,
-        HAS_X,
-        HAS_SIDE,
-        ENV_BIAS,
-        IN_ACT,
-        V,
-        IN_TILE,
-        IN_TILES,
-        IN_MEMBERS,
-        MEMBERS,
-        BM,
-        BN,
-        BK,
-        BA,
-        EVEN_K,
-        BFLOAT16,
-        DOT,
-        INTERPRETED,
+        tile_m, tile_n, g, x, w, a, y, stats, M, n, D, K, A, HAS_X, HAS_SIDE, ENV_BIAS, IN_ACT, V, IN_TILE, IN_TILES,
+        IN_MEMBERS, MEMBERS, BM, BN, BK, BA, EVEN_K, DOT, INTERPRETED,
     )
+    # fmt: on
 
 
-@dataclass(frozen=True)
-class Source:
-    """How a kernel reads `Rows`: arguments and constants shared by all kernels that do."""
-
-    args: tuple[object, ...]
-    constants: dict[str, object]
-
-
-def source(x: Rows, groups: int) -> Source:
-    """Pointers and strides of rows, their statistics, and the LayerNorm that is due."""
-    act = PLAIN if x.layer is None else x.layer.activation
-    gamma: Tensor = x.x
-    beta: Tensor = x.x
-    stats: Tensor = x.x
-    stats_strides: tuple[int, ...] = (0, 0, 0)
-    if act != PLAIN:
-        assert x.layer is not None
-        assert x.layer.ln_weight is not None
-        assert x.layer.ln_bias is not None
-        assert x.stats is not None
-        gamma, beta, stats = x.layer.ln_weight, x.layer.ln_bias, x.stats
-        stats_strides = _strides(x.stats, groups)
-    args = (
-        x.x,
-        *_strides(x.x, groups),
-        stats,
-        *stats_strides,
-        gamma,
-        beta,
-        x.x if x.slabs.members is None else x.slabs.members,
-        x.slabs.base,
-        x.slabs.stride(shared=x.x.shape[0] == 1),
-    )
-    constants: dict[str, object] = dict(
-        IN_ACT=act,
-        V=x.layer.simnorm_dim if x.layer is not None and x.layer.simnorm_dim else 1,
+def source(x: Rows) -> tuple[Source, dict[str, object]]:
+    """How a kernel reads rows, and its constants for what is due on them."""
+    layer = x.layer if x.layer is not None and x.layer.activation != PLAIN else None
+    gamma, beta, stats = (x.x, x.x, x.x) if layer is None else (layer.ln_weight, layer.ln_bias, x.stats)
+    assert stats is not None
+    slab = _slab(x.slabs, x.x, shared=x.x.shape[0] == 1)
+    reads = Source(strided(x.x), strided(stats), gamma, beta, slab)
+    return reads, dict(
+        IN_ACT=PLAIN if layer is None else layer.activation,
+        V=max(layer.simnorm_dim, 1) if layer is not None else 1,
         IN_TILE=max(x.tile, 1),
         IN_TILES=pow2(cdiv(x.x.shape[-1], x.tile)) if x.tile else 1,
-        IN_MEMBERS=act != PLAIN and x.slabs.members is not None,
+        IN_MEMBERS=layer is not None and x.slabs.members is not None,
     )
-    return Source(args, constants)
+
+
+def strided(t: Tensor) -> Strided:
+    """Rows (G, E, n, ...) for a kernel; one group serves all."""
+    g, e, r = t.stride()[:3]
+    return Strided(t, g if t.shape[0] > 1 else 0, e, r)
+
+
+def _slab(slabs: Slabs, unread: Tensor, shared: bool = False) -> Slab:
+    """Slabs for a kernel; `unread` stands where there are no members."""
+    members = slabs.members
+    return Slab(unread if members is None else members, slabs.base, slabs.stride(shared))
+
+
+def packed(layer: Layer, slabs: Slabs, bias: Tensor | None = None) -> Weights:
+    """A layer for a kernel; bias: (slabs, E, D) in place of its own."""
+    own = layer.bias if bias is None else bias
+    side = layer.weight if layer.side is None else layer.side
+    e_stride = 0 if bias is None else bias.stride(1)
+    return Weights(layer.weight, side, own, own.stride(0), e_stride, _slab(slabs, layer.weight))
 
 
 def check_tile(tile: Tile, columns: int, x: Rows | None) -> None:
@@ -210,15 +125,9 @@ def check_tile(tile: Tile, columns: int, x: Rows | None) -> None:
         raise ValueError(f"tile: got BK={tile.BK}, allowed: multiples of simnorm_dim ({group})")
 
 
-def _strides(t: Tensor, groups: int) -> tuple[int, int, int]:
-    """Strides over group, environment and row; one group serves all."""
-    g, e, r = t.stride()[:3]
-    return (g if t.shape[0] > 1 or groups == 1 else 0), e, r
-
-
 def arithmetic(precision: Precision) -> dict[str, object]:
     """Constants that fix how products are computed."""
-    return dict(BFLOAT16=precision.name == "bfloat16", DOT=precision.dot, INTERPRETED=interpreting())
+    return dict(DOT=precision.dot, INTERPRETED=interpreting())
 
 
 def grouped_layer(
@@ -268,27 +177,16 @@ def grouped_layer(
         )
     if bias is not None and (bias.ndim != 3 or bias.shape[1:] != (e, d) or bias.stride(-1) != 1):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, allowed: (slabs, {e}, {d})")
-    src = source(Rows(out.x) if x is None else x, groups)
     side = 0 if layer.side is None else layer.side.shape[-1]
-    own_bias = layer.bias if bias is None else bias
+    reads, due = source(Rows(out.x) if x is None else x)
     launch(
         grouped_layer_kernel,
         (cdiv(e * n, tile.BM) * cdiv(d, tile.BN), groups),
-        *src.args,
-        out.x if a is None else a,
-        *((0, 0) if a is None else a.stride()[:2]),
-        layer.weight,
-        layer.weight if layer.side is None else layer.side,
-        own_bias,
-        own_bias.stride(0),
-        0 if bias is None else bias.stride(1),
-        layer.weight if slabs.members is None else slabs.members,
-        slabs.base,
-        slabs.stride(),
-        out.x,
-        *out.x.stride()[:3],
-        out.stats,
-        *out.stats.stride()[:3],
+        reads,
+        packed(layer, slabs, bias),
+        strided(out.x if a is None else a[None]),
+        strided(out.x),
+        strided(out.stats),
         e * n,
         n,
         d,
@@ -298,17 +196,11 @@ def grouped_layer(
         HAS_SIDE=a is not None,
         ENV_BIAS=bias is not None,
         MEMBERS=slabs.members is not None,
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
         BA=min(pow2(max(side, 1), 16), 64),
-        EVEN_K=k % tile.BK == 0,
         LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if pdl else 1,
-        PDL=pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        launch_pdl=pdl,
-        **src.constants,
+        pdl=pdl,
+        **due,
+        **tile.options(k),
         **arithmetic(precision),
     )
     return Rows(out.x, out.stats, layer, slabs, tile.BN)
@@ -347,23 +239,8 @@ def rounded(x: Tensor, precision: Precision) -> Tensor:
 
 @jit
 def activate_kernel(
-    x_ptr,
-    x_g,
-    x_e,
-    x_r,
-    in_stats_ptr,
-    in_stats_g,
-    in_stats_e,
-    in_stats_r,
-    in_gamma_ptr,
-    in_beta_ptr,
-    in_members_ptr,
-    in_base,
-    in_step,
-    y_ptr,
-    y_g,
-    y_e,
-    y_r,
+    x,
+    y,
     M,
     n,
     D,
@@ -384,14 +261,13 @@ def activate_kernel(
     row_ok, col_ok = rows < M, cols < D
     ok = row_ok[:, None] & col_ok[None, :]
     await_producers(PDL)
-    slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
-    stats_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-    mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, stats_rows, row_ok, D, IN_TILE, IN_TILES)
-    x = tl.load(x_ptr + g * x_g + row_offsets(rows, n, x_e, x_r)[:, None] + cols[None, :], mask=ok, other=0.0)
-    gamma = tl.load(in_gamma_ptr + slab * D + cols, mask=col_ok, other=0.0)
-    beta = tl.load(in_beta_ptr + slab * D + cols, mask=col_ok, other=0.0)
-    y = activate(x.to(tl.float32), mean, rstd, gamma, beta, IN_ACT, V)
-    store_rounded(y_ptr + g * y_g + row_offsets(rows, n, y_e, y_r)[:, None] + cols[None, :], y, ok, INTERPRETED)
+    slab = slab_of(x.slab, g, IN_MEMBERS)
+    mean, rstd = merge_statistics(row_ptrs(x.stats, g, rows, n), row_ok, D, IN_TILE, IN_TILES)
+    due = tl.load(row_ptrs(x.x, g, rows, n)[:, None] + cols[None, :], mask=ok, other=0.0)
+    gamma = tl.load(x.gamma_ptr + slab * D + cols, mask=col_ok, other=0.0)
+    beta = tl.load(x.beta_ptr + slab * D + cols, mask=col_ok, other=0.0)
+    done = activate(due.to(tl.float32), mean, rstd, gamma, beta, IN_ACT, V)
+    store_rounded(row_ptrs(y, g, rows, n)[:, None] + cols[None, :], done, ok, INTERPRETED)
 
 
 def activate_rows(x: Rows, out: Tensor, pdl: bool = False) -> Rows:
@@ -401,7 +277,7 @@ def activate_rows(x: Rows, out: Tensor, pdl: bool = False) -> Rows:
     groups, e, n, d = x.x.shape
     if out.shape != x.x.shape or out.stride(-1) != 1:
         raise ValueError(f"out: got shape {tuple(out.shape)}, allowed: {tuple(x.x.shape)}")
-    src = source(x, groups)
+    reads, due = source(x)
     if interpreting():
         bm, bn = min(pow2(e * n), 512), min(pow2(d), 512)
     else:
@@ -409,18 +285,16 @@ def activate_rows(x: Rows, out: Tensor, pdl: bool = False) -> Rows:
     launch(
         activate_kernel,
         (cdiv(e * n, bm), cdiv(d, bn), groups),
-        *src.args,
-        out,
-        *out.stride()[:3],
+        reads,
+        strided(out),
         e * n,
         n,
         d,
         BM=bm,
         BN=bn,
         INTERPRETED=interpreting(),
-        PDL=pdl,
+        pdl=pdl,
         num_warps=4,
-        launch_pdl=pdl,
-        **src.constants,
+        **due,
     )
     return Rows(out)

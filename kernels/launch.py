@@ -4,6 +4,8 @@ Triton is optional. Kernel files take `triton`, `tl` and `jit` from here, so tha
 with their plain-torch references, where it is missing.
 """
 
+import inspect
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -37,8 +39,6 @@ except ImportError:
     tl = _Absent()
     jit = tl.jit
 
-
-MIN_CAPABILITY = (8, 0)
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -81,7 +81,7 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"Triton needs a CUDA device, this one is {device.type!r} (TRITON_INTERPRET=1 interprets on the CPU)"
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    if capability < (8, 0):
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, allowed: 8.0 and newer"
     return None
@@ -96,12 +96,26 @@ def has_dependent_launch(device: torch.device) -> bool:
 class Launch:
     """One kernel launch as the log saw it."""
 
-    name: str
-    programs: int
     kernel: Any
+    grid: tuple[int, ...]
     args: tuple[Any, ...]
     options: dict[str, Any]
-    grid: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        name: str = self.kernel.__name__
+        return name
+
+    @property
+    def programs(self) -> int:
+        """In the grid."""
+        return math.prod(self.grid)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments, constants and compiler options by name."""
+        names = inspect.signature(getattr(self.kernel, "fn", self.kernel)).parameters
+        return dict(zip(names, self.args, strict=False)) | self.options
 
 
 COMPILER_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion")
@@ -137,15 +151,17 @@ def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
         _open.logs.remove(log)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options), noted in open logs; a grid without programs is no launch."""
-    programs = 1
-    for n in grid:
-        programs *= n
-    if programs == 0:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = None, **options: Any) -> None:
+    """kernel[grid](*args, **options), noted in open logs; a grid without programs is no launch.
+
+    pdl: programmatic dependent launch; None for a kernel that does not know of it.
+    """
+    if math.prod(grid) == 0:
         return
+    if pdl is not None:
+        options |= dict(PDL=pdl, launch_pdl=pdl)
     for log in _open.logs:
-        log.launches.append(Launch(kernel.__name__, programs, kernel, args, options, grid))
+        log.launches.append(Launch(kernel, grid, args, options))
     if any(log.dry for log in _open.logs):
         return
     if interpreting():

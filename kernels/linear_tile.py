@@ -9,14 +9,55 @@ Rows are addressed as (environment, row of that environment), each with its own 
 stride of 0 shares one row among all. Sums, norms and activations are float32.
 """
 
+from typing import Any, NamedTuple
+
 from .launch import jit, tl
+from .normed_linear import LAYER_NORM_EPS
 
 # What a reader does to the rows: nothing, or LayerNorm and then Mish or SimNorm.
 PLAIN, MISH, SIMNORM = 0, 1, 2
 
-_LN_EPS = tl.constexpr(1e-5)
+_LN_EPS = tl.constexpr(LAYER_NORM_EPS)
 _MISH = tl.constexpr(MISH)
 _PLAIN = tl.constexpr(PLAIN)
+
+
+class Strided(NamedTuple):
+    """A buffer's rows: element strides over group, environment and row of that environment."""
+
+    ptr: Any
+    g: Any
+    e: Any
+    r: Any
+
+
+class Slab(NamedTuple):
+    """Slab of group g of a packed layer: base + step g, or base + members[step g]."""
+
+    members_ptr: Any
+    base: Any
+    step: Any
+
+
+class Source(NamedTuple):
+    """Rows that are read, and the statistics and parameters of a LayerNorm that is due before."""
+
+    x: Strided
+    stats: Strided
+    gamma_ptr: Any
+    beta_ptr: Any
+    slab: Slab
+
+
+class Weights(NamedTuple):
+    """A packed layer; its bias has strides over slab and environment."""
+
+    ptr: Any
+    side_ptr: Any
+    bias_ptr: Any
+    bias_s: Any
+    bias_e: Any
+    slab: Slab
 
 
 @jit
@@ -69,14 +110,26 @@ def row_offsets(rows, n, e_stride, r_stride):
 
 
 @jit
-def merge_statistics(
-    stats_ptr, offsets, row_ok, K, TILE: tl.constexpr, TILES: tl.constexpr, FROM_L2: tl.constexpr = False
-):
+def row_ptrs(buffer, g, rows, n):
+    """Pointers to rows of group g of a `Strided` buffer: [BM]."""
+    return buffer.ptr + g * buffer.g + row_offsets(rows, n, buffer.e, buffer.r)
+
+
+@jit
+def slab_of(slab, g, HAS_MEMBERS: tl.constexpr):
+    """Slab of group g, int64."""
+    if HAS_MEMBERS:
+        return slab.base + tl.load(slab.members_ptr + slab.step * g)
+    return tl.full((), slab.base, tl.int64) + slab.step * g
+
+
+@jit
+def merge_statistics(stats_ptrs, row_ok, K, TILE: tl.constexpr, TILES: tl.constexpr, FROM_L2: tl.constexpr = False):
     """Mean and 1/std of rows of width K from those of their column tiles of width TILE: [BM] each."""
     t = tl.arange(0, TILES)
     count = tl.minimum(tl.maximum(K - t * TILE, 0), TILE).to(tl.float32)[None, :]
     ok = row_ok[:, None] & (count > 0)
-    ptrs = stats_ptr + offsets[:, None] + 2 * t[None, :]  # [BM, TILES]
+    ptrs = stats_ptrs[:, None] + 2 * t[None, :]  # [BM, TILES]
     tile_mean = tl.load(ptrs, mask=ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
     tile_m2 = tl.load(ptrs + 1, mask=ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
     mean = tl.sum(count * tile_mean, axis=1) / K
@@ -95,41 +148,48 @@ def activate(x, mean, rstd, gamma, beta, ACT: tl.constexpr, V: tl.constexpr):
 
 
 @jit
-def product(
+def add_product(
     acc,
-    x_ptr,
-    x_rows,
+    source,
+    g,
+    rows,
+    n,
     row_ok,
-    mean,
-    rstd,
-    gamma_ptr,
-    beta_ptr,
     w_ptr,
     cols,
     col_ok,
     K,
-    ACT: tl.constexpr,
+    IN_ACT: tl.constexpr,
     V: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    IN_MEMBERS: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     FROM_L2: tl.constexpr = False,
 ):
-    """acc + act(LN(x)) Wᵀ for rows x_rows [BM] of x and rows cols [BN] of W (., K)."""
+    """acc + act(LN(x)) Wᵀ for rows [BM] of group g of a `Source` and rows cols [BN] of W (., K)."""
+    BFLOAT16: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
+    x_ptrs = row_ptrs(source.x, g, rows, n)
+    if IN_ACT != _PLAIN:
+        stats_ptrs = row_ptrs(source.stats, g, rows, n)
+        mean, rstd = merge_statistics(stats_ptrs, row_ok, K, IN_TILE, IN_TILES, FROM_L2)
+        in_slab = slab_of(source.slab, g, IN_MEMBERS)
+        gamma_ptr, beta_ptr = source.gamma_ptr + in_slab * K, source.beta_ptr + in_slab * K
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         k_ok = k < K
         x_mask = row_ok[:, None] if EVEN_K else row_ok[:, None] & k_ok[None, :]
         w_mask = col_ok[None, :] if EVEN_K else col_ok[None, :] & k_ok[:, None]
         x = tl.load(
-            x_ptr + x_rows[:, None] + k[None, :], mask=x_mask, other=0.0, cache_modifier=".cg" if FROM_L2 else ""
+            x_ptrs[:, None] + k[None, :], mask=x_mask, other=0.0, cache_modifier=".cg" if FROM_L2 else ""
         )  # [BM, BK]
-        if ACT != _PLAIN:
+        if IN_ACT != _PLAIN:
             gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)
             beta = tl.load(beta_ptr + k, mask=k_ok, other=0.0)
-            x = activate(x.to(tl.float32), mean, rstd, gamma, beta, ACT, V)
+            x = activate(x.to(tl.float32), mean, rstd, gamma, beta, IN_ACT, V)
             x = operand(x, BFLOAT16, INTERPRETED)
         elif BFLOAT16:
             x = operand(x.to(tl.float32), BFLOAT16, INTERPRETED)
@@ -144,25 +204,24 @@ def product(
 @jit
 def add_small_product(
     acc,
-    a_ptr,
-    a_rows,
+    a_ptrs,
     row_ok,
     w_ptr,
     cols,
     col_ok,
     A,
     BA: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     FROM_L2: tl.constexpr = False,
 ):
     """acc + a Wᵀ for a narrow float32 input a (., A), the action or the task embedding; W (., A)."""
+    BFLOAT16: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
     for start in range(0, A, BA):
         k = start + tl.arange(0, BA)
         k_ok = k < A
         a_ok = row_ok[:, None] & k_ok[None, :]
-        a = tl.load(a_ptr + a_rows[:, None] + k[None, :], mask=a_ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
+        a = tl.load(a_ptrs[:, None] + k[None, :], mask=a_ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
         w = tl.load(w_ptr + cols[None, :] * A + k[:, None], mask=col_ok[None, :] & k_ok[:, None], other=0.0)
         a = operand(a.to(tl.float32), BFLOAT16, INTERPRETED)
         if INTERPRETED:
@@ -172,15 +231,14 @@ def add_small_product(
 
 
 @jit
-def store_with_statistics(
-    y, y_ptr, y_rows, stats_ptr, stats_rows, row_ok, cols, col_ok, tile, D, BN: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def store_with_statistics(y, y_ptrs, stats_ptrs, row_ok, cols, col_ok, tile, D, INTERPRETED: tl.constexpr):
     """Store pre-activations y [BM, BN], and mean and squared deviations of this tile of each row."""
-    store_rounded(y_ptr + y_rows[:, None] + cols[None, :], y, row_ok[:, None] & col_ok[None, :], INTERPRETED)
+    BN: tl.constexpr = y.shape[1]
+    store_rounded(y_ptrs[:, None] + cols[None, :], y, row_ok[:, None] & col_ok[None, :], INTERPRETED)
     count = tl.minimum(D - tile * BN, BN).to(tl.float32)
     mean = tl.sum(tl.where(col_ok[None, :], y, 0.0), axis=1) / count
     d = tl.where(col_ok[None, :], y - mean[:, None], 0.0)
-    ptrs = stats_ptr + stats_rows + 2 * tile
+    ptrs = stats_ptrs + 2 * tile
     tl.store(ptrs, mean, mask=row_ok)
     tl.store(ptrs + 1, tl.sum(d * d, axis=1), mask=row_ok)
 
@@ -213,50 +271,15 @@ def prefetch_weights(w_ptr, cols, D, K, LINES: tl.constexpr):
 
 
 @jit
-def slab_of(members_ptr, base, step, g, HAS_MEMBERS: tl.constexpr):
-    """Slab of group g, int64; `step` is from group to group, of slabs or of entries of `members`."""
-    if HAS_MEMBERS:
-        return base + tl.load(members_ptr + step * g)
-    return tl.full((), base, tl.int64) + step * g
-
-
-@jit
 def layer_on_tile(
     tile_m,
     tile_n,
     g,
-    x_ptr,
-    x_g,
-    x_e,
-    x_r,
-    in_stats_ptr,
-    in_stats_g,
-    in_stats_e,
-    in_stats_r,
-    in_gamma_ptr,
-    in_beta_ptr,
-    in_members_ptr,
-    in_base,
-    in_step,
-    a_ptr,
-    a_e,
-    a_r,
-    w_ptr,
-    side_ptr,
-    bias_ptr,
-    bias_s,
-    bias_e,
-    members_ptr,
-    base,
-    step,
-    y_ptr,
-    y_g,
-    y_e,
-    y_r,
-    stats_ptr,
-    stats_g,
-    stats_e,
-    stats_r,
+    x,
+    w,
+    a,
+    y,
+    stats,
     M,
     n,
     D,
@@ -276,79 +299,37 @@ def layer_on_tile(
     BK: tl.constexpr,
     BA: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     FROM_L2: tl.constexpr = False,
 ):
-    """One tile [BM, BN] of group g of a layer: product, bias, store with statistics."""
+    """One tile [BM, BN] of group g of a layer: products, bias, store with statistics.
+
+    x: `Source`; w: `Weights`; a, y, stats: `Strided`.
+    """
     rows = tile_m * BM + tl.arange(0, BM)
     cols = tile_n * BN + tl.arange(0, BN)
     row_ok, col_ok = rows < M, cols < D
-    slab = slab_of(members_ptr, base, step, g, MEMBERS)
-    bias_ptr += slab * bias_s
+    slab = slab_of(w.slab, g, MEMBERS)
+    bias_ptr = w.bias_ptr + slab * w.bias_s
     if ENV_BIAS:
-        bias_rows = row_offsets(rows, n, bias_e, 0)
+        bias_rows = row_offsets(rows, n, w.bias_e, 0)
         bias_ok = row_ok[:, None] & col_ok[None, :]
         bias = tl.load(bias_ptr + bias_rows[:, None] + cols[None, :], mask=bias_ok, other=0.0)  # [BM, BN]
     else:
         bias = tl.load(bias_ptr + cols, mask=col_ok, other=0.0)[None, :]  # [1, BN]
     acc = tl.zeros((BM, BN), tl.float32)
+    # fmt: off
     if HAS_SIDE:
         acc = add_small_product(
-            acc,
-            a_ptr,
-            row_offsets(rows, n, a_e, a_r),
-            row_ok,
-            side_ptr + slab * D * A,
-            cols,
-            col_ok,
-            A,
-            BA,
-            BFLOAT16,
-            DOT,
-            INTERPRETED,
+            acc, row_ptrs(a, g, rows, n), row_ok, w.side_ptr + slab * D * A, cols, col_ok, A, BA, DOT, INTERPRETED,
             FROM_L2,
         )
     if HAS_X:
-        mean, rstd = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-        in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
-        if IN_ACT != 0:
-            in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-            mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES, FROM_L2)
-        acc = product(
-            acc,
-            x_ptr + g * x_g,
-            row_offsets(rows, n, x_e, x_r),
-            row_ok,
-            mean,
-            rstd,
-            in_gamma_ptr + in_slab * K,
-            in_beta_ptr + in_slab * K,
-            w_ptr + slab * D * K,
-            cols,
-            col_ok,
-            K,
-            IN_ACT,
-            V,
-            BK,
-            EVEN_K,
-            BFLOAT16,
-            DOT,
-            INTERPRETED,
-            FROM_L2,
+        acc = add_product(
+            acc, x, g, rows, n, row_ok, w.ptr + slab * D * K, cols, col_ok, K, IN_ACT, V, IN_TILE, IN_TILES,
+            IN_MEMBERS, BK, EVEN_K, DOT, INTERPRETED, FROM_L2,
         )
-    store_with_statistics(
-        acc + bias,
-        y_ptr + g * y_g,
-        row_offsets(rows, n, y_e, y_r),
-        stats_ptr + g * stats_g,
-        row_offsets(rows, n, stats_e, stats_r),
-        row_ok,
-        cols,
-        col_ok,
-        tile_n,
-        D,
-        BN,
-        INTERPRETED,
-    )
+    # fmt: on
+    y_ptrs, stats_ptrs = row_ptrs(y, g, rows, n), row_ptrs(stats, g, rows, n)
+    store_with_statistics(acc + bias, y_ptrs, stats_ptrs, row_ok, cols, col_ok, tile_n, D, INTERPRETED)

@@ -151,9 +151,8 @@ def mppi_begin(
         MASKED=mask is not None,
         BN=bn,
         BA=ba,
-        PDL=pdl,
+        pdl=pdl,
         num_warps=4,
-        launch_pdl=pdl,
     )
 
 

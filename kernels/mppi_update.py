@@ -300,9 +300,8 @@ def mppi_update(
         BN=bn,
         BJ=bj,
         BA=ba,
-        PDL=pdl,
+        pdl=pdl,
         num_warps=warps,
-        launch_pdl=pdl,
     )
 
 

@@ -13,14 +13,16 @@ after the other and cannot wait: there, each phase is a launch of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .grouped_layer import arithmetic, grouped_layer_kernel
 from .launch import Launch, Precision, cdiv, interpreting, jit, launch, pow2, tl
-from .linear_tile import MISH, SIMNORM, layer_on_tile
+from .linear_tile import MISH, SIMNORM, Slab, Source, Strided, Weights, layer_on_tile
 from .policy_layer import policy_layer_kernel, policy_on_tile
 from .scalar_head import scalar_head_kernel, scalars_on_tile
 from .tiles import Tile
@@ -32,67 +34,62 @@ AFTER_HIDDEN, POLICY = tl.constexpr(_AFTER_HIDDEN), tl.constexpr(_POLICY)
 _HEAD_ROWS = 16
 _MOST_GROUPS = 32
 
-# Columns of the table, by the names of the kernels' arguments; `kind` and `groups` are ours.
-_FIELDS = [
-    "kind",
-    "groups",
-    "x_ptr",
-    "x_g",
-    "x_e",
-    "x_r",
-    "in_stats_ptr",
-    "in_stats_g",
-    "in_stats_e",
-    "in_stats_r",
-    "in_gamma_ptr",
-    "in_beta_ptr",
-    "in_members_ptr",
-    "in_base",
-    "a_ptr",
-    "a_e",
-    "a_r",
-    "w_ptr",
-    "side_ptr",
-    "bias_ptr",
-    "bias_s",
-    "bias_e",
-    "members_ptr",
-    "base",
-    "y_ptr",
-    "y_g",
-    "y_e",
-    "y_r",
-    "stats_ptr",
-    "stats_g",
-    "stats_e",
-    "stats_r",
-    "D",
-    "K",
-    "A",
-    "eps_ptr",
-    "eps_e",
-    "eps_r",
-    "mask_ptr",
-]
-FIELDS = tl.constexpr(len(_FIELDS))
+# A row of the table: kind, groups, D, K and A, then what the phase's own launch was given before its
+# sizes, member by member: `Source`, `Weights`, and after them what differs from kind to kind: side
+# input, output and statistics; noise, mask and actions; scalars.
+_SOURCE, _WEIGHTS, _REST, _COLUMNS = 5, 18, 26, 38
+SOURCE, WEIGHTS, REST, COLUMNS = (tl.constexpr(x) for x in (_SOURCE, _WEIGHTS, _REST, _COLUMNS))
 
 
 @jit
-def _ptr(row, COLUMN: tl.constexpr, TYPE: tl.constexpr):
+def _ptr(column, TYPE: tl.constexpr):
     """A pointer out of the table; every buffer and slice of one starts at a multiple of 16 bytes."""
-    return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(TYPE)), 16)
+    return tl.multiple_of(tl.load(column).to(tl.pointer_type(TYPE)), 16)
 
 
 @jit
-def _plain_ptr(row, COLUMN: tl.constexpr, TYPE: tl.constexpr):
+def _plain_ptr(column, TYPE: tl.constexpr):
     """A pointer out of the table to something whose alignment is not known."""
-    return tl.load(row + COLUMN).to(tl.pointer_type(TYPE))
+    return tl.load(column).to(tl.pointer_type(TYPE))
 
 
 @jit
-def _pitch(row, COLUMN: tl.constexpr):
+def _pitch(column):
     """A stride or width out of the table that is a multiple of 16."""
-    return tl.multiple_of(tl.load(row + COLUMN), 16)
+    return tl.multiple_of(tl.load(column), 16)
+
+
+@jit
+def _strided(column, TYPE: tl.constexpr):
+    """Four columns: rows whose alignment is not known."""
+    return Strided(_plain_ptr(column, TYPE), tl.load(column + 1), tl.load(column + 2), tl.load(column + 3))
+
+
+@jit
+def _shared(column, TYPE: tl.constexpr):
+    """As `_strided`, for rows that all groups share: their stride over groups is not read."""
+    return Strided(_plain_ptr(column, TYPE), 0, tl.load(column + 2), tl.load(column + 3))
+
+
+@jit
+def _slab(column):
+    """Three columns; the step is 1, `_row` sees to it."""
+    return Slab(_plain_ptr(column, tl.int64), tl.load(column + 1), 1)
+
+
+@jit
+def _source(column, TYPE: tl.constexpr):
+    """The columns from SOURCE on."""
+    x = Strided(_ptr(column, TYPE), _pitch(column + 1), _pitch(column + 2), _pitch(column + 3))
+    gamma, beta = _ptr(column + 8, tl.float32), _ptr(column + 9, tl.float32)
+    return Source(x, _strided(column + 4, tl.float32), gamma, beta, _slab(column + 10))
+
+
+@jit
+def _weights(column, TYPE: tl.constexpr):
+    """The columns from WEIGHTS on."""
+    ptr, side, bias = _ptr(column, TYPE), _plain_ptr(column + 1, TYPE), _plain_ptr(column + 2, tl.float32)
+    return Weights(ptr, side, bias, tl.load(column + 3), tl.load(column + 4), _slab(column + 5))
 
 
 @jit
@@ -127,7 +124,6 @@ def persistent_kernel(
     BK: tl.constexpr,
     BA: tl.constexpr,
     BH: tl.constexpr,
-    HEAD_BK: tl.constexpr,
     POLICY_BN: tl.constexpr,
     SCALAR_BN: tl.constexpr,
     MISH: tl.constexpr,
@@ -144,55 +140,35 @@ def persistent_kernel(
     block = tl.program_id(0) // TEAM
     rank = tl.program_id(0) % TEAM
     for phase in range(first_phase, last_phase):
-        row = table_ptr + phase * FIELDS
+        row = table_ptr + phase * COLUMNS
         kind = tl.load(row)
-        groups = tl.load(row + 1).to(tl.int32)
-        # Arguments in the order in which the tiles take them.
-        source = (
-            _ptr(row, 2, DTYPE),
-            _pitch(row, 3),
-            _pitch(row, 4),
-            _pitch(row, 5),
-            _plain_ptr(row, 6, tl.float32),
-            tl.load(row + 7),
-            tl.load(row + 8),
-            tl.load(row + 9),
-            _ptr(row, 10, tl.float32),
-            _ptr(row, 11, tl.float32),
-            _plain_ptr(row, 12, tl.int64),
-            tl.load(row + 13),
-            1,
-        )
-        w, bias = _ptr(row, 17, DTYPE), _plain_ptr(row, 19, tl.float32)
-        slabs = (_plain_ptr(row, 22, tl.int64), tl.load(row + 23), 1)
-        y_g, y_e, y_r = tl.load(row + 25), tl.load(row + 26), tl.load(row + 27)
-        D, K, A = tl.load(row + 32).to(tl.int32), _pitch(row, 33).to(tl.int32), tl.load(row + 34).to(tl.int32)
+        groups, D = tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32)
+        K, A = _pitch(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
+        x, w, rest = _source(row + SOURCE, DTYPE), _weights(row + WEIGHTS, DTYPE), row + REST
         if kind == POLICY:
-            eps = (_plain_ptr(row, 35, tl.float32), tl.load(row + 36), tl.load(row + 37))
-            actions = (_plain_ptr(row, 38, tl.float32), _plain_ptr(row, 24, tl.float32), y_e, y_r)
+            eps, mask_ptr = _shared(rest, tl.float32), _plain_ptr(rest + 4, tl.float32)
+            actions = _shared(rest + 5, tl.float32)
             for part in range(rank, BM // BH, TEAM):
                 tile_m = block * (BM // BH) + part
                 # fmt: off
                 policy_on_tile(
-                    tile_m, *source, w, bias, *eps, *actions, M, n, K, A, low, high, HAS_MASK, MISH, 1, BN, IN_TILES,
-                    True, BH, POLICY_BN, HEAD_BK, EVEN_K, BFLOAT16, DOT, INTERPRETED, FROM_L2,
+                    tile_m, x, w, eps, mask_ptr, actions, M, n, K, A, low, high, HAS_MASK, MISH, 1, BN, IN_TILES, True,
+                    BH, POLICY_BN, BK, EVEN_K, DOT, INTERPRETED, FROM_L2,
                 )
                 # fmt: on
         elif kind > POLICY:
-            scalars = (_plain_ptr(row, 24, tl.float32), y_g, y_e)
+            scalars = Strided(_plain_ptr(rest, tl.float32), tl.load(rest + 1), tl.load(rest + 2), 1)
             for part in range(rank, groups * (BM // BH), TEAM):
                 tile_m, g = block * (BM // BH) + part // groups, (part % groups).to(tl.int64)
                 # fmt: off
                 scalars_on_tile(
-                    tile_m, g, *source, w, bias, *slabs, *scalars, M, n, D, K, vmin, vmax, MISH, 1, BN, IN_TILES,
-                    True, True, BINS, BH, SCALAR_BN, HEAD_BK, EVEN_K, BFLOAT16, DOT, INTERPRETED, FROM_L2,
+                    tile_m, g, x, w, scalars, M, n, D, K, vmin, vmax, MISH, 1, BN, IN_TILES, True, True, BINS, BH,
+                    SCALAR_BN, BK, EVEN_K, DOT, INTERPRETED, FROM_L2,
                 )
                 # fmt: on
         else:
-            a = (_plain_ptr(row, 14, tl.float32), tl.load(row + 15), tl.load(row + 16))
-            weights = (w, _plain_ptr(row, 18, DTYPE), bias, tl.load(row + 20), tl.load(row + 21))
-            stats = (_plain_ptr(row, 28, tl.float32), tl.load(row + 29), tl.load(row + 30), tl.load(row + 31))
-            out = (_ptr(row, 24, DTYPE), y_g, y_e, y_r)
+            a, stats = _shared(rest, tl.float32), _strided(rest + 8, tl.float32)
+            y = Strided(_ptr(rest + 4, DTYPE), tl.load(rest + 5), tl.load(rest + 6), tl.load(rest + 7))
             tiles_n = tl.cdiv(D, BN)
             for part in range(rank, groups * tiles_n, TEAM):
                 tile_n, g = part % tiles_n, (part // tiles_n).to(tl.int64)
@@ -200,9 +176,8 @@ def persistent_kernel(
                 if kind == AFTER_HIDDEN:
                     # fmt: off
                     layer_on_tile(
-                        block, tile_n, g, *source, *a, *weights, *slabs, *out, *stats, M, n, D, K, A, True, False,
-                        False, MISH, 1, BN, IN_TILES, True, True, BM, BN, BK, BA, EVEN_K, BFLOAT16, DOT, INTERPRETED,
-                        FROM_L2,
+                        block, tile_n, g, x, w, a, y, stats, M, n, D, K, A, True, False, False, MISH, 1, BN, IN_TILES,
+                        True, True, BM, BN, BK, BA, EVEN_K, DOT, INTERPRETED, FROM_L2,
                     )
                     # fmt: on
                 else:
@@ -210,9 +185,8 @@ def persistent_kernel(
                     # there, and that product empty.
                     # fmt: off
                     layer_on_tile(
-                        block, tile_n, g, *source, *a, *weights, *slabs, *out, *stats, M, n, D, K, A, True, True, True,
-                        SIMNORM, V, BN, IN_TILES, True, True, BM, BN, BK, BA, EVEN_K, BFLOAT16, DOT, INTERPRETED,
-                        FROM_L2,
+                        block, tile_n, g, x, w, a, y, stats, M, n, D, K, A, True, True, True, SIMNORM, V, BN, IN_TILES,
+                        True, True, BM, BN, BK, BA, EVEN_K, DOT, INTERPRETED, FROM_L2,
                     )
                     # fmt: on
         if not ALONE:
@@ -244,15 +218,16 @@ class PersistentRollout:
         self, iterations: Sequence[Sequence[Launch]], precision: Precision, processors: int, tile: Tile
     ) -> None:
         first = iterations[0]
-        device = first[0].args[0].device
+        device = first[0].args[0].x.ptr.device
         self._steps = torch.arange(_MOST_GROUPS, device=device).repeat(3, 1) * torch.arange(3, device=device)[:, None]
         rows = [[self._row(x) for x in chain] for chain in iterations]
         self._table = torch.tensor(rows, dtype=torch.int64, device=device)
         # The buffers the table points to.
         self._kept = [x.args for chain in iterations for x in chain]
-        layers = [_named(x) for x in first if x.kernel not in (policy_layer_kernel, scalar_head_kernel)]
+        layers = [x.arguments() for x in first if x.kernel is grouped_layer_kernel]
         policy, scalars = (
-            next(_named(x) for x in first if x.kernel is kernel) for kernel in (policy_layer_kernel, scalar_head_kernel)
+            next(x.arguments() for x in first if x.kernel is kernel)
+            for kernel in (policy_layer_kernel, scalar_head_kernel)
         )
         self._m, self._n = layers[0]["M"], layers[0]["n"]
         widths = {v["K"] for v in layers if v["HAS_X"]} | {v["D"] for v in layers}
@@ -265,8 +240,7 @@ class PersistentRollout:
         self._grid = (blocks * self._team,)
         self._counters = torch.zeros(blocks, dtype=torch.int32, device=device)
         self._scalars = (policy["low"], policy["high"], scalars["vmin"], scalars["vmax"])
-        head_bk = min(tile.BK, 64)
-        self._constants: dict[str, object] = dict(
+        self._constants: dict[str, Any] = dict(
             TEAM=self._team,
             HAS_MASK=policy["HAS_MASK"],
             V=max([v["V"] for v in layers]),
@@ -277,18 +251,16 @@ class PersistentRollout:
             BK=tile.BK,
             BA=max(v["BA"] for v in layers),
             BH=min(_HEAD_ROWS, tile.BM),
-            HEAD_BK=head_bk,
             POLICY_BN=2 * pow2(policy["A"], 8),
             SCALAR_BN=pow2(scalars["D"], 16),
             MISH=MISH,
             SIMNORM=SIMNORM,
             EVEN_K=all(w % tile.BK == 0 for w in widths),
             BFLOAT16=precision.name == "bfloat16",
-            DOT=precision.dot,
-            INTERPRETED=interpreting(),
             FROM_L2=not interpreting(),
+            **arithmetic(precision),
         )
-        self._options = dict(num_warps=tile.warps, num_stages=tile.stages)
+        self._options: dict[str, Any] = dict(num_warps=tile.warps, num_stages=tile.stages)
 
     def run(self, index: int) -> None:
         """Iteration `index` of those given."""
@@ -318,26 +290,36 @@ class PersistentRollout:
 
     def _row(self, launched: Launch) -> list[int]:
         """A launch of the chain as a row of the table."""
-        v = _named(launched)
+        v = launched.arguments()
         groups = launched.grid[1] if len(launched.grid) > 1 else 1
+        k, a = v["K"], v.get("A", 0)
         if launched.kernel is policy_layer_kernel:
             kind = _POLICY
         elif launched.kernel is scalar_head_kernel:
             kind = _SCALARS
         else:
             kind = _AFTER_HIDDEN if v["IN_ACT"] == MISH else _AFTER_LATENT
-            v |= dict(K=v["K"] if v["HAS_X"] else 0, A=v["A"] if v["HAS_SIDE"] else 0)
-        v |= dict(kind=kind, groups=groups)
-        for prefix, used in (("in_", v["IN_MEMBERS"]), ("", v.get("MEMBERS", False))):
-            step = v.get(prefix + "step", 0)
-            if not used:
-                v[prefix + "members_ptr"] = self._steps[step]
-            elif step != 1:
-                raise ValueError(f"persistent: got members with stride {step}, allowed: 1")
-        entries = (v.get(name, 0) for name in _FIELDS)
-        return [x.data_ptr() if isinstance(x, Tensor) else int(x) for x in entries]
+            k, a = k * v["HAS_X"], a * v["HAS_SIDE"]
+        v["x"] = v["x"]._replace(slab=self._with_members(v["x"].slab, v["IN_MEMBERS"]))
+        v["w"] = v["w"]._replace(slab=self._with_members(v["w"].slab, v.get("MEMBERS", False)))
+        row = [kind, groups, v.get("D", 0), k, a]
+        for name in itertools.takewhile(lambda name: name != "M", v):
+            row += [x.data_ptr() if isinstance(x, Tensor) else int(x) for x in _leaves(v[name])]
+        return row + [0] * (_COLUMNS - len(row))
+
+    def _with_members(self, slab: Slab, drawn: bool) -> Slab:
+        """The same slabs, from a tensor of them with step 1."""
+        if not drawn:
+            return Slab(self._steps[slab.step], slab.base, 1)
+        if slab.step != 1:
+            raise ValueError(f"persistent: got members with stride {slab.step}, allowed: 1")
+        return slab
 
 
-def _named(launched: Launch) -> dict[str, Any]:
-    """Arguments and constants of a launch by name."""
-    return dict(zip(launched.kernel.arg_names, launched.args, strict=False)) | launched.options
+def _leaves(x: Any) -> Iterator[Any]:
+    """What a tuple and the tuples in it hold; anything else is its own leaf."""
+    if isinstance(x, tuple):
+        for member in x:
+            yield from _leaves(member)
+    else:
+        yield x

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grouped_layer import arithmetic, check_tile, source
+from .grouped_layer import arithmetic, check_tile, packed, source, strided
 from .launch import Precision, cdiv, jit, launch, pow2, tl
-from .linear_tile import await_producers, merge_statistics, product, row_offsets, slab_of
+from .linear_tile import await_producers, row_offsets, row_ptrs
 from .policy_head import policy_action
 from .rows import EACH, Layer, Rows
-from .scalar_head import check_last_layer, last_layer_reference
+from .scalar_head import check_last_layer, last_layer_reference, logits_on_tile
 from .tiles import Tile, head_tile
 
 
@@ -35,28 +35,11 @@ def tanh(x):
 @jit
 def policy_on_tile(
     tile_m,
-    x_ptr,
-    x_g,
-    x_e,
-    x_r,
-    in_stats_ptr,
-    in_stats_g,
-    in_stats_e,
-    in_stats_r,
-    in_gamma_ptr,
-    in_beta_ptr,
-    in_members_ptr,
-    in_base,
-    in_step,
-    w_ptr,
-    bias_ptr,
-    eps_ptr,
-    eps_e,
-    eps_r,
+    x,
+    w,
+    eps,
     mask_ptr,
-    y_ptr,
-    y_e,
-    y_r,
+    y,
     M,
     n,
     K,
@@ -73,77 +56,38 @@ def policy_on_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     FROM_L2: tl.constexpr = False,
 ):
     """BM rows, all 2A <= BN columns, down to actions."""
-    rows = tile_m * BM + tl.arange(0, BM)
-    cols = tl.arange(0, BN)
-    row_ok, col_ok = rows < M, cols < 2 * A
-    in_slab = slab_of(in_members_ptr, in_base, in_step, 0, IN_MEMBERS)
-    in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-    mean, rstd = merge_statistics(in_stats_ptr, in_rows, row_ok, K, IN_TILE, IN_TILES, FROM_L2)
-    logits = product(
-        tl.zeros((BM, BN), tl.float32),
-        x_ptr,
-        row_offsets(rows, n, x_e, x_r),
-        row_ok,
-        mean,
-        rstd,
-        in_gamma_ptr + in_slab * K,
-        in_beta_ptr + in_slab * K,
-        w_ptr,
-        cols,
-        col_ok,
-        K,
-        IN_ACT,
-        V,
-        BK,
-        EVEN_K,
-        BFLOAT16,
-        DOT,
-        INTERPRETED,
-        FROM_L2,
+    rows, cols = tile_m * BM + tl.arange(0, BM), tl.arange(0, BN)
+    row_ok = rows < M
+    # fmt: off
+    logits = logits_on_tile(
+        rows, cols, 0, x, w, row_ok, n, 2 * A, K, IN_ACT, V, IN_TILE, IN_TILES, IN_MEMBERS, False, BM, BN, BK, EVEN_K,
+        DOT, INTERPRETED, FROM_L2,
     )
-    logits += tl.load(bias_ptr + cols, mask=col_ok, other=0.0)[None, :]
+    # fmt: on
     center, log_std = tl.split(tl.reshape(logits, (BM, BN // 2, 2)))  # [BM, BA] each
     log_std = low + 0.5 * (high - low) * (tanh(log_std) + 1.0)
     dims = tl.arange(0, BN // 2)
     ok = row_ok[:, None] & (dims < A)[None, :]
-    eps = tl.load(eps_ptr + row_offsets(rows, n, eps_e, eps_r)[:, None] + dims[None, :], mask=ok, other=0.0)
+    noise = tl.load(row_ptrs(eps, 0, rows, n)[:, None] + dims[None, :], mask=ok, other=0.0)
     if HAS_MASK:
         live = tl.load(mask_ptr + row_offsets(rows, n, A, 0)[:, None] + dims[None, :], mask=ok, other=0.0)
-        center, log_std, eps = center * live, log_std * live, eps * live
-    action = tanh(center + eps * tl.exp(log_std))
-    tl.store(y_ptr + row_offsets(rows, n, y_e, y_r)[:, None] + dims[None, :], action, mask=ok)
+        center, log_std, noise = center * live, log_std * live, noise * live
+    action = tanh(center + noise * tl.exp(log_std))
+    tl.store(row_ptrs(y, 0, rows, n)[:, None] + dims[None, :], action, mask=ok)
 
 
 @jit
 def policy_layer_kernel(
-    x_ptr,
-    x_g,
-    x_e,
-    x_r,
-    in_stats_ptr,
-    in_stats_g,
-    in_stats_e,
-    in_stats_r,
-    in_gamma_ptr,
-    in_beta_ptr,
-    in_members_ptr,
-    in_base,
-    in_step,
-    w_ptr,
-    bias_ptr,
-    eps_ptr,
-    eps_e,
-    eps_r,
+    x,
+    w,
+    eps,
     mask_ptr,
-    y_ptr,
-    y_e,
-    y_r,
+    y,
     M,
     n,
     K,
@@ -160,57 +104,18 @@ def policy_layer_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BM rows, all 2A <= BN columns; grid (row tiles,)."""
     await_producers(PDL)
+    # fmt: off
     policy_on_tile(
-        tl.program_id(0),
-        x_ptr,
-        x_g,
-        x_e,
-        x_r,
-        in_stats_ptr,
-        in_stats_g,
-        in_stats_e,
-        in_stats_r,
-        in_gamma_ptr,
-        in_beta_ptr,
-        in_members_ptr,
-        in_base,
-        in_step,
-        w_ptr,
-        bias_ptr,
-        eps_ptr,
-        eps_e,
-        eps_r,
-        mask_ptr,
-        y_ptr,
-        y_e,
-        y_r,
-        M,
-        n,
-        K,
-        A,
-        low,
-        high,
-        HAS_MASK,
-        IN_ACT,
-        V,
-        IN_TILE,
-        IN_TILES,
-        IN_MEMBERS,
-        BM,
-        BN,
-        BK,
-        EVEN_K,
-        BFLOAT16,
-        DOT,
-        INTERPRETED,
+        tl.program_id(0), x, w, eps, mask_ptr, y, M, n, K, A, low, high, HAS_MASK, IN_ACT, V, IN_TILE, IN_TILES,
+        IN_MEMBERS, BM, BN, BK, EVEN_K, DOT, INTERPRETED,
     )
+    # fmt: on
 
 
 def interleave(x: Tensor) -> Tensor:
@@ -254,18 +159,15 @@ def policy_layer(
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: contiguous ({e}, {a})")
     tile = tile or head_tile(e * n, 1, 2 * pow2(a, 8), k, precision.name)
     check_tile(tile, 2 * a, x)
-    src = source(x, 1)
+    reads, due = source(x)
     launch(
         policy_layer_kernel,
         (cdiv(e * n, tile.BM),),
-        *src.args,
-        layer.weight,
-        layer.bias,
-        eps,
-        *eps.stride()[:2],
+        reads,
+        packed(layer, EACH),
+        strided(eps[None]),
         eps if mask is None else mask,
-        out,
-        *out.stride()[:2],
+        strided(out[None]),
         e * n,
         n,
         k,
@@ -273,15 +175,9 @@ def policy_layer(
         float(low),
         float(high),
         HAS_MASK=mask is not None,
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        EVEN_K=k % tile.BK == 0,
-        PDL=pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        launch_pdl=pdl,
-        **src.constants,
+        pdl=pdl,
+        **due,
+        **tile.options(k),
         **arithmetic(precision),
     )
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .activations import mish, simnorm
 from .linear_tile import MISH, PLAIN, SIMNORM
-
-LAYER_NORM_EPS = 1e-5
+from .normed_linear import LAYER_NORM_EPS
 
 # Narrowest column tile, which sets the room for statistics.
 LEAST_COLUMNS = 32

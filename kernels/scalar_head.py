@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .grouped_layer import arithmetic, check_tile, grouped_layer_reference, source
+from .grouped_layer import arithmetic, check_tile, grouped_layer_reference, packed, source, strided
 from .launch import Precision, cdiv, jit, launch, tl
-from .linear_tile import await_producers, merge_statistics, product, row_offsets, slab_of
+from .linear_tile import add_product, await_producers, row_ptrs, slab_of
 from .rows import EACH, Layer, Rows, Slabs
 from .tiles import Tile, head_tile
 from .two_hot import two_hot_inv
@@ -42,30 +42,49 @@ def scalar_of(logits, cols, K, vmin, vmax, BINS: tl.constexpr):
 
 
 @jit
+def logits_on_tile(
+    rows,
+    cols,
+    g,
+    x,
+    w,
+    row_ok,
+    n,
+    D,
+    K,
+    IN_ACT: tl.constexpr,
+    V: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    IN_MEMBERS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    FROM_L2: tl.constexpr,
+):
+    """All D <= BN outputs of a last layer for BM rows of group g: [BM, BN]."""
+    col_ok = cols < D
+    slab = slab_of(w.slab, g, MEMBERS)
+    # fmt: off
+    logits = add_product(
+        tl.zeros((BM, BN), tl.float32), x, g, rows, n, row_ok, w.ptr + slab * D * K, cols, col_ok, K, IN_ACT, V,
+        IN_TILE, IN_TILES, IN_MEMBERS, BK, EVEN_K, DOT, INTERPRETED, FROM_L2,
+    )
+    # fmt: on
+    return logits + tl.load(w.bias_ptr + slab * w.bias_s + cols, mask=col_ok, other=0.0)[None, :]
+
+
+@jit
 def scalars_on_tile(
     tile_m,
     g,
-    x_ptr,
-    x_g,
-    x_e,
-    x_r,
-    in_stats_ptr,
-    in_stats_g,
-    in_stats_e,
-    in_stats_r,
-    in_gamma_ptr,
-    in_beta_ptr,
-    in_members_ptr,
-    in_base,
-    in_step,
-    w_ptr,
-    bias_ptr,
-    members_ptr,
-    base,
-    step,
-    y_ptr,
-    y_g,
-    y_e,
+    x,
+    w,
+    y,
     M,
     n,
     D,
@@ -83,69 +102,27 @@ def scalars_on_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     FROM_L2: tl.constexpr = False,
 ):
     """BM rows of group g, all D <= BN columns, down to a scalar each."""
-    rows = tile_m * BM + tl.arange(0, BM)
-    cols = tl.arange(0, BN)
-    row_ok, col_ok = rows < M, cols < D
-    slab = slab_of(members_ptr, base, step, g, MEMBERS)
-    in_slab = slab_of(in_members_ptr, in_base, in_step, g, IN_MEMBERS)
-    in_rows = row_offsets(rows, n, in_stats_e, in_stats_r)
-    mean, rstd = merge_statistics(in_stats_ptr + g * in_stats_g, in_rows, row_ok, K, IN_TILE, IN_TILES, FROM_L2)
-    logits = product(
-        tl.zeros((BM, BN), tl.float32),
-        x_ptr + g * x_g,
-        row_offsets(rows, n, x_e, x_r),
-        row_ok,
-        mean,
-        rstd,
-        in_gamma_ptr + in_slab * K,
-        in_beta_ptr + in_slab * K,
-        w_ptr + slab * D * K,
-        cols,
-        col_ok,
-        K,
-        IN_ACT,
-        V,
-        BK,
-        EVEN_K,
-        BFLOAT16,
-        DOT,
-        INTERPRETED,
-        FROM_L2,
+    rows, cols = tile_m * BM + tl.arange(0, BM), tl.arange(0, BN)
+    row_ok = rows < M
+    # fmt: off
+    logits = logits_on_tile(
+        rows, cols, g, x, w, row_ok, n, D, K, IN_ACT, V, IN_TILE, IN_TILES, IN_MEMBERS, MEMBERS, BM, BN, BK, EVEN_K,
+        DOT, INTERPRETED, FROM_L2,
     )
-    logits += tl.load(bias_ptr + slab * D + cols, mask=col_ok, other=0.0)[None, :]
-    y = scalar_of(logits, cols, D, vmin, vmax, BINS)
-    tl.store(y_ptr + g * y_g + row_offsets(rows, n, y_e, 1), y, mask=row_ok)
+    # fmt: on
+    tl.store(row_ptrs(y, g, rows, n), scalar_of(logits, cols, D, vmin, vmax, BINS), mask=row_ok)
 
 
 @jit
 def scalar_head_kernel(
-    x_ptr,
-    x_g,
-    x_e,
-    x_r,
-    in_stats_ptr,
-    in_stats_g,
-    in_stats_e,
-    in_stats_r,
-    in_gamma_ptr,
-    in_beta_ptr,
-    in_members_ptr,
-    in_base,
-    in_step,
-    w_ptr,
-    bias_ptr,
-    members_ptr,
-    base,
-    step,
-    y_ptr,
-    y_g,
-    y_e,
+    x,
+    w,
+    y,
     M,
     n,
     D,
@@ -163,58 +140,18 @@ def scalar_head_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BM rows of one group, all D <= BN columns; grid (row tiles, groups)."""
     await_producers(PDL)
+    # fmt: off
     scalars_on_tile(
-        tl.program_id(0),
-        tl.program_id(1).to(tl.int64),
-        x_ptr,
-        x_g,
-        x_e,
-        x_r,
-        in_stats_ptr,
-        in_stats_g,
-        in_stats_e,
-        in_stats_r,
-        in_gamma_ptr,
-        in_beta_ptr,
-        in_members_ptr,
-        in_base,
-        in_step,
-        w_ptr,
-        bias_ptr,
-        members_ptr,
-        base,
-        step,
-        y_ptr,
-        y_g,
-        y_e,
-        M,
-        n,
-        D,
-        K,
-        vmin,
-        vmax,
-        IN_ACT,
-        V,
-        IN_TILE,
-        IN_TILES,
-        IN_MEMBERS,
-        MEMBERS,
-        BINS,
-        BM,
-        BN,
-        BK,
-        EVEN_K,
-        BFLOAT16,
-        DOT,
-        INTERPRETED,
+        tl.program_id(0), tl.program_id(1).to(tl.int64), x, w, y, M, n, D, K, vmin, vmax, IN_ACT, V, IN_TILE, IN_TILES,
+        IN_MEMBERS, MEMBERS, BINS, BM, BN, BK, EVEN_K, DOT, INTERPRETED,
     )
+    # fmt: on
 
 
 def scalar_head(
@@ -247,18 +184,13 @@ def scalar_head(
     check_last_layer(x, layer, (groups, e, n), max(num_bins, 1))
     tile = tile or head_tile(e * n, groups, d, k, precision.name)
     check_tile(tile, d, x)
-    src = source(x, groups)
+    reads, due = source(x)
     launch(
         scalar_head_kernel,
         (cdiv(e * n, tile.BM), groups),
-        *src.args,
-        layer.weight,
-        layer.bias,
-        layer.weight if slabs.members is None else slabs.members,
-        slabs.base,
-        slabs.stride(),
-        out,
-        *out.stride()[:2],
+        reads,
+        packed(layer, slabs),
+        strided(out),
         e * n,
         n,
         d,
@@ -267,15 +199,9 @@ def scalar_head(
         float(vmax),
         MEMBERS=slabs.members is not None,
         BINS=min(num_bins, 2),
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        EVEN_K=k % tile.BK == 0,
-        PDL=pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        launch_pdl=pdl,
-        **src.constants,
+        pdl=pdl,
+        **due,
+        **tile.options(k),
         **arithmetic(precision),
     )
 

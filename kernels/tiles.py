@@ -29,6 +29,11 @@ class Tile:
     warps: int = 4
     stages: int = 3
 
+    def options(self, depth: int) -> dict[str, int | bool]:
+        """Constants and compiler options of a kernel whose product is over `depth`."""
+        shape = dict(BM=self.BM, BN=self.BN, BK=self.BK, EVEN_K=depth % self.BK == 0)
+        return shape | dict(num_warps=self.warps, num_stages=self.stages)
+
 
 # A100-and-newer shapes by precision, widest first; registers and shared memory of each are in the
 # compile report (report.py). Narrower than 64 x 64, eight warps are there because four spill on an

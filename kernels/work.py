@@ -6,23 +6,26 @@ Triton's interpreter, too. No time follows from these numbers alone.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .launch import Launch, Precision, cdiv, log_launches
+from .linear_tile import Slab, Source, Strided, Weights
 from .plan import FusedPlan, PlanSizes, PlanWeights
 from .rows import Layer
 
 Args = dict[str, Any]
-"""Arguments and constants of a launch by name, and its number of programs as PROGRAMS."""
+"""Arguments and constants of a launch by name."""
+
+Grid = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class LaunchWork(NamedTuple):
 
 def launch_work(launch: Launch) -> LaunchWork:
     """Count one launch."""
-    return LaunchWork(*KERNELS[launch.name](_arguments(launch)))
+    return LaunchWork(*KERNELS[launch.name](launch.arguments(), launch.grid))
 
 
 def dry_plan(
@@ -105,95 +108,84 @@ def _not_interpreted() -> Iterator[None]:
             os.environ["TRITON_INTERPRET"] = before
 
 
-def _arguments(launch: Launch) -> Args:
-    names = inspect.signature(getattr(launch.kernel, "fn", launch.kernel)).parameters
-    return {**dict(zip(names, launch.args, strict=False)), **launch.options, "PROGRAMS": launch.programs}
-
-
-def _rows_read(a: Args, e_stride: int, r_stride: int) -> int:
+def _rows_read(a: Args, rows: Strided) -> int:
     """Rows that all row tiles read of an input with these strides; equal ones count once a tile."""
     m, n, bm = int(a["M"]), int(a["n"]), int(a["BM"])
     tiles = range(cdiv(m, bm))
-    if n > 1 and r_stride == 0:
-        return sum((min((i + 1) * bm, m) - 1) // n - i * bm // n + 1 for i in tiles) if e_stride else len(tiles)
-    return m if e_stride or r_stride else len(tiles)
+    if n > 1 and rows.r == 0:
+        return sum((min((i + 1) * bm, m) - 1) // n - i * bm // n + 1 for i in tiles) if rows.e else len(tiles)
+    return m if rows.e or rows.r else len(tiles)
 
 
 def _input(a: Args, k: int) -> int:
     """Bytes that one column tile of one group reads of the rows and of what is due before they are read."""
-    size: int = _rows_read(a, a["x_e"], a["x_r"]) * k * a["x_ptr"].element_size()
+    x: Source = a["x"]
+    size: int = _rows_read(a, x.x) * k * x.x.ptr.element_size()
     if a["IN_ACT"]:
-        size += _rows_read(a, a["in_stats_e"], a["in_stats_r"]) * cdiv(k, a["IN_TILE"]) * 8
+        size += _rows_read(a, x.stats) * cdiv(k, a["IN_TILE"]) * 8
         size += cdiv(a["M"], a["BM"]) * 2 * k * 4
     return size
 
 
-def _grouped_layer(a: Args) -> tuple[int, int, int]:
-    m, d, bm, bn = a["M"], a["D"], a["BM"], a["BN"]
+def _grouped_layer(a: Args, grid: Grid) -> tuple[int, int, int]:
+    m, d, bm, bn, groups = a["M"], a["D"], a["BM"], a["BN"], grid[1]
     row_tiles, tiles = cdiv(m, bm), cdiv(d, bn)
-    groups = _groups(a)
     k, side = a["K"] if a["HAS_X"] else 0, a["A"] if a["HAS_SIDE"] else 0
     padded_k = cdiv(k, a["BK"]) * a["BK"] + cdiv(side, a["BA"]) * a["BA"]
-    moved = row_tiles * d * (k + side) * a["w_ptr"].element_size()
+    moved = row_tiles * d * (k + side) * a["w"].ptr.element_size()
     if k:
         moved += tiles * _input(a, k)
-    moved += tiles * _rows_read(a, a["a_e"], a["a_r"]) * side * 4
-    moved += _rows_read(a, a["bias_e"], 0) * d * 4
-    moved += m * d * a["y_ptr"].element_size() + m * tiles * 8
-    return 2 * groups * m * d * (k + side), 2 * a["PROGRAMS"] * bm * bn * padded_k, groups * moved
+    moved += tiles * _rows_read(a, a["a"]) * side * 4
+    moved += _rows_read(a, Strided(None, 0, a["w"].bias_e, 0)) * d * 4
+    moved += m * d * a["y"].ptr.element_size() + m * tiles * 8
+    return 2 * groups * m * d * (k + side), 2 * prod(grid) * bm * bn * padded_k, groups * moved
 
 
-def _last_layer(a: Args, d: int, per_row: int) -> tuple[int, int, int]:
+def _last_layer(a: Args, grid: Grid, d: int, per_row: int) -> tuple[int, int, int]:
     """The product of all `d` columns in one program; `per_row`: bytes of its other inputs and outputs."""
-    m, k, row_tiles = a["M"], a["K"], cdiv(a["M"], a["BM"])
-    groups = _groups(a)
-    padded = 2 * a["PROGRAMS"] * a["BM"] * a["BN"] * cdiv(k, a["BK"]) * a["BK"]
-    moved = _input(a, k) + row_tiles * d * (k * a["w_ptr"].element_size() + 4) + m * per_row
+    m, k, row_tiles, groups = a["M"], a["K"], grid[0], prod(grid[1:])
+    padded = 2 * prod(grid) * a["BM"] * a["BN"] * cdiv(k, a["BK"]) * a["BK"]
+    moved = _input(a, k) + row_tiles * d * (k * a["w"].ptr.element_size() + 4) + m * per_row
     return 2 * groups * m * d * k, padded, groups * moved
 
 
-def _scalar_head(a: Args) -> tuple[int, int, int]:
-    return _last_layer(a, a["D"], 4)
+def _scalar_head(a: Args, grid: Grid) -> tuple[int, int, int]:
+    return _last_layer(a, grid, a["D"], 4)
 
 
-def _policy_layer(a: Args) -> tuple[int, int, int]:
-    useful, padded, moved = _last_layer(a, 2 * a["A"], 8 * a["A"])
-    return useful, padded, moved + a["HAS_MASK"] * _rows_read(a, a["A"], 0) * a["A"] * 4
+def _policy_layer(a: Args, grid: Grid) -> tuple[int, int, int]:
+    useful, padded, moved = _last_layer(a, grid, 2 * a["A"], 8 * a["A"])
+    return useful, padded, moved + a["HAS_MASK"] * _rows_read(a, Strided(None, 0, a["A"], 0)) * a["A"] * 4
 
 
-def _activate(a: Args) -> tuple[int, int, int]:
-    m, d, tiles = a["M"], a["D"], cdiv(a["D"], a["BN"])
-    groups = _groups(a)
-    statistics = (tiles - 1) * _rows_read(a, a["in_stats_e"], a["in_stats_r"]) * cdiv(d, a["IN_TILE"]) * 8
-    return 0, 0, groups * (_input(a, d) + statistics + m * d * a["y_ptr"].element_size())
+def _activate(a: Args, grid: Grid) -> tuple[int, int, int]:
+    m, d, (_, tiles, groups) = a["M"], a["D"], grid
+    statistics = (tiles - 1) * _rows_read(a, a["x"].stats) * cdiv(d, a["IN_TILE"]) * 8
+    return 0, 0, groups * (_input(a, d) + statistics + m * d * a["y"].ptr.element_size())
 
 
-def _begin(a: Args) -> tuple[int, int, int]:
-    h, drawn, actions = a["H"], (a["N"] - a["P"]) * a["A"], a["A"]
-    steps = a["PROGRAMS"] // max(cdiv(a["N"] - a["P"], a["BN"]), 1)
-    assert steps % h == 0
-    masks = a["MASKED"] * a["PROGRAMS"] * actions
-    return 0, 0, 4 * (steps * (2 * drawn + 2 * actions) + a["PROGRAMS"] * actions + masks) + a["PROGRAMS"]
+def _begin(a: Args, grid: Grid) -> tuple[int, int, int]:
+    drawn, actions, programs = (a["N"] - a["P"]) * a["A"], a["A"], prod(grid)
+    masks = a["MASKED"] * programs * actions
+    return 0, 0, 4 * (prod(grid[:2]) * (2 * drawn + 2 * actions) + programs * actions + masks) + programs
 
 
-def _update(a: Args) -> tuple[int, int, int]:
-    h, n, elites, actions = a["H"], a["N"], a["K"], a["A"]
-    steps = a["PROGRAMS"] // cdiv(actions, a["BA"])
-    envs = steps // h
+def _update(a: Args, grid: Grid) -> tuple[int, int, int]:
+    n, elites, actions, (envs, h, tiles) = a["N"], a["K"], a["A"], grid
     program = (h + 2) * n + 1 + a["EPISODIC"] * h * n + a["CHOICE"] * elites
     step = elites * actions + 2 * actions + a["MASKED"] * actions
     step += a["NEXT"] * 2 * (n - a["P"]) * actions + a["CHOICE"] * 2 * actions
     env = n + 3 * elites + a["CHOICE"] * (2 * actions + 2)
-    flags = a["CHOICE"] * envs * cdiv(actions, a["BA"])
-    return 0, 0, 4 * (a["PROGRAMS"] * program + steps * step + envs * env) + flags + 16 * a["COUNT"]
+    flags = a["CHOICE"] * envs * tiles
+    return 0, 0, 4 * (prod(grid) * program + envs * h * step + envs * env) + flags + 16 * a["COUNT"]
 
 
-def _noise(a: Args) -> tuple[int, int, int]:
+def _noise(a: Args, grid: Grid) -> tuple[int, int, int]:
     floats = sum(a[f"{x}_n"] for x in ("pi_eps", "samples", "value_eps", "action", "elite"))
-    return 0, 0, 4 * floats + 8 * (a["members_n"] + a["shift_n"]) + 16 * a["PROGRAMS"]
+    return 0, 0, 4 * floats + 8 * (a["members_n"] + a["shift_n"]) + 16 * prod(grid)
 
 
-KERNELS: dict[str, Callable[[Args], tuple[int, int, int]]] = {
+KERNELS: dict[str, Callable[[Args, Grid], tuple[int, int, int]]] = {
     "grouped_layer_kernel": _grouped_layer,
     "scalar_head_kernel": _scalar_head,
     "policy_layer_kernel": _policy_layer,
@@ -205,36 +197,30 @@ KERNELS: dict[str, Callable[[Args], tuple[int, int, int]]] = {
 """All kernels of plans, and how a launch of each is counted."""
 
 
-def _groups(a: Args) -> int:
-    columns = cdiv(a["D"], a["BN"]) if "D" in a else 1
-    return int(a["PROGRAMS"]) // (cdiv(a["M"], a["BM"]) * columns)
-
-
 def _compulsory_bytes(plan: FusedPlan, log: list[Launch]) -> int:
     """As `PlanWork.bytes` says."""
     used: dict[tuple[int, int], int] = {}
     ours = {id(t) for t in _weight_tensors(plan.weights)}
     for launch in log:
-        a = _arguments(launch)
-        if "w_ptr" in a:
-            read = [a["bias_ptr"]]
-            read += [a["w_ptr"]] * a.get("HAS_X", True) + [a.get("side_ptr")] * a.get("HAS_SIDE", False)
-            _note(used, ours, read, _slabs(a, "", _groups(a), len(a["w_ptr"])))
+        a, groups = launch.arguments(), launch.grid[-1] if len(launch.grid) > 1 else 1
+        if "w" in a:
+            w: Weights = a["w"]
+            read = [w.bias_ptr] + [w.ptr] * a.get("HAS_X", True) + [w.side_ptr] * a.get("HAS_SIDE", False)
+            _note(used, ours, read, _slabs(w.slab, a.get("MEMBERS", False), groups, len(w.ptr)))
         if a.get("IN_ACT"):
-            due = [a["in_gamma_ptr"], a["in_beta_ptr"]]
-            _note(used, ours, due, _slabs(a, "in_", _groups(a), len(due[0])))
+            x: Source = a["x"]
+            _note(used, ours, [x.gamma_ptr, x.beta_ptr], _slabs(x.slab, a["IN_MEMBERS"], groups, len(x.gamma_ptr)))
     i, d = plan.inputs, plan.draws
     moved = [getattr(x, f.name) for x in (i, d) for f in fields(x)]
     moved += [plan.state.action, i.prev_mean, i.rng[1:]]
     return sum(used.values()) + sum(_size(t) for t in moved if t is not None)
 
 
-def _slabs(a: Args, prefix: str, groups: int, count: int) -> list[int]:
+def _slabs(slab: Slab, drawn: bool, groups: int, count: int) -> list[int]:
     """Slabs a launch may read; where critics are drawn, all of them."""
-    base = a.get(f"{prefix}base", 0)
-    if a.get("IN_MEMBERS" if prefix else "MEMBERS", False):
-        return list(range(base + int(a[f"{prefix}members_ptr"].min()), count))
-    return [base + a.get(f"{prefix}step", 0) * g for g in range(groups)]
+    if drawn:
+        return list(range(slab.base + int(slab.members_ptr.min()), count))
+    return [slab.base + slab.step * g for g in range(groups)]
 
 
 def _note(used: dict[tuple[int, int], int], ours: set[int], tensors: list[Tensor], slabs: list[int]) -> None:
