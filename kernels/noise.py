@@ -34,11 +34,14 @@ _INTERPRETED_GROUPS = 16384
 _BELOW_ONE = 1 - 2**-24
 _LEAST_EXPONENTIAL = 2**-24
 
+SHIFTS, WORD, BELOW_ONE = tl.constexpr(_SHIFTS), tl.constexpr(2**-32), tl.constexpr(_BELOW_ONE)
+LEAST_EXPONENTIAL, RADIANS = tl.constexpr(_LEAST_EXPONENTIAL), tl.constexpr(math.pi * 2**-31)
+
 
 @jit
 def _uniform(word):
     """A float32 strictly inside (0, 1), fine near 0 where logarithms are long."""
-    return tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.9999999403953552)
+    return tl.minimum(word.to(tl.float32) * WORD + 0.5 * WORD, BELOW_ONE)
 
 
 @jit
@@ -46,7 +49,7 @@ def _normal_pair(word0, word1):
     """Two standard normals from two words (Box-Muller)."""
     r = tl.sqrt_rn(tl.maximum(-2.0 * tl.log(_uniform(word0)), 0.0))
     # The signed word as an angle in [-pi, pi], where sine and cosine are most exact.
-    angle = word1.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
+    angle = word1.to(tl.int32, bitcast=True).to(tl.float32) * RADIANS
     return r * tl.cos(angle), r * tl.sin(angle)
 
 
@@ -141,7 +144,7 @@ def noise_kernel(
         tl.store(normal_ptr + element, _four(x0, x1, x2, x3), mask=ok)
     elif stream == 4:
         x = -tl.log(_uniform(_four(w0, w1, w2, w3)))
-        tl.store(elite_ptr + element, tl.maximum(x, 5.960464477539063e-08), mask=ok)
+        tl.store(elite_ptr + element, tl.maximum(x, LEAST_EXPONENTIAL), mask=ok)
     elif stream == 5:
         i0, i2 = _in_range(w0, num_q), _in_range(w2, num_q)
         j1, j3 = _in_range(w1, num_q - 1), _in_range(w3, num_q - 1)
@@ -149,7 +152,7 @@ def noise_kernel(
         pair = _four(i0, j1 + (j1 >= i0).to(tl.int64), i2, j3 + (j3 >= i2).to(tl.int64))
         tl.store(members_ptr + (element >> 1) * members_row + (element & 1), pair, mask=ok)
     else:
-        tl.store(shift_ptr + element, _in_range(_four(w0, w1, w2, w3), 7), mask=ok)
+        tl.store(shift_ptr + element, _in_range(_four(w0, w1, w2, w3), SHIFTS), mask=ok)
 
 
 def _check(name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -227,9 +230,8 @@ def draw_plan_noise(
         members.stride(0),
         num_q,
         BG=groups,
-        PDL=pdl,
+        pdl=pdl,
         num_warps=4,
-        launch_pdl=pdl,
     )
 
 
