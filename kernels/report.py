@@ -29,7 +29,7 @@ from typing import Any
 
 from .compile import SHARED_LIMIT, Compiled, Specialisation, specialisation, try_compile
 from .launch import PRECISIONS, Precision, interpreting, triton
-from .plan import PlanSizes
+from .plan_buffers import PlanSizes
 from .work import KERNELS, dry_plan
 
 # Architecture by millions of parameters (paper, Table 9).

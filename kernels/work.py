@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .launch import Launch, Precision, cdiv, log_launches
 from .linear_tile import Slab, Source, Strided, Weights
-from .plan import FusedPlan, PlanSizes, PlanWeights
+from .plan import FusedPlan
+from .plan_buffers import PlanSizes, PlanWeights
 from .rows import Layer
 
 Args = dict[str, Any]

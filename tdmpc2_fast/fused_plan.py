@@ -94,34 +94,22 @@ class FusedPlanner:
                 f"{inputs.obs.device}, where this planner was built; build another after moving the model"
             )
         with self._on_device():
-            return self._plan(obs, t0, eval_mode, task, noise, trace)
-
-    def _plan(
-        self,
-        obs: Tensor,
-        t0: bool | Tensor,
-        eval_mode: bool | Tensor,
-        task: Tensor | None,
-        noise: PlanNoise | None,
-        trace: PlanTrace | None,
-    ) -> Tensor:
-        inputs = self.fused.inputs
-        self._packed.refresh()
-        (inputs.obs if self._images is None else self._images).copy_(obs, non_blocking=True)
-        for buffer, flag in ((inputs.t0, t0), (inputs.eval_mode, eval_mode)):
-            if isinstance(flag, bool):
-                buffer.fill_(flag)
+            self._packed.refresh()
+            (inputs.obs if self._images is None else self._images).copy_(obs, non_blocking=True)
+            for buffer, flag in ((inputs.t0, t0), (inputs.eval_mode, eval_mode)):
+                if isinstance(flag, bool):
+                    buffer.fill_(flag)
+                else:
+                    buffer.copy_(flag, non_blocking=True)
+            if self._task is not None:
+                assert task is not None
+                self._task.copy_(task, non_blocking=True)
+            if noise is None and trace is None:
+                self._graph()
             else:
-                buffer.copy_(flag, non_blocking=True)
-        if self._task is not None:
-            assert task is not None
-            self._task.copy_(task, non_blocking=True)
-        if noise is None and trace is None:
-            self._graph()
-        else:
-            self._run_given(noise, trace)
-        # A copy: the next plan overwrites the buffer.
-        return self.fused.state.action.clone()
+                self._run_given(noise, trace)
+            # A copy: the next plan overwrites the buffer.
+            return self.fused.state.action.clone()
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -144,7 +132,12 @@ class FusedPlanner:
         self._inputs_from_torch()
         fused.run(draw=False, observe=None if trace is None else lambda event: self._observe(event, trace))
         if trace is not None:
-            trace.record(chosen=fused.state.chosen, picked=fused.state.picked)
+            s = fused.state
+            # The latent is activated by torch: each of its readers here does that for itself.
+            z = fused.encode().activated()[0, :, 0].float()
+            # The prior's sequences stay where they are while the plan goes on.
+            pi_actions = s.actions[:, :, : self.cfg.num_pi_trajs]
+            trace.record(z=z, pi_actions=pi_actions, chosen=s.chosen, picked=s.picked)
 
     def _take(self, noise: PlanNoise) -> None:
         draws = self.fused.draws
@@ -180,37 +173,26 @@ class FusedPlanner:
         return rows
 
     def _observe(self, event: str, trace: PlanTrace) -> None:
-        s, p = self.fused.state, self.cfg.num_pi_trajs
-        if event == "prior":
-            z = self._latent()
-            trace.record(z=z, pi_actions=s.actions[:, :, :p])
-        elif event == "values":
+        s = self.fused.state
+        if event == "values":
             trace.record(actions=s.actions)
         else:
             trace.record(values=s.values, elites=s.elites, scores=s.scores, means=s.mean, stds=s.std)
 
-    def _latent(self) -> Tensor:
-        """z0 (E, L), activated by torch for the trace."""
-        z = self.fused.encode()
-        return z.activated()[0, :, 0].float()
-
     @torch.no_grad()
     def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         """Values (E, N) of sequences (E, H, N, A) from latents z (E, N, L); see `TorchPlan.values`."""
-        with self._on_device():
-            return self._values(z, actions, task, eps, members)
-
-    def _values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         fused = self.fused
-        self._packed.refresh()
-        if self._task is not None:
-            assert task is not None
-            self._task.copy_(task)
-            self._inputs_from_torch()
-        fused.draws.value_eps[0].copy_(eps)
-        fused.draws.members[0].copy_(members)
-        fused.state.actions.copy_(actions)
-        fused.rollout(Rows(z.unsqueeze(0)), fused.share(None))
-        fused.terminal_value(0)
-        fused.update()
-        return fused.state.values.clone()
+        with self._on_device():
+            self._packed.refresh()
+            if self._task is not None:
+                assert task is not None
+                self._task.copy_(task)
+                self._inputs_from_torch()
+            fused.draws.value_eps[0].copy_(eps)
+            fused.draws.members[0].copy_(members)
+            fused.state.actions.copy_(actions)
+            fused.rollout(Rows(z.unsqueeze(0)), fused.share(None))
+            fused.terminal_value(0)
+            fused.update()
+            return fused.state.values.clone()

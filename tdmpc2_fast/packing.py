@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import Config
 from .kernels.launch import Precision
-from .kernels.plan import CRITICS, DYNAMICS, POLICY, REWARD, PlanSizes, PlanWeights
+from .kernels.plan_buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanSizes, PlanWeights
 from .kernels.policy_layer import interleave
 from .kernels.rows import Layer
 from .world_model import WorldModel

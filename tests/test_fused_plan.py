@@ -13,7 +13,8 @@ import torch
 from conftest import GOLDEN, tiny_config, tiny_multitask
 from golden_cases import Case
 from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, log_launches
-from tdmpc2_fast.kernels.plan import FusedPlan, PlanSizes, PlanWeights
+from tdmpc2_fast.kernels.plan import FusedPlan
+from tdmpc2_fast.kernels.plan_buffers import PlanSizes, PlanWeights
 
 from tdmpc2_fast import TDMPC2, Config, Planner, WorldModel
 from tdmpc2_fast.backend import Backend, resolve_backend

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tdmpc2_fast.kernels.grouped_layer import grouped_layer
 from tdmpc2_fast.kernels.launch import Precision, log_launches
-from tdmpc2_fast.kernels.plan import PlanSizes
+from tdmpc2_fast.kernels.plan_buffers import PlanSizes
 from tdmpc2_fast.kernels.report import plan_sizes
 from tdmpc2_fast.kernels.rows import Layer, Rows
 from tdmpc2_fast.kernels.tiles import Tile
