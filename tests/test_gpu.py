@@ -183,7 +183,12 @@ def test_inputs_flags_and_new_parameters_are_honoured_after_capture(livened: Liv
     assert not torch.equal(base[0], warm[0])
     assert torch.equal(base[1], warm[1])
     livened(agent)
-    assert not torch.equal(base, act())
+    changed = act()
+    assert not torch.equal(base, changed)
+    for p in agent.model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.Adam(agent.model.parameters(), fused=True).step()
+    assert not torch.equal(changed, act())
 
 
 def test_the_generator_advances_with_every_replay(livened: Liven) -> None:
