@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import DEVICE, MARKS
 from tdmpc2_fast.kernels import noise
-from tdmpc2_fast.kernels.launch import interpreting, jit, launch, log_launches, tl, why_not
+from tdmpc2_fast.kernels.launch import jit, launch, log_launches, tl
 from torch import Tensor
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
-pytestmark = pytest.mark.skipif(why_not(DEVICE) is not None, reason=str(why_not(DEVICE)))
+pytestmark = MARKS
 
 # Random123, kat_vectors: counter, key, answer of philox4x32-10
 KNOWN = [
