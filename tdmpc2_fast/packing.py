@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import chain
 from typing import Any
 
 import torch
@@ -70,10 +69,17 @@ class PackedModel:
     def __init__(self, model: WorldModel, sizes: PlanSizes, precision: Precision) -> None:
         self.model, self._sizes = model, sizes
         self.weights = PlanWeights.empty(sizes, precision, model.device)
-        self._version: tuple[int, ...] | None = None
+        self._version: tuple[tuple[int, int], ...] | None = None
         _have_fused_steps_counted()
         unpacked = ("_target_Qs_params.", "_task_emb.") + (() if sizes.obs_dim else ("_encoder.",))
-        self._names = [name for name, _ in model.named_parameters() if not name.startswith(unpacked)]
+        # Looked up where modules keep them, for `load_state_dict(assign=True)` replaces them there;
+        # `get_parameter` for each would take as long as a plan.
+        self._kept = [
+            (module._parameters, key)
+            for prefix, module in model.named_modules()
+            for key in module._parameters
+            if not f"{prefix}.{key}".startswith(unpacked)
+        ]
 
     def refresh(self) -> bool:
         """Copy the parameters if one changed since the last time; whether one did.
@@ -82,8 +88,8 @@ class PackedModel:
         advance (`load_state_dict`, `copy_`, steps of optimisers). Writes through `.data`, by
         kernels and by the replay of a captured update do not: whoever writes so, says `stale`.
         """
-        parameters = (self.model.get_parameter(name) for name in self._names)
-        version = tuple(chain.from_iterable((p._version, p.data_ptr()) for p in parameters))
+        parameters = (kept[key] for kept, key in self._kept)
+        version = tuple((p._version, p.data_ptr()) for p in parameters if p is not None)
         if version == self._version:
             return False
         with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import GOLDEN, tiny_config, tiny_multitask
 from golden_cases import Case
-from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, log_launches
+from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, log_launches, why_not
 from tdmpc2_fast.kernels.plan import FusedPlan
 from tdmpc2_fast.kernels.plan_buffers import PlanSizes, PlanWeights
 
@@ -23,6 +23,11 @@ from tdmpc2_fast.fused_plan import FusedPlanner
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, generator
 from tdmpc2_fast.torch_plan import TorchPlan
+
+WHY_NOT = why_not(torch.device("cpu"))
+# numpy says so where infinite values meet, which the interpreter computes with
+INFINITE = "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"
+pytestmark = [pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)), pytest.mark.filterwarnings(INFINITE)]
 
 Liven = Callable[[TDMPC2], TDMPC2]
 
@@ -242,6 +247,16 @@ def test_a_step_of_any_optimizer_is_seen(optimizer: Any, kind: dict[str, bool], 
     after = planner.plan(obs, True, noise=noise)
     assert not torch.equal(before, after)
     assert torch.equal(after, Planner(planner.model, 3).plan(obs, True, noise=noise))
+
+
+def test_parameters_put_in_place_of_others_are_seen(livened: Liven, planner: Planner) -> None:
+    noise, obs = draw(planner.cfg, 3), observations(planner.cfg, 3)
+    before = planner.plan(obs, True, noise=noise)
+    other = livened(TDMPC2(planner.cfg, num_envs=3), seed=7)  # type: ignore[call-arg]
+    planner.model.load_state_dict(other.model.state_dict(), assign=True)
+    after = planner.plan(obs, True, noise=noise)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, other.planner.plan(obs, True, noise=noise))
 
 
 def test_a_second_thread_is_refused_and_two_planners_are_not(planner: Planner) -> None:
