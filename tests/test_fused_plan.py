@@ -236,29 +236,6 @@ def test_an_update_between_plans_is_seen(livened: Liven) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [dict(fused=True), dict(foreach=True), dict(foreach=False)], ids=str)
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-def test_a_step_of_any_optimizer_is_seen(optimizer: Any, kind: dict[str, bool], planner: Planner) -> None:
-    noise, obs = draw(planner.cfg, 3), observations(planner.cfg, 3)
-    before = planner.plan(obs, True, noise=noise)
-    for p in planner.model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer(planner.model.parameters(), lr=1e-2, **kind).step()
-    after = planner.plan(obs, True, noise=noise)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, Planner(planner.model, 3).plan(obs, True, noise=noise))
-
-
-def test_parameters_put_in_place_of_others_are_seen(livened: Liven, planner: Planner) -> None:
-    noise, obs = draw(planner.cfg, 3), observations(planner.cfg, 3)
-    before = planner.plan(obs, True, noise=noise)
-    other = livened(TDMPC2(planner.cfg, num_envs=3), seed=7)  # type: ignore[call-arg]
-    planner.model.load_state_dict(other.model.state_dict(), assign=True)
-    after = planner.plan(obs, True, noise=noise)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, other.planner.plan(obs, True, noise=noise))
-
-
 def test_a_second_thread_is_refused_and_two_planners_are_not(planner: Planner) -> None:
     obs, entered, leave = torch.randn(3, 5), threading.Event(), threading.Event()
     inner = planner._plan.plan

@@ -1,0 +1,110 @@
+"""Packed weights follow the parameters, whoever writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_multitask
+from tdmpc2_fast.kernels.launch import Precision
+from tdmpc2_fast.kernels.plan_buffers import POLICY
+from tdmpc2_fast.kernels.rows import Layer
+from torch import Tensor
+
+from tdmpc2_fast import TDMPC2, Config, WorldModel
+from tdmpc2_fast.packing import PackedModel, plan_sizes
+
+Liven = Callable[[TDMPC2], TDMPC2]
+
+# Every parameter's gradient is 1, so that a step of any optimiser moves all.
+OPTIMISERS = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]
+
+
+def pack(model: WorldModel, precision: str = "float32") -> PackedModel:
+    packed = PackedModel(model, plan_sizes(model.cfg, 1), Precision(precision))
+    assert packed.refresh()
+    return packed
+
+
+def contents(packed: PackedModel) -> list[Tensor]:
+    """Copies of all that is packed. The policy has no action to read: its side weights are not."""
+    found = []
+    for layer in layers(packed):
+        for f in fields(layer):
+            x = getattr(layer, f.name)
+            if isinstance(x, Tensor) and x.numel():
+                first = layer is packed.weights.first and f.name == "side"
+                found.append(x[[s for s in range(len(x)) if s != POLICY]] if first else x.clone())
+    return found
+
+
+def layers(packed: PackedModel) -> Iterator[Layer]:
+    for field in fields(packed.weights):
+        found = getattr(packed.weights, field.name)
+        for layer in found if isinstance(found, tuple) else [found]:
+            if layer is not None:
+                yield layer
+
+
+def equal(a: PackedModel, b: PackedModel) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(contents(a), contents(b), strict=True))
+
+
+@pytest.fixture(params=["single", "multitask", "episodic"])
+def model(request: pytest.FixtureRequest, livened: Liven) -> WorldModel:
+    configs: dict[str, Callable[[], Config]] = dict(
+        single=tiny_config, multitask=tiny_multitask, episodic=lambda: tiny_config(episodic=True)
+    )
+    return livened(TDMPC2(configs[request.param]())).model
+
+
+def check_followed(packed: PackedModel, model: WorldModel, before: list[Tensor]) -> None:
+    assert packed.refresh()
+    assert not packed.refresh()
+    assert equal(packed, pack(model))
+    assert not any(torch.equal(x, y) for x, y in zip(before, contents(packed), strict=True))
+
+
+@pytest.mark.parametrize("kind", [dict(fused=True), dict(foreach=True), dict(foreach=False)], ids=str)
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_a_step_of_any_optimiser_is_seen(optimiser: Any, kind: dict[str, bool], model: WorldModel) -> None:
+    packed = pack(model)
+    assert not packed.refresh()
+    before = contents(packed)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimiser(model.parameters(), lr=1e-2, **kind).step()
+    check_followed(packed, model, before)
+
+
+def test_parameters_put_in_place_of_others_are_seen(model: WorldModel) -> None:
+    packed = pack(model)
+    before = contents(packed)
+    state = model.state_dict()
+    state |= {k: v + 1 for k, v in state.items() if k in dict(model.named_parameters())}
+    model.load_state_dict(state, assign=True)
+    check_followed(packed, model, before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_addresses_stay(precision: str, model: WorldModel) -> None:
+    packed = pack(model, precision)
+    before = [layer.weight.data_ptr() for layer in layers(packed)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    assert packed.refresh()
+    assert [layer.weight.data_ptr() for layer in layers(packed)] == before
+
+
+def test_whoever_writes_past_torch_says_so(model: WorldModel) -> None:
+    packed = pack(model)
+    for p in model.parameters():
+        p.data.add_(1)
+    assert not packed.refresh()
+    packed.stale()
+    assert packed.refresh()
+    assert equal(packed, pack(model))
