@@ -10,7 +10,6 @@ Reads `K` = 0 inputs, too: the first step's rows are a shared sum (the bias) and
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .launch import Precision, cdiv, interpreting, jit, launch, pow2, tl
@@ -225,16 +224,11 @@ def grouped_layer_reference(
         y = (layer.bias[s] if bias is None else bias[s].unsqueeze(1)).to(out.x.dtype)
         if a is not None:
             assert layer.side is not None
-            y = y + rounded(a, precision).to(out.x) @ layer.side[s].to(out.x).T
+            y = y + precision.operand(a).to(out.x) @ layer.side[s].to(out.x).T
         if dense is not None:
-            y = y + rounded(dense[min(g, dense.shape[0] - 1)], precision).to(out.x) @ layer.weight[s].to(out.x).T
+            y = y + precision.operand(dense[min(g, dense.shape[0] - 1)]).to(out.x) @ layer.weight[s].to(out.x).T
         out.x[g] = y
     return Rows(out.x, None, layer, slabs)
-
-
-def rounded(x: Tensor, precision: Precision) -> Tensor:
-    """x with the precision that operands of products have; the oracle's float64 is left alone."""
-    return x if x.dtype == torch.float64 else x.to(precision.dtype)
 
 
 @jit

@@ -47,7 +47,8 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 class Precision:
     """How products are computed; sums, norms and returns are float32 always.
 
-    dtype: of weights and activations in memory. dot: Triton's `input_precision`.
+    dtype: of weights and activations in memory. dot: Triton's `input_precision`. Weights are
+    rounded when they are packed (`operand`), what they meet is when it is read.
     """
 
     name: str
@@ -65,6 +66,25 @@ class Precision:
     def dot(self) -> str:
         """`input_precision` of float32 products."""
         return "tf32" if self.name == "tf32" else "ieee"
+
+    def operand(self, x: torch.Tensor) -> torch.Tensor:
+        """x as products take it, to nearest; float64, the oracle's, is left alone."""
+        if x.dtype == torch.float64:
+            return x
+        if self.name != "tf32":
+            return x.to(self.dtype)
+        x = x.to(torch.float32, copy=True)
+        round_to_tf32([x])
+        return x
+
+
+def round_to_tf32(xs: list[torch.Tensor]) -> None:
+    """Round float32 in place to the 10 stored bits of tf32; what is not finite comes out NaN.
+
+    Tensor cores cut the other 13 off, which errs twice as far and to one side (Dekker's split).
+    """
+    far = torch._foreach_mul(xs, 2.0**13 + 1)
+    torch._foreach_copy_(xs, torch._foreach_sub(far, torch._foreach_sub(far, xs)))
 
 
 def interpreting() -> bool:

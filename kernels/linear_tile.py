@@ -61,18 +61,30 @@ class Weights(NamedTuple):
 
 
 @jit
-def round_bfloat16(x):
-    """x rounded to the nearest bfloat16, as float32: what the interpreter's own cast gets wrong."""
+def round_bits(x, BITS: tl.constexpr):
+    """float32 x to nearest without its last BITS bits, ties to even."""
     bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    bits = (bits + ((1 << (BITS - 1)) - 1) + ((bits >> BITS) & 1)) & -(1 << BITS)
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @jit
-def operand(x, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x as the product takes it: bfloat16, or float32."""
+def operand(x, BFLOAT16: tl.constexpr, DOT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x as the product takes it: bfloat16, float32, or float32 rounded to tf32.
+
+    Tensor cores cut float32 down to tf32, which errs twice as far and to one side. The
+    interpreter's own cast to bfloat16 cuts, too.
+    """
     if BFLOAT16:
-        x = round_bfloat16(x) if INTERPRETED else x.to(tl.bfloat16)
+        x = round_bits(x.to(tl.float32), 16) if INTERPRETED else x.to(tl.bfloat16)
+    elif DOT == "tf32":
+        x = x.to(tl.float32)
+        if INTERPRETED:
+            x = round_bits(x, 13)
+        else:
+            x = tl.inline_asm_elementwise(
+                "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+            )
     return x
 
 
@@ -80,7 +92,7 @@ def operand(x, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr):
 def store_rounded(ptrs, x, mask, INTERPRETED: tl.constexpr):
     """Store float32 x in the type of the buffer."""
     if INTERPRETED and ptrs.dtype.element_ty == tl.bfloat16:
-        x = round_bfloat16(x)
+        x = round_bits(x, 16)
     tl.store(ptrs, x, mask=mask)
 
 
@@ -190,9 +202,7 @@ def add_product(
             gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)
             beta = tl.load(beta_ptr + k, mask=k_ok, other=0.0)
             x = activate(x.to(tl.float32), mean, rstd, gamma, beta, IN_ACT, V)
-            x = operand(x, BFLOAT16, INTERPRETED)
-        elif BFLOAT16:
-            x = operand(x.to(tl.float32), BFLOAT16, INTERPRETED)
+        x = operand(x, BFLOAT16, DOT, INTERPRETED)
         # Beyond K a SimNorm group is 1/V, not 0: W is 0 there.
         w = tl.load(w_ptr + cols[None, :] * K + k[:, None], mask=w_mask, other=0.0)  # [BK, BN]
         if INTERPRETED:
@@ -223,7 +233,7 @@ def add_small_product(
         a_ok = row_ok[:, None] & k_ok[None, :]
         a = tl.load(a_ptrs[:, None] + k[None, :], mask=a_ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
         w = tl.load(w_ptr + cols[None, :] * A + k[:, None], mask=col_ok[None, :] & k_ok[:, None], other=0.0)
-        a = operand(a.to(tl.float32), BFLOAT16, INTERPRETED)
+        a = operand(a, BFLOAT16, DOT, INTERPRETED)
         if INTERPRETED:
             w = w.to(tl.float32)
         acc = tl.dot(a, w, acc, input_precision=DOT)

@@ -5,10 +5,11 @@ described by a table in device memory with one row a phase, made from the chain'
 row of a layer depends on the same row of the layer before alone, so programs form teams that share
 a block of rows, and only a team waits for itself between phases, on a counter of its own.
 
-What one phase writes, the next reads from other multiprocessors: activations are loaded past L1
-(`.cg`), and the counter is advanced with release and read with acquire semantics. All programs
-must be resident at once, which a cooperative launch asserts. The interpreter runs programs one
-after the other and cannot wait: there, each phase is a launch of its own.
+What one phase writes, the next reads from other multiprocessors: the counter is advanced with
+release and read with acquire semantics, which empties L1; activations are loaded past it (`.cg`)
+where the compiler keeps that. All programs must be resident at once, which a cooperative launch
+asserts. The interpreter runs programs one after the other and cannot wait: there, each phase is a
+launch of its own.
 """
 
 from __future__ import annotations

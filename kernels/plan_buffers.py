@@ -96,6 +96,12 @@ class PlanWeights:
             termination=(layer(1, d, z), layer(1, d, d), layer(1, 1, d, norm=False)) if s.episodic else None,
         )
 
+    def products(self) -> list[Tensor]:
+        """All that is an operand of a product."""
+        single = (self.first, self.second, self.third, self.scalars, self.policy, self.task)
+        layers = [x for x in (*self.encoder, *single, *(self.termination or ())) if x is not None]
+        return [x for layer in layers for x in (layer.weight, layer.side) if x is not None and x.numel()]
+
 
 @dataclass
 class PlanInputs:

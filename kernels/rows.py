@@ -47,11 +47,11 @@ class Layer:
     (the last one of a head) has no `ln_weight`.
     """
 
-    weight: Tensor  # (S, D, K) in the precision's type
+    weight: Tensor  # (S, D, K) as the precision's `operand`
     bias: Tensor  # (S, D) float32
     ln_weight: Tensor | None = None  # (S, D) float32
     ln_bias: Tensor | None = None  # (S, D) float32
-    side: Tensor | None = None  # (S, D, A) in the precision's type
+    side: Tensor | None = None  # (S, D, A) as the precision's `operand`
     simnorm_dim: int = 0  # 0: Mish
 
     @property

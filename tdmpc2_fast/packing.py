@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import Config
-from .kernels.launch import Precision
+from .kernels.launch import Precision, round_to_tf32
 from .kernels.plan_buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanSizes, PlanWeights
 from .kernels.policy_layer import interleave
 from .kernels.rows import Layer
@@ -67,7 +67,7 @@ class PackedModel:
     """
 
     def __init__(self, model: WorldModel, sizes: PlanSizes, precision: Precision) -> None:
-        self.model, self._sizes = model, sizes
+        self.model, self._sizes, self._precision = model, sizes, precision
         self.weights = PlanWeights.empty(sizes, precision, model.device)
         self._version: tuple[tuple[int, int], ...] | None = None
         _have_fused_steps_counted()
@@ -95,6 +95,8 @@ class PackedModel:
         with torch.no_grad():
             pairs = list(self._pairs())
             torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
+            if self._precision.name == "tf32":
+                round_to_tf32(self.weights.products())
         self._version = version
         return True
 

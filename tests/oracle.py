@@ -41,12 +41,12 @@ ENOUGH = 2048
 
 
 def in_precisions(cases: list[dict[str, Any]]) -> list[Any]:
-    """(precision, options) of each case: float32 always, bfloat16 for every other one."""
+    """(precision, options) of each case: float32 always, bfloat16 for every other one, tf32 for every fourth."""
     return [
         pytest.param(p, case, id=f"{p}-" + ",".join(f"{k}={v}" for k, v in case.items()))
         for i, case in enumerate(cases)
-        for p in ("float32", "bfloat16")
-        if p == "float32" or i % 2 == 0
+        for p, every in (("float32", 1), ("bfloat16", 2), ("tf32", 4))
+        if i % every == 0
     ]
 
 
@@ -112,11 +112,11 @@ def random_layer(
 ) -> Layer:
     """A layer of some size, its outputs of size one; act: "mish", "simnorm" or "" for no LayerNorm."""
     return Layer(
-        weight=packed((randn(slabs, d, k) / k**0.5).to(precision.dtype)),
+        weight=packed(precision.operand(randn(slabs, d, k) / k**0.5)),
         bias=packed(randn(slabs, d)),
         ln_weight=packed(1 + 0.3 * randn(slabs, d)) if act else None,
         ln_bias=packed(0.3 * randn(slabs, d)) if act else None,
-        side=packed((randn(slabs, d, side) / side**0.5).to(precision.dtype)) if side else None,
+        side=packed(precision.operand(randn(slabs, d, side) / side**0.5)) if side else None,
         simnorm_dim=v if act == "simnorm" else 0,
     )
 
@@ -202,6 +202,13 @@ def judge(what: str, got: Tensor, exact: Tensor, plain: Tensor, plain_exact: Ten
         measures["rms"], limits["rms"] = error.square().mean().sqrt(), 2 * allowed.square().mean().sqrt() + floor
     for name, value in measures.items():
         assert value <= limits[name], f"{what}: {name} error {value:.3g}, allowed {limits[name]:.3g}"
+
+
+def assert_nearest_tf32(got: Tensor, x: Tensor) -> None:
+    """Each entry has 10 stored bits and is within half a unit of the last of them."""
+    assert (got.view(torch.int32) & 0x1FFF == 0).all()
+    unit = 2.0 ** (x.double().abs().log2().floor() - 10)
+    assert ((got.double() - x.double()).abs() <= unit / 2).all()
 
 
 def agree(reference: Tensor, plain: Tensor) -> None:
@@ -346,7 +353,7 @@ def check_scalars(
     rows = rows_for_plain(e, n, groups, groups * max(k, bins))
     which, count = random_slabs(slabs, groups)
     layer = random_layer(p, count, max(bins, 1), k, act="")
-    layer.weight.mul_(logits)
+    layer.weight.copy_(p.operand(layer.weight * logits))
     layer.bias.mul_(logits)
     main = random_rows(p, 1 if x == "shared" else groups, e, rows, k, due, v, in_tile, in_slabs)
     args: Any = dict(precision=p, num_bins=bins, vmin=ends[0], vmax=ends[1], slabs=which)
@@ -398,7 +405,7 @@ def check_policy(
     p = Precision(precision)
     rows = rows_for_plain(e, n, a, max(k, a))
     layer = random_layer(p, 1, 2 * a, k, act="")
-    layer.weight.mul_(logits)
+    layer.weight.copy_(p.operand(layer.weight * logits))
     layer.bias.mul_(logits)[:, 1::2] += log_std
     main = random_rows(p, 1, e, rows, k, due, v, in_tile, in_slabs)
     source = main[:, :1].expand(n) if x == "expanded" else main[:, :n]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import golden_check
+import plan_oracle
 import pytest
 import torch
 from conftest import GOLDEN, tiny_config, tiny_multitask
@@ -126,6 +127,18 @@ def test_pixels_equal_the_torch_backend() -> None:
 @pytest.fixture
 def planner(livened: Liven) -> Planner:
     return livened(TDMPC2(small(), num_envs=3)).planner
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("cfg", "throughput"),
+    [(tiny_config(iterations=1), False), (tiny_config(iterations=1, episodic=True), True), (tiny_multitask(iterations=1), True)],
+    ids=["single", "episodic", "multitask"],
+)
+def test_values_are_as_exact_as_torch_at_the_same_precision(
+    cfg: Config, precision: str, throughput: bool, livened: Liven
+) -> None:
+    plan_oracle.check_values(livened(TDMPC2(cfg, num_envs=16)), precision, throughput)
 
 
 def test_bfloat16_stays_near(livened: Liven) -> None:

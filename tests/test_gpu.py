@@ -5,19 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable
 from typing import Any
 
+import plan_oracle
 import pytest
 import torch
 from conftest import ON_GPU, tiny_config, tiny_multitask
+from plan_oracle import first_values
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.fused_plan import FusedPlanner
 from tdmpc2_fast.plan_trace import PlanTrace
-from tdmpc2_fast.rng import PlanNoise, generator
-from tdmpc2_fast.torch_plan import TorchPlan
+from tdmpc2_fast.rng import PlanNoise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: pytest -m gpu")]
 
@@ -38,7 +38,7 @@ CONFIGS: dict[str, Callable[..., Config]] = dict(
 
 
 def published(size: int, action_dim: int, **changes: Any) -> Config:
-    return Config.from_dict(dict(model_size=size, device="cuda", **changes)).with_env({"state": (24,)}, action_dim, 500)
+    return Config.from_dict({"model_size": size, **changes}).with_env({"state": (24,)}, action_dim, 500)
 
 
 def fused_agent(name: str, livened: Liven, count: int = 1, **changes: Any) -> TDMPC2:
@@ -46,7 +46,7 @@ def fused_agent(name: str, livened: Liven, count: int = 1, **changes: Any) -> TD
 
 
 def draw(cfg: Config, count: int) -> PlanNoise:
-    return PlanNoise.draw(cfg, count, generator(0, "test", GPU))
+    return plan_oracle.draw(cfg, count, GPU)
 
 
 def task_of(cfg: Config, count: int) -> torch.Tensor | None:
@@ -57,31 +57,6 @@ def observation(cfg: Config, count: int) -> torch.Tensor:
     return torch.randn(count, dict(cfg.obs_shape or {})["state"][0], device=GPU)
 
 
-def first_values(plan: Any, cfg: Config, count: int, obs: torch.Tensor, noise: PlanNoise) -> PlanTrace:
-    trace = PlanTrace()
-    plan.plan(obs, True, True, task_of(cfg, count), noise, trace)
-    return trace
-
-
-def as_double(noise: PlanNoise) -> PlanNoise:
-    given = {f.name: getattr(noise, f.name) for f in fields(noise)}
-    return PlanNoise(**{k: v.double() if v is not None and v.is_floating_point() else v for k, v in given.items()})
-
-
-@pytest.fixture
-def double_model() -> Iterator[Callable[[TDMPC2], TorchPlan]]:
-    """The float64 oracle of an agent's plans."""
-
-    def make(agent: TDMPC2) -> TorchPlan:
-        torch.set_default_dtype(torch.float64)
-        twin = TDMPC2(agent.cfg.replace(backend="torch", precision="float32"), num_envs=agent.planner.num_envs)
-        twin.load(agent.model.state_dict())
-        return TorchPlan(twin.model, agent.planner.num_envs, twin.planner.generator)
-
-    yield make
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize(
     ("name", "precision"),
     [(n, p) for n in ("small", "odd", "episodic", "multitask", "model_5") for p in ("float32", "tf32", "bfloat16")]
@@ -89,30 +64,13 @@ def double_model() -> Iterator[Callable[[TDMPC2], TorchPlan]]:
 )
 @pytest.mark.parametrize("throughput", [False, True])
 def test_values_are_as_exact_as_torch_at_the_same_precision(
-    name: str,
-    precision: str,
-    throughput: bool,
-    livened: Liven,
-    double_model: Callable[[TDMPC2], TorchPlan],
+    name: str, precision: str, throughput: bool, livened: Liven
 ) -> None:
     torch_precision = "tf32" if precision == "bfloat16" else precision
-    agent = fused_agent(name, livened, backend="torch", precision=torch_precision)
-    cfg, obs, noise = agent.cfg, observation(agent.cfg, 1), draw(agent.cfg, 1)
-    twin = TDMPC2(cfg)
-    twin.load(agent.model.state_dict())
-    twin.model.cfg = cfg.replace(precision=precision, backend="triton")
-    got = first_values(FusedPlanner(twin.model, 1, 0, throughput=throughput), cfg, 1, obs, noise).values[0].double()
-    # As the kernels: products in bfloat16, bins and returns in float32.
-    scalar = agent.model.scalar
-    agent.model.scalar = lambda logits: scalar(logits.float())  # type: ignore[method-assign]
-    plain_plan = TorchPlan(agent.model, 1, agent.planner.generator)
-    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
-        plain = first_values(plain_plan, cfg, 1, obs, noise).values[0].double()
-    exact = first_values(double_model(agent), cfg, 1, obs.double(), as_double(noise)).values[0]
-    error, allowed = (got - exact).abs(), (plain - exact).abs()
-    floor = 2**-22 * exact.abs().max()
-    assert error.max() <= 2 * allowed.max() + floor
-    assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt() + floor
+    # Enough values for a maximum to mean something.
+    count = 1 if name.startswith("model") else 16
+    agent = fused_agent(name, livened, count, backend="torch", precision=torch_precision)
+    plan_oracle.check_values(agent, precision, throughput)
 
 
 @pytest.mark.parametrize("count", [1, 7])
@@ -234,6 +192,7 @@ assert any("test: capture failed" in str(w.message) for w in found), found
 before = x.item()
 graphed()
 assert x.item() == before + 1
+assert torch.randn(3, device="cuda").isfinite().all()
 assert GraphedFunction(lambda: x.add_(1), x.device, "next").captured
 """
 

@@ -51,7 +51,7 @@ def seed(request: pytest.FixtureRequest) -> int:
             dict(bins=2, tile=Tile(16, 16, 16), e=1, n=37, k=40),
             dict(bins=101, tile=Tile(32, 128, 16), e=7, n=9, k=40, groups=1),
             dict(bins=101, tile=Tile(32, 128, 32), e=3, n=11, k=48, groups=1, due="simnorm", v=16, in_tile=64),
-            dict(bins=255, tile=Tile(64, 256, 128), n=5, k=136, in_slabs="2"),
+            dict(bins=255, tile=Tile(64, 256, 32, 8, 2), n=5, k=136, in_slabs="2"),
         ]
     ),
 )

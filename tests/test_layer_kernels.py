@@ -212,6 +212,17 @@ def test_bfloat16_is_rounded_once_and_to_nearest() -> None:
     assert torch.equal(few, many.bfloat16())
 
 
+def test_tf32_takes_operands_to_the_nearest() -> None:
+    """Through identities, what comes out is what the products took. Tensor cores alone would cut bits off."""
+    p, x = Precision("tf32"), randn(1, 1, 70, 32) * 10 ** randn(32)
+    one = torch.eye(32, device=DEVICE)[None]
+    layer = Layer(one, torch.zeros(1, 32, device=DEVICE), side=one)
+    for main, side in ((Rows(x), None), (None, x[0])):
+        out = Rows.empty(1, 1, 70, 32, torch.float32, DEVICE)
+        oracle.assert_nearest_tf32(grouped_layer(main, side, layer, out, precision=p).x, x)
+    oracle.assert_nearest_tf32(p.operand(x), x)
+
+
 def readers(p: Precision, e: int, n: int, k: int) -> dict[str, Callable[[Rows], Tensor]]:
     """Every op that reads rows (2, e, n, k), all else fixed."""
     layer, heads = random_layer(p, 2, 24, k, 3), random_layer(p, 2, 7, k, act="")
@@ -417,7 +428,8 @@ def any_case(rng: random.Random) -> tuple[Callable[..., None], dict[str, Any]]:
         options |= dict(a=rng.randint(1, 40), masked=rng.random() < 0.5, logits=rng.choice([0.1, 1.0, 5.0]))
         columns = 2 * options["a"]
     if tiled:
-        options["tile"] = Tile(bm, pow2(columns, 16), bk)
+        # 512 columns of 64 are more than the shared memory of any chip.
+        options["tile"] = Tile(bm, pow2(columns, 16), max(16, min(bk, 8192 // pow2(columns, 16))))
     return check, options
 
 

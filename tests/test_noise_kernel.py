@@ -61,7 +61,10 @@ def draw(seed: int = 1, counter: int = 0, num_q: int = 5, **sizes: int) -> dict[
 def words_kernel(state_ptr, counter_ptr, out_ptr):
     c = tl.load(counter_ptr + tl.arange(0, 4))
     lane = tl.arange(0, 4)
-    c0, c1, c2, c3 = [tl.sum(tl.where(lane == i, c, 0), 0) + lane * 0 for i in range(4)]
+    c0 = tl.sum(tl.where(lane == 0, c, 0), 0) + lane * 0
+    c1 = tl.sum(tl.where(lane == 1, c, 0), 0) + lane * 0
+    c2 = tl.sum(tl.where(lane == 2, c, 0), 0) + lane * 0
+    c3 = tl.sum(tl.where(lane == 3, c, 0), 0) + lane * 0
     w0, w1, w2, w3 = tl.philox(tl.load(state_ptr), c0, c1, c2, c3)
     out = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
     tl.store(out_ptr + lane, out.to(tl.int64))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config, tiny_multitask
+from oracle import assert_nearest_tf32
 from tdmpc2_fast.kernels.launch import Precision
 from tdmpc2_fast.kernels.plan_buffers import POLICY
 from tdmpc2_fast.kernels.rows import Layer
@@ -98,6 +99,15 @@ def test_addresses_stay(precision: str, model: WorldModel) -> None:
             p.mul_(2)
     assert packed.refresh()
     assert [layer.weight.data_ptr() for layer in layers(packed)] == before
+
+
+def test_tf32_products_are_packed_to_the_nearest(model: WorldModel) -> None:
+    exact, packed = pack(model), pack(model, "tf32")
+    for x, y in zip(exact.weights.products(), packed.weights.products(), strict=True):
+        kept = [s for s in range(len(x)) if s != POLICY or x is not exact.weights.first.side]
+        assert_nearest_tf32(y[kept], x[kept])
+    found = [f.name for layer in layers(packed) for f in fields(layer) if f.name in ("weight", "side")]
+    assert len(found) >= len(packed.weights.products())
 
 
 def test_whoever_writes_past_torch_says_so(model: WorldModel) -> None:
