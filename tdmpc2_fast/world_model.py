@@ -123,7 +123,7 @@ class WorldModel(nn.Module):
         # Only where it is free: on an accelerator the check would make the host wait.
         if task.device.type == "cpu" and not bool(((task >= 0) & (task < len(self.cfg.tasks))).all()):
             raise InputError(f"task: got {task.tolist()}, allowed: 0 to {len(self.cfg.tasks) - 1}")
-        return task.to(self.device)
+        return task.to(self.device, non_blocking=True)
 
     # ---- the official face
 
