@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,6 +105,16 @@ def why_not(device: torch.device) -> str | None:
     if capability < (8, 0):
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, allowed: 8.0 and newer"
+    return _why_no_driver()
+
+
+@lru_cache
+def _why_no_driver() -> str | None:
+    """Why Triton cannot launch on this machine: some versions build their launcher with a C compiler."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as e:  # whatever it is, it is a reason
+        return f"Triton cannot launch kernels here: {type(e).__name__}: {' '.join(str(e).split())[-300:]}"
     return None
 
 

@@ -56,9 +56,27 @@ class FusedPlanner:
         self._images = torch.zeros(num_envs, *shape, device=device) if cfg.obs == "rgb" else None
         self._packed.refresh()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        self._graph = GraphedFunction(self._run, device, "Planner")
-        inputs.prev_mean.zero_()
         inputs.rng.copy_(torch.tensor([stream_seed(seed, "plan"), 0]))
+        with self._on_device():
+            self._capture()
+
+    def _capture(self) -> None:
+        """Capture the plan, and leave what its warm-up runs would change as it was."""
+        inputs = self.fused.inputs
+        kept = [(x, x.clone()) for x in (inputs.prev_mean, inputs.rng)]
+        self._graph = GraphedFunction(self._run, inputs.obs.device, "Planner")
+        for x, before in kept:
+            x.copy_(before)
+        self._read = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        """Where the model's tensors are that a plan reads, or renormalises, without a packed copy."""
+        read: list[Tensor] = []
+        if self._task is not None:
+            read += [self.model._task_emb.weight, self.model._action_masks]
+        if self._images is not None:
+            read += self.model._encoder.parameters()
+        return [x.data_ptr() for x in read]
 
     @property
     def prev_mean(self) -> Tensor:
@@ -95,6 +113,9 @@ class FusedPlanner:
             )
         with self._on_device():
             self._packed.refresh()
+            if self._addresses() != self._read:
+                # They were put elsewhere (`load_state_dict(assign=True)`): the graph has the old ones.
+                self._capture()
             (inputs.obs if self._images is None else self._images).copy_(obs, non_blocking=True)
             for buffer, flag in ((inputs.t0, t0), (inputs.eval_mode, eval_mode)):
                 if isinstance(flag, bool):

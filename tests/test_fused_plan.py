@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import GOLDEN, tiny_config, tiny_multitask
 from golden_cases import Case
-from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, log_launches, why_not
+from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, _why_no_driver, log_launches, triton, why_not
 from tdmpc2_fast.kernels.plan import FusedPlan
 from tdmpc2_fast.kernels.plan_buffers import PlanSizes, PlanWeights
 
@@ -132,7 +132,11 @@ def planner(livened: Liven) -> Planner:
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize(
     ("cfg", "throughput"),
-    [(tiny_config(iterations=1), False), (tiny_config(iterations=1, episodic=True), True), (tiny_multitask(iterations=1), True)],
+    [
+        (tiny_config(iterations=1), False),
+        (tiny_config(iterations=1, episodic=True), True),
+        (tiny_multitask(iterations=1), True),
+    ],
     ids=["single", "episodic", "multitask"],
 )
 def test_values_are_as_exact_as_torch_at_the_same_precision(
@@ -249,6 +253,28 @@ def test_an_update_between_plans_is_seen(livened: Liven) -> None:
     )
 
 
+def test_tensors_read_without_a_copy_may_be_put_elsewhere(livened: Liven) -> None:
+    cfg = tiny_multitask(backend="triton", iterations=1)
+    agent = livened(TDMPC2(cfg, num_envs=3))
+    plan, task = agent.planner._plan, torch.tensor([0, 1, 2])
+    assert isinstance(plan, FusedPlanner)
+    noise, obs, captured = draw(cfg, 3), observations(cfg, 3), plan._graph
+    agent.planner.plan(obs, True, task=task, noise=noise)
+    mean, rng = plan.prev_mean.clone(), plan.fused.inputs.rng.clone()
+    assert plan._graph is captured
+    state = agent.model.state_dict()
+    state["_task_emb.weight"] = torch.rand_like(state["_task_emb.weight"])
+    agent.model.load_state_dict(state, assign=True)
+    got = agent.planner.plan(obs, False, task=task, noise=noise)
+    assert plan._graph is not captured
+    other = Planner(agent.model, 3)
+    other.prev_mean.copy_(mean)
+    assert torch.equal(got, other.plan(obs, False, task=task, noise=noise))
+    assert torch.equal(plan.fused.inputs.rng, rng + torch.tensor([0, 1]))
+    # On a GPU a plan without given draws is a replay: of the graph of the new tensors.
+    assert agent.planner.plan(obs, task=task).isfinite().all()
+
+
 def test_a_second_thread_is_refused_and_two_planners_are_not(planner: Planner) -> None:
     obs, entered, leave = torch.randn(3, 5), threading.Event(), threading.Event()
     inner = planner._plan.plan
@@ -358,6 +384,20 @@ class TestBackend:
         name, why = resolve_backend(tiny_config(), torch.device("cuda"))
         assert name == "torch"
         assert "Tesla V100 has compute capability 7.0, allowed: 8.0 and newer" in why
+
+    def test_a_driver_that_does_not_start_is_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_compiler(self: Any) -> None:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+        monkeypatch.delenv("TRITON_INTERPRET")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
+        driver = type("Driver", (), {"get_current_target": no_compiler})()
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+        _why_no_driver.cache_clear()
+        name, why = resolve_backend(tiny_config(), torch.device("cuda"))
+        _why_no_driver.cache_clear()
+        assert name == "torch"
+        assert "Triton cannot launch kernels here: RuntimeError: Failed to find C compiler" in why
 
     def test_without_triton_the_torch_backend_plans(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tdmpc2_fast.kernels.launch.triton", None)
