@@ -69,7 +69,8 @@ class PackedModel:
     def __init__(self, model: WorldModel, sizes: PlanSizes, precision: Precision) -> None:
         self.model, self._sizes, self._precision = model, sizes, precision
         self.weights = PlanWeights.empty(sizes, precision, model.device)
-        self._version: tuple[tuple[int, int], ...] | None = None
+        self._version: list[tuple[int, int]] | None = None
+        self._seen: list[Tensor] = []
         _have_fused_steps_counted()
         unpacked = ("_target_Qs_params.", "_task_emb.") + (() if sizes.obs_dim else ("_encoder.",))
         # Looked up where modules keep them, for `load_state_dict(assign=True)` replaces them there;
@@ -88,8 +89,8 @@ class PackedModel:
         advance (`load_state_dict`, `copy_`, steps of optimisers). Writes through `.data`, by
         kernels and by the replay of a captured update do not: whoever writes so, says `stale`.
         """
-        parameters = (kept[key] for kept, key in self._kept)
-        version = tuple((p._version, p.data_ptr()) for p in parameters if p is not None)
+        parameters = [p for kept, key in self._kept if (p := kept[key]) is not None]
+        version = [(p._version, p.data_ptr()) for p in parameters]
         if version == self._version:
             return False
         with torch.no_grad():
@@ -98,6 +99,8 @@ class PackedModel:
             if self._precision.name == "tf32":
                 round_to_tf32(self.weights.products())
         self._version = version
+        # Held until the next time, so that no other parameter can come to lie at an address of these.
+        self._seen = [p.detach() for p in parameters]
         return True
 
     def stale(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_config, tiny_multitask
 from oracle import assert_nearest_tf32
 from tdmpc2_fast.kernels.launch import Precision
-from tdmpc2_fast.kernels.plan_buffers import POLICY
+from tdmpc2_fast.kernels.plan_buffers import POLICY, REWARD
 from tdmpc2_fast.kernels.rows import Layer
 from torch import Tensor
 
@@ -88,6 +88,18 @@ def test_parameters_put_in_place_of_others_are_seen(model: WorldModel) -> None:
     state |= {k: v + 1 for k, v in state.items() if k in dict(model.named_parameters())}
     model.load_state_dict(state, assign=True)
     check_followed(packed, model, before)
+
+
+def test_other_contents_at_an_address_seen_before_are_seen(model: WorldModel) -> None:
+    """A parameter replaced twice between two plans may come to lie where the first one lay."""
+    module, (width,) = model._reward[0], model._reward[0].bias.shape  # type: ignore[index, union-attr]
+    for i in range(100):
+        module.bias = torch.nn.Parameter(torch.full((width,), 3.0 * i))  # type: ignore[union-attr]
+        packed = pack(model)
+        for k in (1, 2):
+            module.bias = torch.nn.Parameter(torch.full((width,), 3.0 * i + k))  # type: ignore[union-attr]
+        assert packed.refresh()
+        assert (packed.weights.first.bias[REWARD] == 3 * i + 2).all()
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
