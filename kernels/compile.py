@@ -126,14 +126,12 @@ def specialisation(launch: Launch) -> Specialisation:
             return "fp32"
         if isinstance(value, Tensor):
             # Torch aligns what it allocates; a view starts anywhere.
-            aligned = value.storage_offset() * value.element_size() % 16 == 0
+            kind, number = _TYPES[value.dtype], value.storage_offset() * value.element_size()
         else:
-            aligned = value % 16 == 0
-        if aligned:
+            kind, number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+        if number % 16 == 0:
             attributes[place] = [["tt.divisibility", 16]]
-        if isinstance(value, Tensor):
-            return _TYPES[value.dtype]
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return kind
 
     tile = {x.name: values[x.name] for x in kernel.params if x.is_constexpr}
     signature = {}

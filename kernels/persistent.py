@@ -291,8 +291,7 @@ class PersistentRollout:
 
     def _row(self, launched: Launch) -> list[int]:
         """A launch of the chain as a row of the table."""
-        v = launched.arguments()
-        groups = launched.grid[1] if len(launched.grid) > 1 else 1
+        v, (_, groups) = launched.arguments(), launched.grid
         k, a = v["K"], v.get("A", 0)
         if launched.kernel is policy_layer_kernel:
             kind = _POLICY

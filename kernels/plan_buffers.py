@@ -5,7 +5,7 @@ All of it is allocated once, so that the chain of launches in plan.py can be cap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -96,11 +96,14 @@ class PlanWeights:
             termination=(layer(1, d, z), layer(1, d, d), layer(1, 1, d, norm=False)) if s.episodic else None,
         )
 
+    def layers(self) -> list[Layer]:
+        """All there are."""
+        found = (getattr(self, f.name) for f in fields(self))
+        return [x for part in found for x in (part if isinstance(part, tuple) else (part,)) if x is not None]
+
     def products(self) -> list[Tensor]:
         """All that is an operand of a product."""
-        single = (self.first, self.second, self.third, self.scalars, self.policy, self.task)
-        layers = [x for x in (*self.encoder, *single, *(self.termination or ())) if x is not None]
-        return [x for layer in layers for x in (layer.weight, layer.side) if x is not None and x.numel()]
+        return [x for layer in self.layers() for x in (layer.weight, layer.side) if x is not None and x.numel()]
 
 
 @dataclass

@@ -162,7 +162,7 @@ def policy_layer(
     reads, due = source(x)
     launch(
         policy_layer_kernel,
-        (cdiv(e * n, tile.BM),),
+        (cdiv(e * n, tile.BM), 1),
         reads,
         packed(layer, EACH),
         strided(eps[None]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Layer:
         if self.ln_weight is None:
             return PLAIN
         return SIMNORM if self.simnorm_dim else MISH
+
+    def tensors(self) -> list[Tensor]:
+        """All it holds."""
+        return [x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)]
 
     @property
     def width(self) -> int:

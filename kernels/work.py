@@ -21,7 +21,6 @@ from .launch import Launch, Precision, cdiv, log_launches
 from .linear_tile import Slab, Source, Strided, Weights
 from .plan import FusedPlan
 from .plan_buffers import PlanSizes, PlanWeights
-from .rows import Layer
 
 Args = dict[str, Any]
 """Arguments and constants of a launch by name."""
@@ -144,7 +143,7 @@ def _grouped_layer(a: Args, grid: Grid) -> tuple[int, int, int]:
 
 def _last_layer(a: Args, grid: Grid, d: int, per_row: int) -> tuple[int, int, int]:
     """The product of all `d` columns in one program; `per_row`: bytes of its other inputs and outputs."""
-    m, k, row_tiles, groups = a["M"], a["K"], grid[0], prod(grid[1:])
+    m, k, (row_tiles, groups) = a["M"], a["K"], grid
     padded = 2 * prod(grid) * a["BM"] * a["BN"] * cdiv(k, a["BK"]) * a["BK"]
     moved = _input(a, k) + row_tiles * d * (k * a["w"].ptr.element_size() + 4) + m * per_row
     return 2 * groups * m * d * k, padded, groups * moved
@@ -201,9 +200,9 @@ KERNELS: dict[str, Callable[[Args, Grid], tuple[int, int, int]]] = {
 def _compulsory_bytes(plan: FusedPlan, log: list[Launch]) -> int:
     """As `PlanWork.bytes` says."""
     used: dict[tuple[int, int], int] = {}
-    ours = {id(t) for t in _weight_tensors(plan.weights)}
+    ours = {id(t) for layer in plan.weights.layers() for t in layer.tensors()}
     for launch in log:
-        a, groups = launch.arguments(), launch.grid[-1] if len(launch.grid) > 1 else 1
+        a, groups = launch.arguments(), launch.grid[-1]
         if "w" in a:
             w: Weights = a["w"]
             read = [w.bias_ptr] + [w.ptr] * a.get("HAS_X", True) + [w.side_ptr] * a.get("HAS_SIDE", False)
@@ -228,13 +227,6 @@ def _note(used: dict[tuple[int, int], int], ours: set[int], tensors: list[Tensor
     for t in tensors:
         if id(t) in ours:
             used.update({(id(t), s): _size(t) // len(t) for s in slabs})
-
-
-def _weight_tensors(weights: PlanWeights) -> Iterator[Tensor]:
-    layers = [*weights.encoder, *(weights.termination or ())]
-    layers += [x for f in fields(weights) if isinstance(x := getattr(weights, f.name), Layer)]
-    for layer in layers:
-        yield from (x for f in fields(layer) if isinstance(x := getattr(layer, f.name), Tensor))
 
 
 def _size(t: Tensor) -> int:

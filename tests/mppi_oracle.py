@@ -194,11 +194,3 @@ def judge_choice(got: Result, choice: Choice) -> None:
     )
     assert choice.counter is not None
     assert choice.counter.tolist() == [5, 2**40 + 1]
-
-
-def within_twice(got: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Max and RMS error at most twice plain float32's."""
-    error, allowed = ((x.double() - exact).abs() for x in (got, plain))
-    floor = ULP * exact.abs().max()
-    assert error.max() <= 2 * allowed.max() + floor
-    assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt() + floor

@@ -28,13 +28,11 @@ from tdmpc2_fast.kernels.two_hot import two_hot_inv
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
-MARKS = [
-    pytest.mark.skipif(why_not(DEVICE) is not None, reason=str(why_not(DEVICE))),
-    # numpy says so where infinite values meet, which the interpreter computes with
-    pytest.mark.filterwarnings(
-        "ignore:(overflow|invalid value|divide by zero) encountered|All-NaN slice:RuntimeWarning"
-    ),
-]
+# numpy says so where infinite values meet, which the interpreter computes with
+QUIET = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value|divide by zero) encountered|All-NaN slice:RuntimeWarning"
+)
+MARKS = [pytest.mark.skipif(why_not(DEVICE) is not None, reason=str(why_not(DEVICE))), QUIET]
 
 # Entries from which an RMS means something where a few badly conditioned ones have most of the error.
 ENOUGH = 2048
@@ -202,6 +200,14 @@ def judge(what: str, got: Tensor, exact: Tensor, plain: Tensor, plain_exact: Ten
         measures["rms"], limits["rms"] = error.square().mean().sqrt(), 2 * allowed.square().mean().sqrt() + floor
     for name, value in measures.items():
         assert value <= limits[name], f"{what}: {name} error {value:.3g}, allowed {limits[name]:.3g}"
+
+
+def within_twice(got: Tensor, plain: Tensor, exact: Tensor, floor: float = 2**-24) -> None:
+    """Max and RMS error at most twice plain torch's, and `floor` of the largest number."""
+    error, allowed = ((x.double() - exact).abs() for x in (got, plain))
+    least = floor * exact.abs().max()
+    assert error.max() <= 2 * allowed.max() + least
+    assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt() + least
 
 
 def assert_nearest_tf32(got: Tensor, x: Tensor) -> None:

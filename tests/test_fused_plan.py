@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import GOLDEN, tiny_config, tiny_multitask
 from golden_cases import Case
+from oracle import QUIET
+from plan_oracle import draw
 from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, _why_no_driver, log_launches, triton, why_not
 from tdmpc2_fast.kernels.plan import FusedPlan
 from tdmpc2_fast.kernels.plan_buffers import PlanSizes, PlanWeights
@@ -22,13 +24,10 @@ from tdmpc2_fast.backend import Backend, resolve_backend
 from tdmpc2_fast.errors import BackendError, InputError
 from tdmpc2_fast.fused_plan import FusedPlanner
 from tdmpc2_fast.plan_trace import PlanTrace
-from tdmpc2_fast.rng import PlanNoise, generator
 from tdmpc2_fast.torch_plan import TorchPlan
 
 WHY_NOT = why_not(torch.device("cpu"))
-# numpy says so where infinite values meet, which the interpreter computes with
-INFINITE = "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"
-pytestmark = [pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)), pytest.mark.filterwarnings(INFINITE)]
+pytestmark = [pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)), QUIET]
 
 Liven = Callable[[TDMPC2], TDMPC2]
 
@@ -64,10 +63,6 @@ CONFIGS = dict(
     odd_widths=small(latent_dim=40, mlp_dim=51, enc_dim=37, simnorm_dim=4, obs_dim=7),
     multitask=tiny_multitask(backend="triton", iterations=2),
 )
-
-
-def draw(cfg: Config, num_envs: int, seed: int = 0) -> PlanNoise:
-    return PlanNoise.draw(cfg, num_envs, generator(seed, "test", torch.device("cpu")))
 
 
 def observations(cfg: Config, num_envs: int) -> torch.Tensor:

@@ -50,11 +50,11 @@ def draw(cfg: Config, count: int) -> PlanNoise:
 
 
 def task_of(cfg: Config, count: int) -> torch.Tensor | None:
-    return torch.arange(count, device=GPU) % len(cfg.tasks) if cfg.multitask else None
+    return plan_oracle.task_of(cfg, count, GPU)
 
 
 def observation(cfg: Config, count: int) -> torch.Tensor:
-    return torch.randn(count, dict(cfg.obs_shape or {})["state"][0], device=GPU)
+    return plan_oracle.observation(cfg, count, GPU)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +146,35 @@ def test_inputs_flags_and_new_parameters_are_honoured_after_capture(livened: Liv
     for p in agent.model.parameters():
         p.grad = torch.ones_like(p)
     torch.optim.Adam(agent.model.parameters(), fused=True).step()
-    changed = act()
-    # Weights put elsewhere, and with them those the graph reads itself.
+    stepped = act()
+    assert not torch.equal(changed, stepped)
+    put_elsewhere(agent)
+    assert torch.equal(stepped, act())
+
+
+def put_elsewhere(agent: TDMPC2) -> None:
+    """The same parameters and buffers at other addresses."""
     state = {k: v.clone() if torch.is_tensor(v) else v for k, v in agent.model.state_dict().items()}
     agent.model.load_state_dict(state, assign=True)
-    assert torch.equal(changed, act())
+
+
+def test_tensors_a_graph_reads_itself_may_be_put_elsewhere(livened: Liven) -> None:
+    agent = fused_agent("multitask", livened, 3)
+    plan, task = agent.planner._plan, task_of(agent.cfg, 3)
+    assert isinstance(plan, FusedPlanner)
+    obs, rng = observation(agent.cfg, 3), plan.fused.inputs.rng.clone()
+
+    def act() -> torch.Tensor:
+        plan.fused.inputs.rng.copy_(rng)
+        return agent.planner.plan(obs, True, task=task)
+
+    before = act()
+    put_elsewhere(agent)
+    assert torch.equal(before, act())
+    assert plan.why_eager is None
+    with torch.no_grad():
+        agent.model._task_emb.weight.neg_()
+    assert not torch.equal(before, act())
 
 
 def test_the_generator_advances_with_every_replay(livened: Liven) -> None:

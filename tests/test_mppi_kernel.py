@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
-from mppi_oracle import MAX_STD, MIN_STD, ULP, Case, Result, exact_update, judge, judge_choice, run, within_twice
-from oracle import DEVICE, MARKS
+from mppi_oracle import MAX_STD, MIN_STD, ULP, Case, Result, exact_update, judge, judge_choice, run
+from oracle import DEVICE, MARKS, within_twice
 from tdmpc2_fast.kernels import mppi, mppi_begin, mppi_update
 from tdmpc2_fast.kernels.mppi_update import Choice
 
