@@ -9,8 +9,13 @@ BIN     = $(VENV)/bin
 TRAIN  ?= task=cheetah-run model_size=1 num_samples=128 num_elites=16 batch_size=128 seed_steps=1000 steps=3500 \
           eval_freq=10000 eval_episodes=2 exp_name=quick
 
+# Suites and keys of `tdmpc2-fast bench`, and a checkout of the official code to measure beside ours.
+BENCH  ?= planner update
+OFFICIAL ?=
+THEIRS  = $(if $(OFFICIAL),official=$(abspath $(OFFICIAL)))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup train test gpu report lint typecheck golden bench clean
+.PHONY: help setup train test gpu report lint typecheck golden bench results clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -37,10 +42,10 @@ lint: setup      ## ruff: style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-typecheck: setup ## mypy over the three packages, laid out as they are installed
+typecheck: setup ## mypy over the packages, laid out as they are installed
 	@rm -rf build/typecheck && mkdir -p build/typecheck/tdmpc2_fast
 	@ln -s $(CURDIR)/tdmpc2_fast/* build/typecheck/tdmpc2_fast/
-	@ln -s $(CURDIR)/kernels $(CURDIR)/train build/typecheck/tdmpc2_fast/
+	@ln -s $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/typecheck/tdmpc2_fast/
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml tdmpc2_fast
 
 golden: setup    ## parity with the recorded official numbers, array by array
@@ -48,17 +53,20 @@ golden: setup    ## parity with the recorded official numbers, array by array
 	$(BIN)/python tests/golden_check.py tests/golden --implementation torch
 	TRITON_INTERPRET=1 $(BIN)/python tests/golden_check.py tests/golden --implementation triton
 
-gpu:             ## the tests that need a CUDA device, with the torch and triton of PYTHON; installs nothing
+gpu:             ## all a GPU has to show, with the torch and triton of PYTHON; installs nothing; PARTS="tests planner"
 	@rm -rf build/gpu && mkdir -p build/gpu/tdmpc2_fast
 	@ln -s $(CURDIR)/tdmpc2_fast/* build/gpu/tdmpc2_fast/
-	@ln -s $(CURDIR)/kernels $(CURDIR)/train build/gpu/tdmpc2_fast/
-	PYTHONPATH=build/gpu $(PYTHON) -P -m pytest -m gpu tests/test_gpu.py tests/test_*_kernel*.py
+	@ln -s $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/gpu/tdmpc2_fast/
+	@PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P benchmarks/gpu.py $(PARTS) $(THEIRS)
 
 report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.kernels.report
 
-bench: setup     ## plan and update against the eager reference, in one run
-	$(BIN)/python benchmarks/plan_update.py
+bench: setup     ## plan and update against the eager and the compiled reference; OFFICIAL=CHECKOUT adds the official code
+	$(BIN)/tdmpc2-fast bench $(BENCH) $(THEIRS)
+
+results: setup   ## RESULTS.md, its pictures and the table in the README from the files in benchmarks/results
+	$(BIN)/python -m tdmpc2_fast.benchmarks.report
 
 clean:           ## remove .venv and caches
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

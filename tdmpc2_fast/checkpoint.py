@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file as save_safetensors
 from torch import Tensor
 
 from .compat.state_dict import from_official_entries, tensors_only
@@ -45,7 +43,7 @@ def save(model: WorldModel, path: str | Path) -> Path:
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors_only(state).items()}
     manifest = dict(format=FORMAT, sha256=_digest(tensors), config=model.cfg.to_dict())
     with _replacing(path) as tmp:
-        save_safetensors(tensors, tmp, metadata={"manifest": json.dumps(manifest)})
+        _safetensors().torch.save_file(tensors, tmp, metadata={"manifest": json.dumps(manifest)})
     with _replacing(path.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps(manifest, indent=1) + "\n")
     return path
@@ -97,11 +95,12 @@ def load_into(model: WorldModel, state: dict[str, Any], name: str = "state dict"
 
 
 def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dict[str, Any], Config]:
+    package = _safetensors()
     try:
-        with safe_open(path, framework="pt", device="cpu") as f:
+        with package.safe_open(path, framework="pt", device="cpu") as f:
             metadata = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as e:
+    except (package.SafetensorError, OSError) as e:
         raise CheckpointError(f"checkpoint {str(path)!r}: truncated or not a safetensors file ({e})") from e
     try:
         manifest = json.loads(metadata["manifest"])
@@ -117,6 +116,15 @@ def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dic
     except (ConfigError, KeyError, TypeError) as e:
         raise CheckpointError(f"checkpoint {str(path)!r}: its config cannot be used: {e}") from e
     return {k: v.to(map_location) for k, v in tensors.items()}, config
+
+
+def _safetensors() -> Any:
+    """The package, imported when a file is: planning, learning and measuring do without it."""
+    try:
+        import safetensors.torch
+    except ImportError as e:
+        raise CheckpointError("checkpoint: needs the package safetensors, which is not installed") from e
+    return safetensors
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from golden_cases import TOLERANCE, Deviation, as_tensor
+from torch import Tensor
+
+from tdmpc2_fast.config import Config
 from tdmpc2_fast.kernels.activations import mish, simnorm
 from tdmpc2_fast.kernels.mppi import pick_elite
 from tdmpc2_fast.kernels.normed_linear import normed_linear
 from tdmpc2_fast.kernels.policy_head import gaussian_log_prob, policy_head, squash_correction
 from tdmpc2_fast.kernels.two_hot import soft_cross_entropy, symexp, symlog, two_hot, two_hot_inv
-from torch import Tensor
-
-from tdmpc2_fast.config import Config
 from tdmpc2_fast.layers import random_shift
 from tdmpc2_fast.reference import agent as ref_agent
 from tdmpc2_fast.reference import model as ref

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from oracle import DEVICE
+from torch import Tensor
+
 from tdmpc2_fast.kernels import mppi, mppi_update
 from tdmpc2_fast.kernels.mppi_update import Choice
-from torch import Tensor
 
 ULP = 2**-24
 MIN_STD, MAX_STD = 0.05, 2.0

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from tdmpc2_fast.kernels.grouped_layer import activate_rows, grouped_layer, grouped_layer_reference
 from tdmpc2_fast.kernels.launch import Precision, cdiv, interpreting, why_not
 from tdmpc2_fast.kernels.policy_head import policy_action
@@ -25,7 +27,6 @@ from tdmpc2_fast.kernels.rows import LEAST_COLUMNS, Layer, Rows, Slabs
 from tdmpc2_fast.kernels.scalar_head import scalar_head, scalar_head_reference
 from tdmpc2_fast.kernels.tiles import Tile
 from tdmpc2_fast.kernels.two_hot import two_hot_inv
-from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
 # numpy says so where infinite values meet, which the interpreter computes with

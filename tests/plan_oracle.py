@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from oracle import within_twice
-from tdmpc2_fast.kernels.launch import Precision
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.fused_plan import FusedPlanner
+from tdmpc2_fast.kernels.launch import Precision
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, generator
 from tdmpc2_fast.torch_plan import TorchPlan

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tdmpc2_fast.train.envs import SUITES, complete, dmcontrol, make_env
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.train.envs import SUITES, complete, dmcontrol, make_env
 
 pytest.importorskip("dm_control")
 # observation and action widths of the official environments

@@ -15,14 +15,14 @@ from conftest import GOLDEN, tiny_config, tiny_multitask
 from golden_cases import Case
 from oracle import QUIET
 from plan_oracle import draw
-from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, _why_no_driver, log_launches, triton, why_not
-from tdmpc2_fast.kernels.plan import FusedPlan
-from tdmpc2_fast.kernels.plan_buffers import PlanSizes, PlanWeights
 
 from tdmpc2_fast import TDMPC2, Config, Planner, WorldModel
 from tdmpc2_fast.backend import Backend, resolve_backend
 from tdmpc2_fast.errors import BackendError, InputError
 from tdmpc2_fast.fused_plan import FusedPlanner
+from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, Precision, _why_no_driver, log_launches, triton, why_not
+from tdmpc2_fast.kernels.plan import FusedPlan
+from tdmpc2_fast.kernels.plan_buffers import PlanSizes, PlanWeights
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.torch_plan import TorchPlan
 

@@ -10,6 +10,8 @@ import oracle
 import pytest
 import torch
 from oracle import DEVICE, check_policy, check_scalars, in_precisions, randn, random_layer, random_rows
+from torch import Tensor
+
 from tdmpc2_fast.kernels import policy_layer as policies
 from tdmpc2_fast.kernels import scalar_head as scalars
 from tdmpc2_fast.kernels.launch import Precision
@@ -17,7 +19,6 @@ from tdmpc2_fast.kernels.policy_layer import interleave, policy_layer
 from tdmpc2_fast.kernels.rows import Layer, Rows
 from tdmpc2_fast.kernels.scalar_head import scalar_head
 from tdmpc2_fast.kernels.tiles import Tile
-from torch import Tensor
 
 pytestmark = oracle.MARKS
 

@@ -24,6 +24,8 @@ from oracle import (
     random_layer,
     random_rows,
 )
+from torch import Tensor
+
 from tdmpc2_fast.kernels import grouped_layer as layers
 from tdmpc2_fast.kernels.grouped_layer import activate_rows, grouped_layer
 from tdmpc2_fast.kernels.launch import Precision, log_launches, pow2
@@ -31,7 +33,6 @@ from tdmpc2_fast.kernels.policy_layer import policy_layer
 from tdmpc2_fast.kernels.rows import Layer, Rows, Slabs
 from tdmpc2_fast.kernels.scalar_head import scalar_head
 from tdmpc2_fast.kernels.tiles import Tile
-from torch import Tensor
 
 pytestmark = oracle.MARKS
 

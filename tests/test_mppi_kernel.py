@@ -15,10 +15,10 @@ import torch
 from conftest import tiny_config
 from mppi_oracle import MAX_STD, MIN_STD, ULP, Case, Result, exact_update, judge, judge_choice, run
 from oracle import DEVICE, MARKS, within_twice
-from tdmpc2_fast.kernels import mppi, mppi_begin, mppi_update
-from tdmpc2_fast.kernels.mppi_update import Choice
 
 from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.kernels import mppi, mppi_begin, mppi_update
+from tdmpc2_fast.kernels.mppi_update import Choice
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.rng import PlanNoise

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from oracle import DEVICE, MARKS
+from torch import Tensor
+
 from tdmpc2_fast.kernels import noise
 from tdmpc2_fast.kernels.launch import jit, launch, log_launches, tl
-from torch import Tensor
 
 pytestmark = MARKS
 

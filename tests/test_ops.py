@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from tdmpc2_fast.kernels import mppi
 from tdmpc2_fast.kernels.activations import mish, simnorm
 from tdmpc2_fast.kernels.normed_linear import linear
 from tdmpc2_fast.kernels.policy_head import policy_action, policy_head
 from tdmpc2_fast.kernels.two_hot import soft_cross_entropy, symexp, symlog, two_hot, two_hot_inv
-from torch import Tensor
-
 from tdmpc2_fast.rng import dropout_multipliers
 
 SHAPES = [(32, 8), (7, 24), (33, 136), (5, 3, 64)]  # enough entries for a maximum to mean something

@@ -14,10 +14,10 @@ import tdmpc2_fast
 from tdmpc2_fast.version import __version__
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ["triton", "nvtx", "mujoco", "dm_control", "gymnasium", "pytest", "matplotlib"]
+OPTIONAL = ["triton", "nvtx", "mujoco", "dm_control", "gymnasium", "pytest", "matplotlib", "safetensors"]
 
 
-def test_a_planner_needs_only_torch_numpy_and_safetensors() -> None:
+def test_planning_and_learning_need_only_torch_and_numpy() -> None:
     code = f"""
 import sys
 class Absent:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_multitask
 from oracle import assert_nearest_tf32
-from tdmpc2_fast.kernels.launch import Precision
-from tdmpc2_fast.kernels.plan_buffers import POLICY, REWARD
 from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config, WorldModel
+from tdmpc2_fast.kernels.launch import Precision
+from tdmpc2_fast.kernels.plan_buffers import POLICY, REWARD
 from tdmpc2_fast.packing import PackedModel, plan_sizes
 
 Liven = Callable[[TDMPC2], TDMPC2]

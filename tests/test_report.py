@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tdmpc2_fast.kernels import report
-from tdmpc2_fast.kernels.compile import SHARED_LIMIT, Compiled
 
 from tdmpc2_fast.config import MODEL_SIZES
+from tdmpc2_fast.kernels import report
+from tdmpc2_fast.kernels.compile import SHARED_LIMIT, Compiled
 
 FIT = Compiled("grouped_layer_kernel", 90, "BM=64", 8, 144, 0, 50176, "wgmma HGMMA", 22144)
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from tdmpc2_fast.train import cli
-from tdmpc2_fast.train.online import OnlineTrainer
-from tdmpc2_fast.train.threads import choose_threads, idle_cores
 
 from tdmpc2_fast import Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.train import cli
+from tdmpc2_fast.train.online import OnlineTrainer
+from tdmpc2_fast.train.threads import choose_threads, idle_cores
 
 pytest.importorskip("dm_control")
 

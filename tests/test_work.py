@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from tdmpc2_fast.kernels.grouped_layer import grouped_layer
 from tdmpc2_fast.kernels.launch import Precision, log_launches
 from tdmpc2_fast.kernels.plan_buffers import PlanSizes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 from tdmpc2_fast import __version__, checkpoint
@@ -23,8 +24,10 @@ USAGE = f"""tdmpc2-fast {__version__}
 
   tdmpc2-fast train task=walker-walk [key=value ...]     train an agent
   tdmpc2-fast eval checkpoint=PATH [key=value ...]       evaluate a checkpoint
+  tdmpc2-fast bench [SUITE ...] [key=value ...]          measure speed against baselines
   tdmpc2-fast COMMAND --help                             every key, its default and range
 """
+_COMMANDS = ("train", "eval", "bench")
 _FILLED_IN = ("obs_shape", "action_dim", "multitask", "tasks", "action_dims", "episode_lengths")
 _USER_ERRORS = (BackendError, CheckpointError, ConfigError, InputError, NonFiniteError, OSError)
 
@@ -40,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(__version__)
         return 0
+    for plugin in entry_points(group="tdmpc2_fast.commands", name=args[0]):
+        command: Callable[[Sequence[str]], int] = plugin.load()
+        return command(args[1:])
     if args[0] not in commands:
-        print(f"unknown command {args[0]!r}.{did_you_mean(args[0], commands)}\n\n{USAGE}", file=sys.stderr)
+        print(f"unknown command {args[0]!r}.{did_you_mean(args[0], _COMMANDS)}\n\n{USAGE}", file=sys.stderr)
         return 2
     if any(a in ("-h", "--help") for a in args[1:]):
         print(f"{USAGE}\n{describe_keys()}")

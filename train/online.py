@@ -89,25 +89,32 @@ class OnlineTrainer:
         """Train for `steps` decisions; returns the last evaluation."""
         try:
             while self._decisions < self.cfg.steps:
-                self._start_episodes()
-                self._decide()
-                self._learn()
+                self._evaluate_if_due()
+                self.step()
             return self._evaluate()
         except BaseException:
             self._save("latest")
             raise
         finally:
-            close_all(self.envs)
-            self.evaluator.close()
+            self.close()
 
-    def _start_episodes(self) -> None:
-        """Evaluate if one is due and an episode has just ended, then reset what has ended."""
-        ended = [i for i, episode in enumerate(self._episodes) if episode is None]
-        if ended and self._decisions >= self._next_eval:
+    def step(self) -> None:
+        """One decision in every environment, and the updates due after it."""
+        for i, episode in enumerate(self._episodes):
+            if episode is None:
+                self._episodes[i] = Episode(self.envs[i].reset(), self.envs[i].action_dim)
+        self._decide()
+        self._learn()
+
+    def close(self) -> None:
+        """Free what the environments hold."""
+        close_all(self.envs)
+        self.evaluator.close()
+
+    def _evaluate_if_due(self) -> None:
+        if self._decisions >= self._next_eval and None in self._episodes:
             self._evaluate()
             self._next_eval = (self._decisions // self.cfg.eval_freq + 1) * self.cfg.eval_freq
-        for i in ended:
-            self._episodes[i] = Episode(self.envs[i].reset(), self.envs[i].action_dim)
 
     def _decide(self) -> None:
         """One decision in every environment."""

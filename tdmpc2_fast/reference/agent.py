@@ -31,6 +31,7 @@ class ReferenceAgent:
     def __init__(self, cfg: Config, params: Mapping[str, Tensor]) -> None:
         self.c = c = cfg
         self.p = {k: v.detach().clone() for k, v in params.items()}
+        self.device = device = next(iter(self.p.values())).device
         self.target_names = [k for k in self.p if k.startswith("_target_Qs_params.")]
         constants = {*self.target_names, "_action_masks", "log_std_min", "log_std_dif"}
         self.trained = {k: v.requires_grad_() for k, v in self.p.items() if k not in constants}
@@ -38,13 +39,14 @@ class ReferenceAgent:
         encoder = [v for k, v in self.trained.items() if k.startswith("_encoder.")]
         rest = [v for k, v in self.trained.items() if k not in self.pi and not k.startswith("_encoder.")]
         groups: list[dict[str, Any]] = [dict(params=encoder, lr=c.lr * c.enc_lr_scale), dict(params=rest)]
-        self.optim = torch.optim.Adam(groups, lr=c.lr)
-        self.pi_optim = torch.optim.Adam(self.pi.values(), lr=c.lr, eps=1e-5)
-        self.scale = torch.ones(1)
-        self.prev_mean = torch.zeros(c.horizon, c._require("action_dim"))
+        on_gpu = device.type == "cuda"
+        self.optim = torch.optim.Adam(groups, lr=c.lr, capturable=on_gpu)
+        self.pi_optim = torch.optim.Adam(self.pi.values(), lr=c.lr, eps=1e-5, capturable=on_gpu)
+        self.scale = torch.ones(1, device=device)
+        self.prev_mean = torch.zeros(c.horizon, c._require("action_dim"), device=device)
         self.discount: float | Tensor
         if c.multitask:
-            self.discount = torch.tensor([c.discount(n) for n in c.episode_lengths])
+            self.discount = torch.tensor([c.discount(n) for n in c.episode_lengths], device=device)
         else:
             self.discount = c.discount(c._require("episode_length"))
 
@@ -62,7 +64,7 @@ class ReferenceAgent:
         c = self.c
         G: Tensor | float = 0.0
         discount: Tensor | float = 1.0
-        terminated = torch.zeros(z.shape[0], 1)
+        terminated = torch.zeros(z.shape[0], 1, device=z.device)
         for t in range(c.horizon):
             reward = m.two_hot_inv(m.reward(self.p, z, actions[t], task, c), c)
             z = m.next_latent(self.p, z, actions[t], task, c)
@@ -90,7 +92,7 @@ class ReferenceAgent:
         h, n, k, a = c.horizon, c.num_samples, c.num_pi_trajs, c._require("action_dim")
         z = m.encode(p, obs, task, c, noise.shift)
         trace.record(z=z)
-        actions = torch.empty(h, n, a)
+        actions = torch.empty(h, n, a, device=z.device)
         _z = z.repeat(k, 1)
         for t in range(h if k > 0 else 0):
             actions[t, :k], _ = m.policy(p, _z, task, c, noise.pi_eps[0, t])
@@ -99,8 +101,8 @@ class ReferenceAgent:
         trace.record(pi_actions=actions[:, :k].unsqueeze(0))
 
         z = z.repeat(n, 1)
-        mean = torch.zeros(h, a)
-        std = torch.full((h, a), float(c.max_std))
+        mean = torch.zeros(h, a, device=z.device)
+        std = torch.full((h, a), float(c.max_std), device=z.device)
         if not t0:
             mean[:-1] = self.prev_mean[1:]
         for i in range(c.effective_iterations):
@@ -128,7 +130,7 @@ class ReferenceAgent:
             )
         gumbel = score.squeeze(1).log() - noise.elite[0].log()
         pick = gumbel.softmax(0).argmax(-1)
-        chosen = elite_actions[:, pick]
+        chosen = elite_actions.index_select(1, pick.unsqueeze(0)).squeeze(1)
         trace.record(chosen=chosen.unsqueeze(0), picked=pick.unsqueeze(0))
         action = chosen[0]
         if not eval_mode:
@@ -151,7 +153,7 @@ class ReferenceAgent:
             next_z = m.encode(p, batch.obs[1:], task, c, noise.shift_next)
             td_target = self.td_target(next_z, batch, noise.td_eps, noise.td_members)
 
-        zs = torch.empty(c.horizon + 1, c.batch_size, c.latent_dim)
+        zs = torch.empty(c.horizon + 1, c.batch_size, c.latent_dim, device=self.device)
         z = m.encode(p, batch.obs[0], task, c, noise.shift_first)
         zs[0] = z
         consistency: Tensor | float = 0.0
@@ -172,7 +174,7 @@ class ReferenceAgent:
             consistency_loss=torch.as_tensor(consistency / c.horizon),
             reward_loss=torch.as_tensor(reward_loss / c.horizon),
             value_loss=torch.as_tensor(value_loss / (c.horizon * c.num_q)),
-            termination_loss=torch.tensor(0.0),
+            termination_loss=torch.zeros((), device=self.device),
         )
         if c.episodic:
             terminal = m.termination(p, zs[1:], c)
@@ -209,7 +211,7 @@ class ReferenceAgent:
         constant = {k: v.detach() if k.startswith("_Qs.") else v for k, v in self.p.items()}
         dropout = None
         if noise.pi_dropout is not None:
-            dropout = torch.ones(c.num_q, *noise.pi_dropout.shape[1:])
+            dropout = torch.ones(c.num_q, *noise.pi_dropout.shape[1:], device=self.device)
             dropout[noise.pi_members[:2]] = noise.pi_dropout
         q = m.critics(constant, zs, action, task, c, dropout=dropout)
         qs = m.two_hot_inv(q[noise.pi_members[:2]], c).sum(0) / 2
@@ -217,7 +219,7 @@ class ReferenceAgent:
             low, high = (_percentile(qs[0].detach(), x) for x in (5, 95))
             self.scale.lerp_(torch.clamp(high - low, min=1.0), c.tau)
         qs = qs / self.scale
-        rho = torch.pow(c.rho, torch.arange(len(qs)))
+        rho = torch.pow(c.rho, torch.arange(len(qs), device=self.device))
         pi_loss = (-(c.entropy_coef * info["scaled_entropy"] + qs).mean(dim=(1, 2)) * rho).mean()
         pi_loss.backward()
         _record(trace, self.pi)

@@ -60,7 +60,7 @@ def shift_images(x: Tensor, shift: Tensor) -> Tensor:
     n, _, h, _ = x.shape
     x = F.pad(x.float(), (3, 3, 3, 3), "replicate")
     eps = 1.0 / (h + 6)
-    axis = torch.linspace(-1.0 + eps, 1.0 - eps, h + 6)[:h]
+    axis = torch.linspace(-1.0 + eps, 1.0 - eps, h + 6, device=x.device)[:h]
     axis = axis.unsqueeze(0).repeat(h, 1).unsqueeze(2)
     grid = torch.cat([axis, axis.transpose(1, 0)], dim=2).unsqueeze(0).repeat(n, 1, 1, 1)
     grid = grid + shift.float() * (2.0 / (h + 6))
@@ -151,14 +151,14 @@ def two_hot(x: Tensor, c: Config) -> Tensor:
     x = torch.clamp(symlog(x), c.vmin, c.vmax).squeeze(1)
     index = torch.floor((x - c.vmin) / c.bin_size)
     offset = ((x - c.vmin) / c.bin_size - index).unsqueeze(-1)
-    out = torch.zeros(x.shape[0], c.num_bins, dtype=x.dtype)
+    out = torch.zeros(x.shape[0], c.num_bins, dtype=x.dtype, device=x.device)
     lower = index.long().unsqueeze(1)
     return out.scatter(1, lower, 1 - offset).scatter(1, (lower + 1) % c.num_bins, offset)
 
 
 def two_hot_inv(x: Tensor, c: Config) -> Tensor:
     """Expectation over the bins, back from symlog space."""
-    bins = torch.linspace(c.vmin, c.vmax, c.num_bins, dtype=x.dtype)
+    bins = torch.linspace(c.vmin, c.vmax, c.num_bins, dtype=x.dtype, device=x.device)
     return symexp(torch.sum(F.softmax(x, dim=-1) * bins, dim=-1, keepdim=True))
 
 

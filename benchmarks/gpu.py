@@ -1,0 +1,235 @@
+"""`make gpu`: everything a GPU has to show, in one command of under ten minutes.
+
+    python benchmarks/gpu.py [PART ...] [out=FOLDER] [minutes=9.5] [official=CHECKOUT]
+
+Needs torch, triton, numpy and pytest (for the tests), and no network. Every part is a process of its
+own with its own time; one that fails or takes too long does not stop the others. A short table comes
+last. Rows of all parts go to one file in `out`, by default `benchmarks/results`, and `RESULTS.md` and
+the README's table are made anew. Exit status: 1 where a part failed, 2 where nothing could be tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / "build" / "gpu-logs"
+RESERVE = 15.0  # seconds for the results at the end
+_TAIL = 700  # characters shown of a part that failed
+
+TESTS = ("test_gpu", "test_layer_kernels", "test_head_kernels", "test_mppi_kernel", "test_noise_kernel")
+# What compute-sanitizer watches: it makes a kernel a hundred times slower.
+SANITIZED = "tests/test_gpu.py::test_replay_is_eager_bitwise"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to run: commands side by side, and the seconds they may take."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    seconds: float
+    rows: bool = False  # whether it writes a results file
+
+
+@dataclass
+class Outcome:
+    """What became of a part."""
+
+    part: Part
+    status: str
+    seconds: float
+    tails: list[str] = field(default_factory=list)
+
+
+def parts(official: str | None) -> list[Part]:
+    """All parts, the most telling first, for the time may end before the last."""
+    python = (sys.executable, "-P")
+    tests = tuple(
+        (*python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"tests/{t}.py")
+        for t in TESTS
+        if (ROOT / "tests" / f"{t}.py").exists()
+    )
+    theirs = () if official is None else (f"official={official}",)
+
+    def bench(name: str, seconds: float, *words: str) -> Part:
+        out = f"out={LOGS / name}"
+        return Part(name, ((*python, "-m", "tdmpc2_fast.benchmarks.run", *words, out),), seconds, rows=True)
+
+    return [
+        Part("compile", ((*python, "-m", "tdmpc2_fast.benchmarks.warm"),), 150),
+        Part("tests", tests, 180),
+        bench("planner", 120, "planner", "repeats=200", "budget=5", *theirs),
+        bench("update", 90, "update", "repeats=100", "budget=5", *theirs),
+        bench("planner-envs", 60, "planner", "envs=4,16,64,256", "compiled=false", "repeats=50", "budget=2"),
+        bench("planner-sizes", 70, "planner", "size=1,19,48,317", "compiled=false", "repeats=50", "budget=2"),
+        bench("kernels", 60, "kernels", "envs=1,64", "compiled=false", "repeats=50", "budget=1"),
+        bench(
+            "update-sizes", 60, "update", "size=1,19,48,317", "batch=1024", "compiled=false", "repeats=10", "budget=3"
+        ),
+        bench("loop", 60, "loop", f"task={_task()}", "repeats=100", "budget=10", *theirs),
+        bench("planner-38", 30, "planner", "actions=38", "compiled=false", "repeats=50", "budget=2"),
+        bench("replay", 20, "replay", "batch=256,1024", "repeats=50", "budget=2"),
+        *_sanitizer(python),
+    ]
+
+
+def _task() -> str:
+    """walker-walk where its simulator is installed, else the environment without physics."""
+    return "walker-walk" if find_spec("dm_control") else "stand-in"
+
+
+def _sanitizer(python: tuple[str, ...]) -> Iterator[Part]:
+    """memcheck and racecheck on a small set, where the tool is installed."""
+    if tool := shutil.which("compute-sanitizer"):
+        for kind in ("memcheck", "racecheck"):
+            words = (tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all")
+            yield Part(kind, ((*words, *python, "-m", "pytest", "-m", "gpu", "-q", SANITIZED),), 90)
+
+
+def why_not_here() -> list[str]:
+    """What `make gpu` cannot do on this machine, and why; empty where all is well."""
+    missing = [p for p in ("torch", "triton", "numpy", "pytest") if find_spec(p) is None]
+    if missing:
+        return [f"{p} is not installed for {sys.executable}" for p in missing]
+    import torch
+
+    if not torch.cuda.is_available():
+        build = (
+            f"torch {torch.__version__} was built without CUDA"
+            if torch.version.cuda is None
+            else "torch finds no CUDA device"
+        )
+        return [
+            f"{build}: kernels cannot run, graphs cannot be captured, GPU times cannot be measured",
+            "without one, `make test` interprets them, `make report` compiles them, `make bench` measures the CPU",
+        ]
+    from tdmpc2_fast.kernels.launch import why_not
+
+    reason = why_not(torch.device("cuda"))
+    return [] if reason is None else [f"the kernels cannot run: {reason}"]
+
+
+def run(part: Part, seconds: float) -> Outcome:
+    """Run a part's commands side by side; what is still running when its time is over is ended."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    running = []
+    for i, command in enumerate(part.commands):
+        log = LOGS / f"{part.name}-{i}.log"
+        with log.open("w") as f:
+            # A session of its own, so that what it starts ends with it.
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f, start_new_session=True)
+        running.append((process, log))
+    failed, late = [], False
+    for process, log in running:
+        try:
+            code = process.wait(max(0.0, start + seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late = True
+            _end(process)
+            code = -1
+        if code:
+            failed.append(f"{log.name}: ...{log.read_text(errors='replace')[-_TAIL:]}")
+    status = "too late" if late else "failed" if failed else "passed"
+    return Outcome(part, status, time.monotonic() - start, failed)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def gather(out: Path) -> tuple[Path | None, str]:
+    """Rows of all parts in one file, and the table of plans and updates."""
+    from tdmpc2_fast.benchmarks.report import markdown_table, read, write
+
+    rows = [r for path in sorted(LOGS.glob("*/*.json")) if path.stat().st_size for r in read(path)]
+    if not rows:
+        return None, "nothing was measured"
+    # Every process measures the machine's ceilings; those of the first are the file's.
+    kept = [r for r in rows if r.suite != "ceilings"] + [
+        r for r in rows if r.suite == "ceilings" and r.date == rows[0].date
+    ]
+    from tdmpc2_fast.benchmarks.run import new_file
+
+    path = new_file(out, rows[0].gpu, rows[0].date, rows[0].commit)
+    write(path, kept)
+    shown = [r for r in kept if r.suite in ("planner", "update", "loop")]
+    columns = ("what", "by", "p50 ms", "p20, p80, p99", "ratio", "of ceiling", "launches")
+    return path, markdown_table(shown, columns)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts asked for; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = dict(out=str(ROOT / "benchmarks" / "results"), minutes="9.5", official="")
+    names = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals and name in options:
+            options[name] = value
+        elif equals:
+            print(f"argument {word!r}: allowed: {', '.join(f'{k}=...' for k in options)}, or a part", file=sys.stderr)
+            return 2
+        else:
+            names.append(word)
+    all_parts = parts(options["official"] or None)
+    unknown = [n for n in names if n not in [p.name for p in all_parts]]
+    if unknown:
+        print(f"unknown part {unknown[0]!r}, allowed: {', '.join(p.name for p in all_parts)}", file=sys.stderr)
+        return 2
+    try:
+        end = time.monotonic() + 60 * float(options["minutes"])
+    except ValueError:
+        print(f"minutes: got {options['minutes']!r}, allowed: a number", file=sys.stderr)
+        return 2
+    if reasons := why_not_here():
+        print("make gpu: this machine cannot do it", *(f"- {r}" for r in reasons), sep="\n", file=sys.stderr)
+        return 2
+    shutil.rmtree(LOGS, ignore_errors=True)
+    outcomes = []
+    for part in all_parts:
+        if names and part.name not in names:
+            continue
+        left = end - RESERVE - time.monotonic()
+        if left < 5:
+            outcomes.append(Outcome(part, "not run: no time was left", 0))
+            continue
+        print(f"{part.name} ...", flush=True)
+        outcomes.append(run(part, min(part.seconds, left)))
+        print(f"{part.name}: {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s", flush=True)
+    return finish(outcomes, Path(options["out"]))
+
+
+def finish(outcomes: Sequence[Outcome], out: Path) -> int:
+    """Write the results and print what became of everything; returns the exit status."""
+    for outcome in outcomes:
+        for tail in outcome.tails:
+            print(f"\n--- {outcome.part.name}, {tail}")
+    path, table = gather(out)
+    if path is not None and out == ROOT / "benchmarks" / "results":
+        from tdmpc2_fast.benchmarks.report import main as regenerate
+
+        regenerate([str(out)])
+    print(f"\n{table}\n")
+    for o in outcomes:
+        print(f"{o.part.name:16} {o.status:28} {o.seconds:6.0f} s")
+    print(f"results: {path or 'none'}; logs: {LOGS}")
+    return 0 if all(o.status == "passed" for o in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

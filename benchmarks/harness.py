@@ -1,0 +1,338 @@
+"""Measures several ways to do the same work, in turns, and refuses ratios between different results.
+
+A `Case` is one piece of work; its variants do it in different ways, on the same inputs and weights.
+Each variant is called once (compilation), then all are timed in turns, so that drift of the machine
+meets them alike. A measurement is one `Row`, whose fields are the schema of every results file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .machine import Machine
+
+SCHEMA = 1
+_WARM_UP_ROUNDS = 2
+_LEAST_ROUNDS = 3
+_KEPT_SAMPLES = 400
+
+
+class CannotMeasureError(Exception):
+    """A variant or a suite that cannot run here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far the product's result is from a baseline's, and how far it may be."""
+
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether a ratio between the two means anything; NaN does not pass."""
+        return self.error <= self.limit
+
+    @classmethod
+    def worst(cls, *gates: Gate) -> Gate:
+        """The one nearest to its limit or furthest beyond it; NaN is beyond all."""
+        return max(gates, key=lambda g: math.inf if math.isnan(g.error) else g.error / g.limit if g.limit else g.error)
+
+    @classmethod
+    def of_metrics(cls, ours: Mapping[str, float], theirs: Mapping[str, float], limit: float) -> Gate:
+        """Largest relative difference of what both report, by its size or 0.01."""
+        both = ours.keys() & theirs.keys()
+        errors = [abs(ours[k] - theirs[k]) / max(abs(theirs[k]), 0.01) for k in both]
+        return cls(max(errors) if all(map(math.isfinite, errors)) and errors else math.nan, limit)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do a case's work.
+
+    Attributes:
+        run: does it `inner` times, without waiting for the device.
+        calls: how often the product's one call needs this one; E for what plans one environment.
+        inner: executions in one `run`.
+        gate: compares the product's result with this one's; None for the product itself.
+        launches: kernels launched by one execution, where known.
+        split: milliseconds of one execution by part, measured apart from the rounds.
+    """
+
+    run: Callable[[], object]
+    calls: int = 1
+    inner: int = 1
+    gate: Callable[[], Gate] | None = None
+    launches: int | None = None
+    split: Callable[[], dict[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work to measure.
+
+    Attributes:
+        suite, name: what it is called in tables.
+        variants: by name; the first is the product, all others are baselines.
+        missing: what was asked for and cannot be measured, with the reason.
+        size, envs, actions, batch, precision, shape: what it was measured at.
+        results: what one call of the product yields (actions, updates, ...), `unit` their name.
+        gflop, mbyte: what the work needs at least; None where it is not counted.
+    """
+
+    suite: str
+    name: str
+    variants: Mapping[str, Variant]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    size: int | None = None
+    envs: int | None = None
+    actions: int | None = None
+    batch: int | None = None
+    precision: str = "float32"
+    shape: str = ""
+    results: int = 1
+    unit: str = "calls"
+    gflop: float | None = None
+    mbyte: float | None = None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches, measured in the same run; None where it was not."""
+
+    tflops: Mapping[str, float] = field(default_factory=dict)  # by precision
+    gbs: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times in ms of one execution; the machine's facts are in every row."""
+
+    schema: int
+    suite: str
+    case: str
+    variant: str
+    product: str  # the variant whose ratio to this one is shown
+    size: int | None
+    envs: int | None
+    actions: int | None
+    batch: int | None
+    precision: str
+    shape: str
+    seed: int
+    repeats: int
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    p99: float | None
+    samples: list[float]
+    first_call_s: float | None  # with what is compiled or captured on the way
+    per_second: float | None
+    unit: str
+    ratio: float | None  # time of this variant by time of the product; None where the gate is red
+    ratio_p20: float | None
+    ratio_p80: float | None
+    gate: str  # passed, failed; empty for the product and for what has none
+    gate_error: float | None
+    gate_limit: float | None
+    gflop: float | None
+    mbyte: float | None
+    tflops: float | None
+    gbs: float | None
+    compute_share: float | None  # of the rate measured for this precision
+    memory_share: float | None  # of the bandwidth measured
+    launches: int | None
+    peak_mb: float | None
+    split: dict[str, float]  # ms by part; `idle`: the device's
+    missing: str  # why there is no time
+    device: str
+    gpu: str
+    driver: str
+    clock_mhz: int | None
+    clock_max_mhz: int | None
+    cpu: str
+    threads: int
+    python: str
+    torch_version: str
+    cuda: str
+    triton_version: str
+    version: str
+    commit: str
+    date: str
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+
+
+def measure(case: Case, machine: Machine, repeats: int, budget: float, seed: int, ceilings: Ceilings) -> list[Row]:
+    """Rows of a case, one a variant: `repeats` rounds, fewer (but three) when `budget` seconds are over."""
+    missing = dict(case.missing)
+    first_call: dict[str, float] = {}
+    launches: dict[str, int | None] = {}
+    peak: dict[str, float | None] = {}
+    gates: dict[str, Gate] = {}
+    product = next(iter(case.variants))
+    for name, variant in case.variants.items():
+        try:
+            first_call[name] = _timed(variant, machine.device)
+            gates |= {} if variant.gate is None else {name: variant.gate()}
+            peak[name] = _peak(variant, machine.device)
+            launches[name] = _launches(variant, machine.device) if variant.launches is None else variant.launches
+        except Exception as e:  # whatever a compiler or a stranger's code raises: the others are still measured
+            if name == product:
+                raise
+            missing[name] = _reason(e)
+    running = {n: v for n, v in case.variants.items() if n not in missing}
+    times = _in_turns(running, machine.device, repeats, budget)
+    rows = []
+    for name in [*case.variants, *(n for n in missing if n not in case.variants)]:
+        if name in missing:
+            rows.append(_row(case, machine, seed, name, product, missing=missing[name]))
+            continue
+        variant = case.variants[name]
+        one = [t / variant.inner for t in times[name]]
+        rows.append(
+            _row(
+                case,
+                machine,
+                seed,
+                name,
+                product,
+                repeats=len(one),
+                samples=[float(f"{t:.5g}") for t in one[:_KEPT_SAMPLES]],
+                first_call_s=round(first_call[name], 3),
+                launches=launches[name],
+                peak_mb=peak[name],
+                split={} if variant.split is None else variant.split(),
+                **dict(zip(("p20", "p50", "p80", "p99"), quantiles(one), strict=True)),
+                **_rates(case, quantiles(one)[1] * variant.calls, ceilings),
+                **_against(variant, times[name], times[product], case.variants[product], gates.get(name)),
+            )
+        )
+    return rows
+
+
+def quantiles(x: list[float]) -> tuple[float, float, float, float]:
+    """20th, 50th, 80th and 99th percentile."""
+    ordered = sorted(x)
+
+    def at(p: float) -> float:
+        position = p * (len(ordered) - 1)
+        low = math.floor(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    return at(0.2), at(0.5), at(0.8), at(0.99)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(variant: Variant, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    variant.run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def _in_turns(variants: Mapping[str, Variant], device: torch.device, repeats: int, budget: float) -> dict[str, Any]:
+    """Milliseconds of each variant's rounds; every other round goes through them backwards."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    for _ in range(_WARM_UP_ROUNDS):
+        for name in order:
+            _timed(variants[name], device)
+    end = time.perf_counter() + budget
+    for done in range(repeats):
+        if done >= _LEAST_ROUNDS and time.perf_counter() > end:
+            break
+        for name in order:
+            times[name].append(1e3 * _timed(variants[name], device))
+        order.reverse()
+    return times
+
+
+def _peak(variant: Variant, device: torch.device) -> float | None:
+    """Most MB the device held while the variant ran once; not known on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    _timed(variant, device)
+    return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+
+
+def _launches(variant: Variant, device: torch.device) -> int | None:
+    """Kernels and copies on the device's time line during one execution; not known on a CPU."""
+    if device.type != "cuda":
+        return None
+    return len(device_events(lambda: _timed(variant, device))) // variant.inner or None
+
+
+def device_events(run: Callable[[], object]) -> list[Any]:
+    """What a GPU's time line shows of `run`: kernels and copies."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+    return [e for e in profile.events() or [] if e.device_type.name == "CUDA"]
+
+
+def _rates(case: Case, p50: float, ceilings: Ceilings) -> dict[str, float | None]:
+    """What the case's work, done in `p50` ms, comes to."""
+    tflops = None if case.gflop is None else case.gflop / p50
+    gbs = None if case.mbyte is None else case.mbyte / p50
+    most = ceilings.tflops.get(case.precision)
+    return dict(
+        per_second=1e3 * case.results / p50,
+        tflops=tflops,
+        gbs=gbs,
+        compute_share=None if tflops is None or most is None else tflops / most,
+        memory_share=None if gbs is None or ceilings.gbs is None else gbs / ceilings.gbs,
+    )
+
+
+def _against(
+    variant: Variant, own: list[float], product: list[float], ours: Variant, gate: Gate | None
+) -> dict[str, Any]:
+    """Ratio of medians, and the spread of the rounds' own ratios, where the results agree."""
+    if gate is None:
+        return {}
+    found: dict[str, Any] = dict(
+        gate="passed" if gate.passed else "failed",
+        gate_error=gate.error if math.isfinite(gate.error) else None,
+        gate_limit=gate.limit,
+    )
+    if gate.passed:
+        scale = variant.calls * ours.inner / variant.inner
+        rounds = [scale * a / b for a, b in zip(own, product, strict=True)]
+        p20, _, p80, _ = quantiles(rounds)
+        ratio = scale * statistics.median(own) / statistics.median(product)
+        found |= dict(ratio=ratio, ratio_p20=p20, ratio_p80=p80)
+    return found
+
+
+def _row(case: Case, machine: Machine, seed: int, variant: str, product: str, **found: Any) -> Row:
+    """A row with nothing but what the case and the machine say, and `found`."""
+    values: dict[str, Any] = dict.fromkeys(COLUMNS)
+    values |= dict(schema=SCHEMA, suite=case.suite, case=case.name, variant=variant, product=product, seed=seed)
+    for key in ("size", "envs", "actions", "batch", "precision", "shape", "unit", "gflop", "mbyte"):
+        values[key] = getattr(case, key)
+    values |= dict(repeats=0, samples=[], gate="", missing="", split={})
+    return Row(**(values | machine.facts() | found))
+
+
+def _reason(e: Exception) -> str:
+    if isinstance(e, CannotMeasureError):
+        return str(e)
+    lines = str(e).strip().splitlines() or [""]
+    return f"{type(e).__name__}: {lines[0][:200]}"

@@ -1,0 +1,161 @@
+"""A plan, from observations on the host to actions on the host: what a control loop waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tdmpc2_fast import TDMPC2, Config
+from tdmpc2_fast.fused_plan import FusedPlanner
+from tdmpc2_fast.kernels.launch import Precision, interpreting
+from tdmpc2_fast.kernels.work import plan_work
+from tdmpc2_fast.packing import plan_sizes
+from tdmpc2_fast.plan_trace import PlanTrace
+from tdmpc2_fast.rng import PlanNoise, generator
+
+from .agents import CompiledReference, agent_of, observations, reference_of, within
+from .harness import CannotMeasureError, Case, Gate, Variant
+from .official import official_plan
+from .options import Options
+
+# RMS difference of the values of a plan's first candidates, by their standard deviation. What tf32
+# and bfloat16 may err is judged by the tests against float64; a wrong plan is off by about 1.
+VALUE_LIMIT = dict(float32=1e-4, tf32=1e-2, bfloat16=5e-2)
+ACTION_LIMIT = 1e-3  # of whole plans in float32: each iteration amplifies the rounding of the one before
+
+
+class Plans(Protocol):
+    """What `Planner`, the reference and the compiled reference share."""
+
+    @property
+    def prev_mean(self) -> Tensor:
+        """Where the next plan starts."""
+        ...
+
+    def plan(
+        self, obs: Tensor, t0: bool, eval_mode: bool, task: None, noise: PlanNoise, trace: PlanTrace | None = None
+    ) -> Tensor:
+        """Actions."""
+        ...
+
+
+def cases(options: Options) -> Iterator[Callable[[], Case]]:
+    """One case for each size, action dimension, number of environments and precision."""
+    for size in options.size:
+        for actions in options.actions:
+            for envs in options.envs:
+                for precision in options.precisions:
+                    yield partial(case, options, size, actions, envs, precision)
+
+
+def case(options: Options, size: int, actions: int, envs: int, precision: str) -> Case:
+    """Planning for `envs` environments; baselines that plan for one do so for each of them."""
+    cfg = options.config(size, actions, precision=precision, backend=backend_of(options))
+    agent = agent_of(cfg, envs)
+    device, obs = agent.device, observations(cfg, envs)
+    noise = PlanNoise.draw(cfg, envs, generator(options.seed, "benchmark", device))
+    work = plan_work(plan_sizes(cfg, envs), Precision(precision))
+    product = agent.backend.name
+    fused = isinstance(agent.planner._plan, FusedPlanner)
+    variants = {product: Variant(lambda: agent.act(obs), launches=work.launches if fused else None)}
+    missing: dict[str, str] = {}
+
+    def against(baseline: Plans, envs: int) -> Callable[[], Gate]:
+        return partial(plan_gate, agent, baseline, envs, noise, obs)
+
+    if fused and precision != "bfloat16":
+        plain = TDMPC2(cfg.replace(backend="torch"), envs)
+        plain.load(agent.model.state_dict())
+        variants["torch"] = Variant(lambda: plain.act(obs), gate=against(plain.planner, envs))
+
+    one, first = _first(noise), obs[:1]
+
+    def planning(it: Plans) -> Variant:
+        run = within(cfg, device, lambda: it.plan(first.to(device), False, False, None, one).cpu())
+        return Variant(run, calls=envs, gate=against(it, 1))
+
+    variants["reference"] = planning(reference_of(agent))
+    if options.compiled:
+        try:
+            variants["compiled reference"] = planning(CompiledReference(agent))
+        except CannotMeasureError as e:
+            missing["compiled reference"] = str(e)
+    if options.official:
+        try:
+            run, gate = official_plan(options.official, agent, first[0], one)
+            variants["official"] = Variant(run, calls=envs, gate=gate)
+        except CannotMeasureError as e:
+            missing["official"] = str(e)
+    return Case(
+        "planner",
+        "plan",
+        variants,
+        missing,
+        size=size,
+        envs=envs,
+        actions=actions,
+        precision=precision,
+        results=envs,
+        unit="plans",
+        gflop=work.flops / 1e9,
+        mbyte=work.bytes / 1e6,
+    )
+
+
+def backend_of(options: Options) -> str:
+    """`auto`; but the kernels where they are interpreted, so that their set-up is tried without a GPU."""
+    return "triton" if interpreting() and options.torch_device.type == "cpu" else "auto"
+
+
+def _first(noise: PlanNoise) -> PlanNoise:
+    """The draws of the first environment."""
+    cut: dict[str, Tensor | None] = {}
+    for f in fields(noise):
+        x = getattr(noise, f.name)
+        shared = x is None or f.name == "members"
+        cut[f.name] = x if shared else x.narrow(1 if f.name in ("samples", "value_eps") else 0, 0, 1)
+    return PlanNoise(**cut)  # type: ignore[arg-type]
+
+
+def _traced(it: Plans, cfg: Config, envs: int, noise: PlanNoise, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of the first environment's first candidates, and its action, from a zero warm start."""
+    trace, device = PlanTrace(), it.prev_mean.device
+    found: list[Tensor] = []
+    it.prev_mean.zero_()
+    if envs == 1:
+        obs, noise = obs[:1], _first(noise)
+    within(cfg, device, lambda: found.append(it.plan(obs.to(device), False, False, None, noise, trace)))()
+    action = found[0].reshape(envs, -1)[0]
+    return trace.values[0][0].double().cpu(), action.double().cpu()
+
+
+def plan_gate(agent: TDMPC2, baseline: Plans, envs: int, noise: PlanNoise, obs: Tensor) -> Gate:
+    """Values of the first candidates; in float32 whole plans, too; and a replay is what was compared."""
+    cfg = agent.cfg
+    ours, action = _traced(agent.planner, cfg, agent.planner.num_envs, noise, obs)
+    theirs, wanted = _traced(baseline, cfg, envs, noise, obs)
+    gates = [Gate(float((ours - theirs).square().mean().sqrt() / theirs.std()), VALUE_LIMIT[cfg.precision])]
+    if cfg.precision == "float32":
+        gates.append(Gate(float((action - wanted).abs().max()), ACTION_LIMIT))
+    gates.append(Gate(float(not _replay_is_eager(agent, obs)), 0))
+    return Gate.worst(*gates)
+
+
+def _replay_is_eager(agent: TDMPC2, obs: Tensor) -> bool:
+    """Whether a plan as timed gives, from the same draws, what the eager one gives that was compared."""
+    plan = agent.planner._plan
+    if not isinstance(plan, FusedPlanner):
+        return True
+    inputs = plan.fused.inputs
+    kept = inputs.rng.clone(), inputs.prev_mean.clone()
+    found = []
+    for trace in (None, PlanTrace()):
+        inputs.rng.copy_(kept[0])
+        inputs.prev_mean.copy_(kept[1])
+        found.append(plan.plan(obs, False, False, None, None, trace))
+    return torch.equal(*found)

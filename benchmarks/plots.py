@@ -1,0 +1,136 @@
+"""Pictures of a results file: latency against environments, ratio by size, roofline."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .harness import Row
+
+
+def draw(rows: Sequence[Row], path: Path) -> str:
+    """Draw what the rows have to show; says where it is, or why there is none."""
+    panels = [p for p in (_latency, _ratios, _roofline) if p(rows, None)]
+    if not panels:
+        return f"no picture of {path.stem}: nothing in it is drawn"
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return "no picture: matplotlib is missing (extra [bench]); `make results` draws it later from the results file"
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(6.2 * len(panels), 4.6), squeeze=False, layout="constrained"
+    )
+    for panel, ax in zip(panels, axes[0], strict=True):
+        panel(rows, ax)
+    r = rows[0]
+    figure.suptitle(
+        f"{r.gpu or f'{r.cpu}, {r.threads} threads'}; commit {r.commit or 'unknown'}, {r.date[:10]}", fontsize=10
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return str(path)
+
+
+def _latency(rows: Sequence[Row], ax: Any) -> bool:
+    """Median plan against environments planned for, by implementation, size and precision."""
+    plans = [(r, r.envs) for r in rows if r.suite == "planner" and r.p50 is not None and r.envs]
+    envs = sorted({e for _, e in plans})
+    if ax is None:
+        return len(envs) > 1
+    found: defaultdict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
+    for r, e in plans:
+        # What plans for one environment plans for each in turn.
+        calls = e if r.variant in ("reference", "compiled reference", "official") else 1
+        label = ", ".join(
+            [
+                r.variant,
+                f"{r.size}M",
+                *([r.precision] if r.gpu else []),
+                *([f"A={r.actions}"] if r.actions != 6 else []),
+            ]
+        )
+        assert r.p20 is not None and r.p50 is not None and r.p80 is not None  # noqa: PT018
+        found[label].append((e, calls * r.p50, calls * (r.p50 - r.p20), calls * (r.p80 - r.p50)))
+    for label, points in found.items():
+        x, y, below, above = zip(*sorted(points), strict=True)
+        ax.errorbar(x, y, yerr=(below, above), marker="o", capsize=3, label=label)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="environments E",
+        ylabel="ms, median, 20% to 80%",
+        title="latency of a plan for E environments",
+    )
+    ax.set_xticks(envs, map(str, envs))
+    ax.minorticks_off()
+    ax.legend(fontsize=7)
+    ax.grid(alpha=0.3)
+    return True
+
+
+def _ratios(rows: Sequence[Row], ax: Any) -> bool:
+    """How many times longer each baseline takes, by model size, for one environment."""
+    found = [r for r in rows if r.suite in ("planner", "update") and r.ratio is not None and r.envs in (None, 1)]
+    found = [r for r in found if r.actions == 6 and r.size is not None]
+    if ax is None or not found:
+        return bool(found)
+    sizes = sorted({r.size for r in found if r.size is not None})
+    labels = list(dict.fromkeys(_label(r) for r in found))
+    width = 0.8 / len(labels)
+    for i, label in enumerate(labels):
+        mine = [r for r in found if _label(r) == label]
+        x = [sizes.index(r.size) + (i - (len(labels) - 1) / 2) * width for r in mine if r.size is not None]
+        heights = [r.ratio or 0 for r in mine]
+        spread = [
+            [max(0, (r.ratio or 0) - (r.ratio_p20 or 0)) for r in mine],
+            [max(0, (r.ratio_p80 or 0) - (r.ratio or 0)) for r in mine],
+        ]
+        ax.bar(x, heights, width, yerr=spread, capsize=2, label=label)
+    ax.axhline(1, color="black", linewidth=1)
+    ax.set_xticks(range(len(sizes)), [f"{s}M" for s in sizes])
+    ax.set(ylabel="time by the product's time", title="baselines, by model size, E = 1")
+    ax.legend(fontsize=7)
+    ax.grid(axis="y", alpha=0.3)
+    return True
+
+
+def _label(r: Row) -> str:
+    batch = f", batch {r.batch}" if r.batch else ""
+    return f"{r.case}{batch}: {r.variant}" + (f", {r.precision}" if r.gpu else "")
+
+
+def _roofline(rows: Sequence[Row], ax: Any) -> bool:
+    """Each product's TFLOP/s against its work per byte, under what the machine reached."""
+    copies = [r.gbs for r in rows if r.suite == "ceilings" and r.gbs]
+    rates = {r.precision: r.tflops for r in rows if r.suite == "ceilings" and r.tflops}
+    found = [r for r in rows if r.tflops and r.mbyte and r.gflop and r.variant == r.product and r.suite != "ceilings"]
+    if ax is None or not (copies and rates and found):
+        return bool(copies and rates and found)
+    import numpy as np
+
+    intensity = [1e3 * (r.gflop or 0) / (r.mbyte or 1) for r in found]
+    x = np.geomspace(min([1.0, *intensity]) / 2, max([1e4, *intensity]) * 2, 200)
+    for precision, rate in rates.items():
+        ax.plot(x, np.minimum(x * copies[0] / 1e3, rate), label=f"reached here, {precision}", linewidth=1.5)
+    for r, i in zip(found, intensity, strict=True):
+        ax.scatter([i], [r.tflops], s=18)
+        ax.annotate(_point(r), (i, r.tflops), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte needed", ylabel="TFLOP/s", title="roofline of the product")
+    ax.legend(fontsize=7)
+    ax.grid(alpha=0.3)
+    return True
+
+
+def _point(r: Row) -> str:
+    parts = [
+        r.case,
+        f"{r.size}M" if r.size else "",
+        f"E={r.envs}" if r.envs and r.envs > 1 else "",
+        r.precision if r.gpu else "",
+    ]
+    return " ".join(p for p in parts if p)

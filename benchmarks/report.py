@@ -1,0 +1,236 @@
+"""Rows as tables: what a terminal shows, `RESULTS.md`, and the table in the README.
+
+    python -m tdmpc2_fast.benchmarks.report [RESULTS_FOLDER]
+
+makes `RESULTS.md` beside the results folder, the pictures in it, and the README's table anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .harness import COLUMNS, SCHEMA, Row
+
+HEAD = (
+    "what",
+    "by",
+    "p50 ms",
+    "p20, p80, p99",
+    "ratio",
+    "per second",
+    "TFLOP/s",
+    "GB/s",
+    "of ceiling",
+    "launches",
+    "peak MB",
+)
+_PREAMBLE = """# Results
+
+Made by `make results` from the files in `results/`; not edited by hand.
+
+- Times are of one execution, in milliseconds: median, then 20th, 80th and 99th percentile.
+- *Ratio*: the time of the line's variant by the product's (what plans for one environment is called once for each), a
+  ratio of medians with the 20th and 80th percentile of the rounds' own ratios. It is shown only where both gave the
+  same result in that run.
+- TFLOP/s and GB/s are the work and the bytes that are needed, by the time taken; *of ceiling* is the larger share of
+  what the machine reached in the same run with a large matrix product or a copy.
+"""
+_MARKS = ("<!-- benchmark table: made by `make results` -->", "<!-- end of benchmark table -->")
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a results file.
+
+    Raises:
+        ValueError: no results file, or one of another schema.
+    """
+    try:
+        found = json.loads(path.read_text())
+        versions = {x["schema"] for x in found}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise ValueError(
+            f"{path}: got no results file ({type(e).__name__}), allowed: what `tdmpc2-fast bench` writes"
+        ) from e
+    if versions - {SCHEMA}:
+        raise ValueError(f"{path}: got schema {sorted(versions)}, allowed: {SCHEMA}; measure again")
+    rows = []
+    for x in found:
+        if x.keys() != set(COLUMNS):
+            raise ValueError(f"{path}: got columns {sorted(x.keys() ^ set(COLUMNS))} too many or too few")
+        rows.append(Row(**x))
+    return rows
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """All rows, one a line, in one step: a reader never sees half a file."""
+    text = ",\n".join(json.dumps({k: getattr(r, k) for k in COLUMNS}) for r in rows)
+    partial = path.with_suffix(".partial")
+    partial.write_text(f"[\n{text}\n]\n")
+    partial.replace(path)
+
+
+def what(row: Row) -> str:
+    """What was measured, in words: the plan of a size, for so many environments."""
+    parts = [row.case]
+    if row.size is not None:
+        parts.append(f"{row.size}M")
+    if row.envs not in (None, 1):
+        parts.append(f"E={row.envs}")
+    if row.batch is not None:
+        parts.append(f"batch {row.batch}")
+    if row.actions not in (None, 6):
+        parts.append(f"A={row.actions}")
+    if row.precision != "float32" or row.gpu:
+        parts.append(row.precision)
+    return ", ".join(parts)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of a table."""
+    if row.p50 is None:
+        return (what(row), row.variant, "-", f"not measured: {row.missing}", *("",) * 7)
+    assert row.p20 is not None
+    assert row.p80 is not None
+    assert row.p99 is not None
+    ratio = "" if not row.gate else f"not shown: results differ by {_g(row.gate_error)}, allowed {_g(row.gate_limit)}"
+    if row.ratio is not None:
+        ratio = f"{row.ratio:.2f}x ({_g(row.ratio_p20, 3)}, {_g(row.ratio_p80, 3)})"
+    share = ""
+    if row.compute_share is not None and row.compute_share >= (row.memory_share or 0):
+        share = f"{100 * row.compute_share:.0f}% compute"
+    elif row.memory_share is not None:
+        share = f"{100 * row.memory_share:.0f}% memory"
+    return (
+        what(row),
+        row.variant,
+        _g(row.p50, 3),
+        ", ".join(_g(x, 3) for x in (row.p20, row.p80, row.p99)),
+        ratio,
+        "" if row.per_second is None else f"{_g(row.per_second, 3)} {row.unit}",
+        _g(row.tflops, 3),
+        _g(row.gbs, 3),
+        share,
+        "" if row.launches is None else str(row.launches),
+        _g(row.peak_mb, 4),
+    )
+
+
+def _g(x: float | None, digits: int = 2) -> str:
+    """A number with some digits, never in powers of ten where it is readable without."""
+    if x is None:
+        return ""
+    if x != 0 and not 1e-3 <= abs(x) < 1e7:
+        return f"{x:.{digits - 1}e}"
+    return f"{float(f'{x:.{digits}g}'):,.10g}"
+
+
+def splits(rows: Sequence[Row]) -> list[str]:
+    """Where the time of a decision goes, a line for each row that knows."""
+    lines = []
+    for row in rows:
+        if row.split:
+            parts = ", ".join(f"{k} {_g(v, 3)} ms" for k, v in row.split.items())
+            lines.append(f"{what(row)} by {row.variant}, each part waited for: {parts}")
+    return lines
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """For a terminal; empty columns are left out."""
+    lines = [HEAD, *map(cells, rows)]
+    used = [i for i in range(len(HEAD)) if i < 2 or any(line[i] for line in lines[1:])]
+    # What is missing is said in a column that others use for numbers: it may run over.
+    plain = [line for line, row in zip(lines, [None, *rows], strict=True) if row is None or row.p50 is not None]
+    widths = {i: max(len(line[i]) for line in (plain if i > 2 else lines)) for i in used}
+    return "\n".join("  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines)
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[str] = HEAD) -> str:
+    """For a page."""
+    wanted = [HEAD.index(c) for c in columns]
+    lines = [HEAD, *map(cells, rows)]
+    used = [i for i in wanted if i < 2 or any(line[i] for line in lines[1:])]
+    table = ["| " + " | ".join(line[i] for i in used) + " |" for line in lines]
+    return "\n".join([table[0], "|" + " --- |" * len(used), *table[1:]])
+
+
+def machine_of(rows: Sequence[Row]) -> str:
+    """Hardware, versions, commit and day of a file's rows."""
+    r = rows[0]
+    clock = f", {r.clock_mhz} of {r.clock_max_mhz} MHz" if r.clock_mhz else ""
+    where = f"{r.gpu}, driver {r.driver}{clock}, host {r.cpu}" if r.gpu else f"{r.cpu}, {r.threads} threads"
+    versions = f"torch {r.torch_version}" + (f", triton {r.triton_version}" if r.gpu else "")
+    return f"{where}; Python {r.python}, {versions}; commit {r.commit or 'unknown'}, {r.date[:10]}"
+
+
+def results_page(files: Sequence[Path]) -> str:
+    """`RESULTS.md`: every results file, newest first."""
+    parts = [_PREAMBLE]
+    for path in sorted(files, key=lambda p: read(p)[0].date, reverse=True):
+        rows = read(path)
+        parts.append(f"## {rows[0].gpu or rows[0].cpu}\n\n{machine_of(rows)}. [{path.name}](results/{path.name})\n")
+        if path.with_suffix(".png").exists():
+            parts.append(f"![latency, ratios and roofline](results/{path.stem}.png)\n")
+        for suite in dict.fromkeys(r.suite for r in rows):
+            of_suite = [r for r in rows if r.suite == suite]
+            parts.append(f"### {suite}\n\n{markdown_table(of_suite)}\n")
+            parts += [f"- {line}\n" for line in splits(of_suite)]
+    return "\n".join(parts)
+
+
+def readme_table(rows: Sequence[Row]) -> str:
+    """Plans and updates, against the baselines."""
+    shown = [r for r in rows if r.suite in ("planner", "update")]
+    return f"{machine_of(rows)}:\n\n{markdown_table(shown, ('what', 'by', 'p50 ms', 'p20, p80, p99', 'ratio'))}"
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README's text with its table replaced."""
+    start, end = map(re.escape, _MARKS)
+    text, count = re.subn(f"({start}\n).*?({end})", lambda m: f"{m[1]}{table}\n{m[2]}", readme, flags=re.S)
+    if count != 1:
+        raise ValueError(f"README: got {count} tables, allowed: one between {_MARKS[0]!r} and {_MARKS[1]!r}")
+    return text
+
+
+def shown_in_readme(files: Sequence[Path]) -> Path:
+    """The newest GPU result that has plans, else the newest of a CPU."""
+    with_plans = [p for p in files if any(r.suite == "planner" for r in read(p))]
+
+    def rank(path: Path) -> tuple[Any, ...]:
+        first = read(path)[0]
+        return bool(first.gpu), first.date
+
+    return max(with_plans, key=rank)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Regenerate the pages; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    folder = Path(args[0]) if args else Path(__file__).resolve().parent / "results"
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        print(f"{folder}: no results files, allowed: a folder with what `tdmpc2-fast bench` writes", file=sys.stderr)
+        return 2
+    try:
+        for path in files:
+            from .plots import draw
+
+            print(draw(read(path), path.with_suffix(".png")))
+        page, readme = folder.parent / "RESULTS.md", folder.parent.parent / "README.md"
+        page.write_text(results_page(files))
+        table = readme_table(read(shown_in_readme(files)))
+        readme.write_text(with_table(readme.read_text(), table))
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(f"{page} and the table in {readme} are made from {len(files)} files")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

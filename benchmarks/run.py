@@ -1,0 +1,121 @@
+"""`tdmpc2-fast bench`: measures, prints a table, writes rows, draws a picture."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tdmpc2_fast import Config, __version__
+from tdmpc2_fast.errors import BackendError, ConfigError, InputError, did_you_mean
+from tdmpc2_fast.train.threads import choose_threads
+
+from . import ceilings, environments, kernels, loop, planner, replay, update
+from .harness import CannotMeasureError, Case, Ceilings, Row, measure
+from .machine import this_machine
+from .options import Options, describe, parse
+from .plots import draw
+from .report import machine_of, splits, text_table, write
+
+SUITES: dict[str, Callable[[Options], Iterator[Callable[[], Case]]]] = {
+    "planner": planner.cases,
+    "update": update.cases,
+    "kernels": kernels.cases,
+    "replay": replay.cases,
+    "environment": environments.cases,
+    "loop": loop.cases,
+}
+DEFAULT = ("planner", "update")
+
+USAGE = f"""tdmpc2-fast {__version__}
+
+  tdmpc2-fast bench [SUITE ...] [key=value ...]
+
+measures against the eager and the compiled reference, and the official code where official=CHECKOUT is
+given, in one run. Suites: {", ".join(SUITES)}, all; default: {", ".join(DEFAULT)}.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0: measured, 1: results differed somewhere, 2: what was asked for is not possible."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if any(a in ("-h", "--help", "help") for a in args):
+        print(f"{USAGE}\nkeys:\n{describe()}")
+        return 0
+    try:
+        suites = _suites([a for a in args if "=" not in a])
+        options = parse([a for a in args if "=" in a])
+        return bench(options, suites)
+    except (BackendError, ConfigError, InputError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is in the results file", file=sys.stderr)
+        return 130
+
+
+def _suites(words: Sequence[str]) -> list[str]:
+    for word in words:
+        if word not in SUITES and word != "all":
+            raise ConfigError(f"unknown suite {word!r}.{did_you_mean(word, [*SUITES, 'all'])}")
+    return list(SUITES) if "all" in words else list(dict.fromkeys(words)) or list(DEFAULT)
+
+
+def bench(options: Options, suites: Sequence[str]) -> int:
+    """Measure; rows are on disk after each case."""
+    device = options.torch_device
+    logging.getLogger("torch").setLevel(logging.ERROR)  # torch.compile's remarks on code it is given
+    choose_threads(Config(num_threads=options.threads))
+    machine = this_machine(device)
+    path = new_file(Path(options.out), machine.gpu or machine.cpu, machine.date, machine.commit)
+    print(
+        f"{machine.label}, torch {machine.torch_version}, commit {machine.commit or 'unknown'}; rows go to {path}\n",
+        flush=True,
+    )
+    rows: list[Row] = []
+    for make in ceilings.cases(options):
+        rows += measure(make(), machine, options.repeats, 1.0, options.seed, Ceilings())
+    write(path, rows)
+    reached = ceilings.reached(rows)
+    print(text_table(rows), flush=True)
+    for suite in suites:
+        for make in SUITES[suite](options):
+            try:
+                case = make()
+            except CannotMeasureError as e:
+                print(f"\n{suite}: not measured: {e}", flush=True)
+                continue
+            found = measure(case, machine, options.repeats, options.budget, options.seed, reached)
+            del case
+            rows += found
+            write(path, rows)
+            print("", text_table(found), *splits(found), sep="\n", flush=True)
+    print(f"\n{machine_of(rows)}\n{draw(rows, path.with_suffix('.png'))}\n{path}")
+    failed = [r for r in rows if r.gate == "failed"]
+    for r in failed:
+        error = "NaN" if r.gate_error is None else f"{r.gate_error:.2g}"
+        pair = f"{r.suite} {r.case}: {r.product} and {r.variant}"
+        print(f"error: {pair} differ by {error}, allowed {r.gate_limit:.2g}: no ratio is shown", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def new_file(folder: Path, label: str, date: str, commit: str) -> Path:
+    """A new results file, named after its machine, day and commit; those already there are left alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", label.removeprefix("NVIDIA ").lower()).strip("-")
+    stem = f"{slug}-{date[:10]}-{commit.rstrip('+') or 'unknown'}"
+    for n in itertools.count(1):
+        path = folder / (f"{stem}.json" if n == 1 else f"{stem}-{n}.json")
+        try:
+            path.touch(exist_ok=False)  # two runs started together get two files
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError("itertools.count ended")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

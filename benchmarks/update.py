@@ -1,0 +1,88 @@
+"""One training step on a batch that is already on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.reference import ReferenceAgent
+from tdmpc2_fast.rng import UpdateNoise, generator
+from tdmpc2_fast.update import Batch
+
+from .agents import CompiledReference, agent_of, batch_of, numbers, reference_of, within
+from .harness import CannotMeasureError, Case, Gate, Variant
+from .official import official_update
+from .options import Options
+
+# Relative difference of losses and gradient norms of a first update.
+LIMIT = dict(float32=1e-3, tf32=1e-2, bfloat16=1e-2)  # updates of a bfloat16 config are tf32
+
+
+def cases(options: Options) -> Iterator[Callable[[], Case]]:
+    """One case for each size, action dimension, batch size and precision; of the reduced ones tf32."""
+    precisions = list(dict.fromkeys("tf32" if p == "bfloat16" else p for p in options.precisions))
+    for size in options.size:
+        for actions in options.actions:
+            for batch in options.batch:
+                for precision in precisions:
+                    yield partial(case, options, size, actions, batch, precision)
+
+
+def case(options: Options, size: int, actions: int, batch_size: int, precision: str) -> Case:
+    """An update of the product against the baselines'; each goes on from its own last update."""
+    cfg = options.config(size, actions, precision=precision, batch_size=batch_size, backend="torch")
+    agent = agent_of(cfg)
+    device = agent.device
+    batch = batch_of(cfg, device)
+    # The product draws its random numbers; the reference is given them ready-made.
+    noise = UpdateNoise.draw(cfg, generator(options.seed, "benchmark", device))
+    with FlopCounterMode(display=False) as counter:
+        wanted = numbers(agent_of(cfg).updater.step(batch, noise))
+    missing: dict[str, str] = {}
+    variants = {"torch": Variant(lambda: agent.updater.step(batch))}
+
+    def learning(it: ReferenceAgent | CompiledReference) -> Variant:
+        first: dict[str, float] = {}
+
+        def run() -> None:
+            info = it.update(batch, noise)
+            if not first:
+                first.update(numbers(info))
+
+        return Variant(within(cfg, device, run), gate=lambda: Gate.of_metrics(wanted, first, LIMIT[precision]))
+
+    variants["reference"] = learning(reference_of(agent))
+    if options.compiled:
+        try:
+            variants["compiled reference"] = learning(CompiledReference(agent))
+        except CannotMeasureError as e:
+            missing["compiled reference"] = str(e)
+    if options.official:
+        try:
+            variants["official"] = official_update(options.official, agent, batch)
+        except CannotMeasureError as e:
+            missing["official"] = str(e)
+    return Case(
+        "update",
+        "update",
+        variants,
+        missing,
+        size=size,
+        actions=actions,
+        batch=batch_size,
+        precision=precision,
+        unit="updates",
+        gflop=counter.get_total_flops() / 1e9,
+        mbyte=_least_bytes(agent, batch) / 1e6,
+    )
+
+
+def _least_bytes(agent: TDMPC2, batch: Batch) -> int:
+    """What crosses the memory bus whatever the caches do: parameters and moments read and written, targets, batch."""
+    targets = set(agent.model._target_Qs_params.parameters())
+    trained = sum(p.numel() for p in agent.model.parameters() if p not in targets)
+    data = sum(x.numel() * x.element_size() for x in batch if x is not None)
+    return 4 * (6 * trained + 2 * sum(p.numel() for p in targets)) + data
