@@ -29,7 +29,7 @@ _TAIL = 700  # characters shown of a part that failed
 
 TESTS = ("test_gpu", "test_layer_kernels", "test_head_kernels", "test_mppi_kernel", "test_noise_kernel")
 # What compute-sanitizer watches: it makes a kernel a hundred times slower.
-SANITIZED = "tests/test_gpu.py::test_replay_is_eager_bitwise"
+SANITIZED = "tests/test_gpu.py::test_a_replay_is_bitwise_an_eager_plan"
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ class StandIn:
     """A damped linear system driven by the action; it takes no time worth speaking of."""
 
     obs_shape: tuple[int, ...] = (OBS_DIM,)
-    max_episode_steps = _DECISIONS
     action_repeat = 1
 
     def __init__(self, action_dim: int, seed: int) -> None:
-        self.action_dim = action_dim
+        self.action_dim, self.max_episode_steps = action_dim, _DECISIONS
         self._random = np.random.default_rng(seed)
         self._drive = self._random.standard_normal((OBS_DIM, action_dim)) / action_dim**0.5
         self._state = np.zeros(OBS_DIM)
@@ -42,7 +41,13 @@ class StandIn:
         self._state = 0.9 * self._state + 0.3 * self._drive @ action
         self._decisions += 1
         reward = float(np.exp(-np.square(self._state).mean()))
-        return self._state.astype(np.float32), reward, False, self._decisions >= _DECISIONS, {"success": 0.0}
+        return (
+            self._state.astype(np.float32),
+            reward,
+            False,
+            self._decisions >= self.max_episode_steps,
+            {"success": 0.0},
+        )
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """There is nothing to see."""

@@ -83,7 +83,9 @@ def test_everything_installs_under_one_name() -> None:
         top = max((k for k in source if package == k or package.startswith(k + ".")), key=len)
         folder = ROOT / source[top] / package[len(top) :].strip(".").replace(".", "/")
         assert (folder / "__init__.py").is_file(), package
-    folders = {p.parent for d in ("tdmpc2_fast", "kernels", "train") for p in (ROOT / d).rglob("__init__.py")}
+    folders = {
+        p.parent for d in ("tdmpc2_fast", "kernels", "train", "benchmarks") for p in (ROOT / d).rglob("__init__.py")
+    }
     assert len(folders) == len(packages)
 
 
