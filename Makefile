@@ -9,13 +9,14 @@ BIN     = $(VENV)/bin
 TRAIN  ?= task=cheetah-run model_size=1 num_samples=128 num_elites=16 batch_size=128 seed_steps=1000 steps=3500 \
           eval_freq=10000 eval_episodes=2 exp_name=quick
 
-# Suites and keys of `tdmpc2-fast bench`, and a checkout of the official code to measure beside ours.
+# Suites and keys of `tdmpc2-fast bench`, and checkouts of the official code and the JAX port to measure beside ours.
 BENCH  ?= planner update
 OFFICIAL ?=
-THEIRS  = $(if $(OFFICIAL),official=$(abspath $(OFFICIAL)))
+JAX    ?=
+THEIRS  = $(if $(OFFICIAL),official=$(abspath $(OFFICIAL))) $(if $(JAX),jax=$(abspath $(JAX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test gpu report lint typecheck golden bench results clean
+.PHONY: help setup train test gpu report lint typecheck golden bench bench-report results clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -62,8 +63,13 @@ gpu:             ## all a GPU has to show, with the torch and triton of PYTHON; 
 report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.kernels.report
 
-bench: setup     ## plan and update against the eager and the compiled reference; OFFICIAL=CHECKOUT adds the official code
+bench: setup     ## plan and update against the reference, eager and compiled; OFFICIAL=, JAX=CHECKOUT add theirs
 	$(BIN)/tdmpc2-fast bench $(BENCH) $(THEIRS)
+
+bench-report: setup # a report, not a test of speed: it fails only where results differ
+	@rm -rf build/bench
+	$(BIN)/tdmpc2-fast bench planner update replay size=1 repeats=7 compiled=false out=build/bench
+	-$(BIN)/python benchmarks/compare.py $(lastword $(sort $(wildcard benchmarks/results/*epyc*.json))) build/bench/*.json
 
 results: setup   ## RESULTS.md, its pictures and the table in the README from the files in benchmarks/results
 	$(BIN)/python -m tdmpc2_fast.benchmarks.report

@@ -13,7 +13,7 @@ from tdmpc2_fast.backend import matmul_precision
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.reference import ReferenceAgent
-from tdmpc2_fast.rng import PlanNoise
+from tdmpc2_fast.rng import PlanNoise, UpdateNoise
 from tdmpc2_fast.update import Batch
 
 from .harness import CannotMeasureError
@@ -104,7 +104,7 @@ class CompiledReference:
         torch._dynamo.reset()  # what another case compiled counts towards its limits
         self._reference = it = reference_of(agent)
         self.prev_mean = it.prev_mean
-        self.update = torch.compile(it.update, mode="reduce-overhead")
+        self._update = torch.compile(it.update, mode="reduce-overhead")
         self._plan = self._traced_plan
         if agent.device.type == "cpu":
             it.estimate_value = torch.compile(it.estimate_value, mode="reduce-overhead")  # type: ignore[method-assign]
@@ -114,6 +114,11 @@ class CompiledReference:
         for x in [*it.p.values(), it.prev_mean, it.scale]:
             torch._dynamo.mark_static_address(x)
         self._plan = torch.compile(self._traced_plan, mode="reduce-overhead")
+
+    def update(self, batch: Batch, noise: UpdateNoise) -> dict[str, Tensor]:
+        """As the reference's; metrics last until the next one."""
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._update(batch, noise)
 
     def _traced_plan(self, obs: Tensor, noise: PlanNoise) -> tuple[Tensor, Tensor]:
         trace = PlanTrace()

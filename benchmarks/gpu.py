@@ -1,6 +1,6 @@
 """`make gpu`: everything a GPU has to show, in one command of under ten minutes.
 
-    python benchmarks/gpu.py [PART ...] [out=FOLDER] [minutes=9.5] [official=CHECKOUT]
+    python benchmarks/gpu.py [PART ...] [out=FOLDER] [minutes=9.5] [official=CHECKOUT] [jax=CHECKOUT]
 
 Needs torch, triton, numpy and pytest (for the tests), and no network. Every part is a process of its
 own with its own time; one that fails or takes too long does not stop the others. A short table comes
@@ -24,10 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu-logs"
+TESTS = ("_gpu", "_kernel", "_kernels")  # how the names of files with GPU tests end
 RESERVE = 15.0  # seconds for the results at the end
 _TAIL = 700  # characters shown of a part that failed
 
-TESTS = ("test_gpu", "test_layer_kernels", "test_head_kernels", "test_mppi_kernel", "test_noise_kernel")
 # What compute-sanitizer watches: it makes a kernel a hundred times slower.
 SANITIZED = "tests/test_gpu.py::test_a_replay_is_bitwise_an_eager_plan"
 
@@ -52,15 +52,14 @@ class Outcome:
     tails: list[str] = field(default_factory=list)
 
 
-def parts(official: str | None) -> list[Part]:
-    """All parts, the most telling first, for the time may end before the last."""
+def parts(theirs: Sequence[str] = ()) -> list[Part]:
+    """All parts, the most telling first, for the time may end before the last; `theirs`: keys of checkouts."""
     python = (sys.executable, "-P")
-    tests = tuple(
-        (*python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"tests/{t}.py")
-        for t in TESTS
-        if (ROOT / "tests" / f"{t}.py").exists()
-    )
-    theirs = () if official is None else (f"official={official}",)
+    # Side by side, because most of their time is compilation; nothing is timed meanwhile.
+    files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*")) if p.stem.endswith(TESTS)]
+    shards = max(1, min(14, (os.cpu_count() or 1) - 2))
+    pytest = (*python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files)
+    tests = tuple(("env", f"TEST_SHARD={i}/{shards}", *pytest) for i in range(shards))
 
     def bench(name: str, seconds: float, *words: str) -> Part:
         out = f"out={LOGS / name}"
@@ -175,7 +174,7 @@ def gather(out: Path) -> tuple[Path | None, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    options = dict(out=str(ROOT / "benchmarks" / "results"), minutes="9.5", official="")
+    options = dict(out=str(ROOT / "benchmarks" / "results"), minutes="9.5", official="", jax="")
     names = []
     for word in words:
         name, equals, value = word.partition("=")
@@ -186,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         else:
             names.append(word)
-    all_parts = parts(options["official"] or None)
+    all_parts = parts([f"{k}={options[k]}" for k in ("official", "jax") if options[k]])
     unknown = [n for n in names if n not in [p.name for p in all_parts]]
     if unknown:
         print(f"unknown part {unknown[0]!r}, allowed: {', '.join(p.name for p in all_parts)}", file=sys.stderr)

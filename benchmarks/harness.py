@@ -129,6 +129,7 @@ class Row:
     shape: str
     seed: int
     repeats: int
+    calls: int  # executions that come to one of the product's
     p20: float | None
     p50: float | None
     p80: float | None
@@ -207,6 +208,7 @@ def measure(case: Case, machine: Machine, repeats: int, budget: float, seed: int
                 name,
                 product,
                 repeats=len(one),
+                calls=variant.calls,
                 samples=[float(f"{t:.5g}") for t in one[:_KEPT_SAMPLES]],
                 first_call_s=round(first_call[name], 3),
                 launches=launches[name],
@@ -277,7 +279,10 @@ def _launches(variant: Variant, device: torch.device) -> int | None:
     """Kernels and copies on the device's time line during one execution; not known on a CPU."""
     if device.type != "cuda":
         return None
-    return len(device_events(lambda: _timed(variant, device))) // variant.inner or None
+    try:
+        return len(device_events(lambda: _timed(variant, device))) // variant.inner or None
+    except RuntimeError:  # a profiler that may not look at the device: times are measured all the same
+        return None
 
 
 def device_events(run: Callable[[], object]) -> list[Any]:
@@ -327,7 +332,7 @@ def _row(case: Case, machine: Machine, seed: int, variant: str, product: str, **
     values |= dict(schema=SCHEMA, suite=case.suite, case=case.name, variant=variant, product=product, seed=seed)
     for key in ("size", "envs", "actions", "batch", "precision", "shape", "unit", "gflop", "mbyte"):
         values[key] = getattr(case, key)
-    values |= dict(repeats=0, samples=[], gate="", missing="", split={})
+    values |= dict(repeats=0, calls=1, samples=[], gate="", missing="", split={})
     return Row(**(values | machine.facts() | found))
 
 

@@ -38,6 +38,7 @@ class Options:
     device: str = _key("auto, cpu, cuda or cuda:N", "auto")
     compiled: bool = _key("measure torch.compile baselines, which take a minute or two to compile", True)
     official: str | None = _key("checkout of the official repository to measure, too")
+    jax: str | None = _key("checkout of the JAX port (tdmpc2-jax) to measure, too")
     task: str = _key("environment of the environment and loop suites", "walker-walk")
     repeats: int = _key("rounds of a measurement", 20)
     budget: float = _key("seconds of a measurement, after which its rounds end", 20.0)
@@ -66,6 +67,10 @@ class Options:
             raise ConfigError(
                 f"bench key 'official': got {self.official!r}, allowed: a checkout of the official repository, "
                 "with tdmpc2/tdmpc2.py in it"
+            )
+        if self.jax is not None and not Path(self.jax, "tdmpc2_jax", "tdmpc2.py").is_file():
+            raise ConfigError(
+                f"bench key 'jax': got {self.jax!r}, allowed: a checkout of tdmpc2-jax, with tdmpc2_jax/tdmpc2.py in it"
             )
         for x in self.precisions:
             # The interpreter computes the kernels' tf32 and bfloat16 on a CPU; plain torch does not.

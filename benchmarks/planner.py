@@ -20,6 +20,7 @@ from tdmpc2_fast.rng import PlanNoise, generator
 
 from .agents import CompiledReference, agent_of, observations, reference_of, within
 from .harness import CannotMeasureError, Case, Gate, Variant
+from .jax_port import plan_variant
 from .official import official_plan
 from .options import Options
 
@@ -91,6 +92,11 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
             variants["official"] = Variant(run, calls=envs, gate=gate)
         except CannotMeasureError as e:
             missing["official"] = str(e)
+    if options.jax:
+        try:
+            variants["JAX port"] = plan_variant(options.jax, agent, obs)
+        except CannotMeasureError as e:
+            missing["JAX port"] = str(e)
     return Case(
         "planner",
         "plan",

@@ -44,8 +44,6 @@ def _latency(rows: Sequence[Row], ax: Any) -> bool:
         return len(envs) > 1
     found: defaultdict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
     for r, e in plans:
-        # What plans for one environment plans for each in turn.
-        calls = e if r.variant in ("reference", "compiled reference", "official") else 1
         label = ", ".join(
             [
                 r.variant,
@@ -55,7 +53,7 @@ def _latency(rows: Sequence[Row], ax: Any) -> bool:
             ]
         )
         assert r.p20 is not None and r.p50 is not None and r.p80 is not None  # noqa: PT018
-        found[label].append((e, calls * r.p50, calls * (r.p50 - r.p20), calls * (r.p80 - r.p50)))
+        found[label].append((e, r.calls * r.p50, r.calls * (r.p50 - r.p20), r.calls * (r.p80 - r.p50)))
     for label, points in found.items():
         x, y, below, above = zip(*sorted(points), strict=True)
         ax.errorbar(x, y, yerr=(below, above), marker="o", capsize=3, label=label)

@@ -34,7 +34,7 @@ _PREAMBLE = """# Results
 Made by `make results` from the files in `results/`; not edited by hand.
 
 - Times are of one execution, in milliseconds: median, then 20th, 80th and 99th percentile.
-- *Ratio*: the time of the line's variant by the product's (what plans for one environment is called once for each), a
+- *Ratio*: the time of the line's variant by the product's (N x: what plans for one environment, called for each), a
   ratio of medians with the 20th and 80th percentile of the rounds' own ratios. It is shown only where both gave the
   same result in that run.
 - TFLOP/s and GB/s are the work and the bytes that are needed, by the time taken; *of ceiling* is the larger share of
@@ -108,7 +108,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         what(row),
         row.variant,
-        _g(row.p50, 3),
+        f"{row.calls} x {_g(row.p50, 3)}" if row.calls > 1 else _g(row.p50, 3),
         ", ".join(_g(x, 3) for x in (row.p20, row.p80, row.p99)),
         ratio,
         "" if row.per_second is None else f"{_g(row.per_second, 3)} {row.unit}",

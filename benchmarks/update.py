@@ -14,6 +14,7 @@ from tdmpc2_fast.update import Batch
 
 from .agents import CompiledReference, agent_of, batch_of, numbers, reference_of, within
 from .harness import CannotMeasureError, Case, Gate, Variant
+from .jax_port import update_variant
 from .official import official_update
 from .options import Options
 
@@ -65,6 +66,11 @@ def case(options: Options, size: int, actions: int, batch_size: int, precision: 
             variants["official"] = official_update(options.official, agent, batch)
         except CannotMeasureError as e:
             missing["official"] = str(e)
+    if options.jax:
+        try:
+            variants["JAX port"] = update_variant(options.jax, agent, batch, wanted)
+        except CannotMeasureError as e:
+            missing["JAX port"] = str(e)
     return Case(
         "update",
         "update",

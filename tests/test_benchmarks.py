@@ -18,7 +18,20 @@ import torch
 from conftest import TINY, tiny_config
 from oracle import QUIET
 
-from tdmpc2_fast.benchmarks import compare, gpu, kernels, loop, official, planner, replay, report, run, stand_in, update
+from tdmpc2_fast.benchmarks import (
+    compare,
+    gpu,
+    jax_port,
+    kernels,
+    loop,
+    official,
+    planner,
+    replay,
+    report,
+    run,
+    stand_in,
+    update,
+)
 from tdmpc2_fast.benchmarks.agents import agent_of, why_not_compiled
 from tdmpc2_fast.benchmarks.harness import CannotMeasureError, Case, Ceilings, Gate, Row, Variant, measure, quantiles
 from tdmpc2_fast.benchmarks.machine import Machine, this_machine
@@ -67,6 +80,7 @@ def test_ratios_are_of_the_product_and_count_calls_and_executions(machine: Machi
     assert ours.p50 == pytest.approx(2, rel=0.3)
     assert slow.ratio == pytest.approx(6, rel=0.3)
     assert one.ratio == pytest.approx(16, rel=0.3)
+    assert report.cells(one)[2].startswith("8 x ")
     assert slow.ratio_p20 is not None
     assert slow.ratio_p20 <= slow.ratio <= slow.ratio_p80 + 1e-9  # type: ignore[operator]
     assert ours.per_second == pytest.approx(4000, rel=0.3)
@@ -241,6 +255,7 @@ def test_the_command_measures_prints_and_writes(
         (["repeats=1"], "bench keys 'repeats' and 'budget'"),
         (["compiled=maybe"], "bench key 'compiled': got 'maybe', allowed: true or false"),
         (["official=/nowhere"], "bench key 'official': got '/nowhere', allowed: a checkout"),
+        (["jax=/nowhere"], "bench key 'jax': got '/nowhere', allowed: a checkout of tdmpc2-jax"),
         (["device=cuda:99"], "config key 'device'"),
     ],
 )
@@ -277,7 +292,7 @@ def row(**changes: Any) -> Row:
     facts |= dict(triton_version="", version="0", commit="abc", date="2026-01-02T03:04:05+00:00")
     values: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Row))
     values |= dict(schema=1, suite="planner", case="plan", variant="torch", product="torch", precision="float32")
-    values |= dict(size=5, envs=1, actions=6, shape="", seed=0, repeats=20, samples=[], unit="plans", gate="")
+    values |= dict(size=5, envs=1, actions=6, shape="", seed=0, repeats=20, samples=[], unit="plans", gate="", calls=1)
     values |= dict(missing="", split={}, p20=98.0, p50=100.0, p80=102.0, p99=103.0)
     return Row(**(values | facts | changes))
 
@@ -385,7 +400,7 @@ def test_make_gpu_without_a_gpu_says_what_it_cannot_do(capsys: pytest.CaptureFix
 
 
 def test_parts_of_make_gpu_ask_for_what_there_is() -> None:
-    all_parts = gpu.parts(None)
+    all_parts = gpu.parts()
     for part in (p for p in all_parts if p.rows):
         (command,) = part.commands
         words = command[command.index("tdmpc2_fast.benchmarks.run") + 1 :]
@@ -393,9 +408,11 @@ def test_parts_of_make_gpu_ask_for_what_there_is() -> None:
         keys = [w for w in words if "=" in w]
         assert parse(keys).out.endswith(part.name)
     tests = next(p for p in all_parts if p.name == "tests")
-    files = {Path(c[-1]).name for c in tests.commands}
     wanted = {p.name for p in (ROOT / "tests").glob("test_*") if p.name.endswith(("_kernel.py", "_kernels.py"))}
-    assert files == wanted | {"test_gpu.py"}
+    shards = {c[1] for c in tests.commands}
+    assert shards == {f"TEST_SHARD={i}/{len(shards)}" for i in range(len(shards))}
+    for command in tests.commands:
+        assert {Path(w).name for w in command if w.startswith("tests/")} == wanted | {"test_gpu.py"}
     file, name = gpu.SANITIZED.split("::")
     assert f"def {name}(" in (ROOT / file).read_text()
 
@@ -475,6 +492,25 @@ def test_the_official_code_plans_and_learns_the_same() -> None:
     gate = official.official_update(os.environ["OFFICIAL"], agent, batch_of(agent.cfg, CPU)).gate
     assert gate is not None
     assert gate().passed
+
+
+def test_the_jax_port_says_what_it_lacks(tmp_path: Path) -> None:
+    agent = agent_of(tiny_config())
+    with pytest.raises(CannotMeasureError, match="one width"):
+        jax_port.plan_variant(str(tmp_path), agent, torch.zeros(1, 5))
+    square = agent_of(tiny_config(mlp_dim=16))
+    with pytest.raises(CannotMeasureError, match=r"the JAX port needs \w+.*, which is not installed"):
+        jax_port.plan_variant(str(tmp_path), square, torch.zeros(1, 5))
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.skipif("JAX_PORT" not in os.environ, reason="JAX_PORT names no checkout of the JAX port")
+def test_the_jax_port_has_the_same_model() -> None:
+    agent = agent_of(tiny_config(mlp_dim=16, dropout=0.0))
+    variant = jax_port.plan_variant(os.environ["JAX_PORT"], agent, torch.randn(3, 5))
+    variant.run()
+    assert variant.gate is not None
+    assert variant.gate().passed
 
 
 def test_the_list_of_episodes_follows_the_buffers_law(small: Options) -> None:
