@@ -41,6 +41,7 @@ def product(options: Options, precision: str) -> Case:
 
 
 def reached(rows: Sequence[Row]) -> Ceilings:
-    """The medians of these rows."""
-    rates = {r.precision: r.tflops for r in rows if r.suite == "ceilings" and r.tflops}
-    return Ceilings(rates, next((r.gbs for r in rows if r.suite == "ceilings" and r.gbs), None))
+    """The fastest rounds of these rows."""
+    found = [(r, min(r.samples)) for r in rows if r.suite == "ceilings"]
+    rates = {r.precision: r.gflop / ms for r, ms in found if r.gflop}
+    return Ceilings(rates, next((r.mbyte / ms for r, ms in found if r.mbyte), None))

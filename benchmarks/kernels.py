@@ -120,6 +120,7 @@ class _Bench:
             ),
             lambda: self._product(self._plain(x), layer.weight, layer.bias),
             gflop=2 * 2 * self._count() * d * d / 1e9,
+            mbyte=_mbyte(x.x, layer.weight, out.x),
             shape=f"2 x ({self._count()}, {d}) by ({d}, {d})",
         )
 
@@ -147,6 +148,7 @@ class _Bench:
             ours,
             plain,
             gflop=2 * 2 * self._count() * d * (k + a_dim) / 1e9,
+            mbyte=_mbyte(z.x, a, layer.weight, out.x),
             shape=f"({self._count()}, {k} + {a_dim}) by 2 x ({k + a_dim}, {d})",
         )
 
@@ -184,6 +186,7 @@ class _Bench:
             ours,
             plain,
             gflop=2 * groups * self._count() * d * bins / 1e9,
+            mbyte=_mbyte(x.x, layer.weight, out),
             shape=f"{groups} x ({self._count()}, {d}) by ({d}, {bins})",
         )
 
@@ -211,6 +214,7 @@ class _Bench:
             lambda: policy_action(F.linear(x.activated()[0], layer.weight[0], layer.bias[0]), eps, low, high),
             plain,
             gflop=2 * self._count() * d * 2 * a_dim / 1e9,
+            mbyte=_mbyte(x.x, layer.weight, eps, out),
             shape=f"({self._count()}, {d}) by ({d}, {2 * a_dim})",
         )
 
@@ -254,7 +258,15 @@ class _Bench:
             actions.copy_(start)
             return fused()
 
-        return self._case("elite update", fused, ours, plain, first=once, shape=f"{e} x {n} sequences, {k} elites")
+        return self._case(
+            "elite update",
+            fused,
+            ours,
+            plain,
+            first=once,
+            mbyte=_mbyte(scalars, actions, noise, noise),
+            shape=f"{e} x {n} sequences, {k} elites",
+        )
 
     def plan_noise(self) -> Case:
         """All random numbers of a plan. Generators draw different numbers, so their moments are compared."""
@@ -379,6 +391,11 @@ def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         for _ in range(_INNER):
             run()
     return graph
+
+
+def _mbyte(*tensors: Tensor) -> float:
+    """Of what must be read and written at least once."""
+    return sum(x.numel() * x.element_size() for x in tensors) / 1e6
 
 
 def _moments(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .ceilings import reached
 from .harness import Row
 
 
@@ -92,7 +93,8 @@ def _ratios(rows: Sequence[Row], ax: Any) -> bool:
     ax.axhline(1, color="black", linewidth=1)
     ax.set_xticks(range(len(sizes)), [f"{s}M" for s in sizes])
     ax.set(ylabel="time by the product's time", title="baselines, by model size, E = 1")
-    ax.legend(fontsize=7)
+    ax.set_ylim(top=1.5 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(fontsize=7, ncols=2, loc="upper left")
     ax.grid(axis="y", alpha=0.3)
     return True
 
@@ -104,17 +106,16 @@ def _label(r: Row) -> str:
 
 def _roofline(rows: Sequence[Row], ax: Any) -> bool:
     """Each product's TFLOP/s against its work per byte, under what the machine reached."""
-    copies = [r.gbs for r in rows if r.suite == "ceilings" and r.gbs]
-    rates = {r.precision: r.tflops for r in rows if r.suite == "ceilings" and r.tflops}
+    ceilings = reached(rows)
     found = [r for r in rows if r.tflops and r.mbyte and r.gflop and r.variant == r.product and r.suite != "ceilings"]
-    if ax is None or not (copies and rates and found):
-        return bool(copies and rates and found)
+    if ax is None or not (ceilings.gbs and ceilings.tflops and found):
+        return bool(ceilings.gbs and ceilings.tflops and found)
     import numpy as np
 
     intensity = [1e3 * (r.gflop or 0) / (r.mbyte or 1) for r in found]
     x = np.geomspace(min([1.0, *intensity]) / 2, max([1e4, *intensity]) * 2, 200)
-    for precision, rate in rates.items():
-        ax.plot(x, np.minimum(x * copies[0] / 1e3, rate), label=f"reached here, {precision}", linewidth=1.5)
+    for precision, rate in ceilings.tflops.items():
+        ax.plot(x, np.minimum(x * ceilings.gbs / 1e3, rate), label=f"reached here, {precision}", linewidth=1.5)
     for r, i in zip(found, intensity, strict=True):
         ax.scatter([i], [r.tflops], s=18)
         ax.annotate(_point(r), (i, r.tflops), fontsize=6, xytext=(3, 3), textcoords="offset points")

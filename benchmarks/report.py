@@ -134,8 +134,9 @@ def splits(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         if row.split:
-            parts = ", ".join(f"{k} {_g(v, 3)} ms" for k, v in row.split.items())
-            lines.append(f"{what(row)} by {row.variant}, each part waited for: {parts}")
+            whole = sum(v for k, v in row.split.items() if k != "idle")
+            parts = ", ".join(f"{k} {_g(v, 3)} ms ({100 * v / whole:.0f}%)" for k, v in row.split.items())
+            lines.append(f"{what(row)} by {row.variant}, part by part: {parts}")
     return lines
 
 
@@ -156,6 +157,30 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[str] = HEAD) -> str:
     used = [i for i in wanted if i < 2 or any(line[i] for line in lines[1:])]
     table = ["| " + " | ".join(line[i] for i in used) + " |" for line in lines]
     return "\n".join([table[0], "|" + " --- |" * len(used), *table[1:]])
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A line for each case: the product's time, and how many times longer each baseline takes."""
+    cases: dict[tuple[object, ...], list[Row]] = {}
+    for r in rows:
+        cases.setdefault((r.suite, what(r), r.shape), []).append(r)
+    lines = []
+    for (suite, name, _), found in cases.items():
+        ours = next((r for r in found if r.variant == r.product and r.p50 is not None), None)
+        if ours is None:
+            continue
+        against = [f"{r.variant} {_short(r)}" for r in found if r.variant != r.product]
+        share = cells(ours)[HEAD.index("of ceiling")]
+        facts = [f"p99 {_g(ours.p99, 3)}", share, f"{ours.launches} launches" if ours.launches else ""]
+        line = f"{suite}: {name}: {ours.variant} {_g(ours.p50, 3)} ms ({', '.join(f for f in facts if f)})"
+        lines.append(f"{line}; {', '.join(against)}" if against else line)
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _short(row: Row) -> str:
+    if row.ratio is not None:
+        return f"{row.ratio:.2f}x"
+    return "differs: no ratio" if row.gate == "failed" else "not measured"
 
 
 def machine_of(rows: Sequence[Row]) -> str:

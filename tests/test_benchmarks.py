@@ -19,6 +19,7 @@ from conftest import TINY, tiny_config
 from oracle import QUIET
 
 from tdmpc2_fast.benchmarks import (
+    ceilings,
     compare,
     gpu,
     jax_port,
@@ -374,13 +375,20 @@ def test_the_readme_shows_a_gpu_before_a_newer_cpu(tmp_path: Path) -> None:
     assert report.results_page(files).index("newest.json") < report.results_page(files).index("old.json")
 
 
+def test_ceilings_are_the_fastest_rounds() -> None:
+    rows = [row(suite="ceilings", gflop=20.0, samples=[100.0, 50.0]), row(suite="ceilings", mbyte=8.0, samples=[4.0])]
+    found = ceilings.reached([*rows, row(gflop=1e9, samples=[1.0])])
+    assert found.tflops == {"float32": 0.4}
+    assert found.gbs == 2.0
+
+
 def test_a_picture_is_drawn_where_there_is_something_to_show(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from tdmpc2_fast.benchmarks.plots import draw
 
     ratios = dict(variant="reference", ratio=2.0, ratio_p20=1.9, ratio_p80=2.1)
     rows = [slower(e**0.5, envs=e) for e in (1, 4, 16)] + [slower(2.0, **ratios)]
-    rows += [row(suite="ceilings", case="copy", gbs=30.0), row(suite="ceilings", case="product", tflops=0.2)]
+    rows += [row(suite="ceilings", mbyte=3000.0, samples=[100.0]), row(suite="ceilings", gflop=20.0, samples=[100.0])]
     rows += [row(tflops=0.1, gflop=40.0, mbyte=20.0)]
     assert draw(rows, tmp_path / "x.png") == str(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -403,6 +411,7 @@ def test_parts_of_make_gpu_ask_for_what_there_is() -> None:
     all_parts = gpu.parts()
     for part in (p for p in all_parts if p.rows):
         (command,) = part.commands
+        assert part.seconds <= 100
         words = command[command.index("tdmpc2_fast.benchmarks.run") + 1 :]
         assert run._suites([w for w in words if "=" not in w])
         keys = [w for w in words if "=" in w]
@@ -415,6 +424,17 @@ def test_parts_of_make_gpu_ask_for_what_there_is() -> None:
         assert {Path(w).name for w in command if w.startswith("tests/")} == wanted | {"test_gpu.py"}
     file, name = gpu.SANITIZED.split("::")
     assert f"def {name}(" in (ROOT / file).read_text()
+
+
+def test_a_part_whose_tests_were_all_skipped_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+
+    def closing(line: str) -> gpu.Part:
+        return gpu.Part("tests", ((sys.executable, "-c", f"print({line!r})"),) * 2, 20)
+
+    assert gpu.run(closing("7 passed, 2 skipped in 3.05s"), 20).status == "passed: 14 passed, 4 skipped"
+    assert gpu.run(closing("2 skipped, 9 deselected in 0.05s"), 20).status == "failed: 4 skipped"
+    assert gpu.run(closing("nothing"), 20).status == "passed"
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(
@@ -438,7 +458,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(
     assert gpu.finish(outcomes, tmp_path / "out") == 1
     said = capsys.readouterr().out
     assert "it broke" in said
-    assert "| plan, 5M, float32 | torch | 100 |" in said
+    assert "planner: plan, 5M, float32: torch 100 ms (p99 103)\n" in said
     assert len(said) < 10_000
     (path,) = (tmp_path / "out").glob("h200-2026-01-02-abc.json")
     assert len(report.read(path)) == 2
