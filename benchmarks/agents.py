@@ -103,7 +103,7 @@ class CompiledReference:
             raise CannotMeasureError(why)
         torch._dynamo.reset()  # what another case compiled counts towards its limits
         self._reference = it = reference_of(agent)
-        self.prev_mean = it.prev_mean
+        self.prev_mean, self.p = it.prev_mean, it.p
         self._update = torch.compile(it.update, mode="reduce-overhead")
         self._plan = self._traced_plan
         if agent.device.type == "cpu":

@@ -49,7 +49,7 @@ def key(row: Row) -> Key:
 
 def machine(row: Row) -> Key:
     """Where times compare."""
-    return row.device, row.gpu, row.cpu, row.threads
+    return row.device, row.gpu, row.cpu, 0 if row.gpu else row.threads
 
 
 def compare(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:

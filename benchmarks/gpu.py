@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu-logs"
 TESTS = ("_gpu", "_kernel", "_kernels")  # how the names of files with GPU tests end
+THREADS = min(8, os.cpu_count() or 1)  # of torch on the host: the same in every run
 RESERVE = 15.0  # seconds for the results at the end
 _TAIL, _TAILS = 700, 3  # characters shown of a command that failed, and commands of a part
 
@@ -41,7 +42,6 @@ class Part:
     name: str
     commands: tuple[tuple[str, ...], ...]
     seconds: float
-    rows: bool = False  # whether it writes a results file
 
 
 @dataclass
@@ -64,32 +64,34 @@ def parts(theirs: Sequence[str] = ()) -> list[Part]:
     tests = tuple(("env", f"TEST_SHARD={i}/{shards}", *pytest) for i in range(shards))
 
     def command(folder: Path, *words: str) -> tuple[str, ...]:
-        return (*python, "-m", "tdmpc2_fast.benchmarks.run", *words, f"out={folder}")
+        return (*python, "-m", "tdmpc2_fast.benchmarks.run", *words, f"threads={THREADS}", f"out={folder}")
 
     def bench(name: str, seconds: float, *words: str) -> Part:
-        return Part(name, (command(LOGS / name, *words),), seconds, rows=True)
+        return Part(name, (command(LOGS / name, *words),), seconds)
 
-    # What torch.compile makes stays on disk, so these short runs, whose rows nobody reads, save the later ones minutes.
-    compiled = [(suite, "precision=tf32", "repeats=3", "budget=1", *theirs) for suite in ("planner", "update")]
+    # What is compiled stays on disk, so these short runs, whose rows nobody reads, save the later ones minutes.
     unread = ROOT / "build" / "gpu-unread"
-    warm = ((*python, "-m", "tdmpc2_fast.benchmarks.warm"), *(command(unread, *words) for words in compiled))
-
+    short = ("repeats=3", "budget=0.1")
+    warm = (
+        (*python, "-m", "tdmpc2_fast.benchmarks.warm"),
+        command(unread, "planner", "precision=tf32", *short, *theirs),
+        command(unread, "update", "precision=tf32", *short, *theirs),
+        command(unread, "kernels", "envs=1,64", "compiled=false", *short),
+    )
+    quick = ("compiled=false", "repeats=50", "budget=2")
     return [
-        Part("compile", warm, 180),
-        Part("tests", tests, 180),
-        bench("planner", 60, "planner", "compiled=false", "repeats=200", "budget=5"),
-        bench("update", 40, "update", "compiled=false", "repeats=100", "budget=5"),
-        bench("planner-compiled", 100, "planner", "precision=tf32", "repeats=200", "budget=5", *theirs),
-        bench("update-compiled", 100, "update", "precision=tf32", "repeats=100", "budget=5", *theirs),
-        bench("planner-envs", 60, "planner", "envs=4,16,64,256", "compiled=false", "repeats=50", "budget=2"),
-        bench("planner-sizes", 70, "planner", "size=1,19,48,317", "compiled=false", "repeats=50", "budget=2"),
-        bench("kernels", 60, "kernels", "envs=1,64", "compiled=false", "repeats=50", "budget=1"),
-        bench(
-            "update-sizes", 60, "update", "size=1,19,48,317", "batch=1024", "compiled=false", "repeats=10", "budget=3"
-        ),
-        bench("loop", 60, "loop", f"task={_task()}", "repeats=100", "budget=10", *theirs),
-        bench("planner-38", 30, "planner", "actions=38", "compiled=false", "repeats=50", "budget=2"),
-        bench("replay", 20, "replay", "batch=256,1024", "repeats=50", "budget=2"),
+        Part("compile", warm, 150),
+        Part("tests", tests, 120),
+        bench("planner", 60, "planner", "precision=tf32", "repeats=200", "budget=5", *theirs),
+        bench("update", 60, "update", "precision=tf32", "repeats=100", "budget=5", *theirs),
+        bench("planner-precisions", 30, "planner", "precision=bfloat16,float32", *quick),
+        bench("planner-envs", 50, "planner", "envs=4,16,64,256", *quick),
+        bench("planner-sizes", 90, "planner", "size=1,19,48,317", *quick),
+        bench("kernels", 40, "kernels", "envs=1,64", "compiled=false", "repeats=30", "budget=0.5"),
+        bench("loop", 40, "loop", f"task={_task()}", "repeats=100", "budget=5", *theirs),
+        bench("update-sizes", 60, "update", "size=1,5,19,48,317", "batch=1024", "precision=tf32", *quick),
+        bench("planner-38", 20, "planner", "actions=38", *quick),
+        bench("replay", 20, "replay", "batch=256,1024", *quick),
         *_sanitizer(python),
     ]
 
@@ -109,6 +111,8 @@ def _sanitizer(python: tuple[str, ...]) -> Iterator[Part]:
 
 def why_not_here() -> list[str]:
     """What `make gpu` cannot do on this machine, and why; empty where all is well."""
+    if find_spec("tdmpc2_fast") is None:
+        return ["tdmpc2_fast cannot be imported: `make gpu` puts it on the path, and PYTHON chooses the interpreter"]
     missing = [p for p in ("torch", "triton", "numpy", "pytest") if find_spec(p) is None]
     if missing:
         return [f"{p} is not installed for {sys.executable}" for p in missing]
@@ -134,7 +138,8 @@ def run(part: Part, seconds: float) -> Outcome:
     """Run a part's commands side by side; what is still running when its time is over is ended."""
     LOGS.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Unbuffered, so that the log of what is ended says how far it came.
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONUNBUFFERED": "1"}
     running = []
     for i, command in enumerate(part.commands):
         log = LOGS / f"{part.name}-{i}.log"
@@ -244,7 +249,8 @@ def finish(outcomes: Sequence[Outcome], out: Path) -> int:
     if path is not None and out == ROOT / "benchmarks" / "results":
         from tdmpc2_fast.benchmarks.report import main as regenerate
 
-        regenerate([str(out)])
+        if regenerate([str(out)]):
+            print("RESULTS.md and the README could not be made anew")
     print(f"\n{table}\n")
     for o in outcomes:
         print(f"{o.part.name:16} {o.status:36} {o.seconds:6.0f} s")

@@ -11,8 +11,9 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class Variant:
         gate: compares the product's result with this one's; None for the product itself.
         launches: kernels launched by one execution, where known.
         split: milliseconds of one execution by part, measured apart from the rounds.
+        precision: of its products, where it is not the case's.
     """
 
     run: Callable[[], object]
@@ -73,6 +75,7 @@ class Variant:
     gate: Callable[[], Gate] | None = None
     launches: int | None = None
     split: Callable[[], dict[str, float]] | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Row:
     p80: float | None
     p99: float | None
     samples: list[float]
-    first_call_s: float | None  # with what is compiled or captured on the way
+    first_call_s: float | None  # with what is compiled on the way; a planner captures when it is built
     per_second: float | None
     unit: str
     ratio: float | None  # time of this variant by time of the product; None where the gate is red
@@ -151,7 +154,7 @@ class Row:
     compute_share: float | None  # of the rate measured for this precision
     memory_share: float | None  # of the bandwidth measured
     launches: int | None
-    peak_mb: float | None
+    peak_mb: float | None  # beyond weights, buffers and graphs, which lie there before
     split: dict[str, float]  # ms by part; `idle`: the device's
     missing: str  # why there is no time
     device: str
@@ -177,7 +180,6 @@ def measure(case: Case, machine: Machine, repeats: int, budget: float, seed: int
     """Rows of a case, one a variant: `repeats` rounds, fewer (but three) when `budget` seconds are over."""
     missing = dict(case.missing)
     first_call: dict[str, float] = {}
-    launches: dict[str, int | None] = {}
     peak: dict[str, float | None] = {}
     gates: dict[str, Gate] = {}
     product = next(iter(case.variants))
@@ -186,7 +188,6 @@ def measure(case: Case, machine: Machine, repeats: int, budget: float, seed: int
             first_call[name] = _timed(variant, machine.device)
             gates |= {} if variant.gate is None else {name: variant.gate()}
             peak[name] = _peak(variant, machine.device)
-            launches[name] = _launches(variant, machine.device) if variant.launches is None else variant.launches
         except Exception as e:  # whatever a compiler or a stranger's code raises: the others are still measured
             if name == product:
                 raise
@@ -211,11 +212,11 @@ def measure(case: Case, machine: Machine, repeats: int, budget: float, seed: int
                 calls=variant.calls,
                 samples=[float(f"{t:.5g}") for t in one[:_KEPT_SAMPLES]],
                 first_call_s=round(first_call[name], 3),
-                launches=launches[name],
+                launches=variant.launches,
                 peak_mb=peak[name],
                 split={} if variant.split is None else variant.split(),
                 **dict(zip(("p20", "p50", "p80", "p99"), quantiles(one), strict=True)),
-                **_rates(case, quantiles(one)[1] * variant.calls, ceilings),
+                **_rates(case, variant, quantiles(one)[1], ceilings),
                 **_against(variant, times[name], times[product], case.variants[product], gates.get(name)),
             )
         )
@@ -267,36 +268,57 @@ def _in_turns(variants: Mapping[str, Variant], device: torch.device, repeats: in
 
 
 def _peak(variant: Variant, device: torch.device) -> float | None:
-    """Most MB the device held while the variant ran once; not known on a CPU."""
+    """Most MB the device held while the variant ran once, beyond what lay there before; not known on a CPU."""
     if device.type != "cuda":
         return None
+    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     _timed(variant, device)
-    return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    return round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1)
 
 
-def _launches(variant: Variant, device: torch.device) -> int | None:
-    """Kernels and copies on the device's time line during one execution; not known on a CPU."""
+def profiled(case: Case, rows: Sequence[Row], device: torch.device) -> list[Row]:
+    """A case's rows with launches, and in a split the device's idle time, from a GPU's time line.
+
+    For the last case of a process: a profiler, once attached, slows down what is timed after it.
+    """
     if device.type != "cuda":
-        return None
-    try:
-        return len(device_events(lambda: _timed(variant, device))) // variant.inner or None
-    except RuntimeError:  # a profiler that may not look at the device: times are measured all the same
-        return None
+        return list(rows)
+    found = []
+    for row in rows:
+        if row.p50 is not None:
+            variant = case.variants[row.variant]
+            try:
+                kernels, busy = _on_device(partial(_timed, variant, device))
+            except RuntimeError:  # a profiler that may not look at the device
+                kernels, busy = 0, 0.0
+            if kernels:
+                launches = row.launches or kernels // variant.inner
+                idle = dict(idle=round(row.p50 - busy / variant.inner, 4)) if row.split else {}
+                row = dataclasses.replace(row, launches=launches, split=row.split | idle)
+        found.append(row)
+    return found
 
 
-def device_events(run: Callable[[], object]) -> list[Any]:
-    """What a GPU's time line shows of `run`: kernels and copies."""
+def _on_device(run: Callable[[], object]) -> tuple[int, float]:
+    """Kernels on a GPU's time line during `run`, and the milliseconds in which any of them or a copy ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
-    return [e for e in profile.events() or [] if e.device_type.name == "CUDA"]
+    events = [e for e in profile.events() or [] if e.device_type.name == "CUDA"]
+    kernels = sum(not e.name.startswith(("Memcpy", "Memset")) for e in events)
+    busy, end = 0.0, 0.0
+    for start, stop in sorted((e.time_range.start, e.time_range.end) for e in events):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return kernels, busy / 1e3
 
 
-def _rates(case: Case, p50: float, ceilings: Ceilings) -> dict[str, float | None]:
-    """What the case's work, done in `p50` ms, comes to."""
+def _rates(case: Case, variant: Variant, one: float, ceilings: Ceilings) -> dict[str, float | None]:
+    """What the case's work comes to where one execution takes `one` ms."""
+    p50 = one * variant.calls
     tflops = None if case.gflop is None else case.gflop / p50
     gbs = None if case.mbyte is None else case.mbyte / p50
-    most = ceilings.tflops.get(case.precision)
+    most = ceilings.tflops.get(variant.precision or case.precision)
     return dict(
         per_second=1e3 * case.results / p50,
         tflops=tflops,

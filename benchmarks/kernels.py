@@ -2,8 +2,8 @@
 
 The product is the fused kernel on a GPU, and the torch backend's op elsewhere. The baseline is the
 op as one writes it in torch, at the same precision, eager and compiled. On a GPU a measurement is a
-CUDA graph of several executions, so that no time of the host is in it; weights and inputs then come
-from L2, as they do in a plan.
+CUDA graph of many executions, so that next to no time of the host is in it; what fits into L2 is then
+there, as it is in a plan. Where a plan activates in launches of their own, so do these cases.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdmpc2_fast import Config
-from tdmpc2_fast.kernels.grouped_layer import grouped_layer
-from tdmpc2_fast.kernels.launch import Precision, why_not
-from tdmpc2_fast.kernels.mppi import elite_update, sample_actions
+from tdmpc2_fast.kernels.grouped_layer import activate_rows, grouped_layer
+from tdmpc2_fast.kernels.launch import Precision, has_dependent_launch, why_not
+from tdmpc2_fast.kernels.mppi import elite_update, sample_actions, shift_mean
+from tdmpc2_fast.kernels.mppi_begin import mppi_begin
 from tdmpc2_fast.kernels.mppi_update import mppi_update
 from tdmpc2_fast.kernels.noise import draw_plan_noise
 from tdmpc2_fast.kernels.plan_buffers import PlanDraws
@@ -26,6 +27,7 @@ from tdmpc2_fast.kernels.policy_head import policy_action
 from tdmpc2_fast.kernels.policy_layer import interleave, policy_layer
 from tdmpc2_fast.kernels.rows import Layer, Rows
 from tdmpc2_fast.kernels.scalar_head import scalar_head
+from tdmpc2_fast.kernels.tiles import activates_once
 from tdmpc2_fast.kernels.two_hot import two_hot_inv
 from tdmpc2_fast.packing import plan_sizes
 
@@ -33,9 +35,20 @@ from .agents import why_not_compiled, within
 from .harness import CannotMeasureError, Case, Gate, Variant
 from .options import Options
 
-_INNER = 20  # executions in a CUDA graph
+_INNER = 100  # executions in a CUDA graph
 # RMS difference of two results by the baseline's standard deviation.
 _LIMIT = dict(float32=1e-5, tf32=2e-3, bfloat16=2e-2)
+
+OPS = (
+    "first_layer",
+    "layer",
+    "activation",
+    "two_hot_head",
+    "policy_head",
+    "first_samples",
+    "elite_update",
+    "plan_noise",
+)
 
 Op = Callable[[], Tensor]
 """One execution; returns its result for the comparison."""
@@ -47,7 +60,7 @@ def cases(options: Options) -> Iterator[Callable[[], Case]]:
         for envs in options.envs:
             for precision in options.precisions:
                 bench = partial(_Bench, options, size, envs, precision)
-                for op in ("layer", "first_layer", "two_hot_head", "policy_head", "elite_update", "plan_noise"):
+                for op in OPS:
                     yield partial(_case, bench, op)
 
 
@@ -65,6 +78,8 @@ class _Bench:
         self.cfg: Config = options.config(size, options.actions[0], precision=precision)
         self.precision, self.device = Precision(precision), options.torch_device
         self.fused = why_not(self.device) is None
+        self.pdl = has_dependent_launch(self.device)
+        self.throughput = activates_once(self._count())
         self._random = torch.Generator(self.device).manual_seed(options.seed)
 
     def _randn(self, *size: int) -> Tensor:
@@ -90,9 +105,15 @@ class _Bench:
         out = Rows.empty(groups, self.envs, n, width, self.precision.dtype, self.device)
         return grouped_layer(x, None, layer, out, precision=self.precision)
 
+    def _inputs(self, groups: int, width: int, simnorm: int = 0) -> Rows:
+        """What a layer reads: rows whose activation is due, or, of many, rows that are activated."""
+        x = self._rows(groups, width, simnorm)
+        return Rows(self._plain(x)) if self.throughput else x
+
     def _plain(self, x: Rows) -> Tensor:
         """Each group's rows activated as one writes it, in the precision's own type: (G, E, n, K)."""
-        assert x.layer is not None
+        if x.layer is None:
+            return x.x
         assert x.layer.ln_weight is not None
         assert x.layer.ln_bias is not None
         y = (
@@ -110,11 +131,11 @@ class _Bench:
     def layer(self) -> Case:
         """Second layers of dynamics and reward: 2 x act(LN(x)) W + b."""
         d = self.cfg.mlp_dim
-        x, layer = self._rows(2, d), self._layer(2, d, d)
+        x, layer = self._inputs(2, d), self._layer(2, d, d)
         out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
         return self._case(
             "normed linear, 2 heads",
-            lambda: grouped_layer(x, None, layer, out, precision=self.precision).x,
+            lambda: grouped_layer(x, None, layer, out, precision=self.precision, pdl=self.pdl).x,
             lambda: torch.stack(
                 [F.linear(y, w, b) for y, w, b in zip(x.activated(), layer.weight, layer.bias, strict=True)]
             ),
@@ -127,7 +148,7 @@ class _Bench:
     def first_layer(self) -> Case:
         """First layers of dynamics and reward: 2 x SimNorm(LN(z)) Wz + a Wa + b, nothing concatenated."""
         d, k, a_dim = self.cfg.mlp_dim, self.cfg.latent_dim, self.options.actions[0]
-        z, layer = self._rows(1, k, self.cfg.simnorm_dim), self._layer(2, d, k, a_dim)
+        z, layer = self._inputs(1, k, self.cfg.simnorm_dim), self._layer(2, d, k, a_dim)
         a = self._randn(self.envs, self.cfg.num_samples, a_dim).clamp(-1, 1)
         out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
         assert layer.side is not None
@@ -144,12 +165,49 @@ class _Bench:
 
         return self._case(
             "normed linear of (z, a), 2 heads",
-            lambda: grouped_layer(z, a, layer, out, precision=self.precision).x,
+            lambda: grouped_layer(z, a, layer, out, precision=self.precision, pdl=self.pdl).x,
             ours,
             plain,
             gflop=2 * 2 * self._count() * d * (k + a_dim) / 1e9,
             mbyte=_mbyte(z.x, a, layer.weight, out.x),
             shape=f"({self._count()}, {k} + {a_dim}) by 2 x ({k + a_dim}, {d})",
+        )
+
+    def activation(self) -> Case:
+        """Mish(LN(x)) of both hidden layers in a launch of its own, as plans for many environments have it."""
+        x = self._rows(2, self.cfg.mlp_dim)
+        out = torch.empty_like(x.x)
+        return self._case(
+            "activation, 2 heads",
+            lambda: activate_rows(x, out, self.pdl).x,
+            x.activated,
+            lambda: self._plain(x),
+            mbyte=_mbyte(x.x, out),
+            shape=f"2 x ({self._count()}, {self.cfg.mlp_dim})",
+        )
+
+    def first_samples(self) -> Case:
+        """Warm start and the first iteration's samples."""
+        cfg, e, a_dim = self.cfg, self.envs, self.options.actions[0]
+        n, p, h = cfg.num_samples, cfg.num_pi_trajs, cfg.horizon
+        before, noise = self._randn(e, h, a_dim), self._randn(e, h, n - p, a_dim)
+        actions, mean, std = torch.empty(e, h, n, a_dim, device=self.device), before.clone(), before.clone()
+        t0 = torch.zeros(e, dtype=torch.bool, device=self.device)
+
+        def fused() -> Tensor:
+            outs = dict(actions=actions, mean=mean, std=std)
+            mppi_begin(before, t0, noise, None, cfg.max_std, **outs, pdl=self.pdl)
+            return actions[:, :, p:]
+
+        def ours() -> Tensor:
+            return sample_actions(shift_mean(before, t0), torch.full_like(before, cfg.max_std), noise)
+
+        def plain() -> Tensor:
+            start = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], 1)
+            return (start.unsqueeze(2) + cfg.max_std * noise).clamp(-1, 1)
+
+        return self._case(
+            "first samples", fused, ours, plain, mbyte=_mbyte(before, noise, noise), shape=f"{e} x {n - p} sequences"
         )
 
     def two_hot_head(self) -> Case:
@@ -169,6 +227,7 @@ class _Bench:
                 num_bins=bins,
                 vmin=self.cfg.vmin,
                 vmax=self.cfg.vmax,
+                pdl=self.pdl,
             )
             return out
 
@@ -200,7 +259,7 @@ class _Bench:
         packed = Layer(interleave(layer.weight[0])[None], interleave(layer.bias[0][:, None])[None, :, 0])
 
         def fused() -> Tensor:
-            policy_layer(x, packed, eps, out, precision=self.precision, low=low, high=high)
+            policy_layer(x, packed, eps, out, precision=self.precision, low=low, high=high, pdl=self.pdl)
             return out
 
         def plain() -> Tensor:
@@ -232,7 +291,7 @@ class _Bench:
 
         def fused() -> Tensor:
             outs = dict(values=values, elites=elites, scores=scores, mean=mean, std=std, next_noise=noise)
-            mppi_update(scalars, discount, None, actions, None, *limits, **outs)  # type: ignore[arg-type]
+            mppi_update(scalars, discount, None, actions, None, *limits, **outs, pdl=self.pdl)  # type: ignore[arg-type]
             return actions[:, :, p:]
 
         def returns() -> Tensor:
@@ -286,6 +345,7 @@ class _Bench:
                 action=draws.action,
                 members=draws.members,
                 num_q=sizes.num_q,
+                pdl=self.pdl,
             )
             return draws.samples
 

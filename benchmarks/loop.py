@@ -23,7 +23,7 @@ from tdmpc2_fast.update import Batch
 
 from . import stand_in
 from .agents import agent_of, numbers, reference_of, within
-from .harness import CannotMeasureError, Case, Gate, Variant, device_events, synchronise
+from .harness import CannotMeasureError, Case, Gate, Variant, synchronise
 from .official import official_agent, official_plan, official_update
 from .options import Options
 from .planner import backend_of, plan_gate
@@ -57,13 +57,18 @@ class _OfficialInLoop:
     """The official agent behind the methods the loop calls; the buffer is ours."""
 
     def __init__(self, checkout: str, agent: TDMPC2) -> None:
+        self.agent = agent
         self.theirs = official_agent(checkout, agent, compiled=agent.device.type == "cuda")
-        self.update = self.theirs.update
 
     def plan(self, obs: Tensor, t0: Tensor) -> Tensor:
         """(1, obs_dim) -> (1, A)."""
-        action: Tensor = self.theirs.act(obs[0], bool(t0))
-        return action.unsqueeze(0)
+        action: Any = within(self.agent.cfg, self.agent.device, lambda: self.theirs.act(obs[0], bool(t0)))()
+        return torch.as_tensor(action).unsqueeze(0)
+
+    def update(self, buffer: Any) -> dict[str, Tensor]:
+        """As `TDMPC2.update`."""
+        info: Any = within(self.agent.cfg, self.agent.device, lambda: self.theirs.update(buffer))()
+        return dict(info.items())
 
 
 class _Timed:
@@ -121,17 +126,13 @@ class Loop:
             self.trainer.step()
 
     def split(self) -> dict[str, float]:
-        """Milliseconds of a decision by part, each part waited for; on a GPU, how long it idles when none is."""
-        free = self._wall()
+        """Milliseconds of a decision by part, each part waited for."""
         parts: defaultdict[str, float] = defaultdict(float)
         self.agent.parts = parts
         wall = self._wall()
         self.agent.parts = None
         found = {k: parts[k] / _SPLIT_DECISIONS for k in ("plan", "update", "environment", "copy")}
         found["other"] = wall - sum(found.values())
-        if self.agent.device.type == "cuda":
-            busy = sum(e.time_range.elapsed_us() for e in device_events(self._wall))
-            found["idle"] = free - busy / 1e3 / _SPLIT_DECISIONS
         return {k: round(v, 4) for k, v in found.items()}
 
     def _wall(self) -> float:
@@ -195,7 +196,9 @@ def case(options: Options, size: int, precision: str) -> Case:
             plan = official_plan(checkout, trained, obs[0], noise)[1]
             learn = official_update(checkout, trained, Batch(*ours.trainer.buffer.sample())).gate
             assert learn is not None
-            variants["official"] = Variant(theirs.step, gate=lambda: Gate.worst(plan(), learn()), split=theirs.split)
+            variants["official"] = Variant(
+                theirs.step, gate=lambda: Gate.worst(plan(), learn(), gate()), split=theirs.split
+            )
         except CannotMeasureError as e:
             missing["official"] = str(e)
     return Case(

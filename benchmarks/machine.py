@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,10 @@ class Machine:
     def facts(self) -> dict[str, Any]:
         """As the columns of a row."""
         return {**asdict(self), "device": str(self.device.type)}
+
+    def under_load(self) -> Machine:
+        """With the clock of now, when the device has just worked."""
+        return replace(self, clock_mhz=_gpu(self.device)[2])
 
     @property
     def label(self) -> str:

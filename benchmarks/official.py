@@ -3,7 +3,7 @@
 Nothing of it is copied or written to. Its sources name the device `cuda:0`; where another one is
 measured, that name is replaced on the way into the interpreter, and with it `capturable=True`, which
 torch's Adam allows on a GPU only. Random numbers are given to it for the comparison of results alone;
-what is timed is its own code, compiled as it ships on a GPU.
+what is timed is its own code, compiled as it ships on a GPU, with products in tf32 as its train.py sets them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tdmpc2_fast import TDMPC2
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
 from tdmpc2_fast.update import Batch
 
-from .agents import agent_of, exact_products, numbers
+from .agents import agent_of, exact_products, numbers, within
 from .harness import CannotMeasureError, Gate, Variant
 
 _MODULES = ("tdmpc2", "common")
@@ -121,7 +121,7 @@ def official_plan(
             got = ours.planner.plan(obs.unsqueeze(0), False, False, None, noise)[0].cpu()
         return Gate(float((got - wanted).abs().max()), 1e-3)
 
-    return lambda: theirs.act(obs), gate
+    return within(agent.cfg, agent.device, lambda: theirs.act(obs)), gate
 
 
 def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
@@ -140,7 +140,7 @@ def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
                 wanted = plain.update(buffer)
         return Gate.of_metrics(numbers(got), numbers(dict(wanted.items())), 1e-3)
 
-    return Variant(lambda: theirs.update(buffer), gate=gate)
+    return Variant(within(agent.cfg, agent.device, lambda: theirs.update(buffer)), gate=gate)
 
 
 def plan_draws(noise: PlanNoise) -> Iterator[Tensor]:

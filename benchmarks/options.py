@@ -57,7 +57,7 @@ class Options:
         for x in self.precision:
             if x not in PRECISIONS:
                 raise ConfigError(f"bench key 'precision': got {x!r}, allowed: {', '.join(PRECISIONS)}")
-        if self.repeats < 3 or self.budget <= 0:
+        if self.repeats < 3 or not 0 < self.budget < float("inf"):
             raise ConfigError(
                 f"bench keys 'repeats' and 'budget': got {self.repeats} and {self.budget}, allowed: at least 3, above 0"
             )
@@ -128,7 +128,7 @@ def _value(key: str, kind: str, text: str) -> Any:
         named = dict(bool="true or false", float="a number")
         allowed = named.get(kind, "integers separated by commas" if kind.startswith("tuple") else "an integer")
         raise ConfigError(f"bench key {key!r}: got {text!r}, allowed: {allowed}") from e
-    return text
+    return str(Path(text).expanduser()) if key in ("official", "jax", "out") else text
 
 
 def describe() -> str:

@@ -70,7 +70,7 @@ def add(options: Options) -> Case:
         "add an episode",
         {
             name: Variant(lambda: ours.add(episode)),
-            "list of episodes": Variant(add_to_list, gate=lambda: Gate(float(_held(ours) != _held(plain)), 0)),
+            "list of episodes": Variant(add_to_list, gate=partial(_same_after_adding, cfg, options.torch_device)),
         },
         shape=f"{_STEPS} x ({OBS_DIM} obs, {cfg.action_dim} actions)",
         unit="episodes",
@@ -78,11 +78,20 @@ def add(options: Options) -> Case:
     )
 
 
-def _held(buffer: ReplayBuffer | EpisodeList) -> float:
-    """The last observation's sum that a buffer gives back."""
-    if isinstance(buffer, EpisodeList):
-        return float(buffer.episodes[-1]["obs"].double().sum())
-    return float(buffer._store["obs"][:_STEPS].double().sum())
+def _same_after_adding(cfg: Config, device: torch.device) -> Gate:
+    """Whether both hold the same after more episodes than there is room for."""
+    cfg = cfg.replace(buffer_size=3 * _STEPS)
+    ours, plain = ReplayBuffer(cfg, device), EpisodeList(cfg, device)
+    for i in range(5):
+        ours.add(_episode(cfg, i))
+        plain.add(_episode(cfg, i))
+    del plain.episodes[:-3]
+    return _same_batches(ours.sample(), plain.sample())
+
+
+def _same_batches(ours: Batch, theirs: Batch) -> Gate:
+    a, b = ([x for x in batch if x is not None] for batch in (ours, theirs))
+    return Gate(float(not all(map(torch.equal, a, b))), 0)
 
 
 def sample(options: Options, batch: int) -> Case:
@@ -96,14 +105,10 @@ def sample(options: Options, batch: int) -> Case:
     # Both draw from the same stream, so their first batches are the same.
     first = ours.sample(), plain.sample()
 
-    def gate() -> Gate:
-        a, b = ([x for x in batch if x is not None] for batch in first)
-        return Gate(float(not all(map(torch.equal, a, b))), 0)
-
     return Case(
         "replay",
         "sample a batch",
-        {"torch": Variant(ours.sample), "list of episodes": Variant(plain.sample, gate=gate)},
+        {"torch": Variant(ours.sample), "list of episodes": Variant(plain.sample, gate=partial(_same_batches, *first))},
         batch=batch,
         shape=f"{cfg.horizon + 1} steps x ({OBS_DIM} obs, {cfg.action_dim} actions)",
         unit="batches",

@@ -208,8 +208,9 @@ def results_page(files: Sequence[Path]) -> str:
 
 
 def readme_table(rows: Sequence[Row]) -> str:
-    """Plans and updates, against the baselines."""
-    shown = [r for r in rows if r.suite in ("planner", "update")]
+    """Plans and updates of up to 5M for one environment, against the baselines."""
+    shown = [r for r in rows if r.suite in ("planner", "update") and r.envs in (None, 1) and r.actions == 6]
+    shown = [r for r in shown if r.size is not None and r.size <= 5 and r.p50 is not None]
     return f"{machine_of(rows)}:\n\n{markdown_table(shown, ('what', 'by', 'p50 ms', 'p20, p80, p99', 'ratio'))}"
 
 
@@ -222,15 +223,15 @@ def with_table(readme: str, table: str) -> str:
     return text
 
 
-def shown_in_readme(files: Sequence[Path]) -> Path:
-    """The newest GPU result that has plans, else the newest of a CPU."""
+def shown_in_readme(files: Sequence[Path]) -> Path | None:
+    """The newest GPU result that has plans, else the newest of a CPU; None where no file has any."""
     with_plans = [p for p in files if any(r.suite == "planner" for r in read(p))]
 
     def rank(path: Path) -> tuple[Any, ...]:
         first = read(path)[0]
         return bool(first.gpu), first.date
 
-    return max(with_plans, key=rank)
+    return max(with_plans, key=rank, default=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,8 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(draw(read(path), path.with_suffix(".png")))
         page, readme = folder.parent / "RESULTS.md", folder.parent.parent / "README.md"
         page.write_text(results_page(files))
-        table = readme_table(read(shown_in_readme(files)))
-        readme.write_text(with_table(readme.read_text(), table))
+        if shown := shown_in_readme(files):
+            readme.write_text(with_table(readme.read_text(), readme_table(read(shown))))
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

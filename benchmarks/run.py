@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tdmpc2_fast.errors import BackendError, ConfigError, InputError, did_you_me
 from tdmpc2_fast.train.threads import choose_threads
 
 from . import ceilings, environments, kernels, loop, planner, replay, update
-from .harness import CannotMeasureError, Case, Ceilings, Row, measure
+from .harness import CannotMeasureError, Case, Ceilings, Row, measure, profiled
 from .machine import this_machine
 from .options import Options, describe, parse
 from .plots import draw
@@ -76,30 +77,43 @@ def bench(options: Options, suites: Sequence[str]) -> int:
         flush=True,
     )
     rows: list[Row] = []
+    broken: list[str] = []
+    case: Case | None = None
+    found: list[Row] = []
     for make in ceilings.cases(options):
-        rows += measure(make(), machine, options.repeats, 1.0, options.seed, Ceilings())
+        rows += measure(make(), machine, options.repeats, 0.5, options.seed, Ceilings())
+    machine = machine.under_load()
     write(path, rows)
     reached = ceilings.reached(rows)
     print(text_table(rows), flush=True)
     for suite in suites:
         for make in SUITES[suite](options):
+            case, found = None, []  # the one before makes room
             try:
                 case = make()
+                found = measure(case, machine, options.repeats, options.budget, options.seed, reached)
             except CannotMeasureError as e:
                 print(f"\n{suite}: not measured: {e}", flush=True)
                 continue
-            found = measure(case, machine, options.repeats, options.budget, options.seed, reached)
-            del case
+            except Exception as e:  # whatever it is, the other cases are still measured
+                traceback.print_exc()
+                broken.append(f"{suite}: {type(e).__name__}: {e}")
+                continue
             rows += found
             write(path, rows)
             print("", text_table(found), *splits(found), sep="\n", flush=True)
+    if case is not None and found:
+        rows[-len(found) :] = profiled(case, found, device)
+        write(path, rows)
     print(f"\n{machine_of(rows)}\n{draw(rows, path.with_suffix('.png'))}\n{path}")
     failed = [r for r in rows if r.gate == "failed"]
     for r in failed:
         error = "NaN" if r.gate_error is None else f"{r.gate_error:.2g}"
         pair = f"{r.suite} {r.case}: {r.product} and {r.variant}"
         print(f"error: {pair} differ by {error}, allowed {r.gate_limit:.2g}: no ratio is shown", file=sys.stderr)
-    return 1 if failed else 0
+    for why in broken:
+        print(f"error: {why}", file=sys.stderr)
+    return 1 if failed or broken else 0
 
 
 def new_file(folder: Path, label: str, date: str, commit: str) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import UpdateNoise, generator
 from tdmpc2_fast.update import Batch
@@ -40,8 +42,13 @@ def case(options: Options, size: int, actions: int, batch_size: int, precision: 
     batch = batch_of(cfg, device)
     # The product draws its random numbers; the reference is given them ready-made.
     noise = UpdateNoise.draw(cfg, generator(options.seed, "benchmark", device))
+    before = tensors_only(agent.model.state_dict())
+    start = {k: before[k].clone() for k in before if _is_parameter(before[k])}
+    twin = agent_of(cfg)
     with FlopCounterMode(display=False) as counter:
-        wanted = numbers(agent_of(cfg).updater.step(batch, noise))
+        info = twin.updater.step(batch, noise)
+    wanted = numbers(info) | moved(start, tensors_only(twin.model.state_dict()))
+    del twin
     missing: dict[str, str] = {}
     variants = {"torch": Variant(lambda: agent.updater.step(batch))}
 
@@ -51,7 +58,7 @@ def case(options: Options, size: int, actions: int, batch_size: int, precision: 
         def run() -> None:
             info = it.update(batch, noise)
             if not first:
-                first.update(numbers(info))
+                first.update(numbers(info) | moved(start, it.p))
 
         return Variant(within(cfg, device, run), gate=lambda: Gate.of_metrics(wanted, first, LIMIT[precision]))
 
@@ -84,6 +91,19 @@ def case(options: Options, size: int, actions: int, batch_size: int, precision: 
         gflop=counter.get_total_flops() / 1e9,
         mbyte=_least_bytes(agent, batch) / 1e6,
     )
+
+
+def moved(start: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far the parameters of each part have moved: a step that was left out shows here and not in the losses."""
+    found: dict[str, float] = {}
+    for name, x in start.items():
+        part = "moved " + name.split(".")[0]
+        found[part] = found.get(part, 0.0) + float((now[name].detach() - x).double().square().sum())
+    return {k: v**0.5 for k, v in found.items()}
+
+
+def _is_parameter(x: Tensor) -> bool:
+    return x.is_floating_point() and x.ndim > 1
 
 
 def _least_bytes(agent: TDMPC2, batch: Batch) -> int:
