@@ -66,7 +66,7 @@ def _latency(rows: Sequence[Row], ax: Any) -> bool:
         title="latency of a plan for E environments",
     )
     ax.set_xticks(envs, map(str, envs))
-    ax.minorticks_off()
+    ax.set_xticks([], minor=True)
     ax.legend(fontsize=7)
     ax.grid(alpha=0.3)
     return True
@@ -116,20 +116,17 @@ def _roofline(rows: Sequence[Row], ax: Any) -> bool:
     x = np.geomspace(min([1.0, *intensity]) / 2, max([1e4, *intensity]) * 2, 200)
     for precision, rate in ceilings.tflops.items():
         ax.plot(x, np.minimum(x * ceilings.gbs / 1e3, rate), label=f"reached here, {precision}", linewidth=1.5)
-    for r, i in zip(found, intensity, strict=True):
-        ax.scatter([i], [r.tflops], s=18)
-        ax.annotate(_point(r), (i, r.tflops), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    for case in dict.fromkeys(r.case for r in found):
+        points = [(i, r) for i, r in zip(intensity, found, strict=True) if r.case == case]
+        ax.scatter([i for i, _ in points], [r.tflops for _, r in points], s=18, label=case)
+        for i, r in points:
+            ax.annotate(_point(r), (i, r.tflops), fontsize=6, xytext=(3, 3), textcoords="offset points")
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte needed", ylabel="TFLOP/s", title="roofline of the product")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=6, loc="lower right")
     ax.grid(alpha=0.3)
     return True
 
 
 def _point(r: Row) -> str:
-    parts = [
-        r.case,
-        f"{r.size}M" if r.size else "",
-        f"E={r.envs}" if r.envs and r.envs > 1 else "",
-        r.precision if r.gpu else "",
-    ]
-    return " ".join(p for p in parts if p)
+    many = f"E={r.envs}" if r.envs and r.envs > 1 else ""
+    return " ".join(p for p in (f"{r.size}M" if r.size else "", many, r.precision if r.gpu else "") if p)
