@@ -69,7 +69,7 @@ bench: setup     ## plan and update against the reference, eager and compiled; O
 bench-report: setup # a report, not a test of speed: it fails only where results differ
 	@rm -rf build/bench
 	$(BIN)/tdmpc2-fast bench planner update replay size=1 repeats=7 compiled=false out=build/bench
-	-$(BIN)/python benchmarks/compare.py $(lastword $(sort $(wildcard benchmarks/results/amd-epyc-*.json))) build/bench/*.json
+	-$(BIN)/python benchmarks/compare.py $(lastword $(sort $(wildcard benchmarks/results/amd-epyc-*.json))) build/bench/*.json by=ratios
 
 results: setup   ## RESULTS.md, its pictures and the table in the README from the files in benchmarks/results
 	$(BIN)/python -m tdmpc2_fast.benchmarks.report

@@ -1,11 +1,11 @@
 """What got slower or faster between two results files, beyond their noise.
 
-    python benchmarks/compare.py A.json B.json
+    python benchmarks/compare.py A.json B.json [by=ratios]
 
-Files of one machine are compared by their medians. Those of different machines are compared by ratios
-to the baselines of their own runs. A difference counts where it is larger than three standard errors of
-the two medians together, and than 3%. Exit status: 1 where something got slower, 2 where nothing can be
-compared.
+Files of one machine are compared by their medians. Those of different machines, or of one that others
+use, too (`by=ratios`), are compared by ratios to the baselines of their own runs. A difference counts
+where it is larger than three standard errors of the two medians together, and than 3%. Exit status: 1
+where something got slower, 2 where nothing can be compared.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def machine(row: Row) -> Key:
     return row.device, row.gpu, row.cpu, 0 if row.gpu else row.threads
 
 
-def compare(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
-    """Changes of every measurement that both have."""
-    same_machine = machine(old[0]) == machine(new[0])
+def compare(old: Sequence[Row], new: Sequence[Row], by_ratios: bool = False) -> list[Change]:
+    """Changes of every measurement that both have; on one machine times are compared, unless `by_ratios`."""
+    times = machine(old[0]) == machine(new[0]) and not by_ratios
     before = {key(r): r for r in old}
     changes = []
     for b in new:
         a = before.get(key(b))
         if a is None or a.p50 is None or b.p50 is None:
             continue
-        if same_machine:
+        if times:
             changes.append(Change(b, "", b.p50 / a.p50, math.hypot(_error(a), _error(b))))
         elif a.ratio and b.ratio and a.product == b.product:
             # A product that got slower is nearer to its baseline.
@@ -101,6 +101,8 @@ def describe(change: Change) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare two files; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    by_ratios = "by=ratios" in args
+    args = [a for a in args if a != "by=ratios"]
     if len(args) != 2 or args[0].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 2
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    changes = compare(old, new) if old and new else []
+    changes = compare(old, new, by_ratios) if old and new else []
     if not changes:
         print("error: the files have no measurement in common", file=sys.stderr)
         return 2

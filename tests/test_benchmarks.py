@@ -393,6 +393,8 @@ def test_different_machines_are_compared_by_ratios() -> None:
     assert change.factor == pytest.approx(2 / 1.5)
     assert "torch against reference: 1.33x slower" in compare.describe(change)
     assert not any(c.real for c in compare.compare(here, pair(2.01, cpu="another")))
+    (change,) = compare.compare(here, pair(1.5), by_ratios=True)
+    assert change.factor == pytest.approx(2 / 1.5)
 
 
 def test_compare_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
