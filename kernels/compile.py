@@ -29,6 +29,7 @@ _TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*u1",
+    torch.uint8: "*u8",
 }
 # Tensor-core instructions in PTX, widest first, and what they are called in machine code. PTX is
 # read because disassembling takes half as long as compiling; ptxas translates them one to one.

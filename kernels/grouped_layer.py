@@ -10,11 +10,13 @@ Reads `K` = 0 inputs, too: the first step's rows are a shared sum (the bias) and
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .launch import Precision, cdiv, interpreting, jit, launch, pow2, tl
 from .linear_tile import (
     PLAIN,
+    Keep,
     Slab,
     Source,
     Strided,
@@ -28,7 +30,7 @@ from .linear_tile import (
     slab_of,
     store_rounded,
 )
-from .rows import EACH, LEAST_COLUMNS, Layer, Rows, Slabs
+from .rows import EACH, LEAST_COLUMNS, Dropout, Layer, Rows, Slabs
 from .tiles import Tile, layer_tile
 
 
@@ -39,6 +41,7 @@ def grouped_layer_kernel(
     a,
     y,
     stats,
+    keep,
     M,
     n,
     D,
@@ -53,6 +56,7 @@ def grouped_layer_kernel(
     IN_TILES: tl.constexpr,
     IN_MEMBERS: tl.constexpr,
     MEMBERS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -74,7 +78,7 @@ def grouped_layer_kernel(
     # fmt: off
     layer_on_tile(
         tile_m, tile_n, g, x, w, a, y, stats, M, n, D, K, A, HAS_X, HAS_SIDE, ENV_BIAS, IN_ACT, V, IN_TILE, IN_TILES,
-        IN_MEMBERS, MEMBERS, BM, BN, BK, BA, EVEN_K, DOT, INTERPRETED,
+        IN_MEMBERS, MEMBERS, BM, BN, BK, BA, EVEN_K, DOT, INTERPRETED, False, keep, DROPOUT,
     )
     # fmt: on
 
@@ -115,6 +119,23 @@ def packed(layer: Layer, slabs: Slabs, bias: Tensor | None = None) -> Weights:
     return Weights(layer.weight, side, own, own.stride(0), e_stride, _slab(slabs, layer.weight))
 
 
+def keeping(dropout: Dropout | None, unread: Tensor) -> Keep:
+    """Dropout for a kernel; `unread` stands where there is none."""
+    if dropout is None:
+        return Keep(strided(unread), 1.0, 0)
+    return Keep(strided(dropout.keep), float(dropout.scale), dropout.first)
+
+
+def check_dropout(dropout: Dropout | None, x: Tensor) -> None:
+    """The bytes dropout of rows x (G, E, n, D) needs, or a `ValueError`."""
+    if dropout is None:
+        return
+    keep, (groups, *rest) = dropout.keep, x.shape
+    if keep.dtype != torch.uint8 or list(keep.shape) != [groups - dropout.first, *rest] or keep.stride(-1) != 1:
+        allowed = (groups - dropout.first, *rest)
+        raise ValueError(f"dropout.keep: got {tuple(keep.shape)} {keep.dtype}, allowed: {allowed} torch.uint8")
+
+
 def check_tile(tile: Tile, columns: int, x: Rows | None) -> None:
     """Refuse a tile narrower than `columns`, or one that cuts a SimNorm group of the input."""
     group = 1 if x is None or x.layer is None else max(x.layer.simnorm_dim, 1)
@@ -138,6 +159,7 @@ def grouped_layer(
     precision: Precision,
     slabs: Slabs = EACH,
     bias: Tensor | None = None,
+    dropout: Dropout | None = None,
     tile: Tile | None = None,
     pdl: bool = False,
 ) -> Rows:
@@ -151,6 +173,7 @@ def grouped_layer(
         precision: of the products.
         slabs: slab of `layer` of each group.
         bias: (slabs, E, D) float32, per environment, in place of the layer's own.
+        dropout: of the pre-activation, before its LayerNorm.
         tile: None takes the table's.
         pdl: programmatic dependent launch.
 
@@ -176,6 +199,7 @@ def grouped_layer(
         )
     if bias is not None and (bias.ndim != 3 or bias.shape[1:] != (e, d) or bias.stride(-1) != 1):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, allowed: (slabs, {e}, {d})")
+    check_dropout(dropout, out.x)
     side = 0 if layer.side is None else layer.side.shape[-1]
     reads, due = source(Rows(out.x) if x is None else x)
     launch(
@@ -186,6 +210,7 @@ def grouped_layer(
         strided(out.x if a is None else a[None]),
         strided(out.x),
         strided(out.stats),
+        keeping(dropout, out.x),
         e * n,
         n,
         d,
@@ -195,6 +220,7 @@ def grouped_layer(
         HAS_SIDE=a is not None,
         ENV_BIAS=bias is not None,
         MEMBERS=slabs.members is not None,
+        DROPOUT=dropout is not None,
         BA=min(pow2(max(side, 1), 16), 64),
         LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if pdl else 1,
         pdl=pdl,
@@ -202,7 +228,7 @@ def grouped_layer(
         **tile.options(k),
         **arithmetic(precision),
     )
-    return Rows(out.x, out.stats, layer, slabs, tile.BN)
+    return Rows(out.x, out.stats, layer, slabs, tile.BN, dropout)
 
 
 def grouped_layer_reference(
@@ -214,6 +240,7 @@ def grouped_layer_reference(
     precision: Precision,
     slabs: Slabs = EACH,
     bias: Tensor | None = None,
+    dropout: Dropout | None = None,
     tile: Tile | None = None,
     pdl: bool = False,
 ) -> Rows:
@@ -228,7 +255,9 @@ def grouped_layer_reference(
         if dense is not None:
             y = y + precision.operand(dense[min(g, dense.shape[0] - 1)]).to(out.x) @ layer.weight[s].to(out.x).T
         out.x[g] = y
-    return Rows(out.x, None, layer, slabs)
+    if dropout is not None:
+        out.x.mul_(dropout.multiplier(len(out.x), out.x.dtype))
+    return Rows(out.x, None, layer, slabs, dropout=dropout)
 
 
 @jit

@@ -60,6 +60,14 @@ class Weights(NamedTuple):
     slab: Slab
 
 
+class Keep(NamedTuple):
+    """Dropout: which entries stay (bytes, 0 or 1), their factor, and the group it begins with."""
+
+    rows: Strided
+    scale: Any
+    first: Any
+
+
 @jit
 def round_bits(x, BITS: tl.constexpr):
     """float32 x to nearest without its last BITS bits, ties to even."""
@@ -133,6 +141,14 @@ def slab_of(slab, g, HAS_MEMBERS: tl.constexpr):
     if HAS_MEMBERS:
         return slab.base + tl.load(slab.members_ptr + slab.step * g)
     return tl.full((), slab.base, tl.int64) + slab.step * g
+
+
+@jit
+def dropped(x, keep, g, rows, n, ok, cols):
+    """x [BM, BN] of group g with dropout, which groups before the first are spared."""
+    drops = (rows * 0 + g >= keep.first)[:, None]
+    kept = tl.load(row_ptrs(keep.rows, g - keep.first, rows, n)[:, None] + cols[None, :], mask=ok & drops, other=1)
+    return tl.where(kept != 0, x * tl.where(drops, keep.scale, 1.0), 0.0)
 
 
 @jit
@@ -312,10 +328,12 @@ def layer_on_tile(
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     FROM_L2: tl.constexpr = False,
+    keep=None,
+    DROPOUT: tl.constexpr = False,
 ):
-    """One tile [BM, BN] of group g of a layer: products, bias, store with statistics.
+    """One tile [BM, BN] of group g of a layer: products, bias, dropout, store with statistics.
 
-    x: `Source`; w: `Weights`; a, y, stats: `Strided`.
+    x: `Source`; w: `Weights`; a, y, stats: `Strided`; keep: `Keep`.
     """
     rows = tile_m * BM + tl.arange(0, BM)
     cols = tile_n * BN + tl.arange(0, BN)
@@ -341,5 +359,8 @@ def layer_on_tile(
             IN_MEMBERS, BK, EVEN_K, DOT, INTERPRETED, FROM_L2,
         )
     # fmt: on
+    acc += bias
+    if DROPOUT:
+        acc = dropped(acc, keep, g, rows, n, row_ok[:, None] & col_ok[None, :], cols)
     y_ptrs, stats_ptrs = row_ptrs(y, g, rows, n), row_ptrs(stats, g, rows, n)
-    store_with_statistics(acc + bias, y_ptrs, stats_ptrs, row_ok, cols, col_ok, tile_n, D, INTERPRETED)
+    store_with_statistics(acc, y_ptrs, stats_ptrs, row_ok, cols, col_ok, tile_n, D, INTERPRETED)

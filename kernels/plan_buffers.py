@@ -18,11 +18,10 @@ from .rows import Layer, Rows
 DYNAMICS, POLICY, REWARD, CRITICS = 0, 1, 2, 3
 
 
-@dataclass(frozen=True)
-class PlanSizes:
-    """What a plan is made of; names as in the config, `envs` environments at once."""
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """What a world model is made of; names as in the config."""
 
-    envs: int
     obs_dim: int  # 0: latents come from outside (pixels)
     action_dim: int
     latent_dim: int
@@ -37,13 +36,6 @@ class PlanSizes:
     task_dim: int = 0
     episodic: bool = False
     horizon: int = 3
-    iterations: int = 6
-    num_samples: int = 512
-    num_pi_trajs: int = 24
-    num_elites: int = 64
-    temperature: float = 0.5
-    min_std: float = 0.05
-    max_std: float = 2.0
     log_std_min: float = -10.0
     log_std_max: float = 2.0
 
@@ -52,6 +44,20 @@ class PlanSizes:
         """Of the observation, of each layer between, of the latent; none for pixels."""
         between = max(self.num_enc_layers - 1, 1) * [self.enc_dim]
         return [self.obs_dim, *between, self.latent_dim] if self.obs_dim else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSizes(ModelSizes):
+    """What a plan is made of, for `envs` environments at once."""
+
+    envs: int
+    iterations: int = 6
+    num_samples: int = 512
+    num_pi_trajs: int = 24
+    num_elites: int = 64
+    temperature: float = 0.5
+    min_std: float = 0.05
+    max_std: float = 2.0
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,21 @@ EACH = Slabs()
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """Which entries of a pre-activation stay, in groups from `first` on; those are multiplied by `scale`."""
+
+    keep: Tensor  # (G - first, E, n, D) uint8, 0 or 1
+    scale: float  # 1 / (1 - p)
+    first: int = 0
+
+    def multiplier(self, groups: int, dtype: torch.dtype) -> Tensor:
+        """Factors of all groups in plain torch: (G, E, n, D)."""
+        out = torch.ones(groups, *self.keep.shape[1:], dtype=dtype, device=self.keep.device)
+        out[self.first :] = self.keep[: groups - self.first].to(dtype) * self.scale
+        return out
+
+
+@dataclass(frozen=True)
 class Layer:
     """S layers of equal shape, packed: contiguous weights of the main and of a narrow side input.
 
@@ -85,6 +100,7 @@ class Rows:
     layer: Layer | None = None
     slabs: Slabs = EACH
     tile: int = 0
+    dropout: Dropout | None = None  # that was applied to x
 
     def __getitem__(self, key: tuple[slice, slice]) -> Rows:
         """Some groups and some rows of each environment."""
@@ -98,6 +114,12 @@ class Rows:
             else replace(s, members=s.members[groups])
         )
         return Rows(self.x[groups, :, rows], stats, self.layer, slabs, self.tile)
+
+    def steps(self, which: slice) -> Rows:
+        """Some environments (time steps, in an update)."""
+        stats = None if self.stats is None else self.stats[:, which]
+        dropout = None if self.dropout is None else replace(self.dropout, keep=self.dropout.keep[:, which])
+        return replace(self, x=self.x[:, which], stats=stats, dropout=dropout)
 
     def expand(self, n: int) -> Rows:
         """The one row of each environment, n times, without a copy."""
@@ -115,12 +137,21 @@ class Rows:
         """act(LN(x)) in plain torch, in the type of the statistics' precision: (G, E, n, D)."""
         if self.layer is None or self.layer.ln_weight is None:
             return self.x
+        return self.activation_of(self.normalised())
+
+    def normalised(self) -> Tensor:
+        """LN(x) in plain torch."""
         x = self.x if self.x.dtype == torch.float64 else self.x.float()
         out = torch.empty_like(x)
+        assert self.layer is not None
         for g, s in enumerate(self.slabs.of(x.shape[0])):
+            assert self.layer.ln_weight is not None
             assert self.layer.ln_bias is not None
-            y = torch.nn.functional.layer_norm(
-                x[g], x.shape[-1:], self.layer.ln_weight[s].to(x), self.layer.ln_bias[s].to(x), LAYER_NORM_EPS
-            )
-            out[g] = simnorm(y, self.layer.simnorm_dim) if self.layer.simnorm_dim else mish(y)
+            gamma, beta = self.layer.ln_weight[s].to(x), self.layer.ln_bias[s].to(x)
+            out[g] = torch.nn.functional.layer_norm(x[g], x.shape[-1:], gamma, beta, LAYER_NORM_EPS)
         return out
+
+    def activation_of(self, x: Tensor) -> Tensor:
+        """The activation that is due, in plain torch."""
+        assert self.layer is not None
+        return simnorm(x, self.layer.simnorm_dim) if self.layer.simnorm_dim else mish(x)

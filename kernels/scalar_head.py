@@ -25,15 +25,21 @@ def symexp(x):
 
 
 @jit
+def bin_values(cols, K, vmin, vmax):
+    """Centres of the K bins in columns `cols`, 0 beyond."""
+    width = (vmax - vmin) / (K - 1)
+    # From the nearer end, as torch.linspace: both ends and the middle are exact.
+    bins = tl.where(cols < K // 2, vmin + width * cols, vmax - width * (K - 1 - cols))
+    return tl.where(cols < K, bins, 0.0)
+
+
+@jit
 def scalar_of(logits, cols, K, vmin, vmax, BINS: tl.constexpr):
     """Scalar that each row of logits [BM, BK] stands for: [BM]. BINS as `num_bins` in two_hot.py."""
     if BINS > 1:
         logits = tl.where((cols < K)[None, :], logits, float("-inf"))
         p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-        width = (vmax - vmin) / (K - 1)
-        # From the nearer end, as torch.linspace: both ends and the middle are exact.
-        bins = tl.where(cols < K // 2, vmin + width * cols, vmax - width * (K - 1 - cols))
-        bins = tl.where(cols < K, bins, 0.0)
+        bins = bin_values(cols, K, vmin, vmax)
         return symexp(tl.sum(p * bins[None, :], axis=1) / tl.sum(p, axis=1))
     x = tl.sum(tl.where((cols < 1)[None, :], logits, 0.0), axis=1)
     if BINS == 1:

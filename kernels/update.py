@@ -1,0 +1,499 @@
+"""A whole update as a chain of fused launches: targets, losses, gradients, optimisers (paper, eq. 3-5).
+
+    encode all observations                      a launch a layer, two to store the latents
+    TD target                                    policy 4, two target critics 3, target 1
+    latent rollout                               4 a step: three layers, the next latent
+    reward and all critics                       first, second layer, then last layer with loss and gradient
+    their gradients                              2 a layer: input, weights
+    back through the rollout                     3 a step; weights of all steps together, 1 a layer
+    norm, clip, Adam, targets' average           2
+    policy loss and its gradients                as above, the critics being constants
+
+Environments of the layers are time steps here, so that the H steps of a slice are one launch where
+nothing depends on the step before. Everything lives in buffers allocated once; what is looked up or
+encoded by torch (task embeddings, pixels) is written into them between the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .activation_gradient import activation_gradient
+from .gradient_tile import Gradient
+from .grouped_layer import activate_rows, grouped_layer
+from .input_gradient import input_gradient
+from .latent_loss import consistency, td_target
+from .launch import Precision
+from .optim import adam_step, squared_norm
+from .policy_sample import policy_gradient, policy_sample
+from .rows import EACH, Dropout, Layer, Rows, Slabs
+from .running_scale import running_scale
+from .scalar_head import scalar_head
+from .tiles import Tile, layer_tile
+from .two_hot_loss import BINARY, two_hot_loss
+from .update_buffers import (
+    FlatLayer,
+    FlatParameters,
+    PolicyLayout,
+    UpdateDraws,
+    UpdateInputs,
+    UpdateSizes,
+    UpdateState,
+    WorldLayout,
+)
+from .update_noise import draw_update_noise
+from .value_gradient import value_gradient
+from .weight_gradient import LayerGradient, weight_gradient
+
+WORLD, POLICY = 1, 2
+"""What `flag` says was not finite first."""
+
+_POLICY_ADAM_EPS = 1e-5
+_WORLD_ADAM_EPS = 1e-8
+
+
+class _Net:
+    """Layers of one network: packed, and where their gradients go."""
+
+    def __init__(self, layers: tuple[FlatLayer, ...] | list[FlatLayer], flat: FlatParameters) -> None:
+        self.layers = [x.layer(flat.param, flat.operand) for x in layers]
+        self.grads = [x.gradient(flat.grad) for x in layers]
+
+
+class FusedUpdate:
+    """The chain of launches for one set of sizes, its parameters and the buffers it works in.
+
+    Args:
+        sizes: of everything.
+        precision: of the products.
+        device: where.
+        pdl: programmatic dependent launch.
+        annotate: makes a named range for profilers.
+    """
+
+    def __init__(
+        self,
+        sizes: UpdateSizes,
+        precision: Precision,
+        device: torch.device,
+        pdl: bool = False,
+        annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.sizes, self.precision, self.pdl, self._annotate = sizes, precision, pdl, annotate
+        self.layout, self.policy_layout = WorldLayout(sizes), PolicyLayout(sizes)
+        layout = self.layout
+        self.world = FlatParameters(layout.size, precision, device)
+        self.policy = FlatParameters(self.policy_layout.size, precision, device)
+        self.target = torch.zeros(layout.heads_end - layout.heads_start, device=device)
+        shadowed = self.world.shadow is not None
+        self.target_shadow = torch.zeros(len(self.target), dtype=precision.dtype, device=device) if shadowed else None
+        self.inputs, self.draws = UpdateInputs.empty(sizes, device), UpdateDraws.empty(sizes, device)
+        self.state = UpdateState(sizes, precision, device)
+        self._encoder, self._heads = _Net(layout.encoder, self.world), _Net(layout.heads, self.world)
+        self._dynamics, self._policy = _Net(layout.dynamics, self.world), _Net(self.policy_layout.policy, self.policy)
+        self._termination = None if layout.termination is None else _Net(layout.termination, self.world)
+        operand = self.target if self.target_shadow is None else self.target_shadow
+        self._targets = [x.moved(-layout.heads_start).layer(self.target, operand) for x in layout.heads]
+        self._weigh(device)
+
+    def _weigh(self, device: torch.device) -> None:
+        """Weights of rows in the losses, and how metrics are made of mean losses of rows."""
+        s, h = self.sizes, self.sizes.horizon
+        heads = 1 + s.num_q
+        rho = s.rho ** torch.arange(h + 1, dtype=torch.float32)
+        shares = torch.full((heads, 1), s.value_coef / s.num_q)
+        shares[0] = s.reward_coef
+        self._head_weight = (shares * rho[:h] / (h * s.batch)).to(device).contiguous()
+        self._consistency_weight = (s.consistency_coef * rho[:h] / (h * s.batch * s.latent_dim)).to(device)
+        self._termination_weight = torch.full((1, h), s.termination_coef / (h * s.batch), device=device)
+        self.policy_weight = (rho / ((h + 1) * s.batch)).to(device)
+        # Rows of `losses`, a time step each: consistency, reward and critics, termination, then of the
+        # policy loss value, log-probability and scaled entropy.
+        counts = [h, heads * h, h if s.episodic else 0, h + 1, h + 1, h + 1]
+        self.losses = torch.zeros(sum(counts), s.batch, device=device)
+        at = torch.tensor([0, *counts]).cumsum(0).tolist()
+        parts = [self.losses[a:b] for a, b in pairwise(at)]
+        self._consistency_loss, self._head_loss = parts[0], parts[1].view(heads, h, s.batch)
+        self._termination_loss = parts[2].view(-1, h, s.batch)
+        self.q, self._log_prob, self._entropy = parts[3:]
+        mix = torch.zeros(len(_MIXED), len(self.losses))
+        mix[0, at[0] : at[1]] = rho[:h] / h
+        mix[1, at[1] : at[1] + h] = rho[:h] / h
+        mix[2, at[1] + h : at[2]] = (rho[:h] / (h * s.num_q)).repeat(s.num_q)
+        mix[3, at[2] : at[3]] = 1 / h
+        coefs = torch.tensor([s.consistency_coef, s.reward_coef, s.value_coef, s.termination_coef])
+        mix[4] = coefs @ mix[:4]
+        mix[5, at[4] : at[5]] = -1 / (h + 1)
+        mix[6, at[5] : at[6]] = 1 / (h + 1)
+        mix[7, at[3] : at[4]] = rho / (h + 1)
+        mix[8, at[5] : at[6]] = -s.entropy_coef * rho / (h + 1)
+        self._mix = mix.to(device)
+        self._means = torch.zeros(len(self.losses), device=device)
+        self.metrics = torch.zeros(len(METRICS), device=device)
+
+    # ---- stages, in their order
+
+    def draw(self) -> None:
+        """Fill `draws` from the counter RNG."""
+        s, d = self.sizes, self.draws
+        draw_update_noise(
+            self.inputs.rng,
+            td_eps=d.td_eps,
+            pi_eps=d.pi_eps,
+            td_members=d.td_members,
+            pi_members=d.pi_members,
+            value_keep=d.value_keep,
+            pi_keep=d.pi_keep,
+            shift=d.shift,
+            num_q=s.num_q,
+            p=s.dropout,
+            pdl=self.pdl,
+        )
+
+    def encode(self) -> None:
+        """Latents of all observations: the first into `inputs.x`, the others into `inputs.next_x`."""
+        rows, inputs, z = Rows(self.inputs.obs), self.inputs, self.sizes.latent_dim
+        self._encoded = [rows]
+        for layer, out in zip(self._encoder.layers, self.state.encoded, strict=True):
+            rows = self._layer(rows, layer, out)
+            self._encoded.append(rows)
+        activate_rows(rows.steps(slice(0, 1)), inputs.x[:, :1, :, :z], self.pdl)
+        activate_rows(rows.steps(slice(1, None)), inputs.next_x[..., :z], self.pdl)
+
+    def td_target(self) -> None:
+        """TD targets of all steps, by the targets at an action of the policy (no gradient)."""
+        s, state, inputs, draws, h = self.sizes, self.state, self.inputs, self.draws, self.sizes.horizon
+        with self._annotate("td_target"):
+            self._act(inputs.next_x, slice(0, h), draws.td_eps)
+            slabs = Slabs(1, members=draws.td_members)
+            x = Rows(inputs.next_x)
+            for layer, rows in zip(self._targets[:2], state.critics, strict=True):
+                x = self._layer(x, layer, rows.steps(slice(0, h)), slabs)
+            scalar_head(
+                x,
+                self._targets[2],
+                state.target_q,
+                precision=self.precision,
+                num_bins=s.num_bins,
+                vmin=s.vmin,
+                vmax=s.vmax,
+                slabs=slabs,
+                pdl=self.pdl,
+            )
+            target = inputs.target
+            td_target(state.target_q, target[0], inputs.terminated[0], inputs.discount, target[1], pdl=self.pdl)
+
+    def world_losses(self) -> None:
+        """Rollout, consistency, reward, values, termination; then back to the encoder's latent."""
+        with self._annotate("world"):
+            self._roll_out()
+            self._losses()
+            self._back_through_heads()
+            self._back_through_rollout()
+
+    def encoder_gradients(self) -> None:
+        """From the first latent to the encoder's parameters, and to the task embedding in its input."""
+        net, first = self._encoder, slice(0, 1)
+        gradient = self._d_latent
+        for i in reversed(range(len(net.layers))):
+            below = self._encoded[i].steps(first)
+            self._weights(gradient, below, net.layers[i], net.grads[i])
+            if i:
+                gradient = self._inputs(gradient, net.layers[i], below, self.state.d_encoded[i - 1])
+        if self.sizes.task_dim:
+            self._inputs(gradient, net.layers[0], None, Gradient(self.state.d_obs), first=self.sizes.obs_dim)
+
+    def step_world(self) -> None:
+        """Norm, clip, Adam of the world model, and the targets' step towards the new critics."""
+        s, layout = self.sizes, self.layout
+        self._step(
+            self.world,
+            WORLD,
+            lr=s.lr,
+            head_lr=s.lr * s.enc_lr_scale,
+            head=layout.encoder_end,
+            eps=_WORLD_ADAM_EPS,
+            target=self.target,
+            target_shadow=self.target_shadow,
+            target_at=layout.heads_start,
+            tau=s.tau,
+        )
+
+    def policy_losses(self) -> None:
+        """Value and entropy of the policy at all latents, the running scale, gradients of the policy."""
+        with self._annotate("policy"):
+            s, state, inputs, draws = self.sizes, self.state, self.inputs, self.draws
+            policy = self._act(inputs.x, slice(None), draws.pi_eps, (self._log_prob, self._entropy))
+            slabs = Slabs(1, members=draws.pi_members)
+            dropout = None if draws.pi_keep is None else self._dropout(draws.pi_keep, 0)
+            first = self._layer(Rows(inputs.x), self._heads.layers[0], state.critics[0], slabs, dropout)
+            second = self._layer(first, self._heads.layers[1], state.critics[1], slabs)
+            value_gradient(
+                second,
+                self._heads.layers[2],
+                state.q,
+                state.d_critics[2].x,
+                precision=self.precision,
+                num_bins=s.num_bins,
+                vmin=s.vmin,
+                vmax=s.vmax,
+                slabs=slabs,
+                pdl=self.pdl,
+            )
+            torch.mean(state.q, 0, out=self.q)
+            running_scale(self.q[0], state.scale, tau=s.tau, pdl=self.pdl)
+            # Critics are constants: only what reaches [e, a] is of interest.
+            d = self._inputs(Gradient(state.d_critics[2].x), self._heads.layers[2], second, state.d_critics[1], slabs)
+            d = self._inputs(d, self._heads.layers[1], first, state.d_critics[0], slabs)
+            self._inputs(d, self._heads.layers[0], None, Gradient(state.d_action), slabs, first=s.latent_dim)
+            self._back_through_policy(policy)
+
+    def step_policy(self) -> None:
+        """Norm, clip and Adam of the policy."""
+        self._step(self.policy, POLICY, lr=self.sizes.lr, head_lr=0.0, head=0, eps=_POLICY_ADAM_EPS)
+
+    def summarise(self) -> None:
+        """`metrics`, in the order of METRICS, and count the update."""
+        mixed = self.metrics[: len(_MIXED)]
+        torch.mean(self.losses, 1, out=self._means)
+        torch.mv(self._mix, self._means, out=mixed)
+        value, entropy = mixed[7:8], mixed[8:9]
+        torch.addcdiv(entropy, value, self.state.scale, value=-1, out=self._metric("pi_loss"))
+        self._metric("pi_scale").copy_(self.state.scale)
+        self.inputs.rng[1:].add_(1)
+
+    # ---- parts of stages
+
+    def _roll_out(self) -> None:
+        inputs, state, z = self.inputs, self.state, self.sizes.latent_dim
+        rows: list[Rows] = []
+        for t in range(self.sizes.horizon):
+            now = slice(t, t + 1)
+            rows = [Rows(inputs.x[:, now])]
+            for layer, out in zip(self._dynamics.layers, state.dynamics, strict=True):
+                rows.append(self._layer(rows[-1], layer, out.steps(now)))
+            activate_rows(rows[-1], inputs.x[:, t + 1 : t + 2, :, :z], self.pdl)
+        # Of all steps: their tiles are the same.
+        self._rolled = [replace(x, x=out.x, stats=out.stats) for x, out in zip(rows[1:], state.dynamics, strict=True)]
+
+    def _losses(self) -> None:
+        state, inputs, h, z = self.state, self.inputs, self.sizes.horizon, self.sizes.latent_dim
+        state.d_x.zero_()
+        consistency(
+            inputs.x[0, 1:, :, :z],
+            inputs.next_x[0, ..., :z],
+            self._consistency_weight,
+            self._consistency_loss,
+            state.d_x[0, 1:, :, :z],
+            pdl=self.pdl,
+        )
+        dropout = None if self.draws.value_keep is None else self._dropout(self.draws.value_keep, 1)
+        first = self._layer(Rows(inputs.x[:, :h]), self._heads.layers[0], state.heads[0], EACH, dropout)
+        self._headed = [first, self._layer(first, self._heads.layers[1], state.heads[1])]
+        self._loss(
+            self._headed[1], self._heads.layers[2], inputs.target, self._head_weight, self._head_loss, state.d_heads[2]
+        )
+
+    def _back_through_heads(self) -> None:
+        state, h, net = self.state, self.sizes.horizon, self._heads
+        d = state.d_x[:, :h]
+        self._back(Gradient(state.d_heads[2].x), net, Rows(self.inputs.x[:, :h]), self._headed, state.d_heads, d)
+        if self._termination is None:
+            return
+        net = self._termination
+        x = Rows(self.inputs.x[:, 1:, :, : self.sizes.latent_dim])
+        first = self._layer(x, net.layers[0], state.termination[0])
+        rows = [first, self._layer(first, net.layers[1], state.termination[1])]
+        out = state.d_termination[2]
+        self._loss(
+            rows[1],
+            net.layers[2],
+            self.inputs.terminated,
+            self._termination_weight,
+            self._termination_loss,
+            out,
+            BINARY,
+        )
+        self._back(Gradient(out.x), net, x, rows, state.d_termination, state.d_x[:, 1:])
+
+    def _back_through_rollout(self) -> None:
+        state, h, z, net = self.state, self.sizes.horizon, self.sizes.latent_dim, self._dynamics
+        first, second, third = self._rolled
+        d_first, d_second, d_third = state.d_dynamics
+        last = slice(h - 1, h)
+        # Steps are read together afterwards, so their sums are of tiles of one width.
+        tile = layer_tile(self.sizes.batch, 1, z, self.sizes.mlp_dim, self.precision.name)
+        d = activation_gradient(
+            state.d_x[:, h:, :, :z], third.steps(last), d_third.steps(last), columns=tile.BN, pdl=self.pdl
+        )
+        for t in reversed(range(h)):
+            now, before = slice(t, t + 1), slice(t - 1, t)
+            below_second = self._inputs(d, net.layers[2], second.steps(now), d_second.steps(now))
+            below_first = self._inputs(below_second, net.layers[1], first.steps(now), d_first.steps(now))
+            d_z = state.d_x[:, now, :, :z]
+            below: Rows | None = None
+            out = Gradient(d_z)
+            if t:
+                below, out = third.steps(before), d_third.steps(before)
+            elif self._encoder.layers:
+                below, out = self._encoded[-1].steps(slice(0, 1)), state.d_encoded[-1]
+            d = self._inputs(below_first, net.layers[0], below, out, add=d_z, tile=tile)
+        self._d_latent = d
+        tiles = below_first.tile, below_second.tile, tile.BN
+        whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, self._rolled, tiles, strict=True)]
+        inputs = [Rows(self.inputs.x[:, :h]), first, second]
+        for gradient, x, layer, out in zip(whole, inputs, net.layers, net.grads, strict=True):
+            self._weights(gradient, x, layer, out)
+        if self.sizes.task_dim:
+            d_e = state.d_x[:, :h, :, z:]
+            self._inputs(whole[0], net.layers[0], None, Gradient(d_e), first=z, add=d_e)
+
+    def _back_through_policy(self, rows: list[Rows]) -> None:
+        s, state, net = self.sizes, self.state, self._policy
+        policy_gradient(
+            rows[2].x,
+            self.draws.pi_eps,
+            self.inputs.mask,
+            state.d_action[0, ..., s.task_dim :],
+            self.policy_weight,
+            state.scale,
+            state.d_policy[2].x,
+            low=s.log_std_min,
+            high=s.log_std_max,
+            entropy_coef=s.entropy_coef,
+            pdl=self.pdl,
+        )
+        x = Rows(self.inputs.x[..., : s.latent_dim + s.task_dim])
+        self._back(Gradient(state.d_policy[2].x), net, x, rows[:2], state.d_policy, None)
+        if s.task_dim:
+            d = state.d_policy[0]
+            gradient = Gradient(d.x, d.sums, rows[0], self._last_tile)
+            self._inputs(gradient, net.layers[0], None, Gradient(state.d_policy_task), first=s.latent_dim)
+
+    def _back(
+        self, gradient: Gradient, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient], d_x: Tensor | None
+    ) -> None:
+        """From the last product's gradient to all parameters of a head, and on to its input: added to `d_x`."""
+        self._weights(gradient, hidden[1], net.layers[2], net.grads[2])
+        gradient = self._inputs(gradient, net.layers[2], hidden[1], outs[1])
+        self._weights(gradient, hidden[0], net.layers[1], net.grads[1])
+        gradient = self._inputs(gradient, net.layers[1], hidden[0], outs[0])
+        self._weights(gradient, x, net.layers[0], net.grads[0])
+        self._last_tile = gradient.tile
+        if d_x is not None:
+            self._inputs(gradient, net.layers[0], None, Gradient(d_x), add=d_x)
+
+    def _act(self, x: Tensor, steps: slice, eps: Tensor, logs: tuple[Tensor, Tensor] | tuple[()] = ()) -> list[Rows]:
+        """The policy at rows x, its actions written into them; returns the rows of its layers."""
+        s, at = self.sizes, self.sizes.latent_dim + self.sizes.task_dim
+        rows = [Rows(x[..., :at])]
+        for layer, out in zip(self._policy.layers, self.state.policy, strict=True):
+            rows.append(self._layer(rows[-1], layer, out.steps(steps)))
+        action = x[0, ..., at : at + s.action_dim]
+        policy_sample(
+            rows[3].x, eps, self.inputs.mask, action, *logs, low=s.log_std_min, high=s.log_std_max, pdl=self.pdl
+        )
+        return rows[1:]
+
+    def _loss(
+        self,
+        x: Rows,
+        layer: Layer,
+        target: Tensor,
+        weight: Tensor,
+        loss: Tensor,
+        out: Gradient,
+        bins: int | None = None,
+    ) -> None:
+        s = self.sizes
+        two_hot_loss(
+            x,
+            layer,
+            target,
+            weight,
+            loss,
+            out.x,
+            precision=self.precision,
+            num_bins=s.num_bins if bins is None else bins,
+            vmin=s.vmin,
+            vmax=s.vmax,
+            pdl=self.pdl,
+        )
+
+    def _layer(self, x: Rows, layer: Layer, out: Rows, slabs: Slabs = EACH, dropout: Dropout | None = None) -> Rows:
+        return grouped_layer(x, None, layer, out, precision=self.precision, slabs=slabs, dropout=dropout, pdl=self.pdl)
+
+    def _inputs(
+        self,
+        gradient: Gradient,
+        layer: Layer,
+        below: Rows | None,
+        out: Gradient,
+        slabs: Slabs = EACH,
+        first: int = 0,
+        add: Tensor | None = None,
+        tile: Tile | None = None,
+    ) -> Gradient:
+        return input_gradient(
+            gradient,
+            layer,
+            below,
+            out,
+            precision=self.precision,
+            slabs=slabs,
+            first=first,
+            add=add,
+            tile=tile,
+            pdl=self.pdl,
+        )
+
+    def _weights(self, gradient: Gradient, x: Rows, layer: Layer, out: LayerGradient) -> None:
+        weight_gradient(gradient, x, layer, out, precision=self.precision, pdl=self.pdl)
+
+    def _dropout(self, keep: Tensor, first: int) -> Dropout:
+        return Dropout(keep, 1 / (1 - self.sizes.dropout), first)
+
+    def _step(self, flat: FlatParameters, code: int, **options: object) -> None:
+        squared_norm(flat.grad, flat.partials, flat.step, pdl=self.pdl)
+        adam_step(
+            flat.param,
+            flat.grad,
+            flat.exp_avg,
+            flat.exp_avg_sq,
+            flat.partials,
+            flat.step,
+            self.inputs.flag,
+            self._metric("grad_norm" if code == WORLD else "pi_grad_norm"),
+            code=code,
+            max_norm=self.sizes.grad_clip_norm,
+            shadow=flat.shadow,
+            precision=self.precision,
+            pdl=self.pdl,
+            **options,
+        )
+
+    def _metric(self, name: str) -> Tensor:
+        at = METRICS.index(name)
+        return self.metrics[at : at + 1]
+
+
+# Sums of mean losses of rows, by a matrix; the last two are parts of the policy loss.
+_MIXED = (
+    "consistency_loss",
+    "reward_loss",
+    "value_loss",
+    "termination_loss",
+    "total_loss",
+    "pi_entropy",
+    "pi_scaled_entropy",
+    "_value",
+    "_entropy",
+)
+METRICS = (*_MIXED, "pi_loss", "grad_norm", "pi_grad_norm", "pi_scale")
+"""Names of `FusedUpdate.metrics`, in order; those with an underscore are parts of others."""
