@@ -111,7 +111,7 @@ class FusedUpdate:
         shares[0] = s.reward_coef
         self._head_weight = (shares * rho[:h] / (h * s.batch)).to(device).contiguous()
         self._consistency_weight = (s.consistency_coef * rho[:h] / (h * s.batch * s.latent_dim)).to(device)
-        self._termination_weight = torch.full((1, h), s.termination_coef / (h * s.batch), device=device)
+        self.termination_weight = torch.full((1, h), s.termination_coef / (h * s.batch), device=device)
         self.policy_weight = (rho / ((h + 1) * s.batch)).to(device)
         # Rows of `losses`, a time step each: consistency, reward and critics, termination, then of the
         # policy loss value, log-probability and scaled entropy.
@@ -247,7 +247,8 @@ class FusedUpdate:
                 pdl=self.pdl,
             )
             torch.mean(state.q, 0, out=self.q)
-            running_scale(self.q[0], state.scale, tau=s.tau, pdl=self.pdl)
+            state.new_scale.copy_(state.scale)
+            running_scale(self.q[0], state.new_scale, tau=s.tau, pdl=self.pdl)
             # Critics are constants: only what reaches [e, a] is of interest.
             d = self._inputs(Gradient(state.d_critics[2].x), self._heads.layers[2], second, state.d_critics[1], slabs)
             d = self._inputs(d, self._heads.layers[1], first, state.d_critics[0], slabs)
@@ -259,14 +260,16 @@ class FusedUpdate:
         self._step(self.policy, POLICY, lr=self.sizes.lr, head_lr=0.0, head=0, eps=_POLICY_ADAM_EPS)
 
     def summarise(self) -> None:
-        """`metrics`, in the order of METRICS, and count the update."""
-        mixed = self.metrics[: len(_MIXED)]
+        """`metrics`, in the order of METRICS; unless a step failed, keep the scale and count the update."""
+        state, mixed = self.state, self.metrics[: len(_MIXED)]
         torch.mean(self.losses, 1, out=self._means)
         torch.mv(self._mix, self._means, out=mixed)
         value, entropy = mixed[7:8], mixed[8:9]
-        torch.addcdiv(entropy, value, self.state.scale, value=-1, out=self._metric("pi_loss"))
-        self._metric("pi_scale").copy_(self.state.scale)
-        self.inputs.rng[1:].add_(1)
+        torch.addcdiv(entropy, value, state.new_scale, value=-1, out=self._metric("pi_loss"))
+        self._metric("pi_scale").copy_(state.new_scale)
+        fine = self.inputs.flag == 0
+        torch.where(fine, state.new_scale, state.scale, out=state.scale)
+        self.inputs.rng[1:].add_(fine)
 
     # ---- parts of stages
 
@@ -315,7 +318,7 @@ class FusedUpdate:
             rows[1],
             net.layers[2],
             self.inputs.terminated,
-            self._termination_weight,
+            self.termination_weight,
             self._termination_loss,
             out,
             BINARY,
@@ -362,7 +365,7 @@ class FusedUpdate:
             self.inputs.mask,
             state.d_action[0, ..., s.task_dim :],
             self.policy_weight,
-            state.scale,
+            state.new_scale,
             state.d_policy[2].x,
             low=s.log_std_min,
             high=s.log_std_max,

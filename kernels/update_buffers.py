@@ -261,4 +261,4 @@ class UpdateState:
         self.d_obs = floats(1, 1, b, s.task_dim)  # of e in the encoder's input
         self.d_action = floats(1, h + 1, b, s.task_dim + s.action_dim)  # of [e, a], from the critics
         self.d_policy_task = floats(1, h + 1, b, s.task_dim)
-        self.scale = torch.ones(1, device=device)
+        self.scale, self.new_scale = torch.ones(1, device=device), torch.ones(1, device=device)

@@ -18,9 +18,8 @@ from .packing import PackedModel, plan_sizes
 from .plan_trace import PlanTrace
 from .profiling import annotate
 from .rng import PlanNoise, stream_seed
+from .task_embedding import look_up
 from .world_model import WorldModel
-
-_NORM_EPS = 1e-7
 
 
 class FusedPlanner:
@@ -176,22 +175,13 @@ class FusedPlanner:
         if self._task is not None:
             assert inputs.task_embedding is not None
             assert inputs.mask is not None
-            inputs.task_embedding.copy_(self._embedding(self._task))
+            inputs.task_embedding.copy_(look_up(self.model._task_emb.weight, self._task))
             inputs.mask.copy_(self.model._action_masks[self._task])
             inputs.discount.copy_(self._discounts[self._task])
         if self._images is not None:
             assert inputs.z0 is not None
             with annotate("encode"), matmul_precision(self.cfg, inputs.z0.device):
                 inputs.z0.copy_(self.model.encode_parts(self._images, None, self.fused.draws.shift))
-
-    def _embedding(self, task: Tensor) -> Tensor:
-        """`WorldModel.embed` without the host synchronisation of torch's renormalising lookup."""
-        weight = self.model._task_emb.weight
-        rows = weight.index_select(0, task)
-        norm = rows.norm(dim=-1, keepdim=True)
-        rows = torch.where(norm > 1, rows * (1 / (norm + _NORM_EPS)), rows)
-        weight.index_copy_(0, task, rows)
-        return rows
 
     def _observe(self, event: str, trace: PlanTrace) -> None:
         s = self.fused.state

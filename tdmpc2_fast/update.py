@@ -1,76 +1,65 @@
-"""One training step of TD-MPC2: world model, policy prior, target critics (paper, eq. 3-5).
-
-The numbers are the official ones; what is left out is what they do not need: TD targets and
-policy loss evaluate only the two critics drawn, and in the policy loss the critics are
-constants whose first layer reads the fixed latent once, outside the graph.
-"""
+"""`Updater`: one training step of a world model, by torch or by the fused kernels."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .backend import matmul_precision
-from .config import Config
-from .errors import InputError, NonFiniteError
-from .kernels.policy_head import policy_head
-from .kernels.two_hot import soft_cross_entropy
-from .profiling import annotate
-from .rng import UpdateNoise, generator
+from .backend import Backend, resolve_backend
+from .batch import Batch, UpdateTrace
+from .rng import UpdateNoise
 from .scale import RunningScale
-from .world_model import WorldModel, join
+from .torch_update import TorchUpdate
+from .world_model import WorldModel
 
-_POLICY_ADAM_EPS = 1e-5
-
-
-class Batch(NamedTuple):
-    """Slices of H+1 consecutive steps, as `ReplayBuffer.sample` gives them."""
-
-    obs: Tensor  # (H+1, B, *obs_shape)
-    action: Tensor  # (H, B, A)
-    reward: Tensor  # (H, B, 1)
-    terminated: Tensor  # (H, B, 1) float
-    task: Tensor | None  # (B,) int64
+__all__ = ["Batch", "UpdateTrace", "Updater"]
 
 
-class UpdateTrace(NamedTuple):
-    """Filled by an update that is given one, for tests: values and gradients before clipping."""
+class UpdateBackend(Protocol):
+    """What `Updater` asks of an implementation."""
 
-    tensors: dict[str, Tensor]
-    grads: dict[str, Tensor]
+    scale: RunningScale
 
-    @classmethod
-    def empty(cls) -> UpdateTrace:
-        """A trace to hand to `Updater.step`."""
-        return cls({}, {})
+    def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
+        """Metrics of one step on a checked batch."""
+        ...
+
+    def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
+        """TD targets (H, B, 1)."""
+        ...
 
 
 class Updater:
     """Optimisers, running scale and losses around one world model.
+
+    What a step needs is allocated, and on a GPU captured in a CUDA graph, when the first one comes:
+    an agent that only plans does without.
 
     Args:
         model: the world model, trained in place.
     """
 
     def __init__(self, model: WorldModel) -> None:
-        cfg = model.cfg
-        self.model, self.cfg, device = model, cfg, model.device
-        self.generator = generator(cfg.seed, "update", device)
-        named = list(model.world_parameters())
-        encoder = [p for n, p in named if n.startswith("_encoder.")]
-        rest = [p for n, p in named if not n.startswith("_encoder.")]
-        groups: list[dict[str, Any]] = [dict(params=encoder, lr=cfg.lr * cfg.enc_lr_scale), dict(params=rest)]
-        self.optim = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
-        self.pi_optim = torch.optim.Adam(model._pi.parameters(), lr=cfg.lr, eps=_POLICY_ADAM_EPS, fused=True)
-        self.scale = RunningScale(cfg.tau, device)
-        self._rho = cfg.rho ** torch.arange(cfg.horizon + 1, device=device, dtype=torch.float32)
-        self.discount: Tensor | float = cfg.discounts[0]
-        if cfg.multitask:
-            self.discount = torch.tensor(cfg.discounts, device=device)
-        self.steps = 0
+        self.model, self.cfg = model, model.cfg
+        self.backend: Backend = resolve_backend(model.cfg, model.device, model.dtype)
+        self._made: UpdateBackend | None = None
+
+    @property
+    def _update(self) -> UpdateBackend:
+        if self._made is None:
+            if self.backend.name == "triton":
+                from .fused_update import FusedUpdater
+
+                self._made = FusedUpdater(self.model)
+            else:
+                self._made = TorchUpdate(self.model)
+        return self._made
+
+    @property
+    def scale(self) -> RunningScale:
+        """Of Q values, by which the policy loss is divided."""
+        return self._update.scale
 
     def step(
         self, batch: Batch, noise: UpdateNoise | None = None, trace: UpdateTrace | None = None
@@ -80,167 +69,12 @@ class Updater:
         Raises:
             InputError: a batch of the wrong shape.
             NonFiniteError: a loss or gradient is NaN or infinite; the parameters it belongs
-                to, and the targets, were not updated.
+                to, and the targets, were not updated. On a GPU, where the host does not wait
+                for a step, this may be raised by a later call; until then nothing is updated.
         """
-        _check_batch(batch, self.cfg)
-        noise = noise or UpdateNoise.draw(self.cfg, self.generator)
-        with matmul_precision(self.cfg, self.model.device):
-            return self._step(batch, noise, trace)
+        batch.check(self.cfg)
+        return self._update.step(batch, noise, trace)
 
-    def _step(self, batch: Batch, noise: UpdateNoise, trace: UpdateTrace | None) -> dict[str, Tensor]:
-        model = self.model
-        model.train()
-        try:
-            with annotate("td_target"):
-                next_z, td_target = self._targets(batch, noise)
-            with annotate("world"):
-                zs, info = self._world_step(batch, next_z, td_target, noise, trace)
-            with annotate("policy"):
-                info |= self._policy_step(zs, batch.task, noise, trace)
-            model.soft_update_target_Q()
-        finally:
-            model.eval()
-        if trace is not None:
-            trace.tensors.update(td_target=td_target, zs=zs)
-        self.steps += 1
-        return {k: v.detach().mean() for k, v in info.items()}
-
-    @torch.no_grad()
-    def _targets(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Tensor]:
-        """Latents of the next observations (H, B, L) and TD targets (H, B, 1)."""
-        e = self.model.embed(batch.task)
-        next_z = self.model.encode_parts(batch.obs[1:], e, noise.shift_next)
-        return next_z, self.td_target(next_z, batch, noise.td_eps, noise.td_members)
-
-    @torch.no_grad()
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
         """r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
-        model, task = self.model, batch.task
-        e = model.embed(task)
-        logits = model._pi(*join(next_z, e))
-        action = policy_head(logits, eps, *model.log_std_range, model.action_mask(task)).action
-        q0, q1 = (model.scalar(x) for x in model.critic_logits(join(next_z, e, action), members, target=True))
-        discount = self.discount if task is None else self.discount[task].unsqueeze(-1)  # type: ignore[index]
-        return batch.reward + discount * (1 - batch.terminated) * torch.minimum(q0, q1)
-
-    def _world_step(
-        self, batch: Batch, next_z: Tensor, td_target: Tensor, noise: UpdateNoise, trace: UpdateTrace | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        cfg, model, h = self.cfg, self.model, self.cfg.horizon
-        bins = (cfg.num_bins, cfg.vmin, cfg.vmax)
-        rho = self._rho[:h]
-        e = model.embed(batch.task)
-
-        # Latent rollout
-        latents = [model.encode_parts(batch.obs[0], e, noise.shift_first)]
-        for a in batch.action.unbind(0):
-            latents.append(model._dynamics(torch.cat(join(latents[-1], e, a), -1)))
-        zs = torch.stack(latents)
-        consistency = ((zs[1:] - next_z).square().mean((1, 2)) * rho).sum() / h
-
-        # Predictions: reward and all critics read the same input
-        x = torch.cat(join(zs[:-1], None if e is None else e.expand(h, -1, -1), batch.action), -1)
-        reward = soft_cross_entropy(model._reward(x), batch.reward, *bins).mean((1, 2))
-        dropout = 0.0 if noise.value_dropout is None else noise.value_dropout
-        logits = model.critic_logits((x,), None, dropout=dropout)
-        value = torch.stack([soft_cross_entropy(q, td_target, *bins).mean((1, 2)) for q in logits])
-
-        info = dict(
-            consistency_loss=consistency,
-            reward_loss=(reward * rho).sum() / h,
-            value_loss=(value * rho).sum() / (h * cfg.num_q),
-            termination_loss=torch.zeros((), device=zs.device),
-        )
-        if cfg.episodic:
-            terminal = model.termination(zs[1:], unnormalized=True)
-            info["termination_loss"] = F.binary_cross_entropy_with_logits(terminal, batch.terminated)
-            info |= termination_statistics(terminal[-1].detach().sigmoid(), batch.terminated[-1])
-        info["total_loss"] = (
-            cfg.consistency_coef * info["consistency_loss"]
-            + cfg.reward_coef * info["reward_loss"]
-            + cfg.value_coef * info["value_loss"]
-            + cfg.termination_coef * info["termination_loss"]
-        )
-        leaked = model._task_emb.weight.grad if cfg.multitask else None
-        if trace is not None and leaked is not None:
-            trace.tensors["task_emb_grad_before"] = leaked.clone()
-        info["total_loss"].backward()
-        params = dict(model.world_parameters())
-        info["grad_norm"] = self._clip(params, info, trace)
-        self.optim.step()
-        self.optim.zero_grad(set_to_none=True)
-        return zs.detach(), info
-
-    def _policy_step(
-        self, zs: Tensor, task: Tensor | None, noise: UpdateNoise, trace: UpdateTrace | None
-    ) -> dict[str, Tensor]:
-        cfg, model = self.cfg, self.model
-        e = model.embed(task)
-        if e is not None and not cfg.task_grad_leak:
-            e = e.detach()
-        logits = model._pi(*join(zs, e))
-        out = policy_head(logits, noise.pi_eps, *model.log_std_range, model.action_mask(task))
-        dropout = 0.0 if noise.pi_dropout is None else noise.pi_dropout
-        q0, q1 = (
-            model.scalar(x)
-            for x in model.critic_logits(join(zs, e, out.action), noise.pi_members, detach=True, dropout=dropout)
-        )
-        qs = (q0 + q1) / 2
-        scale = self.scale.after(qs[0])
-        qs = qs / scale
-        loss = (-(cfg.entropy_coef * out.scaled_entropy + qs).mean((1, 2)) * self._rho).mean()
-        info = dict(pi_loss=loss, pi_entropy=-out.log_prob, pi_scaled_entropy=out.scaled_entropy)
-        # Backward also reaches the task embedding, whose gradient no one clears: the next
-        # world update inherits it. That is what the official code does.
-        loss.backward()
-        params = {f"_pi.{n}": p for n, p in model._pi.named_parameters()}
-        info["pi_grad_norm"] = self._clip(params, dict(pi_loss=loss), trace)
-        self.scale.value.copy_(scale)
-        info["pi_scale"] = scale
-        self.pi_optim.step()
-        self.pi_optim.zero_grad(set_to_none=True)
-        return info
-
-    def _clip(self, params: dict[str, nn.Parameter], losses: dict[str, Tensor], trace: UpdateTrace | None) -> Tensor:
-        """Clip by global norm; refuse non-finite losses and gradients before anything is updated."""
-        if trace is not None:
-            trace.grads.update((n, p.grad.clone()) for n, p in params.items() if p.grad is not None)
-        norm = nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
-        if not bool(torch.isfinite(norm)):
-            bad = [n for n, x in losses.items() if not bool(torch.isfinite(x).all())]
-            if not bad:
-                bad = [n for n, p in params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-            self.optim.zero_grad(set_to_none=True)
-            self.pi_optim.zero_grad(set_to_none=True)
-            raise NonFiniteError(
-                f"update {self.steps}: {', '.join(bad[:3]) or 'gradient norm'} is not finite; "
-                f"the step of {next(iter(params)).split('.')[0]} and what follows it was not taken"
-            )
-        nn.utils.clip_grads_with_norm_(params.values(), self.cfg.grad_clip_norm, norm)
-        return norm
-
-
-def termination_statistics(prob: Tensor, target: Tensor, eps: float = 1e-9) -> dict[str, Tensor]:
-    """Rate of terminations and F1 score of their prediction over a batch (B, 1)."""
-    predicted, actual = prob > 0.5, target == 1
-    tp = (predicted & actual).sum()
-    recall = tp / (actual.sum() + eps)
-    precision = tp / ((predicted & (target == 0)).sum() + tp + eps)
-    return dict(termination_rate=target.mean(), termination_f1=2 * precision * recall / (precision + recall + eps))
-
-
-def _check_batch(batch: Batch, cfg: Config) -> None:
-    h, b = cfg.horizon, cfg.batch_size
-    shapes = dict(
-        obs=(h + 1, b, *dict(cfg._require("obs_shape"))[cfg.obs]),
-        action=(h, b, cfg._require("action_dim")),
-        reward=(h, b, 1),
-        terminated=(h, b, 1),
-    )
-    for name, shape in shapes.items():
-        got = tuple(getattr(batch, name).shape)
-        if got != shape:
-            raise InputError(f"batch.{name}: got shape {got}, allowed: {shape}")
-    if cfg.multitask and (batch.task is None or tuple(batch.task.shape) != (b,)):
-        got_task = None if batch.task is None else tuple(batch.task.shape)
-        raise InputError(f"batch.task: got {got_task}, allowed: task indices of shape ({b},)")
+        return self._update.td_target(next_z, batch, eps, members)

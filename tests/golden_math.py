@@ -19,10 +19,10 @@ from tdmpc2_fast.kernels.normed_linear import normed_linear
 from tdmpc2_fast.kernels.policy_head import gaussian_log_prob, policy_head, squash_correction
 from tdmpc2_fast.kernels.two_hot import soft_cross_entropy, symexp, symlog, two_hot, two_hot_inv
 from tdmpc2_fast.layers import random_shift
+from tdmpc2_fast.metrics import termination_statistics
 from tdmpc2_fast.reference import agent as ref_agent
 from tdmpc2_fast.reference import model as ref
 from tdmpc2_fast.scale import RunningScale, percentiles
-from tdmpc2_fast.update import termination_statistics
 from tdmpc2_fast.world_model import WorldModel
 
 

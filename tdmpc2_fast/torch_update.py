@@ -1,0 +1,190 @@
+"""One training step in plain torch: world model, policy prior, target critics (paper, eq. 3-5).
+
+The numbers are the official ones; what is left out is what they do not need: TD targets and
+policy loss evaluate only the two critics drawn, and in the policy loss the critics are
+constants whose first layer reads the fixed latent once, outside the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backend import matmul_precision
+from .batch import Batch, UpdateTrace
+from .errors import NonFiniteError
+from .kernels.policy_head import policy_head
+from .kernels.two_hot import soft_cross_entropy
+from .metrics import termination_statistics
+from .profiling import annotate
+from .rng import UpdateNoise, generator
+from .scale import RunningScale
+from .world_model import WorldModel, join
+
+_POLICY_ADAM_EPS = 1e-5
+
+
+class TorchUpdate:
+    """Optimisers, running scale and losses around one world model.
+
+    Args:
+        model: the world model, trained in place.
+    """
+
+    def __init__(self, model: WorldModel) -> None:
+        cfg = model.cfg
+        self.model, self.cfg, device = model, cfg, model.device
+        self.generator = generator(cfg.seed, "update", device)
+        named = list(model.world_parameters())
+        encoder = [p for n, p in named if n.startswith("_encoder.")]
+        rest = [p for n, p in named if not n.startswith("_encoder.")]
+        groups: list[dict[str, Any]] = [dict(params=encoder, lr=cfg.lr * cfg.enc_lr_scale), dict(params=rest)]
+        self.optim = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
+        self.pi_optim = torch.optim.Adam(model._pi.parameters(), lr=cfg.lr, eps=_POLICY_ADAM_EPS, fused=True)
+        self.scale = RunningScale(cfg.tau, device)
+        self._rho = cfg.rho ** torch.arange(cfg.horizon + 1, device=device, dtype=torch.float32)
+        self.discount: Tensor | float = cfg.discounts[0]
+        if cfg.multitask:
+            self.discount = torch.tensor(cfg.discounts, device=device)
+        self.steps = 0
+
+    def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
+        """As `Updater.step`, the batch checked."""
+        noise = noise or UpdateNoise.draw(self.cfg, self.generator)
+        with matmul_precision(self.cfg, self.model.device):
+            return self._step(batch, noise, trace)
+
+    def _step(self, batch: Batch, noise: UpdateNoise, trace: UpdateTrace | None) -> dict[str, Tensor]:
+        model = self.model
+        model.train()
+        try:
+            with annotate("td_target"):
+                next_z, td_target = self._targets(batch, noise)
+            with annotate("world"):
+                zs, info = self._world_step(batch, next_z, td_target, noise, trace)
+            with annotate("policy"):
+                info |= self._policy_step(zs, batch.task, noise, trace)
+            model.soft_update_target_Q()
+        finally:
+            model.eval()
+        if trace is not None:
+            trace.tensors.update(td_target=td_target, zs=zs)
+        self.steps += 1
+        return {k: v.detach().mean() for k, v in info.items()}
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Tensor]:
+        """Latents of the next observations (H, B, L) and TD targets (H, B, 1)."""
+        e = self.model.embed(batch.task)
+        next_z = self.model.encode_parts(batch.obs[1:], e, noise.shift_next)
+        return next_z, self.td_target(next_z, batch, noise.td_eps, noise.td_members)
+
+    @torch.no_grad()
+    def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
+        """r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
+        model, task = self.model, batch.task
+        e = model.embed(task)
+        logits = model._pi(*join(next_z, e))
+        action = policy_head(logits, eps, *model.log_std_range, model.action_mask(task)).action
+        q0, q1 = (model.scalar(x) for x in model.critic_logits(join(next_z, e, action), members, target=True))
+        discount = self.discount if task is None else self.discount[task].unsqueeze(-1)  # type: ignore[index]
+        return batch.reward + discount * (1 - batch.terminated) * torch.minimum(q0, q1)
+
+    def _world_step(
+        self, batch: Batch, next_z: Tensor, td_target: Tensor, noise: UpdateNoise, trace: UpdateTrace | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        cfg, model, h = self.cfg, self.model, self.cfg.horizon
+        bins = (cfg.num_bins, cfg.vmin, cfg.vmax)
+        rho = self._rho[:h]
+        e = model.embed(batch.task)
+
+        # Latent rollout
+        latents = [model.encode_parts(batch.obs[0], e, noise.shift_first)]
+        for a in batch.action.unbind(0):
+            latents.append(model._dynamics(torch.cat(join(latents[-1], e, a), -1)))
+        zs = torch.stack(latents)
+        consistency = ((zs[1:] - next_z).square().mean((1, 2)) * rho).sum() / h
+
+        # Predictions: reward and all critics read the same input
+        x = torch.cat(join(zs[:-1], None if e is None else e.expand(h, -1, -1), batch.action), -1)
+        reward = soft_cross_entropy(model._reward(x), batch.reward, *bins).mean((1, 2))
+        dropout = 0.0 if noise.value_dropout is None else noise.value_dropout
+        logits = model.critic_logits((x,), None, dropout=dropout)
+        value = torch.stack([soft_cross_entropy(q, td_target, *bins).mean((1, 2)) for q in logits])
+
+        info = dict(
+            consistency_loss=consistency,
+            reward_loss=(reward * rho).sum() / h,
+            value_loss=(value * rho).sum() / (h * cfg.num_q),
+            termination_loss=torch.zeros((), device=zs.device),
+        )
+        if cfg.episodic:
+            terminal = model.termination(zs[1:], unnormalized=True)
+            info["termination_loss"] = F.binary_cross_entropy_with_logits(terminal, batch.terminated)
+            info |= termination_statistics(terminal[-1].detach().sigmoid(), batch.terminated[-1])
+        info["total_loss"] = (
+            cfg.consistency_coef * info["consistency_loss"]
+            + cfg.reward_coef * info["reward_loss"]
+            + cfg.value_coef * info["value_loss"]
+            + cfg.termination_coef * info["termination_loss"]
+        )
+        leaked = model._task_emb.weight.grad if cfg.multitask else None
+        if trace is not None and leaked is not None:
+            trace.tensors["task_emb_grad_before"] = leaked.clone()
+        info["total_loss"].backward()
+        params = dict(model.world_parameters())
+        info["grad_norm"] = self._clip(params, info, trace)
+        self.optim.step()
+        self.optim.zero_grad(set_to_none=True)
+        return zs.detach(), info
+
+    def _policy_step(
+        self, zs: Tensor, task: Tensor | None, noise: UpdateNoise, trace: UpdateTrace | None
+    ) -> dict[str, Tensor]:
+        cfg, model = self.cfg, self.model
+        e = model.embed(task)
+        if e is not None and not cfg.task_grad_leak:
+            e = e.detach()
+        logits = model._pi(*join(zs, e))
+        out = policy_head(logits, noise.pi_eps, *model.log_std_range, model.action_mask(task))
+        dropout = 0.0 if noise.pi_dropout is None else noise.pi_dropout
+        q0, q1 = (
+            model.scalar(x)
+            for x in model.critic_logits(join(zs, e, out.action), noise.pi_members, detach=True, dropout=dropout)
+        )
+        qs = (q0 + q1) / 2
+        scale = self.scale.after(qs[0])
+        qs = qs / scale
+        loss = (-(cfg.entropy_coef * out.scaled_entropy + qs).mean((1, 2)) * self._rho).mean()
+        info = dict(pi_loss=loss, pi_entropy=-out.log_prob, pi_scaled_entropy=out.scaled_entropy)
+        # Backward also reaches the task embedding, whose gradient no one clears: the next
+        # world update inherits it. That is what the official code does.
+        loss.backward()
+        params = {f"_pi.{n}": p for n, p in model._pi.named_parameters()}
+        info["pi_grad_norm"] = self._clip(params, dict(pi_loss=loss), trace)
+        self.scale.value.copy_(scale)
+        info["pi_scale"] = scale
+        self.pi_optim.step()
+        self.pi_optim.zero_grad(set_to_none=True)
+        return info
+
+    def _clip(self, params: dict[str, nn.Parameter], losses: dict[str, Tensor], trace: UpdateTrace | None) -> Tensor:
+        """Clip by global norm; refuse non-finite losses and gradients before anything is updated."""
+        if trace is not None:
+            trace.grads.update((n, p.grad.clone()) for n, p in params.items() if p.grad is not None)
+        norm = nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            bad = [n for n, x in losses.items() if not bool(torch.isfinite(x).all())]
+            if not bad:
+                bad = [n for n, p in params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+            self.optim.zero_grad(set_to_none=True)
+            self.pi_optim.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"update {self.steps}: {', '.join(bad[:3]) or 'gradient norm'} is not finite; "
+                f"the step of {next(iter(params)).split('.')[0]} and what follows it was not taken"
+            )
+        nn.utils.clip_grads_with_norm_(params.values(), self.cfg.grad_clip_norm, norm)
+        return norm
