@@ -17,7 +17,7 @@ from .grouped_layer import arithmetic, packed, source, strided
 from .launch import Precision, cdiv, jit, launch, tl
 from .linear_tile import await_producers, dropped, operand, row_ptrs, slab_of, store_rounded
 from .rows import EACH, LEAST_COLUMNS, Layer, Rows, Slabs
-from .tiles import Tile, layer_tile
+from .tiles import Tile, input_gradient_tile
 
 
 @jit
@@ -150,7 +150,7 @@ def input_gradient(
         raise ValueError(f"below: got {tuple(below.x.shape)}, allowed: rows due, {tuple(out.x.shape)}, and sums in out")
     if add is not None and (add.shape[1:] != out.x.shape[1:] or add.dtype == torch.bfloat16 or add.stride(-1) != 1):
         raise ValueError(f"add: got {tuple(add.shape)} {add.dtype}, allowed: {tuple(out.x.shape)} torch.float32")
-    tile = tile or layer_tile(e * n, written, width, d, precision.name)
+    tile = tile or input_gradient_tile(e * n, written, width, d, precision.name)
     reads, due = upstream(gradient)
     under, act = source(Rows(out.x) if below is None else below)
     launch(

@@ -20,7 +20,7 @@ from .policy_head import LOG_SQRT_2PI, policy_head
 from .policy_layer import tanh
 
 _LOG_SQRT_2PI = tl.constexpr(LOG_SQRT_2PI)
-_ELEMENTS = 2048
+_ELEMENTS = 512
 
 
 @jit

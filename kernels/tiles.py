@@ -68,6 +68,25 @@ def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str)
     return _shallow(fitting[-1], depth)
 
 
+# A step of a backward product reads two rows for one, the gradient and what it is the gradient of.
+_BACKWARD_DEPTH = {"bfloat16": 64, "tf32": 32, "float32": 16}
+_WEIGHT_DEPTH = {"bfloat16": 32, "tf32": 32, "float32": 16}
+
+
+def input_gradient_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
+    """Tile of a layer's dL/dx: `rows` x `columns`, times `groups`, over the layer's width."""
+    return _capped(layer_tile(rows, groups, columns, depth, precision), _BACKWARD_DEPTH[precision])
+
+
+def weight_gradient_tile(width: int, groups: int, columns: int, rows: int, precision: str) -> Tile:
+    """Tile of a layer's dL/dW: `width` x `columns`, times `groups`, over all `rows`."""
+    return _capped(layer_tile(width, groups, columns, rows, precision), _WEIGHT_DEPTH[precision])
+
+
+def _capped(tile: Tile, depth: int) -> Tile:
+    return tile if interpreting() else replace(tile, BK=min(tile.BK, depth))
+
+
 def _shallow(tile: Tile, depth: int) -> Tile:
     """The tile, no deeper than the layer: an observation is."""
     return replace(tile, BK=min(tile.BK, pow2(depth, 16)))

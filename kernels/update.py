@@ -35,7 +35,7 @@ from .policy_sample import policy_gradient, policy_sample
 from .rows import EACH, Dropout, Layer, Rows, Slabs
 from .running_scale import running_scale
 from .scalar_head import scalar_head
-from .tiles import Tile, layer_tile
+from .tiles import Tile, input_gradient_tile
 from .two_hot_loss import BINARY, two_hot_loss
 from .update_buffers import (
     FlatLayer,
@@ -331,7 +331,7 @@ class FusedUpdate:
         d_first, d_second, d_third = state.d_dynamics
         last = slice(h - 1, h)
         # Steps are read together afterwards, so their sums are of tiles of one width.
-        tile = layer_tile(self.sizes.batch, 1, z, self.sizes.mlp_dim, self.precision.name)
+        tile = input_gradient_tile(self.sizes.batch, 1, z, self.sizes.mlp_dim, self.precision.name)
         d = activation_gradient(
             state.d_x[:, h:, :, :z], third.steps(last), d_third.steps(last), columns=tile.BN, pdl=self.pdl
         )

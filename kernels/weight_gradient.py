@@ -21,7 +21,7 @@ from .launch import Precision, cdiv, jit, launch, tl
 from .linear_tile import activate, await_producers, merge_statistics, operand, row_ptrs, slab_of
 from .normed_linear import LAYER_NORM_EPS
 from .rows import Layer, Rows
-from .tiles import Tile, layer_tile
+from .tiles import Tile, weight_gradient_tile
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def weight_gradient(
     if out.weight.shape != (groups, d, k) or out.weight.stride()[1:] != (k, 1) or len(strides) > 1 or -1 in strides:
         got = [None if v is None else tuple(v.shape) for v in (out.weight, *vectors)]
         raise ValueError(f"out: got {got}, allowed: ({groups}, {d}, {k}) and ({groups}, {d}), contiguous in each group")
-    tile = tile or layer_tile(d, groups, k, e * n, precision.name)
+    tile = tile or weight_gradient_tile(d, groups, k, e * n, precision.name)
     if tile.BN % (group := max(x.layer.simnorm_dim, 1) if x.layer is not None else 1):
         raise ValueError(f"tile: got BN={tile.BN}, allowed: multiples of simnorm_dim ({group})")
     reads, due = upstream(gradient)
