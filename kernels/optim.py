@@ -195,13 +195,14 @@ def _check_step(
             got = f"shape {tuple(target.shape)} at {target_at}"
             raise ValueError(f"target: got {got}, allowed: (M,) inside ({n},)")
         _check("target", target, tuple(target.shape), torch.float32, device)
-    for name, x, of in (("shadow", shadow, param), ("target_shadow", target_shadow, target)):
+    shadows = (("shadow", shadow, param), ("target_shadow", target_shadow, target))
+    for name, copy, of in shadows:
         wanted = of is not None and shadow is not None and precision.name != "float32"
-        if (x is not None) != wanted:
+        if (copy is not None) != wanted:
             allowed = "a tensor" if wanted else "None: float32, or what it shadows is not there"
-            raise ValueError(f"{name}: got {'None' if x is None else 'a tensor'}, allowed: {allowed}")
-        if x is not None and of is not None:
-            _check(name, x, tuple(of.shape), precision.dtype, device)
+            raise ValueError(f"{name}: got {'None' if copy is None else 'a tensor'}, allowed: {allowed}")
+        if copy is not None and of is not None:
+            _check(name, copy, tuple(of.shape), precision.dtype, device)
 
 
 def new_partials(grad: Tensor) -> Tensor:

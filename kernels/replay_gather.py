@@ -124,14 +124,14 @@ def draw_slices_kernel(
                 tl.store(task_out_ptr + b, tl.load(task_ptr + step, mask=live, other=0), mask=live)
         else:
             a = tl.arange(0, BA)  # [BA]
-            ok = live[:, None] & (a < A)[None, :]
-            x = tl.load(action_ptr + step[:, None] * A + a[None, :], mask=ok, other=0.0)  # [BB, BA]
+            a_ok = live[:, None] & (a < A)[None, :]
+            action = tl.load(action_ptr + step[:, None] * A + a[None, :], mask=a_ok, other=0.0)  # [BB, BA]
             to = action_out_ptr + (t - 1) * action_t + b[:, None] * action_b + a[None, :]
-            store_rounded(to, x, ok, INTERPRETED)
-            x = tl.load(reward_ptr + step, mask=live, other=0.0)
-            tl.store(reward_out_ptr + (t - 1) * reward_t + b * reward_b, x, mask=live)
-            x = tl.load(terminated_ptr + step, mask=live, other=0).to(tl.float32)
-            tl.store(terminated_out_ptr + (t - 1) * terminated_t + b * terminated_b, x, mask=live)
+            store_rounded(to, action, a_ok, INTERPRETED)
+            reward = tl.load(reward_ptr + step, mask=live, other=0.0)
+            tl.store(reward_out_ptr + (t - 1) * reward_t + b * reward_b, reward, mask=live)
+            ended = tl.load(terminated_ptr + step, mask=live, other=0).to(tl.float32)
+            tl.store(terminated_out_ptr + (t - 1) * terminated_t + b * terminated_b, ended, mask=live)
 
 
 def _check(
@@ -288,8 +288,8 @@ def draw_slices_reference(
         def share(high: Tensor, low: Tensor, count: Tensor) -> Tensor:
             return high * count + (low * count >> 32) >> 32
 
-        start, length = table[(first + share(*words[:2], count)) % len(table)].unbind(1)
-        starts = start + share(*words[2:], length - h)
+        start, length = table[(first + share(words[0], words[1], count)) % len(table)].unbind(1)
+        starts = start + share(words[2], words[3], length - h)
     index = (starts + torch.arange(h + 1, device=state.device).unsqueeze(1)) % c  # (H+1, B)
     out.obs.copy_(steps.obs[index])
     for name in ("action", "reward", "terminated"):

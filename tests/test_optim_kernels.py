@@ -17,6 +17,8 @@ from tdmpc2_fast.kernels.launch import Precision, log_launches
 pytestmark = MARKS
 
 LR, HEAD_LR, CODE = 3e-4, 0.3 * 3e-4, 5
+# A norm is one number, which plain torch may hit by luck, and all that is clipped has its error.
+FEW_ROUNDINGS = 2**-21
 PRECISIONS = [Precision(name) for name in ("float32", "tf32", "bfloat16")]
 
 
@@ -146,10 +148,10 @@ def test_steps_are_as_exact_as_torchs(n: int, head: int, max_norm: float) -> Non
         grad[n // 2] = 0
         norms = [x.take(grad) for x in (plain, exact)]
         mine.take(grad, head=head, eps=eps, max_norm=max_norm)
-        within_twice(mine.norm, norms[0].view(1), norms[1].view(1))
+        within_twice(mine.norm, norms[0].view(1), norms[1].view(1), FEW_ROUNDINGS)
         within_twice(mine.param, plain.param, exact.param)
         for name in ("exp_avg", "exp_avg_sq"):
-            within_twice(getattr(mine, name), plain.state(name), exact.state(name))
+            within_twice(getattr(mine, name), plain.state(name), exact.state(name), FEW_ROUNDINGS)
     assert mine.step.item() == 4
     assert mine.flag.item() == 0
 
@@ -196,7 +198,7 @@ def test_every_number_of_partials_gives_the_norm(n: int, p: int) -> None:
     optim.squared_norm_reference(grad.double(), exact, step)
     assert step.item() == 3
     torch.testing.assert_close(exact.sum(), grad.double().square().sum(), rtol=1e-12, atol=0)
-    within_twice(partials, plain, exact)
+    within_twice(partials, plain, exact, FEW_ROUNDINGS)
     again = torch.full_like(partials, torch.nan)
     optim.squared_norm(grad, again, step)
     assert torch.equal(partials, again)
