@@ -150,7 +150,7 @@ def input_gradient(
         raise ValueError(f"below: got {tuple(below.x.shape)}, allowed: rows due, {tuple(out.x.shape)}, and sums in out")
     if add is not None and (add.shape[1:] != out.x.shape[1:] or add.dtype == torch.bfloat16 or add.stride(-1) != 1):
         raise ValueError(f"add: got {tuple(add.shape)} {add.dtype}, allowed: {tuple(out.x.shape)} torch.float32")
-    tile = tile or input_gradient_tile(e * n, written, width, d, precision.name)
+    tile = tile or input_gradient_tile(e * n, written, width, d, precision.name, summed=written < groups)
     reads, due = upstream(gradient)
     under, act = source(Rows(out.x) if below is None else below)
     launch(

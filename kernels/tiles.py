@@ -68,23 +68,26 @@ def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str)
     return _shallow(fitting[-1], depth)
 
 
-# A step of a backward product reads two rows for one, the gradient and what it is the gradient of.
-_BACKWARD_DEPTH = {"bfloat16": 64, "tf32": 32, "float32": 16}
+# A step of a backward product reads the gradient and what it is the gradient of: narrower steps, and
+# fewer of them in flight, where registers would not do.
+_INPUT_DEPTH = {"bfloat16": 64, "tf32": 32, "float32": 16}
 _WEIGHT_DEPTH = {"bfloat16": 32, "tf32": 32, "float32": 16}
 
 
-def input_gradient_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
-    """Tile of a layer's dL/dx: `rows` x `columns`, times `groups`, over the layer's width."""
-    return _capped(layer_tile(rows, groups, columns, depth, precision), _BACKWARD_DEPTH[precision])
+def input_gradient_tile(rows: int, groups: int, columns: int, depth: int, precision: str, summed: bool = False) -> Tile:
+    """Tile of a layer's dL/dx: `rows` x `columns`, times `groups` or `summed` over them, over the layer's width."""
+    tile = layer_tile(rows, groups, columns, depth, precision)
+    return _narrower(tile, _INPUT_DEPTH[precision], 2 if summed and tile.BM > 16 else tile.stages)
 
 
 def weight_gradient_tile(width: int, groups: int, columns: int, rows: int, precision: str) -> Tile:
     """Tile of a layer's dL/dW: `width` x `columns`, times `groups`, over all `rows`."""
-    return _capped(layer_tile(width, groups, columns, rows, precision), _WEIGHT_DEPTH[precision])
+    tile = layer_tile(width, groups, columns, rows, precision)
+    return _narrower(tile, _WEIGHT_DEPTH[precision], 2 if precision == "bfloat16" else tile.stages)
 
 
-def _capped(tile: Tile, depth: int) -> Tile:
-    return tile if interpreting() else replace(tile, BK=min(tile.BK, depth))
+def _narrower(tile: Tile, depth: int, stages: int) -> Tile:
+    return tile if interpreting() else replace(tile, BK=min(tile.BK, depth), stages=stages)
 
 
 def _shallow(tile: Tile, depth: int) -> Tile:

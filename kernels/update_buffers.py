@@ -20,7 +20,7 @@ from .plan_buffers import ModelSizes
 from .rows import Layer, Rows
 from .weight_gradient import LayerGradient
 
-_COLUMNS = 32  # widths of first layers are multiples of this
+_COLUMNS = 16  # widths of first layers are multiples of this
 _ALIGNED = 32  # floats: where a tensor in a flat buffer begins
 
 
