@@ -1,4 +1,4 @@
-"""Compiles every kernel configuration the planner can choose, for chips that need not be there.
+"""Compiles every kernel configuration of plans and updates, for chips that need not be there.
 
     python -m tdmpc2_fast.kernels.report [--precision ...] [--arch ...] [--size ...] [--envs ...] [--json FILE]
 
@@ -6,7 +6,7 @@ Prints registers, spills, shared memory, tensor-core instruction and code size o
 1: a configuration spills, needs more shared memory than the chip has, lacks a tensor-core
 instruction where one is meant, or does not compile. 2: nothing can be compiled here.
 
-Configurations come from dry plans, so they are those a plan launches. Launches that differ only
+Configurations come from dry plans and updates, so they are those that are launched. Launches that differ only
 in what Triton derives from their arguments (alignment, strides of 1) count as one configuration,
 of which the first is compiled; `--variants` compiles them all. The defaults are what CI has time for.
 """
@@ -30,7 +30,9 @@ from typing import Any
 from .compile import SHARED_LIMIT, Compiled, Specialisation, specialisation, try_compile
 from .launch import PRECISIONS, Precision, interpreting, triton
 from .plan_buffers import PlanSizes
-from .work import KERNELS, dry_plan
+from .update_buffers import UpdateSizes
+from .update_work import dry_update
+from .work import KERNELS, UPDATE_KERNELS, dry_plan
 
 # Architecture by millions of parameters (paper, Table 9).
 MODEL_SIZES = {
@@ -45,6 +47,7 @@ MODEL_SIZES = {
 FORMS: dict[str, dict[str, Any]] = {"single": {}, "multi": dict(task_dim=96), "episodic": dict(episodic=True)}
 
 _OBS_DIM = 24
+_LARGE = 19  # millions of parameters from which a batch is 1024
 
 # The persistent variant is an option for few environments on Hopper, at tensor-core precisions.
 _PERSISTENT, _PERSISTENT_ARCH, _PROCESSORS = "persistent_kernel", 90, 132
@@ -65,8 +68,10 @@ def plan_sizes(size: int, envs: int, actions: int, form: str = "single") -> Plan
     )
 
 
-def configurations(sizes: Iterable[PlanSizes], precision: Precision, variants: bool = False) -> list[Specialisation]:
-    """Distinct configurations of plans of these sizes, in the order a plan first launches them."""
+def configurations(
+    sizes: Iterable[PlanSizes], precision: Precision, variants: bool = False, updates: Iterable[UpdateSizes] = ()
+) -> list[Specialisation]:
+    """Distinct configurations of plans and updates of these sizes, in the order they are first launched."""
     found: dict[str, Specialisation] = {}
     for s in sizes:
         # Chips without programmatic dependent launch have it taken out when they are compiled for.
@@ -77,7 +82,17 @@ def configurations(sizes: Iterable[PlanSizes], precision: Precision, variants: b
             log = dry_plan(s, precision, persistent=_PROCESSORS)[1]
             spec = specialisation(next(x for x in log if x.name == _PERSISTENT))
             found.setdefault(spec.configuration, spec)
+    for u in updates:
+        for launch in dry_update(u, precision, pdl=True)[0]:
+            spec = specialisation(launch)
+            found.setdefault(str(spec) if variants else spec.configuration, spec)
     return list(found.values())
+
+
+def update_sizes(size: int, actions: int, form: str = "single") -> UpdateSizes:
+    """An update of a published model size at its published batch size."""
+    dims: dict[str, Any] = {**MODEL_SIZES[size], **FORMS[form]}
+    return UpdateSizes(batch=256 if size < _LARGE else 1024, obs_dim=_OBS_DIM, action_dim=actions, **dims)
 
 
 def compile_all(specs: list[Specialisation], archs: list[int], jobs: int) -> Iterator[Row]:
@@ -133,7 +148,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--envs", **many, type=int, default=[1, 64], help="environments at once")
     parser.add_argument("--actions", **many, type=int, default=[6], help="action dimensions")
     parser.add_argument("--form", **many, choices=FORMS, default=["single"], help="single, multi (task), episodic")
-    parser.add_argument("--kernel", **many, choices=[*KERNELS, _PERSISTENT], help="these alone, by name")
+    parser.add_argument(
+        "--kernel", **many, choices=[*KERNELS, *UPDATE_KERNELS, _PERSISTENT], help="these alone, by name"
+    )
     parser.add_argument("--variants", action="store_true", help="every alignment, not one of each configuration")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, default all processors"
@@ -157,9 +174,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     start = time.perf_counter()
     sizes = [plan_sizes(*x) for x in product(args.size, args.envs, args.actions, args.form)]
+    updates = [update_sizes(*x) for x in product(args.size, args.actions, args.form)]
     specs: dict[str, Specialisation] = {}
     for precision in args.precision:
-        for spec in configurations(sizes, Precision(precision), args.variants):
+        for spec in configurations(sizes, Precision(precision), args.variants, updates):
             if args.kernel is None or spec.name in args.kernel:
                 specs.setdefault(str(spec), spec)
     rows = list(compile_all(list(specs.values()), args.arch, args.jobs))

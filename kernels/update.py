@@ -137,6 +137,18 @@ class FusedUpdate:
         self._means = torch.zeros(len(self.losses), device=device)
         self.metrics = torch.zeros(len(METRICS), device=device)
 
+    def run(self) -> None:
+        """One update from `inputs`, of a model of states and a single task."""
+        self.draw()
+        self.encode()
+        self.td_target()
+        self.world_losses()
+        self.encoder_gradients()
+        self.step_world()
+        self.policy_losses()
+        self.step_policy()
+        self.summarise()
+
     # ---- stages, in their order
 
     def draw(self) -> None:

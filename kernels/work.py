@@ -79,7 +79,7 @@ class LaunchWork(NamedTuple):
 
 def launch_work(launch: Launch) -> LaunchWork:
     """Count one launch."""
-    return LaunchWork(*KERNELS[launch.name](launch.arguments(), launch.grid))
+    return LaunchWork(*(KERNELS | UPDATE_KERNELS)[launch.name](launch.arguments(), launch.grid))
 
 
 def dry_plan(
@@ -89,7 +89,7 @@ def dry_plan(
 
     Weights take no memory. Activations are never touched, so they take address space alone.
     """
-    with _not_interpreted():
+    with not_interpreted():
         weights = PlanWeights.empty(sizes, precision, torch.device("meta"))
         plan = FusedPlan(sizes, weights, precision, torch.device("cpu"), pdl=pdl, persistent=persistent)
         with log_launches(dry=True) as log:
@@ -98,7 +98,7 @@ def dry_plan(
 
 
 @contextmanager
-def _not_interpreted() -> Iterator[None]:
+def not_interpreted() -> Iterator[None]:
     """Within: tiles as on a GPU; the interpreter's are larger."""
     before = os.environ.pop("TRITON_INTERPRET", None)
     try:
@@ -185,6 +185,25 @@ def _noise(a: Args, grid: Grid) -> tuple[int, int, int]:
     return 0, 0, 4 * floats + 8 * (a["members_n"] + a["shift_n"]) + 16 * prod(grid)
 
 
+def _input_gradient(a: Args, grid: Grid) -> tuple[int, int, int]:
+    m, d, bm, bn = a["M"], a["D"], a["BM"], a["BN"]
+    flops = 2 * grid[1] * a["groups"] * m * d * a["width"]
+    return flops, 2 * prod(grid) * a["groups"] * bm * bn * cdiv(d, a["BK"]) * a["BK"], 0
+
+
+def _weight_gradient(a: Args, grid: Grid) -> tuple[int, int, int]:
+    m, bm, bn = a["M"], a["BM"], a["BN"]
+    return 2 * grid[1] * m * a["D"] * a["K"], 2 * prod(grid) * bm * bn * cdiv(m, a["BK"]) * a["BK"], 0
+
+
+def _logits(a: Args, grid: Grid) -> tuple[int, int, int]:
+    return (*_last_layer(a, grid, a["D"], 0)[:2], 0)
+
+
+def _no_products(a: Args, grid: Grid) -> tuple[int, int, int]:
+    return 0, 0, 0
+
+
 KERNELS: dict[str, Callable[[Args, Grid], tuple[int, int, int]]] = {
     "grouped_layer_kernel": _grouped_layer,
     "scalar_head_kernel": _scalar_head,
@@ -195,6 +214,24 @@ KERNELS: dict[str, Callable[[Args, Grid], tuple[int, int, int]]] = {
     "noise_kernel": _noise,
 }
 """All kernels of plans, and how a launch of each is counted."""
+
+UPDATE_KERNELS: dict[str, Callable[[Args, Grid], tuple[int, int, int]]] = {
+    "input_gradient_kernel": _input_gradient,
+    "weight_gradient_kernel": _weight_gradient,
+    "two_hot_loss_kernel": _logits,
+    "value_gradient_kernel": _logits,
+    "update_noise_kernel": _no_products,
+    "draw_slices_kernel": _no_products,
+    "activation_gradient_kernel": _no_products,
+    "policy_sample_kernel": _no_products,
+    "policy_gradient_kernel": _no_products,
+    "consistency_kernel": _no_products,
+    "td_target_kernel": _no_products,
+    "running_scale_kernel": _no_products,
+    "squared_norm_kernel": _no_products,
+    "adam_kernel": _no_products,
+}
+"""Kernels of updates that are not a plan's; of these the products are counted alone."""
 
 
 def _compulsory_bytes(plan: FusedPlan, log: list[Launch]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,8 @@ from .config import Config
 from .errors import CheckpointError, InputError
 from .planner import Planner, check_obs
 from .rng import stream_seed
-from .update import Batch, Updater
+from .update import Sampler, Updater
 from .world_model import WorldModel
-
-
-class Sampler(Protocol):
-    """What `TDMPC2.update` draws from: our `ReplayBuffer`, or the official `Buffer`."""
-
-    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,) or None."""
-        ...
 
 
 class TDMPC2:
@@ -48,7 +40,7 @@ class TDMPC2:
 
     @property
     def backend(self) -> Backend:
-        """What plans, and why; updates are torch's."""
+        """What plans and learns, and why."""
         return self.planner.backend
 
     @torch.no_grad()
@@ -92,8 +84,7 @@ class TDMPC2:
 
     def update(self, buffer: Sampler) -> dict[str, Tensor]:
         """One training step on a batch from `buffer`; returns the official metrics."""
-        obs, action, reward, terminated, task = buffer.sample()
-        return self.updater.step(Batch(obs, action, reward, terminated, task))
+        return self.updater.step_on(buffer)
 
     def save(self, fp: str | Path) -> None:
         """Save the weights: safetensors + JSON, or the official format for a name ending in `.pt`."""

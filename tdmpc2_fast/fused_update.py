@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from .cuda_graph import GraphedFunction
 from .errors import InputError, NonFiniteError
 from .flat_model import FlatModel, update_sizes
 from .kernels.launch import has_dependent_launch
+from .kernels.replay_gather import Slices, draw_slices
 from .kernels.update import METRICS, POLICY, WORLD, FusedUpdate
 from .metrics import termination_statistics
 from .profiling import annotate
+from .replay import DeviceReplay
 from .rng import UpdateNoise, stream_seed
 from .scale import RunningScale
 from .task_embedding import look_up
@@ -53,37 +55,60 @@ class FusedUpdater:
         shape = dict(cfg._require("obs_shape"))[cfg.obs]
         pixels = cfg.obs == "rgb"
         self._images = torch.zeros(h + 1, b, *shape, dtype=torch.uint8, device=device) if pixels else None
-        if cfg.multitask and cfg.task_grad_leak:
-            model._task_emb.weight.grad = self.flat.grads["_task_emb.weight"]
-        if pixels:  # theirs come from autograd
-            for name, p in model._encoder.named_parameters():
-                p.grad = self.flat.grads[f"_encoder.{name}"]
+        self._masks = model._action_masks.clone() if cfg.multitask else None
+        self._lend_gradients()
+        self.steps = 0
         self._statistics: dict[str, Tensor] = {}
         self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        with self._on_device():
-            self._capture()
+        # Captured when first asked for: updates from given batches, and from a replay.
+        self._from_batch: GraphedFunction | None = None
+        self._from_replay: GraphedFunction | None = None
+        self._replay: DeviceReplay | None = None
 
-    def _capture(self) -> None:
-        """Capture the update; its warm-up runs change nothing, for a set flag masks them."""
+    def _capture(self, run: Callable[[], None]) -> GraphedFunction:
+        """Capture an update; its warm-up runs change nothing, for a set flag masks them."""
         u = self.fused
         kept = [(x, x.clone()) for x in (u.inputs.rng, u.world.step, u.policy.step)]
         if self._task is not None:
             weight = self.model._task_emb.weight.data
             kept += [(x, x.clone()) for x in (weight, self.flat.grads["_task_emb.weight"])]
         u.inputs.flag.fill_(_FAILED_BEFORE)
-        self._graph = GraphedFunction(self._run, u.inputs.x.device, "Updater")
+        graph = GraphedFunction(run, u.inputs.x.device, "Updater")
         for x, before in kept:
             x.copy_(before)
         u.inputs.flag.zero_()
+        return graph
 
     @property
     def why_eager(self) -> str | None:
-        """Why updates are not replays of a CUDA graph, or None where they are."""
-        return self._graph.why_eager
+        """Why updates are not replays of a CUDA graph; None where they are, or none has come yet."""
+        return next((g.why_eager for g in (self._from_batch, self._from_replay) if g is not None), None)
 
     def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
         """As `Updater.step`, the batch checked."""
+        with self._one_update():
+            self._take(batch)
+            if noise is not None or trace is not None:
+                self._run_given(noise, trace)
+                return self._metrics()
+            if self._from_batch is None:
+                self._from_batch = self._capture(self._run)
+            self._from_batch()
+            return self._metrics()
+
+    def step_from(self, replay: DeviceReplay) -> dict[str, Tensor]:
+        """Metrics of one step on a batch drawn by the kernels, in the graph."""
+        with self._one_update():
+            if self._from_replay is None or self._replay is not replay:
+                self._replay = replay
+                self._from_replay = self._capture(self._run_from_replay)
+            self._from_replay()
+            return self._metrics()
+
+    @contextlib.contextmanager
+    def _one_update(self) -> Iterator[None]:
+        """Within: on a model as it was left, or with what others changed taken in."""
         device = self.fused.inputs.x.device
         if self.model.device != device or self.model.dtype != torch.float32:
             raise InputError(
@@ -93,16 +118,11 @@ class FusedUpdater:
         with self._on_device(), torch.no_grad():
             self._raise_if_failed(wait=False)
             self._take_in_changes()
-            self._take(batch)
-            if noise is None and trace is None:
-                self._graph()
-            else:
-                self._run_given(noise, trace)
+            yield
+            self.steps += 1
             self.flat.wrote()
             self._flag.copy_(self.fused.inputs.flag, non_blocking=True)
-            found = self._metrics()
         self._raise_if_failed(wait=self._done is None)
-        return found
 
     def synchronise(self) -> None:
         """Wait for the updates so far; raises what they failed with."""
@@ -135,6 +155,20 @@ class FusedUpdater:
     def _run(self) -> None:
         self.fused.draw()
         self._update(None)
+
+    def _run_from_replay(self) -> None:
+        replay, inputs, sizes = self._replay, self.fused.inputs, self.fused.sizes
+        assert replay is not None
+        obs = inputs.obs[0, ..., : sizes.obs_dim] if self._images is None else self._images.flatten(2)
+        out = Slices(obs, self._actions, inputs.target[0], inputs.terminated[0], self._task)
+        draw_slices(inputs.rng, replay.table, replay.first, replay.count, replay.steps, out, pdl=self.fused.pdl)
+        self._run()
+
+    @property
+    def _actions(self) -> Tensor:
+        """Where a batch's actions go: (H, B, A)."""
+        at = self.cfg.latent_dim + self.cfg.task_dim
+        return self.fused.inputs.x[0, : self.cfg.horizon, :, at : at + self.fused.sizes.action_dim]
 
     @torch.no_grad()
     def _update(self, trace: UpdateTrace | None) -> None:
@@ -199,7 +233,8 @@ class FusedUpdater:
         for x, at in ((inputs.obs, o), (inputs.x, z), (inputs.next_x, z)):
             x[..., at : at + t] = e
         assert inputs.mask is not None
-        inputs.mask.copy_(self.model._action_masks[self._task])
+        assert self._masks is not None
+        inputs.mask.copy_(self._masks[self._task])
         inputs.discount.copy_(self._discounts[self._task])
 
     def _look_up_again(self) -> None:
@@ -237,18 +272,25 @@ class FusedUpdater:
     # ---- in and out
 
     def _take_in_changes(self) -> None:
-        """Honour what others did to the parameters; where they lay elsewhere, capture anew."""
-        if self.flat.check() and self._images is not None:
-            self._capture()
+        """Honour what others did to the parameters; graphs read the flat buffers, whose addresses stay."""
+        if self.flat.check():
+            self._lend_gradients()
+
+    def _lend_gradients(self) -> None:
+        """Gradients that torch writes, or others look at, are those in the flat buffer."""
+        if self.cfg.multitask and self.cfg.task_grad_leak:
+            self.model._task_emb.weight.grad = self.flat.grads["_task_emb.weight"]
+        if self._images is not None:
+            for name, p in self.model._encoder.named_parameters():
+                p.grad = self.flat.grads[f"_encoder.{name}"]
 
     def _take(self, batch: Batch) -> None:
-        inputs, cfg, h = self.fused.inputs, self.cfg, self.cfg.horizon
+        inputs = self.fused.inputs
         if self._images is None:
             inputs.obs[0, ..., : batch.obs.shape[-1]].copy_(batch.obs, non_blocking=True)
         else:
             self._images.copy_(batch.obs, non_blocking=True)
-        at = cfg.latent_dim + cfg.task_dim
-        inputs.x[0, :h, :, at : at + self.fused.sizes.action_dim].copy_(batch.action, non_blocking=True)
+        self._actions.copy_(batch.action, non_blocking=True)
         inputs.target[0].copy_(batch.reward[..., 0], non_blocking=True)
         inputs.terminated[0].copy_(batch.terminated[..., 0], non_blocking=True)
         if self._task is not None:

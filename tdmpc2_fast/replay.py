@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .config import Config
 from .errors import InputError
+from .kernels.replay_gather import Steps
 from .rng import generator
-from .update import Batch
 
 _DEVICE_HEADROOM = 2.5  # official rule: the replay lives on the GPU if this many times its size is free
 _FIELDS = ("obs", "action", "reward", "terminated", "task")
+
+
+@dataclass(frozen=True)
+class DeviceReplay:
+    """A replay for kernels that draw from it; addresses stay while the buffer lives, contents change."""
+
+    steps: Steps
+    table: Tensor  # (R, 2) int64, start and length of episodes a slice can come from
+    first: Tensor  # (1,) int64, the first row in use
+    count: Tensor  # (1,) int64, rows in use
 
 
 class ReplayBuffer:
@@ -52,7 +64,8 @@ class ReplayBuffer:
         # (absolute start, length). A row outlives the drop of its oldest steps.
         self._table = torch.zeros(64, 2, dtype=torch.int64)
         self._first = self._last = 0
-        self._index: Tensor | None = None  # copy of the rows in use, where the storage is
+        self._copied: DeviceReplay | None = None  # the rows in use, where the storage is
+        self._stale = True  # whether that copy is
         self._generator: torch.Generator | None = None
 
     @property
@@ -96,26 +109,18 @@ class ReplayBuffer:
         self._drop_overwritten()
         if kept >= self._slice:
             self._append(start, kept)
-        self._index = None
+        self._stale = True
         self._num_eps += 1
         return self._num_eps
 
     def sample(self) -> Batch:
         """Draw `batch_size` slices: obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,)."""
-        b = self.cfg.batch_size
-        if self.num_sampleable == 0:
-            raise InputError(
-                f"replay: got {self._num_eps} episodes, none of {self._slice} or more steps "
-                "(horizon + 1); allowed: sampling after at least one such episode"
-            )
-        if self._index is None:
-            rows = self._table[self._first : self._last]
-            self._index = rows.to(self._device)
-            if self._generator is None:
-                self._generator = generator(self.cfg.seed, "replay", self._device)
+        b, index = self.cfg.batch_size, self._rows_in_use().table
+        if self._generator is None:
+            self._generator = generator(self.cfg.seed, "replay", self._device)
         u = torch.rand(2, b, dtype=torch.float64, device=self._device, generator=self._generator)
         episode = (u[0] * self.num_sampleable).long()
-        start, length = self._index[episode].unbind(-1)
+        start, length = index[episode].unbind(-1)
         first = start + (u[1] * (length - self._slice + 1)).long()
         steps = (first + torch.arange(self._slice, device=self._device).unsqueeze(1)) % self.capacity  # (H+1, B)
 
@@ -132,6 +137,35 @@ class ReplayBuffer:
             terminated=take("terminated", steps[1:]).unsqueeze(-1).float(),
             task=take("task", steps[0]) if "task" in self._store else None,
         )
+
+    def on_device(self) -> DeviceReplay | None:
+        """What a kernel on the agent's device draws batches from; None where the storage is elsewhere."""
+        found = self._rows_in_use()
+        return found if self._device.type == self.device.type else None
+
+    def _rows_in_use(self) -> DeviceReplay:
+        """The table where the storage is, brought up to date."""
+        if self.num_sampleable == 0:
+            raise InputError(
+                f"replay: got {self._num_eps} episodes, none of {self._slice} or more steps "
+                "(horizon + 1); allowed: sampling after at least one such episode"
+            )
+        if self._copied is None:
+            store, device = self._store, self._device
+            self._copied = DeviceReplay(
+                Steps(
+                    store["obs"].flatten(1), store["action"], store["reward"], store["terminated"], store.get("task")
+                ),
+                # No two of the episodes in use begin less than a slice apart.
+                table=torch.zeros(self.capacity // self._slice + 1, 2, dtype=torch.int64, device=device),
+                first=torch.zeros(1, dtype=torch.int64, device=device),
+                count=torch.zeros(1, dtype=torch.int64, device=device),
+            )
+        if self._stale:
+            self._copied.table[: self.num_sampleable] = self._table[self._first : self._last].to(self._device)
+            self._copied.count.fill_(self.num_sampleable)
+            self._stale = False
+        return self._copied
 
     @property
     def _device(self) -> torch.device:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .backend import Backend, resolve_backend
 from .batch import Batch, UpdateTrace
+from .replay import DeviceReplay, ReplayBuffer
 from .rng import UpdateNoise
 from .scale import RunningScale
 from .torch_update import TorchUpdate
@@ -16,13 +17,26 @@ from .world_model import WorldModel
 __all__ = ["Batch", "UpdateTrace", "Updater"]
 
 
+class Sampler(Protocol):
+    """What an update draws from: our `ReplayBuffer`, or the official `Buffer`."""
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,) or None."""
+        ...
+
+
 class UpdateBackend(Protocol):
     """What `Updater` asks of an implementation."""
 
     scale: RunningScale
+    steps: int
 
     def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
         """Metrics of one step on a checked batch."""
+        ...
+
+    def step_from(self, replay: DeviceReplay) -> dict[str, Tensor]:
+        """Metrics of one step on a batch drawn on the device; of an implementation that draws."""
         ...
 
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
@@ -57,6 +71,11 @@ class Updater:
         return self._made
 
     @property
+    def steps(self) -> int:
+        """Updates so far."""
+        return 0 if self._made is None else self._made.steps
+
+    @property
     def scale(self) -> RunningScale:
         """Of Q values, by which the policy loss is divided."""
         return self._update.scale
@@ -74,6 +93,14 @@ class Updater:
         """
         batch.check(self.cfg)
         return self._update.step(batch, noise, trace)
+
+    def step_on(self, buffer: Sampler) -> dict[str, Tensor]:
+        """`step` on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
+        if self.backend.name == "triton" and isinstance(buffer, ReplayBuffer):
+            replay = buffer.on_device()
+            if replay is not None and replay.table.device == self.model.device:
+                return self._update.step_from(replay)
+        return self.step(Batch(*buffer.sample()))
 
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
         """r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
