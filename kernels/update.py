@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ from .update_buffers import (
     UpdateState,
     WorldLayout,
 )
+from .update_losses import UpdateLosses
 from .update_noise import draw_update_noise
 from .value_gradient import value_gradient
 from .weight_gradient import LayerGradient, weight_gradient
@@ -100,42 +101,7 @@ class FusedUpdate:
         self._termination = None if layout.termination is None else _Net(layout.termination, self.world)
         operand = self.target if self.target_shadow is None else self.target_shadow
         self._targets = [x.moved(-layout.heads_start).layer(self.target, operand) for x in layout.heads]
-        self._weigh(device)
-
-    def _weigh(self, device: torch.device) -> None:
-        """Weights of rows in the losses, and how metrics are made of mean losses of rows."""
-        s, h = self.sizes, self.sizes.horizon
-        heads = 1 + s.num_q
-        rho = s.rho ** torch.arange(h + 1, dtype=torch.float32)
-        shares = torch.full((heads, 1), s.value_coef / s.num_q)
-        shares[0] = s.reward_coef
-        self._head_weight = (shares * rho[:h] / (h * s.batch)).to(device).contiguous()
-        self._consistency_weight = (s.consistency_coef * rho[:h] / (h * s.batch * s.latent_dim)).to(device)
-        self.termination_weight = torch.full((1, h), s.termination_coef / (h * s.batch), device=device)
-        self.policy_weight = (rho / ((h + 1) * s.batch)).to(device)
-        # Rows of `losses`, a time step each: consistency, reward and critics, termination, then of the
-        # policy loss value, log-probability and scaled entropy.
-        counts = [h, heads * h, h if s.episodic else 0, h + 1, h + 1, h + 1]
-        self.losses = torch.zeros(sum(counts), s.batch, device=device)
-        at = torch.tensor([0, *counts]).cumsum(0).tolist()
-        parts = [self.losses[a:b] for a, b in pairwise(at)]
-        self._consistency_loss, self._head_loss = parts[0], parts[1].view(heads, h, s.batch)
-        self._termination_loss = parts[2].view(-1, h, s.batch)
-        self.q, self._log_prob, self._entropy = parts[3:]
-        mix = torch.zeros(len(_MIXED), len(self.losses))
-        mix[0, at[0] : at[1]] = rho[:h] / h
-        mix[1, at[1] : at[1] + h] = rho[:h] / h
-        mix[2, at[1] + h : at[2]] = (rho[:h] / (h * s.num_q)).repeat(s.num_q)
-        mix[3, at[2] : at[3]] = 1 / h
-        coefs = torch.tensor([s.consistency_coef, s.reward_coef, s.value_coef, s.termination_coef])
-        mix[4] = coefs @ mix[:4]
-        mix[5, at[4] : at[5]] = -1 / (h + 1)
-        mix[6, at[5] : at[6]] = 1 / (h + 1)
-        mix[7, at[3] : at[4]] = rho / (h + 1)
-        mix[8, at[5] : at[6]] = -s.entropy_coef * rho / (h + 1)
-        self._mix = mix.to(device)
-        self._means = torch.zeros(len(self.losses), device=device)
-        self.metrics = torch.zeros(len(METRICS), device=device)
+        self.losses = UpdateLosses(sizes, device)
 
     def run(self) -> None:
         """One update from `inputs`, of a model of states and a single task."""
@@ -241,7 +207,7 @@ class FusedUpdate:
         """Value and entropy of the policy at all latents, the running scale, gradients of the policy."""
         with self._annotate("policy"):
             s, state, inputs, draws = self.sizes, self.state, self.inputs, self.draws
-            policy = self._act(inputs.x, slice(None), draws.pi_eps, (self._log_prob, self._entropy))
+            policy = self._act(inputs.x, slice(None), draws.pi_eps, (self.losses.log_prob, self.losses.entropy))
             slabs = Slabs(1, members=draws.pi_members)
             dropout = None if draws.pi_keep is None else self._dropout(draws.pi_keep, 0)
             first = self._layer(Rows(inputs.x), self._heads.layers[0], state.critics[0], slabs, dropout)
@@ -258,9 +224,9 @@ class FusedUpdate:
                 slabs=slabs,
                 pdl=self.pdl,
             )
-            torch.mean(state.q, 0, out=self.q)
+            torch.mean(state.q, 0, out=self.losses.q)
             state.new_scale.copy_(state.scale)
-            running_scale(self.q[0], state.new_scale, tau=s.tau, pdl=self.pdl)
+            running_scale(self.losses.q[0], state.new_scale, tau=s.tau, pdl=self.pdl)
             # Critics are constants: only what reaches [e, a] is of interest.
             d = self._inputs(Gradient(state.d_critics[2].x), self._heads.layers[2], second, state.d_critics[1], slabs)
             d = self._inputs(d, self._heads.layers[1], first, state.d_critics[0], slabs)
@@ -272,13 +238,9 @@ class FusedUpdate:
         self._step(self.policy, POLICY, lr=self.sizes.lr, head_lr=0.0, head=0, eps=_POLICY_ADAM_EPS)
 
     def summarise(self) -> None:
-        """`metrics`, in the order of METRICS; unless a step failed, keep the scale and count the update."""
-        state, mixed = self.state, self.metrics[: len(_MIXED)]
-        torch.mean(self.losses, 1, out=self._means)
-        torch.mv(self._mix, self._means, out=mixed)
-        value, entropy = mixed[7:8], mixed[8:9]
-        torch.addcdiv(entropy, value, state.new_scale, value=-1, out=self._metric("pi_loss"))
-        self._metric("pi_scale").copy_(state.new_scale)
+        """The metrics; unless a step failed, keep the new scale and count the update."""
+        state = self.state
+        self.losses.summarise(state.new_scale)
         fine = self.inputs.flag == 0
         torch.where(fine, state.new_scale, state.scale, out=state.scale)
         self.inputs.rng[1:].add_(fine)
@@ -303,8 +265,8 @@ class FusedUpdate:
         consistency(
             inputs.x[0, 1:, :, :z],
             inputs.next_x[0, ..., :z],
-            self._consistency_weight,
-            self._consistency_loss,
+            self.losses.consistency_weight,
+            self.losses.consistency_loss,
             state.d_x[0, 1:, :, :z],
             pdl=self.pdl,
         )
@@ -312,7 +274,12 @@ class FusedUpdate:
         first = self._layer(Rows(inputs.x[:, :h]), self._heads.layers[0], state.heads[0], EACH, dropout)
         self._headed = [first, self._layer(first, self._heads.layers[1], state.heads[1])]
         self._loss(
-            self._headed[1], self._heads.layers[2], inputs.target, self._head_weight, self._head_loss, state.d_heads[2]
+            self._headed[1],
+            self._heads.layers[2],
+            inputs.target,
+            self.losses.head_weight,
+            self.losses.head_loss,
+            state.d_heads[2],
         )
 
     def _back_through_heads(self) -> None:
@@ -330,8 +297,8 @@ class FusedUpdate:
             rows[1],
             net.layers[2],
             self.inputs.terminated,
-            self.termination_weight,
-            self._termination_loss,
+            self.losses.termination_weight,
+            self.losses.termination_loss,
             out,
             BINARY,
         )
@@ -363,8 +330,8 @@ class FusedUpdate:
         tiles = below_first.tile, below_second.tile, tile.BN
         whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, self._rolled, tiles, strict=True)]
         inputs = [Rows(self.inputs.x[:, :h]), first, second]
-        for gradient, x, layer, out in zip(whole, inputs, net.layers, net.grads, strict=True):
-            self._weights(gradient, x, layer, out)
+        for gradient, x, layer, grads in zip(whole, inputs, net.layers, net.grads, strict=True):
+            self._weights(gradient, x, layer, grads)
         if self.sizes.task_dim:
             d_e = state.d_x[:, :h, :, z:]
             self._inputs(whole[0], net.layers[0], None, Gradient(d_e), first=z, add=d_e)
@@ -376,7 +343,7 @@ class FusedUpdate:
             self.draws.pi_eps,
             self.inputs.mask,
             state.d_action[0, ..., s.task_dim :],
-            self.policy_weight,
+            self.losses.policy_weight,
             state.new_scale,
             state.d_policy[2].x,
             low=s.log_std_min,
@@ -474,7 +441,7 @@ class FusedUpdate:
     def _dropout(self, keep: Tensor, first: int) -> Dropout:
         return Dropout(keep, 1 / (1 - self.sizes.dropout), first)
 
-    def _step(self, flat: FlatParameters, code: int, **options: object) -> None:
+    def _step(self, flat: FlatParameters, code: int, **options: Any) -> None:
         squared_norm(flat.grad, flat.partials, flat.step, pdl=self.pdl)
         adam_step(
             flat.param,
@@ -484,7 +451,7 @@ class FusedUpdate:
             flat.partials,
             flat.step,
             self.inputs.flag,
-            self._metric("grad_norm" if code == WORLD else "pi_grad_norm"),
+            self.losses.metric("grad_norm" if code == WORLD else "pi_grad_norm"),
             code=code,
             max_norm=self.sizes.grad_clip_norm,
             shadow=flat.shadow,
@@ -492,23 +459,3 @@ class FusedUpdate:
             pdl=self.pdl,
             **options,
         )
-
-    def _metric(self, name: str) -> Tensor:
-        at = METRICS.index(name)
-        return self.metrics[at : at + 1]
-
-
-# Sums of mean losses of rows, by a matrix; the last two are parts of the policy loss.
-_MIXED = (
-    "consistency_loss",
-    "reward_loss",
-    "value_loss",
-    "termination_loss",
-    "total_loss",
-    "pi_entropy",
-    "pi_scaled_entropy",
-    "_value",
-    "_entropy",
-)
-METRICS = (*_MIXED, "pi_loss", "grad_norm", "pi_grad_norm", "pi_scale")
-"""Names of `FusedUpdate.metrics`, in order; those with an underscore are parts of others."""

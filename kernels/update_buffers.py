@@ -72,14 +72,14 @@ class FlatLayer:
 
     def layer(self, param: Tensor, operand: Tensor) -> Layer:
         """As kernels read it: weights from `operand`, vectors from `param`."""
-        vectors = (None if x is None else self._view(param, x, self.d) for x in (self.ln_weight, self.ln_bias))
+        gamma, beta = (None if x is None else self._view(param, x, self.d) for x in (self.ln_weight, self.ln_bias))
         weight, bias = self._view(operand, self.weight, self.d, self.k), self._view(param, self.bias, self.d)
-        return Layer(weight, bias, *vectors, simnorm_dim=self.simnorm_dim)
+        return Layer(weight, bias, gamma, beta, simnorm_dim=self.simnorm_dim)
 
     def moved(self, by: int) -> FlatLayer:
         """The same layers elsewhere in their buffer."""
-        places = {k: getattr(self, k) for k in ("weight", "bias", "ln_weight", "ln_bias")}
-        return replace(self, **{k: None if at is None else at + by for k, at in places.items()})
+        ln_weight, ln_bias = (None if at is None else at + by for at in (self.ln_weight, self.ln_bias))
+        return replace(self, weight=self.weight + by, bias=self.bias + by, ln_weight=ln_weight, ln_bias=ln_bias)
 
     def gradient(self, grad: Tensor) -> LayerGradient:
         """Where its gradients go."""
@@ -101,13 +101,12 @@ class _Allocator:
     def layer(self, slabs: int, d: int, k: int, norm: bool = True, simnorm_dim: int = 0) -> FlatLayer:
         vectors = slabs * d
         weight, bias = self.take(vectors * k), self.take(vectors)
-        ln = (self.take(vectors), self.take(vectors)) if norm else (None, None)
-        return FlatLayer(slabs, d, k, weight, bias, *ln, simnorm_dim)
+        gamma, beta = (self.take(vectors), self.take(vectors)) if norm else (None, None)
+        return FlatLayer(slabs, d, k, weight, bias, gamma, beta, simnorm_dim)
 
     def mlp(self, slabs: int, k: int, d: int, out: int, simnorm_dim: int = 0) -> tuple[FlatLayer, ...]:
-        last = self.layer
         first, second = self.layer(slabs, d, k), self.layer(slabs, d, d)
-        return first, second, last(slabs, out, d, norm=simnorm_dim > 0, simnorm_dim=simnorm_dim)
+        return first, second, self.layer(slabs, out, d, simnorm_dim > 0, simnorm_dim)
 
 
 class WorldLayout:

@@ -133,7 +133,8 @@ class FlatModel:
         ) -> Iterator[tuple[str, Tensor, Tensor]]:
             for i, layer in enumerate(layers):
                 for key, p in module[i].named_parameters():
-                    yield f"{name}.{i}.{key}", *(_part(layer, f, key, p, slabs, base) for f in (param, grad))
+                    view, g = (_part(layer, f, key, p, slabs, base) for f in (param, grad))
+                    yield f"{name}.{i}.{key}", view, g
 
         if layout.encoder:
             yield from mlp(model._encoder[obs], f"_encoder.{obs}", layout.encoder, world.param, world.grad, 0)
@@ -148,7 +149,8 @@ class FlatModel:
         if model.cfg.multitask:
             weight = model._task_emb.weight
             rows = slice(layout.task, layout.task + weight.numel())
-            yield "_task_emb.weight", *(f[rows].view(weight.shape) for f in (world.param, world.grad))
+            view, g = (f[rows].view(weight.shape) for f in (world.param, world.grad))
+            yield "_task_emb.weight", view, g
         yield from mlp(model._dynamics, "_dynamics", layout.dynamics, world.param, world.grad, 0)
         yield from mlp(model._reward, "_reward", layout.heads, world.param, world.grad, 0)
         critics = slice(1, None)

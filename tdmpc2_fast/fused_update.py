@@ -16,7 +16,8 @@ from .errors import InputError, NonFiniteError
 from .flat_model import FlatModel, update_sizes
 from .kernels.launch import has_dependent_launch
 from .kernels.replay_gather import Slices, draw_slices
-from .kernels.update import METRICS, POLICY, WORLD, FusedUpdate
+from .kernels.update import POLICY, WORLD, FusedUpdate
+from .kernels.update_losses import METRICS
 from .metrics import termination_statistics
 from .profiling import annotate
 from .replay import DeviceReplay
@@ -264,7 +265,7 @@ class FusedUpdater:
         if not self.cfg.task_grad_leak:
             grad.zero_()
             return
-        factor = -0.5 * u.policy_weight / state.new_scale
+        factor = -0.5 * u.losses.policy_weight / state.new_scale
         d = state.d_policy_task[0].sum(0) + (factor[:, None, None] * state.d_action[0, ..., :t]).sum(0)
         with matmul_precision(self.cfg.replace(precision="float32"), grad.device):
             grad.copy_(self._of_tasks(d))
@@ -322,7 +323,7 @@ class FusedUpdater:
 
     def _metrics(self) -> dict[str, Tensor]:
         """A copy: the next update overwrites the buffer."""
-        values = dict(zip(METRICS, self.fused.metrics.clone(), strict=True))
+        values = dict(zip(METRICS, self.fused.losses.metrics.clone(), strict=True))
         found = {k: v for k, v in values.items() if not k.startswith("_")}
         if self.cfg.episodic:
             found |= {k: v.clone() for k, v in self._statistics.items()}
@@ -333,7 +334,7 @@ class FusedUpdater:
         u = self.fused
         target = u.inputs.terminated[0, -1, :, None]
         slope = u.state.d_termination[2].x[0, -1].float()
-        prob = slope / u.termination_weight[0, -1] + target
+        prob = slope / u.losses.termination_weight[0, -1] + target
         found = termination_statistics(prob, target)
         if not self._statistics:
             self._statistics = {k: torch.zeros_like(v) for k, v in found.items()}
@@ -358,7 +359,7 @@ class FusedUpdater:
         u = self.fused
         u.inputs.flag.zero_()
         which = ("pi_loss",) if code == POLICY else ("consistency_loss", "reward_loss", "value_loss", "total_loss")
-        values = dict(zip(METRICS, u.metrics.tolist(), strict=True))
+        values = dict(zip(METRICS, u.losses.metrics.tolist(), strict=True))
         bad = [k for k in which if not math.isfinite(values[k])]
         if not bad:
             own = [n for n in self.flat.grads if n.startswith("_pi.") == (code == POLICY)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from .backend import Backend, resolve_backend
 from .batch import Batch, UpdateTrace
-from .replay import DeviceReplay, ReplayBuffer
+from .replay import ReplayBuffer
 from .rng import UpdateNoise
 from .scale import RunningScale
 from .torch_update import TorchUpdate
 from .world_model import WorldModel
+
+if TYPE_CHECKING:
+    from .fused_update import FusedUpdater
 
 __all__ = ["Batch", "UpdateTrace", "Updater"]
 
@@ -22,25 +25,6 @@ class Sampler(Protocol):
 
     def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,) or None."""
-        ...
-
-
-class UpdateBackend(Protocol):
-    """What `Updater` asks of an implementation."""
-
-    scale: RunningScale
-    steps: int
-
-    def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
-        """Metrics of one step on a checked batch."""
-        ...
-
-    def step_from(self, replay: DeviceReplay) -> dict[str, Tensor]:
-        """Metrics of one step on a batch drawn on the device; of an implementation that draws."""
-        ...
-
-    def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
-        """TD targets (H, B, 1)."""
         ...
 
 
@@ -57,10 +41,10 @@ class Updater:
     def __init__(self, model: WorldModel) -> None:
         self.model, self.cfg = model, model.cfg
         self.backend: Backend = resolve_backend(model.cfg, model.device, model.dtype)
-        self._made: UpdateBackend | None = None
+        self._made: TorchUpdate | FusedUpdater | None = None
 
     @property
-    def _update(self) -> UpdateBackend:
+    def _update(self) -> TorchUpdate | FusedUpdater:
         if self._made is None:
             if self.backend.name == "triton":
                 from .fused_update import FusedUpdater
@@ -96,10 +80,11 @@ class Updater:
 
     def step_on(self, buffer: Sampler) -> dict[str, Tensor]:
         """`step` on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
-        if self.backend.name == "triton" and isinstance(buffer, ReplayBuffer):
+        update = self._update
+        if isinstance(buffer, ReplayBuffer) and not isinstance(update, TorchUpdate):
             replay = buffer.on_device()
             if replay is not None and replay.table.device == self.model.device:
-                return self._update.step_from(replay)
+                return update.step_from(replay)
         return self.step(Batch(*buffer.sample()))
 
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
