@@ -117,8 +117,8 @@ class Loop:
             while not self.trainer._seeded:
                 self.trainer.step()
         self.first_update = numbers(self.trainer._metrics)
-        step = self.trainer.envs[0].step
-        self.trainer.envs[0].step = lambda action: self.agent.timed("environment", lambda: step(action))  # type: ignore[method-assign]
+        step = self.trainer.envs.step_wait
+        self.trainer.envs.step_wait = lambda: self.agent.timed("environment", step)  # type: ignore[method-assign]
 
     def step(self) -> None:
         """One decision, and the update due after it."""

@@ -142,6 +142,12 @@ class Config:
 
     # of this project
     num_envs: int = _key(1, "environments stepped side by side", low=1)
+    env_workers: int | None = _key(
+        None, "processes that step them, 0 for none; none takes 0 for one environment, else at most one a core", low=0
+    )
+    overlap: bool | None = _key(
+        None, "step environments while updates run, which changes no number; none does so on a GPU only"
+    )
     utd: float = _key(1.0, "updates per decision", low=0)
     device: str = _key("auto", "torch device: auto, cpu, cuda, cuda:1, ...")
     num_threads: int | None = _key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)

@@ -17,6 +17,7 @@ from tdmpc2_fast import Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train import cli
+from tdmpc2_fast.train.envs.together import InProcess
 from tdmpc2_fast.train.online import OnlineTrainer
 from tdmpc2_fast.train.threads import choose_threads, idle_cores
 
@@ -67,12 +68,13 @@ def test_official_schedule_with_one_environment(tmp_path: Path) -> None:
 
 
 def test_several_environments_share_the_loop(tmp_path: Path) -> None:
-    trainer = run(tmp_path, num_envs=3, utd=0.5, steps=180)
+    trainer = run(tmp_path, num_envs=3, utd=0.5, steps=180, env_workers=0)
     assert trainer.buffer.num_eps == 3
     starts = [trainer.buffer._store["obs"][i * 41] for i in range(3)]
     assert not torch.equal(starts[0], starts[1])
-    # decisions come three at a time, and the first episodes end at 120, after the seed steps
-    assert trainer.agent.updater.steps == 50 + int(0.5 * (180 - 120))
+    # Decisions come three at a time. The first episodes end at 120, after the seed steps; the updates of the
+    # decision after that are the first to see them, as in the official code.
+    assert trainer.agent.updater.steps == 50 + int(0.5 * (180 - 123))
 
 
 def test_same_seed_same_run(tmp_path: Path) -> None:
@@ -99,19 +101,22 @@ def test_episodic_tasks_store_their_terminations(tmp_path: Path) -> None:
 
 def test_random_actions_go_on_until_an_episode_has_ended(tmp_path: Path) -> None:
     trainer = run(tmp_path, seed_steps=20, steps=45)
-    assert trainer.agent.updater.steps == 20 + (45 - 40)
+    # it ends at 40, and the updates of decision 41 are the first to see it
+    assert trainer.agent.updater.steps == 20 + (45 - 41)
 
 
 def test_what_was_learned_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = OnlineTrainer(Config.from_dict(dict(QUICK, eval_freq=10_000)), tmp_path)
-    step = trainer.envs[0].step
+    assert isinstance(trainer.envs, InProcess)
+    env = trainer.envs.envs[0]
+    step = env.step
 
     def fail(action: np.ndarray) -> Any:
         if trainer.agent.updater.steps > 60:
             raise RuntimeError("the simulator broke")
         return step(action)
 
-    monkeypatch.setattr(trainer.envs[0], "step", fail)
+    monkeypatch.setattr(env, "step", fail)
     with pytest.raises(RuntimeError, match="simulator"):
         trainer.run()
     saved = tensors_only(load(tmp_path / "checkpoints/latest", device="cpu").model.state_dict())

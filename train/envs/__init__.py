@@ -36,15 +36,21 @@ def make_env(cfg: Config, seed: int) -> Env:
         ConfigError: an unknown task (with the nearest names and the extras that add more),
             or one that needs a package that is not installed.
     """
+    suite = suite_of(cfg.task)
+    try:
+        return suite.make(cfg, seed)
+    except ImportError as e:
+        raise ConfigError(
+            f"config key 'task': {cfg.task!r} needs {e.name or e}; pip install 'tdmpc2-fast[{suite.extra}]'"
+        ) from e
+
+
+def suite_of(task: str) -> Suite:
+    """The family a task belongs to; an unknown task raises `ConfigError`."""
     for suite in SUITES.values():
-        if suite.accepts(cfg.task):
-            try:
-                return suite.make(cfg, seed)
-            except ImportError as e:
-                raise ConfigError(
-                    f"config key 'task': {cfg.task!r} needs {e.name or e}; pip install 'tdmpc2-fast[{suite.extra}]'"
-                ) from e
-    raise ConfigError(_unknown(cfg.task))
+        if suite.accepts(task):
+            return suite
+    raise ConfigError(_unknown(task))
 
 
 def complete(cfg: Config, env: Env) -> Config:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.rng import stream_seed
 
 Array = NDArray[np.float32] | NDArray[np.uint8]
 
@@ -39,3 +41,51 @@ class Env(Protocol):
     def close(self) -> None:
         """Free what the environment holds."""
         ...
+
+
+class Step(NamedTuple):
+    """What came of one decision in one environment."""
+
+    obs: Array
+    reward: float
+    terminated: bool
+    truncated: bool
+    success: float
+
+
+class Environments(Protocol):
+    """The `num_envs` environments of a run, stepped together: in this process or in others.
+
+    Equal seeds give equal trajectories wherever they run.
+    """
+
+    def reset(self, which: Sequence[int]) -> dict[int, Array]:
+        """Start an episode in these environments; observations by index.
+
+        Others may be among them: those that had to be made anew meanwhile, whose episodes
+        are lost.
+        """
+        ...
+
+    def step_async(self, actions: NDArray[np.float32]) -> None:
+        """Give every environment its action, (E, A); ended by `step_wait`."""
+        ...
+
+    def step_wait(self) -> list[Step | None]:
+        """What came of it; None where the environment had to be made anew and its episode is lost."""
+        ...
+
+    def close(self) -> None:
+        """Free the environments."""
+        ...
+
+
+def env_seed(seed: int, index: int, restart: int = 0) -> int:
+    """Seed of environment `index` of a run; `restart` counts the times environments were made anew.
+
+    The first environment has the run's own seed, as in the official code; every other one,
+    and every one made anew, has a stream of its own.
+    """
+    if index == restart == 0:
+        return seed
+    return stream_seed(seed, f"env {index}" + (f" restart {restart}" if restart else "")) % 2**31

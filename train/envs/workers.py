@@ -1,0 +1,228 @@
+"""Environments in processes of their own.
+
+Actions, observations, rewards and flags lie in shared memory, a row per environment; a pipe
+per process carries commands and answers. The memory has no name (its file is unlinked when it
+is made), so nothing is left behind however a run ends. A process ends when the trainer closes
+its pipe, and when the trainer is gone.
+
+A process that dies or does not answer in time is started anew, a few times a run. The
+episodes of its environments are lost as a whole; the others go on. An exception in an
+environment is no such case: the trainer gets it, with the traceback.
+
+Processes are spawned, so a script that trains with them needs `if __name__ == "__main__":`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tdmpc2_fast.config import Config
+
+from .base import Array, Env, Step, env_seed
+
+ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
+START_SECONDS = 300.0  # the first answer includes the imports and making the environments
+MOST_RESTARTS = 10  # a run
+_CLOSE_SECONDS = 5.0
+
+_spawn = multiprocessing.get_context("spawn")
+
+
+class EnvError(RuntimeError):
+    """An environment in a worker process failed; the message says how."""
+
+
+@dataclass
+class _Worker:
+    """A process and the environments in it."""
+
+    indices: list[int]
+    process: SpawnProcess
+    pipe: Connection
+    answered: bool = False  # ever
+
+    def tell(self, command: list[int] | None) -> None:
+        """Environments to reset, or None for a step of all; a dead process is noticed when it should answer."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(command)
+
+    def end(self, patience: float) -> int | None:
+        """Wait that long for the process to end, kill it if it does not; returns its exit code."""
+        self.pipe.close()
+        self.process.join(patience)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        code = self.process.exitcode
+        self.process.close()
+        return code
+
+
+class Workers:
+    """The `num_envs` environments of a run, spread over `count` processes.
+
+    Args:
+        cfg: a completed config.
+        make: makes one environment of a config and a seed; it is pickled.
+        count: processes, 1 to `num_envs`.
+        note: told in a line when a process had to be started anew.
+    """
+
+    def __init__(
+        self, cfg: Config, make: Callable[[Config, int], Env], count: int, note: Callable[[str], None]
+    ) -> None:
+        self.cfg, self._make, self._note = cfg, make, note
+        obs = ("obs", np.uint8 if cfg.obs == "rgb" else np.float32, dict(cfg._require("obs_shape"))[cfg.obs])
+        action = ("action", np.float32, (cfg._require("action_dim"),))
+        results = [("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_), ("success", np.float64)]
+        self._row = np.dtype([obs, action, *results], align=True)
+        self._memory: Any = _spawn.RawArray("b", cfg.num_envs * self._row.itemsize)
+        self._rows = np.frombuffer(self._memory, self._row)
+        self._restarts = 0
+        self._workers = [self._start(part.tolist()) for part in np.array_split(np.arange(cfg.num_envs), count)]
+
+    def reset(self, which: Sequence[int]) -> dict[int, Array]:
+        """As `Environments.reset`."""
+        parts = [[i for i in worker.indices if i in which] for worker in self._workers]
+        for worker, part in zip(self._workers, parts, strict=True):
+            if part:
+                worker.tell(part)
+        told = time.monotonic()
+        for k, part in enumerate(parts):
+            start = told
+            while part and not self._answered(k, start):
+                part = parts[k] = self._workers[k].indices
+                self._workers[k].tell(part)
+                start = time.monotonic()
+        return {i: self._rows["obs"][i].copy() for part in parts for i in part}
+
+    def step_async(self, actions: NDArray[np.float32]) -> None:
+        """As `Environments.step_async`; the environments begin at once."""
+        self._rows["action"][:] = actions
+        for worker in self._workers:
+            worker.tell(None)
+
+    def step_wait(self) -> list[Step | None]:
+        """As `Environments.step_wait`.
+
+        Raises:
+            EnvError: an environment raised, or processes died too often.
+        """
+        start = time.monotonic()
+        found: list[Step | None] = []
+        for k in range(len(self._workers)):
+            answered = self._answered(k, start)
+            found += [self._result(i) if answered else None for i in self._workers[k].indices]
+        return found
+
+    def close(self) -> None:
+        """End the processes; those in the middle of something have a few seconds."""
+        for worker in self._workers:
+            worker.pipe.close()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while self._workers:
+            self._workers.pop().end(max(0.0, deadline - time.monotonic()))
+
+    def _start(self, indices: list[int]) -> _Worker:
+        seeds = {i: env_seed(self.cfg.seed, i, self._restarts) for i in indices}
+        ours, theirs = _spawn.Pipe()
+        # daemon: an interpreter that ends without close() does not wait for it
+        process = _spawn.Process(
+            target=_work, args=(self.cfg, self._make, seeds, self._memory, self._row, theirs), daemon=True
+        )
+        process.start()
+        theirs.close()  # the process has the only one: when it dies, our end is told
+        return _Worker(indices, process, ours)
+
+    def _answered(self, k: int, start: float) -> bool:
+        """Wait for the answer of process k, due so long after `start`; if it fails, start it anew."""
+        worker = self._workers[k]
+        limit = ANSWER_SECONDS if worker.answered else START_SECONDS
+        try:
+            if worker.pipe.poll(max(0.0, start + limit - time.monotonic())):
+                error = worker.pipe.recv()
+                if error is not None:
+                    raise EnvError(f"{self._name(worker)} raised\n{error}")
+                worker.answered = True
+                return True
+            code, what = worker.end(patience=0.0), f"gave no answer in {limit:g} s and was killed"
+        except (EOFError, OSError):
+            code, what = worker.end(patience=_CLOSE_SECONDS), "died"
+        what = f"{self._name(worker)}: the process {what} (exit code {code})"
+        if self._restarts == MOST_RESTARTS:
+            raise EnvError(f"{what}; allowed: {MOST_RESTARTS} restarts a run")
+        self._restarts += 1
+        self._note(f"{what}; its episodes are dropped, restart {self._restarts} of at most {MOST_RESTARTS}")
+        self._workers[k] = self._start(worker.indices)
+        return False
+
+    def _name(self, worker: _Worker) -> str:
+        return f"{self.cfg.task}, environment {', '.join(map(str, worker.indices))}"
+
+    def _result(self, i: int) -> Step:
+        row = self._rows[i]
+        flags = bool(row["terminated"]), bool(row["truncated"])
+        return Step(row["obs"].copy(), float(row["reward"]), *flags, float(row["success"]))
+
+
+def _work(
+    cfg: Config,
+    make: Callable[[Config, int], Env],
+    seeds: Mapping[int, int],
+    memory: Any,
+    row: np.dtype[Any],
+    pipe: Connection,
+) -> None:
+    """What a process does: make its environments, answer each command with None or a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the trainer says when to end
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(1)  # the cores are the other environments'
+    rows = np.frombuffer(memory, row)
+    envs: dict[int, Env] = {}
+
+    def obey(command: list[int] | None) -> None:
+        if not envs:
+            envs.update((i, make(cfg, seed)) for i, seed in seeds.items())
+        for i in envs if command is None else command:
+            if command is None:
+                obs, *results, info = envs[i].step(rows["action"][i].copy())
+                rows["reward"][i], rows["terminated"][i], rows["truncated"][i] = results
+                rows["success"][i] = info["success"]
+            else:
+                obs = envs[i].reset()
+            rows["obs"][i] = obs
+
+    with contextlib.suppress(EOFError, ConnectionError):  # of the pipe: the trainer closed its end
+        while True:
+            command = pipe.recv()
+            error = None
+            try:
+                obey(command)
+            except Exception:
+                error = traceback.format_exc()
+            pipe.send(error)
+    for env in envs.values():
+        env.close()
+
+
+def _leave_with_parent() -> None:
+    """End this process when the trainer's is gone, even from the middle of a step."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
