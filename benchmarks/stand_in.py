@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ class StandIn:
     obs_shape: tuple[int, ...] = (OBS_DIM,)
     action_repeat = 1
 
-    def __init__(self, action_dim: int, seed: int) -> None:
-        self.action_dim, self.max_episode_steps = action_dim, _DECISIONS
+    def __init__(self, action_dim: int, decisions: int, seed: int) -> None:
+        self.action_dim, self.max_episode_steps = action_dim, decisions
         self._random = np.random.default_rng(seed)
         self._drive = self._random.standard_normal((OBS_DIM, action_dim)) / action_dim**0.5
         self._state = np.zeros(OBS_DIM)
@@ -63,8 +64,9 @@ class StandIn:
 
 def install(action_dim: int) -> None:
     """Make the task known by its name."""
-
-    def make(cfg: Config, seed: int) -> Env:
-        return StandIn(action_dim, seed)
-
+    make = partial(_make, action_dim, _DECISIONS)  # picklable: worker processes make it, too
     SUITES[NAME] = Suite((NAME,), "train", lambda n: n == NAME, make)
+
+
+def _make(action_dim: int, decisions: int, cfg: Config, seed: int) -> Env:
+    return StandIn(action_dim, decisions, seed)

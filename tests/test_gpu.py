@@ -6,18 +6,22 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import plan_oracle
 import pytest
 import torch
-from conftest import ON_GPU, tiny_config, tiny_multitask
+from conftest import ON_GPU, TINY, tiny_config, tiny_multitask
+from loop_oracle import everything
 from plan_oracle import first_values
 
 from tdmpc2_fast import TDMPC2, Config
+from tdmpc2_fast.benchmarks import stand_in
 from tdmpc2_fast.fused_plan import FusedPlanner
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise
+from tdmpc2_fast.train.online import OnlineTrainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: pytest -m gpu")]
 
@@ -237,3 +241,23 @@ def test_auto_takes_the_kernels_without_a_warning() -> None:
     name, why = agent.backend
     assert name == "triton"
     assert torch.cuda.get_device_name() in why
+
+
+@pytest.mark.parametrize("several", [dict(), dict(num_envs=3, utd=0.5, env_workers=2)], ids=["one", "three"])
+def test_overlapped_and_serial_loops_are_bitwise_equal(
+    several: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "_DECISIONS", 25)
+    stand_in.install(2)
+    keys = dict(TINY, task=stand_in.NAME, seed_steps=60, steps=240, eval_freq=100, eval_episodes=2, **several)
+    found = []
+    for overlap in (False, True, None):
+        folder = tmp_path / str(overlap)
+        folder.mkdir()
+        trainer = OnlineTrainer(Config.from_dict(dict(keys, device="cuda", overlap=overlap)), folder)
+        assert trainer.overlap == (overlap is not False)
+        trainer.run()
+        found.append(everything(trainer))
+    assert trainer.agent.updater.steps > 100
+    for other in found[1:]:
+        assert not [k for k, v in found[0].items() if v != other[k]]

@@ -68,9 +68,7 @@ class _Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-        code = self.process.exitcode
-        self.process.close()
-        return code
+        return self.process.exitcode
 
 
 class Workers:

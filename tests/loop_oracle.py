@@ -1,0 +1,30 @@
+"""Everything two training runs with equal seeds must agree in, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tdmpc2_fast.compat.state_dict import tensors_only
+from tdmpc2_fast.train.online import OnlineTrainer
+
+
+def everything(trainer: OnlineTrainer) -> dict[str, Any]:
+    """By name, as bytes or text: parameters, optimisers, scale, replay, random streams, CSVs."""
+    agent, buffer = trainer.agent, trainer.buffer
+    found: dict[str, Any] = {f"model {k}": v for k, v in tensors_only(agent.model.state_dict()).items()}
+    for name, optim in (("optim", agent.updater.optim), ("pi_optim", agent.updater.pi_optim)):
+        for i, state in optim.state_dict()["state"].items():
+            found |= {f"{name} {i} {k}": v for k, v in state.items()}
+    found["scale"] = agent.updater.scale.value
+    found |= {f"replay {k}": v[: len(buffer)] for k, v in buffer._store.items()}
+    found["replay table"] = buffer._table[: buffer._last]
+    assert buffer._generator is not None
+    streams = dict(replay=buffer._generator, update=agent.updater.generator, plan=agent.planner.generator)
+    found |= {f"stream {k}": g.get_state() for k, g in streams.items()}
+    found["warm start"] = agent.planner.prev_mean
+    found |= {f"metric {k}": v for k, v in trainer._metrics.items()}
+    # Bytes: unlike comparison, they tell NaN from NaN and 0 from -0.
+    found = {k: v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for k, v in found.items()}
+    return found | {p.name: p.read_text() for p in trainer.folder.glob("*.csv")}
