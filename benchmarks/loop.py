@@ -72,7 +72,7 @@ class _OfficialInLoop:
 
 
 class _Timed:
-    """An agent for the loop; while `parts` is set, it waits after each part and notes what it took."""
+    """An agent for the loop; while `parts` is set, it waits after each part and notes its time: nothing overlaps."""
 
     def __init__(self, agent: TDMPC2, inner: Any) -> None:
         self.inner, self.cfg, self.model, self.device = inner, agent.cfg, agent.model, agent.device

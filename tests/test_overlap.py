@@ -200,7 +200,7 @@ def assert_saved(trainer: OnlineTrainer) -> None:
 def test_the_update_under_way_is_finished_when_the_step_beside_it_fails(
     error: type[BaseException], trainer_of: Callable[..., OnlineTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = past_pretraining(trainer_of(overlap=True, utd=3.0))
+    trainer = past_pretraining(trainer_of(overlap=True, utd=300.0))
     begun, failing = threading.Event(), threading.Event()
     update, before = trainer.agent.update, trainer.agent.updater.steps
 
@@ -218,8 +218,8 @@ def test_the_update_under_way_is_finished_when_the_step_beside_it_fails(
     replace_step(trainer, monkeypatch, fail)
     with pytest.raises(error, match="of the environment"):
         trainer.run()
-    # The two behind it are dropped, unless they began before the error came through.
-    assert before + 1 <= trainer.agent.updater.steps <= before + 3
+    # Those behind it are dropped, but for the few that may have begun before the error came through.
+    assert before + 1 <= trainer.agent.updater.steps < before + 300
     assert_saved(trainer)
 
 
