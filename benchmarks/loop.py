@@ -25,9 +25,9 @@ from . import stand_in
 from .agents import agent_of, numbers, reference_of, within
 from .harness import CannotMeasureError, Case, Gate, Variant, synchronise
 from .official import official_agent, official_plan, official_update
-from .options import Options
-from .planner import backend_of, plan_gate
-from .update import LIMIT
+from .options import Options, backend_of
+from .planner import plan_gate
+from .update import LIMIT, update_gate
 
 _SPLIT_DECISIONS = 10
 
@@ -37,6 +37,7 @@ class _ReferenceInLoop:
 
     def __init__(self, agent: TDMPC2) -> None:
         self.agent, self.reference = agent, reference_of(agent)
+        self._generator = generator(agent.cfg.seed, "update", agent.device)
 
     def plan(self, obs: Tensor, t0: Tensor) -> Tensor:
         """(1, obs_dim) -> (1, A)."""
@@ -47,7 +48,7 @@ class _ReferenceInLoop:
 
     def update(self, buffer: Any) -> dict[str, Tensor]:
         """As `TDMPC2.update`."""
-        noise = UpdateNoise.draw(self.agent.cfg, self.agent.updater.generator)
+        noise = UpdateNoise.draw(self.agent.cfg, self._generator)
         learn = partial(self.reference.update, Batch(*buffer.sample()), noise)
         info: Any = within(self.agent.cfg, self.agent.device, learn)()
         return dict(info)
@@ -183,8 +184,11 @@ def case(options: Options, size: int, precision: str) -> Case:
     reference = Loop(cfg, _ReferenceInLoop)
 
     def gate() -> Gate:
-        """The first update of both loops, on the same data; and a plan."""
-        learned = Gate.of_metrics(ours.first_update, reference.first_update, LIMIT[precision])
+        """An update of both on the loop's data; and a plan. Where torch draws, the loops' own first updates."""
+        if agent.updater.backend.name == "torch":
+            learned = Gate.of_metrics(ours.first_update, reference.first_update, LIMIT[precision])
+        else:
+            learned = update_gate(agent_of(agent.cfg), Batch(*ours.trainer.buffer.sample()), LIMIT[precision])
         return Gate.worst(learned, plan_gate(trained, reference_of(trained), 1, noise, obs))
 
     variants["reference"] = Variant(reference.step, gate=gate, split=reference.split)

@@ -138,3 +138,8 @@ def describe() -> str:
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default).lower()
         lines.append(f"  {f.name:10} {default:12} {f.metadata['help']}")
     return "\n".join(lines)
+
+
+def backend_of(options: Options) -> str:
+    """`auto`; but the kernels where they are interpreted, so their set-up is tried without a GPU."""
+    return "triton" if interpreting() and options.torch_device.type == "cpu" else "auto"

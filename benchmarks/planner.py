@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.fused_plan import FusedPlanner
-from tdmpc2_fast.kernels.launch import Precision, interpreting, why_not
+from tdmpc2_fast.kernels.launch import Precision, why_not
 from tdmpc2_fast.kernels.work import plan_work
 from tdmpc2_fast.packing import plan_sizes
 from tdmpc2_fast.plan_trace import PlanTrace
@@ -22,7 +22,7 @@ from .agents import CompiledReference, agent_of, observations, reference_of, wit
 from .harness import CannotMeasureError, Case, Gate, Variant
 from .jax_port import plan_variant
 from .official import official_plan
-from .options import Options
+from .options import Options, backend_of
 
 # RMS difference of the values of a plan's first candidates, by their standard deviation. Products of
 # plain torch in tf32 and bfloat16 make 1e-3 and 2e-2 of it (5M), a wrong plan about 1. What kernels may
@@ -126,11 +126,6 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
 
 def _both(*gates: Callable[[], Gate]) -> Gate:
     return Gate.worst(*(g() for g in gates))
-
-
-def backend_of(options: Options) -> str:
-    """`auto`; but the kernels where they are interpreted, so that their set-up is tried without a GPU."""
-    return "triton" if interpreting() and options.torch_device.type == "cpu" else "auto"
 
 
 def _first(noise: PlanNoise) -> PlanNoise:

@@ -133,24 +133,21 @@ class FlatModel:
         ) -> Iterator[tuple[str, Tensor, Tensor]]:
             for i, layer in enumerate(layers):
                 for key, p in module[i].named_parameters():
-                    view, g = (_part(layer, f, key, p, slabs, base) for f in (param, grad))
-                    yield f"{name}.{i}.{key}", view, g
+                    place = layer, key, p, slabs, base
+                    yield f"{name}.{i}.{key}", _part(param, *place), _part(grad, *place)
 
         if layout.encoder:
             yield from mlp(model._encoder[obs], f"_encoder.{obs}", layout.encoder, world.param, world.grad, 0)
         else:
             at = layout.pixels
             for key, p in model._encoder[obs].named_parameters():
-                yield (
-                    f"_encoder.{obs}.{key}",
-                    *(f[at : at + p.numel()].view(p.shape) for f in (world.param, world.grad)),
-                )
+                rows = slice(at, at + p.numel())
+                yield f"_encoder.{obs}.{key}", world.param[rows].view(p.shape), world.grad[rows].view(p.shape)
                 at += _room(p)
         if model.cfg.multitask:
             weight = model._task_emb.weight
             rows = slice(layout.task, layout.task + weight.numel())
-            view, g = (f[rows].view(weight.shape) for f in (world.param, world.grad))
-            yield "_task_emb.weight", view, g
+            yield "_task_emb.weight", world.param[rows].view(weight.shape), world.grad[rows].view(weight.shape)
         yield from mlp(model._dynamics, "_dynamics", layout.dynamics, world.param, world.grad, 0)
         yield from mlp(model._reward, "_reward", layout.heads, world.param, world.grad, 0)
         critics = slice(1, None)
@@ -164,7 +161,7 @@ class FlatModel:
             yield from mlp(targets, "_target_Qs_params", layout.heads, u.target, u.target, critics, start)
 
 
-def _part(layer: FlatLayer, flat: Tensor, key: str, like: Tensor, slabs: slice | int, base: int) -> Tensor:
+def _part(flat: Tensor, layer: FlatLayer, key: str, like: Tensor, slabs: slice | int, base: int) -> Tensor:
     """The view of one parameter in a flat buffer that begins at `base` of the layout."""
     gradient = layer.moved(-base).gradient(flat)
     view = {

@@ -22,7 +22,7 @@ class RunningScale:
     def after(self, q: Tensor) -> Tensor:
         """The value one step towards the range of q (B, 1); `value` itself stays."""
         low, high = percentiles(q)
-        return self.value.lerp((high - low).clamp(min=1.0), self.tau)
+        return self.value.lerp((high - low).clamp(min=1.0).to(self.value), self.tau)
 
     def update(self, q: Tensor) -> None:
         """Take that step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from .backend import Backend, resolve_backend
@@ -86,6 +87,13 @@ class Updater:
             if replay is not None and replay.table.device == self.model.device:
                 return update.step_from(replay)
         return self.step(Batch(*buffer.sample()))
+
+    def synchronise(self) -> None:
+        """Wait for the device; raises what an update failed with."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        if self._made is not None and not isinstance(self._made, TorchUpdate):
+            self._made.synchronise()
 
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
         """r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""

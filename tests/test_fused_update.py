@@ -13,6 +13,7 @@ from conftest import GOLDEN, filled_buffer, random_episode, tiny_config, tiny_mu
 from golden_cases import Case
 from oracle import QUIET
 from torch.utils._python_dispatch import TorchDispatchMode
+from update_oracle import check_gradients
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.compat.state_dict import tensors_only
@@ -71,6 +72,12 @@ def test_updates_equal_the_reference(name: str, livened: Liven) -> None:
         close = torch.isclose(value, reference.p[key], atol=2e-6, rtol=1e-4)
         assert close.float().mean() > 0.99, key
         torch.testing.assert_close(value, reference.p[key], atol=2.5 * 2 * cfg.lr, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["plain", "episodic", "multitask"])
+def test_gradients_are_as_exact_as_torch_at_the_same_precision(name: str, precision: str, livened: Liven) -> None:
+    check_gradients(CONFIGS[name], precision, livened)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("tf32", 5e-3), ("bfloat16", 5e-2)])

@@ -12,13 +12,17 @@ from typing import Any
 import plan_oracle
 import pytest
 import torch
-from conftest import ON_GPU, TINY, tiny_config, tiny_multitask
+from conftest import ON_GPU, TINY, random_episode, tiny_config, tiny_multitask
 from loop_oracle import everything
 from plan_oracle import first_values
+from update_oracle import check_gradients, random_batch
 
-from tdmpc2_fast import TDMPC2, Config
+from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
+from tdmpc2_fast.batch import UpdateTrace
 from tdmpc2_fast.benchmarks import stand_in
+from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.fused_plan import FusedPlanner
+from tdmpc2_fast.fused_update import FusedUpdater
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise
 from tdmpc2_fast.train.online import OnlineTrainer
@@ -261,3 +265,82 @@ def test_overlapped_and_serial_loops_are_bitwise_equal(
     assert trainer.agent.updater.steps > 100
     for other in found[1:]:
         assert not [k for k, v in found[0].items() if v != other[k]]
+
+
+def first_update(name: str, livened: Liven, **changes: Any) -> tuple[TDMPC2, FusedUpdater]:
+    """An agent whose update is captured."""
+    agent = fused_agent(name, livened, **changes)
+    agent.updater.step(random_batch(agent.cfg, GPU))
+    update = agent.updater._update
+    assert isinstance(update, FusedUpdater)
+    assert update.why_eager is None
+    return agent, update
+
+
+@pytest.mark.parametrize("name", ["small", "odd", "episodic", "multitask", "model_5"])
+def test_a_replayed_update_is_bitwise_an_eager_one(name: str, livened: Liven) -> None:
+    agent, update = first_update(name, livened)
+    u = update.fused
+    kept = [u.world.param, u.world.exp_avg, u.world.exp_avg_sq, u.world.grad, u.world.step, u.policy.param]
+    kept += [u.policy.exp_avg, u.policy.exp_avg_sq, u.policy.step, u.target, u.state.scale, u.inputs.rng]
+    batch = random_batch(agent.cfg, GPU, 1)
+    before = [x.clone() for x in kept]
+    metrics = agent.updater.step(batch)
+    replayed = [x.clone() for x in kept]
+    for x, y in zip(kept, before, strict=True):
+        x.copy_(y)
+    update.flat.refresh_operands()
+    again = agent.updater.step(batch, trace=UpdateTrace.empty())
+    assert all(torch.equal(x, y) for x, y in zip(kept, replayed, strict=True))
+    assert all(torch.equal(metrics[k], again[k]) for k in metrics)
+    assert not torch.equal(before[0], replayed[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(n, p) for n in ("small", "episodic", "multitask", "model_5") for p in ("float32", "tf32", "bfloat16")]
+    + [("model_1", "tf32"), ("model_19", "bfloat16")],
+)
+def test_gradients_are_as_exact_as_torch_at_the_same_precision(name: str, precision: str, livened: Liven) -> None:
+    check_gradients(CONFIGS[name](device="cuda"), precision, livened)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precision: str) -> None:
+    cfg = published(1, 6, device="cuda", backend="triton", precision=precision, buffer_size=20_000, steps=20_000)
+    agent, buffer = TDMPC2(cfg), ReplayBuffer(cfg, GPU)
+    buffer.add(random_episode(cfg, 101))
+    agent.update(buffer)
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_stats()["num_device_alloc"]
+    losses = []
+    for i in range(1000):
+        if i % 100 == 99:
+            episode = random_episode(cfg, 101, seed=i)
+            episode["obs"][:] = i
+            buffer.add(episode)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses.append(agent.update(buffer)["total_loss"])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    agent.updater.synchronise()
+    assert torch.stack(losses).isfinite().all()
+    assert float(torch.stack(losses[-50:]).mean()) < float(torch.stack(losses[:50]).mean())
+    assert torch.cuda.memory_stats()["num_device_alloc"] - allocated < 20
+    update = agent.updater._update
+    assert isinstance(update, FusedUpdater)
+    assert (update.fused.inputs.obs[0, ..., 0] == 999).any()
+
+
+def test_a_failure_on_the_device_is_raised_by_a_later_call(livened: Liven) -> None:
+    agent, update = first_update("small", livened)
+    good = random_batch(agent.cfg, GPU)
+    before = update.fused.world.param.clone()
+    agent.updater.step(good._replace(reward=good.reward * torch.nan))
+    with pytest.raises(NonFiniteError, match=r"update 1: reward_loss"):
+        agent.updater.synchronise()
+    assert torch.equal(update.fused.world.param, before)
+    agent.updater.step(good)
+    agent.updater.synchronise()
+    assert not torch.equal(update.fused.world.param, before)

@@ -87,7 +87,7 @@ class OnlineTrainer:
         self.log = RunLog(cfg, folder, first.action_repeat)
         # Updates on the CPU and environments want the same cores, and an update takes far longer than a step.
         self.overlap = self.agent.device.type == "cuda" if cfg.overlap is None else cfg.overlap
-        self._updates = updates_on(self.agent.device, self.overlap)
+        self._updates = updates_on(self.agent.updater, self.overlap)
         self._random = np.random.default_rng(stream_seed(cfg.seed, "random actions"))
         self._episodes: list[Episode | None] = [None] * cfg.num_envs  # None: to be reset
         self._metrics: dict[str, Tensor] = {}

@@ -6,11 +6,15 @@ updates of a decision before its step and waiting for them after it changes no n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
+
+from tdmpc2_fast.errors import NonFiniteError
+from tdmpc2_fast.update import Updater
 
 
 class Updates(Protocol):
@@ -46,8 +50,8 @@ class InCallersThread:
     it is given in order, and the host goes on.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, synchronise: Callable[[], None]) -> None:
+        self._synchronise = synchronise
 
     def launch(self, update: Callable[[], None]) -> None:
         """Call it."""
@@ -57,12 +61,13 @@ class InCallersThread:
         """The device keeps the order by itself."""
 
     def wait(self) -> None:
-        """On a GPU, wait for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        """On a GPU, wait for the device, and for what it says of the updates."""
+        self._synchronise()
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing is held back; what failed has changed no weight."""
+        with contextlib.suppress(NonFiniteError):
+            self._synchronise()
 
 
 class InThread:
@@ -111,6 +116,7 @@ class InThread:
         self._last = self._error = None
 
 
-def updates_on(device: torch.device, overlap: bool) -> Updates:
-    """What runs the updates of an agent on `device`."""
-    return InThread() if overlap and device.type == "cpu" else InCallersThread(device)
+def updates_on(updater: Updater, overlap: bool) -> Updates:
+    """What runs the updates of an agent."""
+    on_cpu = updater.model.device.type == "cpu"
+    return InThread() if overlap and on_cpu else InCallersThread(updater.synchronise)
