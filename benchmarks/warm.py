@@ -1,7 +1,7 @@
 """Compiles what `make gpu` will measure, on all cores, into Triton's cache on disk.
 
-A plan has some thirty kernel configurations; compiled where each is first launched, one after the
-other, those of all plans measured would take longer than the measurements.
+A plan has some thirty kernel configurations, an update fifty; compiled where each is first launched,
+one after the other, those of all that is measured would take longer than the measurements.
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from tdmpc2_fast.kernels.compile import specialisation
 from tdmpc2_fast.kernels.launch import Launch, Precision, has_dependent_launch, why_not
-from tdmpc2_fast.kernels.report import plan_sizes
+from tdmpc2_fast.kernels.report import plan_sizes, update_sizes
+from tdmpc2_fast.kernels.update_work import dry_update
 from tdmpc2_fast.kernels.work import dry_plan
 
-Plan = tuple[int, int, int, str]
-"""Size, environments, actions, precision."""
+Work = tuple[int, int, int, str]
+"""Size, environments of a plan or 0 for an update, actions or batch, precision."""
 
-PLANS: tuple[Plan, ...] = tuple(
+_ACTIONS = 6
+
+PLANS: tuple[Work, ...] = tuple(
     (size, envs, actions, precision)
     for size, envs, actions in (
         (5, 1, 6),
@@ -34,49 +38,61 @@ PLANS: tuple[Plan, ...] = tuple(
     )
     for precision in ("tf32", "bfloat16")
 )
+UPDATES: tuple[Work, ...] = tuple(
+    (size, 0, batch, precision)
+    for size, batch in ((5, 256), *((s, 1024) for s in (1, 5, 19, 48, 317)))
+    for precision in ("tf32", "bfloat16")
+)
 
 
 @lru_cache(maxsize=2)
-def launches(plan: Plan, pdl: bool) -> list[Launch]:
-    """Of a plan as measured."""
-    size, envs, actions, precision = plan
+def launches(work: Work, pdl: bool) -> list[Launch]:
+    """Of a plan or an update as measured."""
+    size, envs, actions, precision = work
+    if not envs:
+        sizes = replace(update_sizes(size, _ACTIONS), batch=actions)
+        return dry_update(sizes, Precision(precision), pdl=pdl)[0]
     return dry_plan(plan_sizes(size, envs, actions), Precision(precision), pdl=pdl)[1]
 
 
-def distinct(plans: Sequence[Plan], pdl: bool) -> Iterator[tuple[Plan, int]]:
-    """Plan and place of the first launch of each kind that is compiled apart."""
+def distinct(works: Sequence[Work], pdl: bool) -> Iterator[tuple[Work, int]]:
+    """Work and place of the first launch of each kind that is compiled apart."""
     seen: set[str] = set()
-    for plan in plans:
-        for i, launch in enumerate(launches(plan, pdl)):
+    for work in works:
+        for i, launch in enumerate(launches(work, pdl)):
             kind = str(specialisation(launch))
             if kind not in seen:
                 seen.add(kind)
-                yield plan, i
+                yield work, i
 
 
-def compile_one(plan: Plan, place: int, pdl: bool) -> str:
+def compile_one(work: Work, place: int, pdl: bool) -> str:
     """Compile a launch as it would be at first use; empty, or why it failed."""
-    launch = launches(plan, pdl)[place]
+    launch = launches(work, pdl)[place]
     options = {"enable_fp_fusion": True, **launch.options}
     try:
         launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
     except Exception as e:  # the part that needs it says it in full
-        return f"{launch.name} of {plan}: {type(e).__name__}: {str(e)[:200]}"
+        return f"{launch.name} of {work}: {type(e).__name__}: {str(e)[:200]}"
     return ""
 
 
 def main() -> int:
-    """Compile all plans' kernels; returns the exit status."""
+    """Compile the kernels of all plans and updates; returns the exit status."""
     start, device = time.perf_counter(), torch.device("cuda")
     if reason := why_not(device):
         print(f"error: {reason}", file=sys.stderr)
         return 2
     pdl = has_dependent_launch(device)
-    work = list(distinct(PLANS, pdl))
+    work = list(distinct(PLANS + UPDATES, pdl))
     jobs = min(16, len(os.sched_getaffinity(0)), len(work))  # each holds a context of the device
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = [x for x in pool.map(compile_one, *zip(*work, strict=True), [pdl] * len(work)) if x]
-    print(*failed, f"{len(work)} kernels of {len(PLANS)} plans in {time.perf_counter() - start:.0f} s", sep="\n")
+    print(
+        *failed,
+        f"{len(work)} kernels of {len(PLANS)} plans and {len(UPDATES)} updates in {time.perf_counter() - start:.0f} s",
+        sep="\n",
+    )
     return 1 if failed else 0
 
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .gradient_tile import Gradient
 from .launch import Launch, Precision, log_launches
+from .rows import Rows
 from .update import FusedUpdate
 from .update_buffers import UpdateSizes
 from .work import launch_work, not_interpreted
@@ -53,11 +56,61 @@ def update_work(sizes: UpdateSizes, precision: Precision) -> UpdateWork:
 def dry_update(sizes: UpdateSizes, precision: Precision, pdl: bool = False) -> tuple[list[Launch], Counter[str]]:
     """Launches of an update as on a GPU, none of them executed, and torch's operations beside them."""
     with not_interpreted():
-        # Nothing is computed, so memory is taken as it is touched: hardly.
-        update = FusedUpdate(sizes, precision, torch.device("cpu"), pdl=pdl)
+        # Nothing is computed, and no memory taken.
+        update = FusedUpdate(sizes, precision, torch.device("meta"), pdl=pdl)
         with log_launches(dry=True) as log, _Operations() as operations:
             update.run()
     return log, operations.found
+
+
+@dataclass(frozen=True)
+class UpdateMemory:
+    """Bytes an update holds as long as it lives; nothing else is allocated in one.
+
+    Attributes:
+        parameters: of the model, its targets, and both as operands of products.
+        optimiser: gradients and moments.
+        working: batch, draws, pre-activations, their gradients, losses.
+    """
+
+    parameters: int
+    optimiser: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimiser + self.working
+
+
+def update_memory(sizes: UpdateSizes, precision: Precision) -> UpdateMemory:
+    """Count what `FusedUpdate` allocates."""
+    update = FusedUpdate(sizes, precision, torch.device("meta"))
+    optimisers = (update.world, update.policy)
+    parameters = [(x.param, x.shadow) for x in optimisers] + [(update.target, update.target_shadow)]
+    moments = [(x.grad, x.exp_avg, x.exp_avg_sq, x.partials, x.step) for x in optimisers]
+    working = [vars(x) for x in (update.inputs, update.draws, update.state, update.losses)]
+    return UpdateMemory(*(_bytes(x) for x in (parameters, moments, working)))
+
+
+def _bytes(x: Any) -> int:
+    """Of all storages in lists, tuples, dicts and the buffers of rows."""
+    found: dict[int, int] = {}
+
+    def walk(x: Any) -> None:
+        if isinstance(x, Tensor):
+            storage = x.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+        elif isinstance(x, dict):
+            walk(list(x.values()))
+        elif isinstance(x, (list, tuple)):
+            for y in x:
+                walk(y)
+        elif isinstance(x, (Rows, Gradient)):
+            walk(vars(x))
+
+    walk(x)
+    return sum(found.values())
 
 
 class _Operations(TorchDispatchMode):

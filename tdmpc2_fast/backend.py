@@ -16,7 +16,7 @@ _WIDEST_SIMNORM = 16
 
 
 class Backend(NamedTuple):
-    """An implementation of planning, and why it is this one."""
+    """An implementation of planning or learning, and why it is this one."""
 
     name: str  # torch or triton
     why: str
@@ -40,7 +40,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
-    """The implementation of planning to use, and why.
+    """The implementation of planning and learning to use, and why.
 
     `auto` takes the kernels on a GPU that can run them, else torch. `triton` where it cannot
     run raises `BackendError` with the reason.
@@ -61,7 +61,7 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torc
 
 def _torch(why: str, cfg: Config) -> Backend:
     if cfg.precision == "bfloat16":
-        raise BackendError(f"precision='bfloat16' needs the Triton kernels, and torch plans here: {why}")
+        raise BackendError(f"precision='bfloat16' needs the Triton kernels, and torch plans and learns here: {why}")
     return Backend("torch", why)
 
 
@@ -86,7 +86,7 @@ def plan_precision(cfg: Config, device: torch.device) -> Precision:
 def matmul_precision(cfg: Config, device: torch.device) -> Iterator[None]:
     """Within: float32 products and convolutions of torch as the config asks.
 
-    tf32 on a GPU, or exact. `bfloat16` is for plans: what torch computes beside them is tf32.
+    tf32 on a GPU, or exact. `bfloat16` is for kernels: what torch computes beside them is tf32.
     """
     tf32 = cfg.precision != "float32"
     if device.type != "cuda":

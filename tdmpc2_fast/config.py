@@ -153,7 +153,7 @@ class Config:
     num_threads: int | None = _key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)
     precision: str = _key(
         "auto",
-        "products: float32 exact, tf32 on a GPU (auto there), bfloat16 in plans of the Triton backend",
+        "products: float32 exact, tf32 on a GPU (auto there), bfloat16 on the Triton backend",
         choices=("auto", "float32", "tf32", "bfloat16"),
     )
     backend: str = _key("auto", "implementation of the ops", choices=("auto", "torch", "triton"))

@@ -171,7 +171,7 @@ CASES = {
 def test_every_suite_is_set_up_and_its_gate_is_green(name: str, small: Options) -> None:
     case = CASES[name](small)
     product, *baselines = case.variants
-    assert product == ("triton" if case.suite == "planner" else "torch")
+    assert product == ("triton" if case.suite in ("planner", "update") else "torch")
     assert baselines
     assert not case.missing
     for variant in case.variants.values():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from tdmpc2_fast.kernels.launch import Precision
 from tdmpc2_fast.kernels.report import update_sizes
+from tdmpc2_fast.kernels.update import FusedUpdate
 from tdmpc2_fast.kernels.update_buffers import UpdateSizes
-from tdmpc2_fast.kernels.update_work import update_work
+from tdmpc2_fast.kernels.update_work import update_memory, update_work
 
 BFLOAT16 = Precision("bfloat16")
 
@@ -50,3 +54,18 @@ def test_products_of_a_small_update() -> None:
 def test_little_of_what_is_computed_is_padding(size: int) -> None:
     work = update_work(update_sizes(size, 6), BFLOAT16)
     assert work.flops < work.padded_flops < 1.15 * work.flops
+
+
+def test_memory_is_what_the_buffers_take() -> None:
+    sizes = update_sizes(5, 6)
+    at = {name: update_memory(sizes, Precision(name)) for name in ("float32", "bfloat16")}
+    update = FusedUpdate(sizes, BFLOAT16, torch.device("cpu"))
+    assert at["bfloat16"].optimiser == at["float32"].optimiser
+    trained = update.world.param.numel() + update.policy.param.numel()
+    assert at["float32"].parameters == 4 * (trained + update.target.numel())
+    assert at["bfloat16"].parameters == 6 * (trained + update.target.numel())
+    assert 12 * trained <= at["float32"].optimiser < 12.1 * trained
+    # The largest: two layers of reward and five critics, and the gradients of these; three steps, 256 rows.
+    heads = 4 * (6 * 3 * 256 * 512) * 2
+    assert heads < at["bfloat16"].working < at["float32"].working
+    assert update_memory(replace(sizes, batch=512), BFLOAT16).working > 1.9 * at["bfloat16"].working
