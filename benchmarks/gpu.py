@@ -80,7 +80,7 @@ def parts(theirs: Sequence[str] = ()) -> list[Part]:
     )
     quick = ("compiled=false", "repeats=50", "budget=2")
     return [
-        Part("compile", warm, 150),
+        Part("compile", warm, 200),
         Part("tests", tests, 120),
         bench("planner", 60, "planner", "precision=tf32", "repeats=200", "budget=5", *theirs),
         bench("update", 60, "update", "precision=tf32", "repeats=100", "budget=5", *theirs),
