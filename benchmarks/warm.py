@@ -81,7 +81,14 @@ def main() -> int:
     """Compile the kernels of all plans and updates; returns the exit status."""
     start, device = time.perf_counter(), torch.device("cuda")
     if reason := why_not(device):
-        what = f"{len(work)} kernels of {len(PLANS)} plans and {len(UPDATES)} updates"
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    pdl = has_dependent_launch(device)
+    work = list(distinct(PLANS + UPDATES, pdl))
+    jobs = min(16, len(os.sched_getaffinity(0)), len(work))  # each holds a context of the device
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failed = [x for x in pool.map(compile_one, *zip(*work, strict=True), [pdl] * len(work)) if x]
+    what = f"{len(work)} kernels of {len(PLANS)} plans and {len(UPDATES)} updates"
     print(*failed, f"{what} in {time.perf_counter() - start:.0f} s", sep="\n")
     return 1 if failed else 0
 
