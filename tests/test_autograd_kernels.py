@@ -230,7 +230,7 @@ def keep_of(*size: int) -> Tensor:
         ("keep", dict(keep=keep_of(2, 33, 40).bool())),
         ("precision", dict(precision="float16")),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "+".join(x),
 )
 def test_an_error_names_the_argument(name: str, changes: dict[str, Any]) -> None:
     tensors = dict(zip(NAMES, inputs(), strict=True))
