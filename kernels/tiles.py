@@ -77,7 +77,10 @@ _WEIGHT_DEPTH = {"bfloat16": 32, "tf32": 32, "float32": 16}
 def input_gradient_tile(rows: int, groups: int, columns: int, depth: int, precision: str, summed: bool = False) -> Tile:
     """Tile of a layer's dL/dx: `rows` x `columns`, times `groups` or `summed` over them, over the layer's width."""
     tile = layer_tile(rows, groups, columns, depth, precision)
-    return _narrower(tile, _INPUT_DEPTH[precision], 2 if summed and tile.BM > 16 else tile.stages)
+    if summed and tile.BM == 16 and rows > 16:
+        tile = next(t for t in reversed(_LATENCY[precision]) if t.BM == 32)
+    fewer = summed and tile.BM > 16
+    return _narrower(tile, _INPUT_DEPTH[precision], 2 if fewer else tile.stages)
 
 
 def weight_gradient_tile(width: int, groups: int, columns: int, rows: int, precision: str) -> Tile:
