@@ -126,8 +126,9 @@ def _in_rows(t: Tensor, groups: int, s: _Sizes) -> Tensor:
 def _packed(
     weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, simnorm_dim: int, s: _Sizes, p: Precision
 ) -> Layer:
-    vectors = (v.reshape(s.groups, s.width).float().contiguous() for v in (bias, ln_weight, ln_bias))
-    return Layer(p.operand(weight.reshape(s.groups, s.width, s.depth)).contiguous(), *vectors, simnorm_dim=simnorm_dim)
+    b, gamma, beta = (v.reshape(s.groups, s.width).float().contiguous() for v in (bias, ln_weight, ln_bias))
+    operand = p.operand(weight.reshape(s.groups, s.width, s.depth)).contiguous()
+    return Layer(operand, b, gamma, beta, simnorm_dim=simnorm_dim)
 
 
 def _input(x: Tensor, s: _Sizes, p: Precision) -> Rows:
