@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tdmpc2_fast.compat.state_dict import tensors_only
+from tdmpc2_fast.torch_update import TorchUpdate
 from tdmpc2_fast.train.online import OnlineTrainer
 
 
@@ -14,14 +15,21 @@ def everything(trainer: OnlineTrainer) -> dict[str, Any]:
     """By name, as bytes or text: parameters, optimisers, scale, replay, random streams, CSVs."""
     agent, buffer = trainer.agent, trainer.buffer
     found: dict[str, Any] = {f"model {k}": v for k, v in tensors_only(agent.model.state_dict()).items()}
-    for name, optim in (("optim", agent.updater.optim), ("pi_optim", agent.updater.pi_optim)):
-        for i, state in optim.state_dict()["state"].items():
-            found |= {f"{name} {i} {k}": v for k, v in state.items()}
     found["scale"] = agent.updater.scale.value
     found |= {f"replay {k}": v[: len(buffer)] for k, v in buffer._store.items()}
     found["replay table"] = buffer._table[: buffer._last]
-    assert buffer._generator is not None
-    streams = dict(replay=buffer._generator, update=agent.updater.generator, plan=agent.planner.generator)
+    streams = dict(plan=agent.planner.generator)
+    update = agent.updater._update
+    if isinstance(update, TorchUpdate):
+        for name, optim in (("optim", update.optim), ("pi_optim", update.pi_optim)):
+            for i, state in optim.state_dict()["state"].items():
+                found |= {f"{name} {i} {k}": v for k, v in state.items()}
+        assert buffer._generator is not None
+        streams |= dict(replay=buffer._generator, update=update.generator)
+    else:
+        found["counter"] = update.fused.inputs.rng
+        for flat in (update.fused.world, update.fused.policy):
+            found |= {f"{len(flat.param)} {k}": getattr(flat, k) for k in ("exp_avg", "exp_avg_sq", "step")}
     found |= {f"stream {k}": g.get_state() for k, g in streams.items()}
     found["warm start"] = agent.planner.prev_mean
     found |= {f"metric {k}": v for k, v in trainer._metrics.items()}
