@@ -210,10 +210,11 @@ def test_close_does_not_wait_for_a_process_that_hangs(made: Made, monkeypatch: p
 
 
 ORPHANS = """
-import sys
+import signal, sys
 import numpy as np, scripted_env
 from tdmpc2_fast.train.envs.workers import Workers
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     envs = Workers(scripted_env.config(2), scripted_env.make, 2, print)
     envs.reset([0, 1])
     envs.step_async(np.array([[scripted_env.HANG, 0], [scripted_env.NORMAL, 0]], np.float32))
