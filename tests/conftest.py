@@ -91,6 +91,15 @@ def tf32_where_the_test_says_so(request: pytest.FixtureRequest) -> Iterator[None
 
 
 @pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated is NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4, device="cuda" if ON_GPU else "cpu").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def cfg() -> Config:
     return tiny_config()
 
@@ -98,6 +107,12 @@ def cfg() -> Config:
 @pytest.fixture
 def agent(cfg: Config) -> TDMPC2:
     return TDMPC2(cfg)
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer counts as wide: activations and gradients of LayerNorms are computed once."""
+    monkeypatch.setattr("tdmpc2_fast.kernels.tiles.THROUGHPUT_UPDATE", 0)
 
 
 @pytest.fixture

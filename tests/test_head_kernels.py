@@ -16,7 +16,7 @@ from tdmpc2_fast.kernels import policy_layer as policies
 from tdmpc2_fast.kernels import scalar_head as scalars
 from tdmpc2_fast.kernels.launch import Precision
 from tdmpc2_fast.kernels.policy_layer import interleave, policy_layer
-from tdmpc2_fast.kernels.rows import Layer, Rows
+from tdmpc2_fast.kernels.rows import Layer
 from tdmpc2_fast.kernels.scalar_head import scalar_head
 from tdmpc2_fast.kernels.tiles import Tile
 
@@ -48,6 +48,7 @@ def seed(request: pytest.FixtureRequest) -> int:
             dict(bins=0, k=1792, n=3, groups=1, in_tile=64),
             dict(bins=101, k=384, n=3, groups=1, logits=5.0),
             dict(bins=101, logits=0.01),
+            dict(bins=101, due="", x="shared"),
             dict(bins=101, e=7, n=150),
             dict(bins=2, tile=Tile(16, 16, 16), e=1, n=37, k=40),
             dict(bins=101, tile=Tile(32, 128, 16), e=7, n=9, k=40, groups=1),
@@ -203,7 +204,7 @@ def bad_scalars() -> dict[str, tuple[str, dict[str, Any]]]:
         "x of three groups": ("x", dict(x=random_rows(FLOAT32, 3, 3, 5, 24))),
         "x of four rows": ("x", dict(x=random_rows(FLOAT32, 2, 3, 4, 24))),
         "x of another width": ("x", dict(x=random_rows(FLOAT32, 2, 3, 5, 25))),
-        "nothing due": ("x", dict(x=Rows(randn(2, 3, 5, 24)))),
+        "no statistics": ("x", dict(x=replace(random_rows(FLOAT32, 2, 3, 5, 24), stats=None))),
         "other bins": ("layer", dict(num_bins=8)),
         "outputs for no bins": ("layer", dict(num_bins=0)),
         "out of another size": ("x", dict(out=torch.empty(2, 3, 4, device=DEVICE))),
@@ -225,7 +226,7 @@ def bad_policy() -> dict[str, tuple[str, dict[str, Any]]]:
     return {
         "two groups": ("x", dict(x=random_rows(FLOAT32, 2, 3, 5, 24))),
         "x of two environments": ("x", dict(x=random_rows(FLOAT32, 1, 2, 5, 24))),
-        "nothing due": ("x", dict(x=Rows(randn(1, 3, 5, 24)))),
+        "no statistics": ("x", dict(x=replace(random_rows(FLOAT32, 1, 3, 5, 24), stats=None))),
         "other outputs": ("layer", dict(layer=head(6))),
         "out of another width": ("layer", dict(out=torch.empty(3, 5, 3, device=DEVICE))),
         "eps of another width": ("eps", dict(eps=randn(3, 5, 3))),
