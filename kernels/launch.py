@@ -211,3 +211,20 @@ def cdiv(a: int, b: int) -> int:
 def pow2(n: int, least: int = 1) -> int:
     """The least power of two that is at least n and `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def check_tensor(
+    name: str,
+    x: torch.Tensor,
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    contiguous: bool = True,
+) -> None:
+    """Refuse another shape, type, device or layout than the kernels work on."""
+    got = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    allowed = f"{shape} {str(dtype).removeprefix('torch.')} on {like.device}"
+    if got != allowed:
+        raise ValueError(f"{name}: got {got}, allowed: {allowed}")
+    if contiguous and not x.is_contiguous():
+        raise ValueError(f"{name}: got strides {x.stride()}, allowed: contiguous")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import cdiv, jit, launch, pow2, tl
+from .launch import cdiv, check_tensor, jit, launch, pow2, tl
 from .linear_tile import await_producers
 from .mppi import sample_actions, shift_mean
 
@@ -57,23 +57,6 @@ def begin_kernel(
 
 
 _MAX_SAMPLES = 32768  # the sum of their ranks is an int32
-
-
-def check_tensor(
-    name: str,
-    x: Tensor,
-    shape: tuple[int, ...],
-    like: Tensor,
-    dtype: torch.dtype = torch.float32,
-    contiguous: bool = True,
-) -> None:
-    """Refuse another shape, type, device or layout than the kernels work on."""
-    got = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
-    allowed = f"{shape} {str(dtype).removeprefix('torch.')} on {like.device}"
-    if got != allowed:
-        raise ValueError(f"{name}: got {got}, allowed: {allowed}")
-    if contiguous and not x.is_contiguous():
-        raise ValueError(f"{name}: got strides {x.stride()}, allowed: contiguous")
 
 
 def drawn_from(name: str, noise: Tensor, actions: Tensor) -> int:

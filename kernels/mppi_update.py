@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .launch import cdiv, interpreting, jit, launch, pow2, tl
+from .launch import cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 from .linear_tile import await_producers
 from .mppi import SUM_EPS, elite_update, pick_elite, sample_actions, take_samples
-from .mppi_begin import check_actions, check_tensor, clamp, drawn_from
+from .mppi_begin import check_actions, clamp, drawn_from
 
 
 @dataclass(frozen=True)

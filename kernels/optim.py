@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import Precision, cdiv, interpreting, jit, launch, pow2, tl
+from .launch import Precision, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 from .linear_tile import await_producers, round_bits, store_rounded
 from .running_scale import lerp
 
@@ -144,20 +144,14 @@ def adam_kernel(
                     store_shadow(target_shadow_ptr + j, y, own, BITS, INTERPRETED)
 
 
-def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if (tuple(x.shape), x.dtype, x.device) != (shape, dtype, device) or not x.is_contiguous():
-        got = f"{tuple(x.shape)} {x.dtype} on {x.device}, strides {x.stride()}"
-        raise ValueError(f"{name}: got {got}, allowed: {shape} {dtype} on {device}, contiguous")
-
-
 def _check_flat(grad: Tensor, partials: Tensor, step: Tensor) -> None:
     if grad.ndim != 1 or not 0 < grad.numel() < 2**31 - _BLOCK * _PROGRAMS:
         raise ValueError(f"grad: got shape {tuple(grad.shape)}, allowed: (N,), N from 1 to about 2**31")
-    _check("grad", grad, tuple(grad.shape), torch.float32, grad.device)
+    check_tensor("grad", grad, tuple(grad.shape), grad)
     if partials.ndim != 1 or not 1 <= partials.numel() <= _MAX_PARTIALS:
         raise ValueError(f"partials: got shape {tuple(partials.shape)}, allowed: (P,), P from 1 to {_MAX_PARTIALS}")
-    _check("partials", partials, tuple(partials.shape), torch.float32, grad.device)
-    _check("step", step, (1,), torch.int64, grad.device)
+    check_tensor("partials", partials, tuple(partials.shape), grad)
+    check_tensor("step", step, (1,), grad, torch.int64)
 
 
 def _check_step(
@@ -179,11 +173,11 @@ def _check_step(
     precision: Precision,
 ) -> None:
     _check_flat(grad, partials, step)
-    (n,), device = grad.shape, grad.device
+    (n,) = grad.shape
     for name, x in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _check(name, x, (n,), torch.float32, device)
-    _check("flag", flag, (1,), torch.int64, device)
-    _check("norm_out", norm_out, (1,), torch.float32, device)
+        check_tensor(name, x, (n,), grad)
+    check_tensor("flag", flag, (1,), grad, torch.int64)
+    check_tensor("norm_out", norm_out, (1,), grad)
     if not 0 <= head <= n:
         raise ValueError(f"head: got {head}, allowed: 0 to {n}")
     if not all(0 < beta < 1 for beta in betas):
@@ -194,7 +188,7 @@ def _check_step(
         if target.ndim != 1 or not 0 <= target_at <= n - target.numel():
             got = f"shape {tuple(target.shape)} at {target_at}"
             raise ValueError(f"target: got {got}, allowed: (M,) inside ({n},)")
-        _check("target", target, tuple(target.shape), torch.float32, device)
+        check_tensor("target", target, tuple(target.shape), grad)
     shadows = (("shadow", shadow, param), ("target_shadow", target_shadow, target))
     for name, copy, of in shadows:
         wanted = of is not None and shadow is not None and precision.name != "float32"
@@ -202,7 +196,7 @@ def _check_step(
             allowed = "a tensor" if wanted else "None: float32, or what it shadows is not there"
             raise ValueError(f"{name}: got {'None' if copy is None else 'a tensor'}, allowed: {allowed}")
         if copy is not None and of is not None:
-            _check(name, copy, tuple(of.shape), precision.dtype, device)
+            check_tensor(name, copy, tuple(of.shape), grad, precision.dtype)
 
 
 def new_partials(grad: Tensor) -> Tensor:

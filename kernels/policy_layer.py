@@ -140,7 +140,7 @@ def policy_layer(
     """Sampled policy actions, written in place.
 
     Args:
-        x: (1, E, n, K) rows with an activation due.
+        x: (1, E, n, K) rows; an activation due is applied.
         layer: packed (1, 2A, K), rows interleaved (`interleave`), no LayerNorm.
         eps: (E, n, A) standard normal, float32.
         out: (E, n, A) float32; it and `eps` contiguous in their last dim.

@@ -1,17 +1,20 @@
 """The last layer of reward, critics and termination, down to a scalar; no logits in memory.
 
     s[g, e, r] = two_hot_inv(act(LN(x[g, e, r])) W[s]ᵀ + b[s])      (paper, section 3.1)
+    ∂s/∂logits = exp(|v|) p (bins - v),    p = softmax(logits),  v = sum p bins,  s = symexp(v)
 
-One program has all K bins of its rows, so softmax and expectation stay in registers.
+One program has all K bins of its rows, so softmax and expectation stay in registers. The gradient
+is for the policy loss, which goes through critics that are constants.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .grouped_layer import arithmetic, check_tile, grouped_layer_reference, packed, source, strided
 from .launch import Precision, cdiv, jit, launch, tl
-from .linear_tile import add_product, await_producers, row_ptrs, slab_of
+from .linear_tile import add_product, await_producers, row_ptrs, slab_of, store_rounded
 from .rows import EACH, Layer, Rows, Slabs
 from .tiles import Tile, head_tile
 from .two_hot import two_hot_inv
@@ -35,16 +38,24 @@ def bin_values(cols, K, vmin, vmax):
 
 @jit
 def scalar_of(logits, cols, K, vmin, vmax, BINS: tl.constexpr):
-    """Scalar that each row of logits [BM, BK] stands for: [BM]. BINS as `num_bins` in two_hot.py."""
+    """Scalar that each row of logits [BM, BK] stands for: [BM], and its gradient [BM, BK].
+
+    BINS as `num_bins` in two_hot.py. A gradient that is not used is not computed.
+    """
     if BINS > 1:
         logits = tl.where((cols < K)[None, :], logits, float("-inf"))
         p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         bins = bin_values(cols, K, vmin, vmax)
-        return symexp(tl.sum(p * bins[None, :], axis=1) / tl.sum(p, axis=1))
+        total = tl.sum(p, axis=1)
+        v = tl.sum(p * bins[None, :], axis=1) / total
+        d = tl.exp(tl.abs(v))[:, None] * (p / total[:, None]) * (bins[None, :] - v[:, None])
+        return symexp(v), d
     x = tl.sum(tl.where((cols < 1)[None, :], logits, 0.0), axis=1)
+    slope = tl.zeros_like(x) + 1.0
     if BINS == 1:
+        slope = tl.exp(tl.abs(x))
         x = symexp(x)
-    return x
+    return x, tl.broadcast_to(slope[:, None], (logits.shape[0], logits.shape[1]))
 
 
 @jit
@@ -111,8 +122,10 @@ def scalars_on_tile(
     DOT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     FROM_L2: tl.constexpr = False,
+    d=None,
+    GRADIENT: tl.constexpr = False,
 ):
-    """BM rows of group g, all D <= BN columns, down to a scalar each."""
+    """BM rows of group g, all D <= BN columns, down to a scalar each, maybe with its gradient."""
     rows, cols = tile_m * BM + tl.arange(0, BM), tl.arange(0, BN)
     row_ok = rows < M
     # fmt: off
@@ -121,7 +134,11 @@ def scalars_on_tile(
         DOT, INTERPRETED, FROM_L2,
     )
     # fmt: on
-    tl.store(row_ptrs(y, g, rows, n), scalar_of(logits, cols, D, vmin, vmax, BINS), mask=row_ok)
+    scalar, gradient = scalar_of(logits, cols, D, vmin, vmax, BINS)
+    tl.store(row_ptrs(y, g, rows, n), scalar, mask=row_ok)
+    if GRADIENT:
+        ok = row_ok[:, None] & (cols < D)[None, :]
+        store_rounded(row_ptrs(d, g, rows, n)[:, None] + cols[None, :], gradient, ok, INTERPRETED)
 
 
 @jit
@@ -135,6 +152,7 @@ def scalar_head_kernel(
     K,
     vmin,
     vmax,
+    d,
     IN_ACT: tl.constexpr,
     V: tl.constexpr,
     IN_TILE: tl.constexpr,
@@ -142,6 +160,7 @@ def scalar_head_kernel(
     IN_MEMBERS: tl.constexpr,
     MEMBERS: tl.constexpr,
     BINS: tl.constexpr,
+    GRADIENT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -155,7 +174,7 @@ def scalar_head_kernel(
     # fmt: off
     scalars_on_tile(
         tl.program_id(0), tl.program_id(1).to(tl.int64), x, w, y, M, n, D, K, vmin, vmax, IN_ACT, V, IN_TILE, IN_TILES,
-        IN_MEMBERS, MEMBERS, BINS, BM, BN, BK, EVEN_K, DOT, INTERPRETED,
+        IN_MEMBERS, MEMBERS, BINS, BM, BN, BK, EVEN_K, DOT, INTERPRETED, False, d, GRADIENT,
     )
     # fmt: on
 
@@ -170,18 +189,20 @@ def scalar_head(
     vmin: float,
     vmax: float,
     slabs: Slabs = EACH,
+    gradient: Tensor | None = None,
     tile: Tile | None = None,
     pdl: bool = False,
 ) -> None:
     """Scalars of every group, written in place.
 
     Args:
-        x: (G or 1, E, n, K) rows with an activation due.
+        x: (G or 1, E, n, K) rows; an activation due is applied.
         layer: packed (S, max(num_bins, 1), K), no LayerNorm.
         out: (G, E, n) float32, contiguous in its last dim.
         precision: of the product.
         num_bins, vmin, vmax: the code, as in two_hot.py; 0 bins give the logit itself.
         slabs: slab of `layer` of each group.
+        gradient: out: (G, E, n, max(num_bins, 1)), of each scalar to its logits; None for none.
         tile: None takes the table's.
         pdl: programmatic dependent launch.
     """
@@ -190,6 +211,8 @@ def scalar_head(
     check_last_layer(x, layer, (groups, e, n), max(num_bins, 1))
     tile = tile or head_tile(e * n, groups, d, k, precision.name)
     check_tile(tile, d, x)
+    if gradient is not None and (gradient.shape != (groups, e, n, d) or gradient.stride(-1) != 1):
+        raise ValueError(f"gradient: got shape {tuple(gradient.shape)}, allowed: {(groups, e, n, d)}")
     reads, due = source(x)
     launch(
         scalar_head_kernel,
@@ -203,8 +226,10 @@ def scalar_head(
         k,
         float(vmin),
         float(vmax),
+        strided(x.x if gradient is None else gradient),
         MEMBERS=slabs.members is not None,
         BINS=min(num_bins, 2),
+        GRADIENT=gradient is not None,
         pdl=pdl,
         **due,
         **tile.options(k),
@@ -222,12 +247,17 @@ def scalar_head_reference(
     vmin: float,
     vmax: float,
     slabs: Slabs = EACH,
+    gradient: Tensor | None = None,
     tile: Tile | None = None,
     pdl: bool = False,
 ) -> None:
-    """`scalar_head` in plain torch."""
-    logits = last_layer_reference(x, layer, out, precision, slabs)
-    out.copy_(two_hot_inv(logits, num_bins, vmin, vmax).squeeze(-1))
+    """`scalar_head` in plain torch, its gradient by autograd."""
+    logits = last_layer_reference(x, layer, out, precision, slabs).requires_grad_(gradient is not None)
+    with torch.set_grad_enabled(gradient is not None):
+        value = two_hot_inv(logits, num_bins, vmin, vmax)
+    out.copy_(value.detach().squeeze(-1))
+    if gradient is not None:
+        gradient.copy_(torch.autograd.grad(value.sum(), logits)[0])
 
 
 def last_layer_reference(x: Rows, layer: Layer, out: Tensor, precision: Precision, slabs: Slabs) -> Tensor:
@@ -242,7 +272,7 @@ def check_last_layer(x: Rows, layer: Layer, lead: tuple[int, int, int], outputs:
     d, k = layer.weight.shape[1:]
     if x.x.shape[1:] != (e, n, k) or x.x.shape[0] not in (1, groups):
         raise ValueError(f"x: got shape {tuple(x.x.shape)}, allowed: (1 or {groups}, {e}, {n}, {k})")
-    if x.layer is None or x.stats is None:
-        raise ValueError("x: nothing is due, allowed: rows a layer with LayerNorm wrote")
+    if x.layer is not None and x.stats is None:
+        raise ValueError("x: got rows of a layer without statistics, allowed: with them, or rows with nothing due")
     if d != outputs:
         raise ValueError(f"layer: got {d} outputs, allowed: {outputs}")

@@ -132,7 +132,7 @@ def two_hot_loss(
     """Losses of every row and group, and the gradients of their logits, written in place.
 
     Args:
-        x: (G or 1, E, n, K) rows with an activation due.
+        x: (G or 1, E, n, K) rows; an activation due is applied.
         layer: packed (S, max(num_bins, 1), K), no LayerNorm.
         target: (T, E, n) float32; group g has target min(g, T - 1).
         weight: (G, E) float32, contiguous: of each row's loss in the whole.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import cdiv, interpreting, jit, launch, pow2, tl
+from .launch import cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 from .linear_tile import await_producers
 from .philox import (
     check_state,
@@ -120,15 +120,11 @@ def update_noise_kernel(
         tl.store(shift_ptr + element, in_range(four(w0, w1, w2, w3), SHIFTS), mask=ok)
 
 
-def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, state: Tensor) -> None:
     """Refuse what the kernel would fill wrongly."""
-    known = (tuple(x.shape), x.dtype, x.device) == (shape, dtype, device)
-    if not known or not x.is_contiguous() or x.numel() >= 2**31:
-        layout = "contiguous" if x.is_contiguous() else f"strides {x.stride()}"
-        got = f"{tuple(x.shape)} {x.dtype} on {x.device}, {layout}"
-        raise ValueError(
-            f"{name}: got {got}, allowed: {shape} {dtype} on {device}, contiguous, fewer than 2**31 elements"
-        )
+    check_tensor(name, x, shape, state, dtype)
+    if x.numel() >= 2**31:
+        raise ValueError(f"{name}: got {x.numel()} elements, allowed: fewer than 2**31")
 
 
 def _check_update(
@@ -144,14 +140,13 @@ def _check_update(
     shift: Tensor | None,
 ) -> None:
     check_state(state)
-    device = state.device
     if td_eps.ndim != 3:
         raise ValueError(f"td_eps: got shape {tuple(td_eps.shape)}, allowed: (H, B, A)")
     h, b, a = td_eps.shape
-    _check("td_eps", td_eps, (h, b, a), torch.float32, device)
-    _check("pi_eps", pi_eps, (h + 1, b, a), torch.float32, device)
-    _check("td_members", td_members, (2,), torch.int64, device)
-    _check("pi_members", pi_members, (2,), torch.int64, device)
+    _check("td_eps", td_eps, (h, b, a), torch.float32, state)
+    _check("pi_eps", pi_eps, (h + 1, b, a), torch.float32, state)
+    _check("td_members", td_members, (2,), torch.int64, state)
+    _check("pi_members", pi_members, (2,), torch.int64, state)
     if num_q < 2:
         raise ValueError(f"num_q: got {num_q}, allowed: at least 2, pairs of critics are drawn")
     if not 0 <= p < 1:
@@ -163,9 +158,9 @@ def _check_update(
             )
         if keep is not None:
             d = keep.shape[-1] if keep.ndim == 4 else -1
-            _check(name, keep, (q, steps, b, d), torch.uint8, device)
+            _check(name, keep, (q, steps, b, d), torch.uint8, state)
     if shift is not None:
-        _check("shift", shift, (h + 1, b, 1, 1, 2), torch.int64, device)
+        _check("shift", shift, (h + 1, b, 1, 1, 2), torch.int64, state)
 
 
 def _dropped(p: float) -> int:
