@@ -124,7 +124,7 @@ class Config:
     save_csv: bool = _key(True, "write eval.csv and train.csv")
 
     # misc
-    compile: bool = _key(False, "torch.compile, as in the official code")
+    compile: bool = _key(False, "torch.compile the losses of an update of the torch backend")
     save_video: bool = _key(False, "record evaluation videos")
     save_agent: bool = _key(True, "write checkpoints")
     seed: int = _key(1, "seed of everything random", low=0, high=2**32 - 1)

@@ -92,14 +92,14 @@ def ensemble_members(
 ) -> Iterator[list[list[Tensor]]]:
     """Parameters of single members, layer by layer: all in order, or those of `members` (M,).
 
-    On the CPU a member is a view of the stack; on other devices an index tensor is resolved
-    on the device, so that no host synchronisation is needed.
+    On the CPU a member is a view of the stack; on other devices, and in compiled code, an index
+    tensor is resolved on the device, so that no host synchronisation is needed.
     """
     names = [n for n, _ in layers.named_parameters()]
     stacks = [p.detach() if detach else p for p in layers.parameters()]
     if members is None:
         picked = [s.unbind(0) for s in stacks]
-    elif members.device.type == "cpu":
+    elif members.device.type == "cpu" and not torch.compiler.is_compiling():
         index = members.tolist()
         picked = [tuple(s[i] for i in index) for s in stacks]
     else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .backend import matmul_precision
 from .batch import Batch, UpdateTrace
+from .compiling import can_compile
 from .errors import NonFiniteError
 from .kernels.policy_head import policy_head
 from .kernels.two_hot import soft_cross_entropy
@@ -50,6 +51,9 @@ class TorchUpdate:
         if cfg.multitask:
             self.discount = torch.tensor(cfg.discounts, device=device)
         self.steps = 0
+        if cfg.compile and can_compile(device):
+            for name in ("_targets", "_world_losses", "_policy_losses"):
+                setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
 
     def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
         """As `Updater.step`, the batch checked."""
@@ -62,7 +66,7 @@ class TorchUpdate:
         model.train()
         try:
             with annotate("td_target"):
-                next_z, td_target = self._targets(batch, noise)
+                next_z, td_target = self._targets(batch, model.embed(batch.task), noise)
             with annotate("world"):
                 zs, info = self._world_step(batch, next_z, td_target, noise, trace)
             with annotate("policy"):
@@ -75,31 +79,68 @@ class TorchUpdate:
         self.steps += 1
         return {k: v.detach().mean() for k, v in info.items()}
 
-    @torch.no_grad()
-    def _targets(self, batch: Batch, noise: UpdateNoise) -> tuple[Tensor, Tensor]:
-        """Latents of the next observations (H, B, L) and TD targets (H, B, 1)."""
-        e = self.model.embed(batch.task)
-        next_z = self.model.encode_parts(batch.obs[1:], e, noise.shift_next)
-        return next_z, self.td_target(next_z, batch, noise.td_eps, noise.td_members)
+    def _world_step(
+        self, batch: Batch, next_z: Tensor, td_target: Tensor, noise: UpdateNoise, trace: UpdateTrace | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        model = self.model
+        zs, info = self._world_losses(batch, model.embed(batch.task), next_z, td_target, noise)
+        leaked = model._task_emb.weight.grad if self.cfg.multitask else None
+        if trace is not None and leaked is not None:
+            trace.tensors["task_emb_grad_before"] = leaked.clone()
+        info["total_loss"].backward()
+        params = dict(model.world_parameters())
+        info["grad_norm"] = self._clip(params, info, trace)
+        self.optim.step()
+        self.optim.zero_grad(set_to_none=True)
+        return zs.detach(), info
+
+    def _policy_step(
+        self, zs: Tensor, task: Tensor | None, noise: UpdateNoise, trace: UpdateTrace | None
+    ) -> dict[str, Tensor]:
+        model = self.model
+        e = model.embed(task)
+        if e is not None and not self.cfg.task_grad_leak:
+            e = e.detach()
+        info = self._policy_losses(zs, task, e, noise)
+        # Backward also reaches the task embedding, whose gradient no one clears: the next
+        # world update inherits it. That is what the official code does.
+        info["pi_loss"].backward()
+        params = {f"_pi.{n}": p for n, p in model._pi.named_parameters()}
+        info["pi_grad_norm"] = self._clip(params, {"pi_loss": info["pi_loss"]}, trace)
+        self.scale.value.copy_(info["pi_scale"])
+        self.pi_optim.step()
+        self.pi_optim.zero_grad(set_to_none=True)
+        return info
 
     @torch.no_grad()
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
         """r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
+        return self._td_target(next_z, batch, self.model.embed(batch.task), eps, members)
+
+    def _td_target(self, next_z: Tensor, batch: Batch, e: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         model, task = self.model, batch.task
-        e = model.embed(task)
         logits = model._pi(*join(next_z, e))
         action = policy_head(logits, eps, *model.log_std_range, model.action_mask(task)).action
         q0, q1 = (model.scalar(x) for x in model.critic_logits(join(next_z, e, action), members, target=True))
         discount = self.discount if task is None else self.discount[task].unsqueeze(-1)  # type: ignore[index]
         return batch.reward + discount * (1 - batch.terminated) * torch.minimum(q0, q1)
 
-    def _world_step(
-        self, batch: Batch, next_z: Tensor, td_target: Tensor, noise: UpdateNoise, trace: UpdateTrace | None
+    # ---- pure tensor programs, which `compile` compiles. The embedding's lookup, which renormalises its
+    # weight in place, is left to their callers.
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch, e: Tensor | None, noise: UpdateNoise) -> tuple[Tensor, Tensor]:
+        """Latents of the next observations (H, B, L) and TD targets (H, B, 1)."""
+        next_z = self.model.encode_parts(batch.obs[1:], e, noise.shift_next)
+        return next_z, self._td_target(next_z, batch, e, noise.td_eps, noise.td_members)
+
+    def _world_losses(
+        self, batch: Batch, e: Tensor | None, next_z: Tensor, td_target: Tensor, noise: UpdateNoise
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (H+1, B, L) and the losses, `total_loss` among them."""
         cfg, model, h = self.cfg, self.model, self.cfg.horizon
         bins = (cfg.num_bins, cfg.vmin, cfg.vmax)
         rho = self._rho[:h]
-        e = model.embed(batch.task)
 
         # Latent rollout
         latents = [model.encode_parts(batch.obs[0], e, noise.shift_first)]
@@ -131,23 +172,13 @@ class TorchUpdate:
             + cfg.value_coef * info["value_loss"]
             + cfg.termination_coef * info["termination_loss"]
         )
-        leaked = model._task_emb.weight.grad if cfg.multitask else None
-        if trace is not None and leaked is not None:
-            trace.tensors["task_emb_grad_before"] = leaked.clone()
-        info["total_loss"].backward()
-        params = dict(model.world_parameters())
-        info["grad_norm"] = self._clip(params, info, trace)
-        self.optim.step()
-        self.optim.zero_grad(set_to_none=True)
-        return zs.detach(), info
+        return zs, info
 
-    def _policy_step(
-        self, zs: Tensor, task: Tensor | None, noise: UpdateNoise, trace: UpdateTrace | None
+    def _policy_losses(
+        self, zs: Tensor, task: Tensor | None, e: Tensor | None, noise: UpdateNoise
     ) -> dict[str, Tensor]:
+        """The loss, metrics of the policy, and the running scale after this step."""
         cfg, model = self.cfg, self.model
-        e = model.embed(task)
-        if e is not None and not cfg.task_grad_leak:
-            e = e.detach()
         logits = model._pi(*join(zs, e))
         out = policy_head(logits, noise.pi_eps, *model.log_std_range, model.action_mask(task))
         dropout = 0.0 if noise.pi_dropout is None else noise.pi_dropout
@@ -159,17 +190,7 @@ class TorchUpdate:
         scale = self.scale.after(qs[0])
         qs = qs / scale
         loss = (-(cfg.entropy_coef * out.scaled_entropy + qs).mean((1, 2)) * self._rho).mean()
-        info = dict(pi_loss=loss, pi_entropy=-out.log_prob, pi_scaled_entropy=out.scaled_entropy)
-        # Backward also reaches the task embedding, whose gradient no one clears: the next
-        # world update inherits it. That is what the official code does.
-        loss.backward()
-        params = {f"_pi.{n}": p for n, p in model._pi.named_parameters()}
-        info["pi_grad_norm"] = self._clip(params, dict(pi_loss=loss), trace)
-        self.scale.value.copy_(scale)
-        info["pi_scale"] = scale
-        self.pi_optim.step()
-        self.pi_optim.zero_grad(set_to_none=True)
-        return info
+        return dict(pi_loss=loss, pi_entropy=-out.log_prob, pi_scaled_entropy=out.scaled_entropy, pi_scale=scale)
 
     def _clip(self, params: dict[str, nn.Parameter], losses: dict[str, Tensor], trace: UpdateTrace | None) -> Tensor:
         """Clip by global norm; refuse non-finite losses and gradients before anything is updated."""

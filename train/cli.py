@@ -78,7 +78,7 @@ def train(values: dict[str, Any]) -> int:
         f"run folder {folder}",
         flush=True,
     )
-    for key in ("compile", "save_video", "enable_wandb", "data_dir"):
+    for key in ("save_video", "enable_wandb", "data_dir"):
         if getattr(cfg, key):
             print(f"note: {key} has no effect in this version")
     for key in values:

@@ -1,0 +1,36 @@
+"""Whether `compile=true` can be served here."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile makes code worth running for `device`; where not, a warning says why.
+
+    A warning and no error: `compile` is true in the official `cfg`, which must train anywhere, and
+    changes no number beyond rounding.
+    """
+    why = why_not_compiled(device)
+    if why is not None:
+        warnings.warn(f"config key 'compile': got True, and updates run uncompiled: {why}", stacklevel=2)
+    return why is None
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why torch.compile is of no use for `device`, or None where it is.
+
+    On a CPU it needs a C++ compiler, and is slow where it finds no vector instructions.
+    """
+    if device.type != "cpu":
+        return None if torch.utils._triton.has_triton() else "torch.compile needs a working Triton on a GPU"
+    try:
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        if not pick_vec_isa() and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+            return "torch.compile finds no vector instructions, and would be slow without them"
+    except Exception as e:  # whatever a missing compiler raises
+        return f"torch.compile needs a C++ compiler: {type(e).__name__}: {e}".splitlines()[0]
+    return None

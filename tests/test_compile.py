@@ -1,0 +1,90 @@
+"""`compile=true`: the numbers of the uncompiled update, everything compiled once, refusals said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import filled_buffer, tiny_config, tiny_multitask
+from torch._dynamo.utils import counters
+
+from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.backend import resolve_backend
+from tdmpc2_fast.compat.state_dict import tensors_only
+from tdmpc2_fast.compiling import can_compile, why_not_compiled
+from tdmpc2_fast.rng import UpdateNoise, generator
+
+CPU = torch.device("cpu")
+CONFIGS = dict(
+    plain=tiny_config(dropout=0.2),
+    small=tiny_config(num_q=2, horizon=2, num_enc_layers=1),
+    episodic=tiny_config(episodic=True),
+    multitask=tiny_multitask(dropout=0.2),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [("small", "inductor"), ("plain", "aot_eager"), ("episodic", "aot_eager"), ("multitask", "aot_eager")],
+)
+def test_compiled_once_and_equal_to_the_uncompiled_update(
+    name: str, compiler: str, livened: Callable[[TDMPC2], TDMPC2], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`aot_eager` traces as `inductor` does and breaks and recompiles where it would, in a tenth of the time.
+
+    So `inductor`, which takes minutes, compiles the policy's losses only, forward and backward.
+    """
+    if compiler == "inductor" and (why := why_not_compiled(CPU)):
+        pytest.skip(why)
+    real = torch.compile
+    slow = {"_policy_losses": compiler}
+    monkeypatch.setattr(torch, "compile", lambda f, **keys: real(f, backend=slow.get(f.__name__, "aot_eager"), **keys))
+    monkeypatch.setattr("tdmpc2_fast.torch_update.can_compile", lambda device: True)
+    torch._dynamo.reset()
+    counters.clear()
+    cfg = CONFIGS[name]
+    plain, compiled = livened(TDMPC2(cfg)), livened(TDMPC2(cfg.replace(compile=True)))
+    buffer, g = filled_buffer(cfg), generator(5, "test", CPU)
+
+    def step() -> None:
+        batch, noise = buffer.sample(), UpdateNoise.draw(cfg, g)
+        want, got = plain.updater.step(batch, noise), compiled.updater.step(batch, noise)
+        assert got.keys() == want.keys()
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], atol=1e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+
+    step()
+    assert counters["stats"]["unique_graphs"] == 3
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(20):
+            step()
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+    want = tensors_only(plain.model.state_dict())
+    for key, value in tensors_only(compiled.model.state_dict()).items():
+        # Adam can turn rounding of a vanishing gradient into a step of lr
+        assert torch.isclose(value, want[key], atol=1e-5, rtol=1e-3).float().mean() > 0.99, key
+
+
+def no_compiler() -> None:
+    raise RuntimeError("no working C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("pick", "why"),
+    [(lambda: None, "no vector instructions"), (no_compiler, "needs a C.. compiler: RuntimeError: no working")],
+)
+def test_where_it_cannot_compile_a_warning_says_why(
+    pick: Callable[[], None], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", pick)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    with pytest.warns(UserWarning, match=f"config key 'compile': got True, and updates run uncompiled: .*{why}"):
+        assert not can_compile(CPU)
+
+
+def test_the_triton_backend_says_that_it_has_no_effect() -> None:
+    cfg = tiny_config(backend="triton")
+    assert "compile" not in resolve_backend(cfg, CPU).why
+    assert "compile=true has no effect" in resolve_backend(cfg.replace(compile=True), CPU).why
