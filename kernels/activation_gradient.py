@@ -7,6 +7,8 @@ Elsewhere this is the end of `input_gradient`. Cost: two reads and a write of th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,7 @@ def activation_gradient(
         num_warps=4,
         **due,
     )
-    return Gradient(out.x, out.sums, below, bn)
+    return replace(out, rows=below, tile=bn)
 
 
 def activation_gradient_reference(

@@ -37,7 +37,20 @@ _TENSOR = {"tcgen05.mma": "tcgen05 UTC*MMA", "wgmma.mma_async": "wgmma HGMMA", "
 
 # Constants that tell configurations of a kernel apart in a table; of flags, those that are set.
 _SHOWN = ("BM", "BN", "BK", "BA", "BJ", "BG", "IN_ACT", "IN_TILES", "BINS")
-_FLAGS = ("HAS_X", "HAS_SIDE", "ENV_BIAS", "MEMBERS", "EVEN_K", "HAS_MASK", "MASKED", "EPISODIC", "NEXT", "CHOICE")
+_FLAGS = (
+    "HAS_X",
+    "HAS_SIDE",
+    "ENV_BIAS",
+    "MEMBERS",
+    "EVEN_K",
+    "HAS_MASK",
+    "MASKED",
+    "EPISODIC",
+    "NEXT",
+    "CHOICE",
+    "DROPOUT",
+    "GRADIENT",
+)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ from .linear_tile import Keep, Source, Strided, merge_statistics, row_ptrs, simn
 from .normed_linear import LAYER_NORM_EPS
 from .rows import LEAST_COLUMNS, Rows
 
+CHUNK = 64
+"""Rows of a step whose shares of db, dγ and dβ are one, where these are computed apart."""
+
 MISH, PLAIN = tl.constexpr(_MISH_ACT), tl.constexpr(_PLAIN_ACT)
 
 
@@ -44,17 +47,29 @@ class Gradient:
     sums: Tensor | None = None  # (G, E, n, T, 2) float32
     rows: Rows | None = None  # what it is the gradient of
     tile: int = 0
+    vectors: Tensor | None = None  # (G, E, chunks, 3, D) float32: db, dγ and dβ of CHUNK rows each
 
     @classmethod
-    def empty(cls, groups: int, envs: int, n: int, width: int, dtype: torch.dtype, device: torch.device) -> Gradient:
-        """Room for gradients and sums."""
+    def empty(
+        cls,
+        groups: int,
+        envs: int,
+        n: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        vectors: bool = False,
+    ) -> Gradient:
+        """Room for gradients and sums, maybe for the vectors of its chunks."""
         x = torch.empty(groups, envs, n, width, dtype=dtype, device=device)
-        return cls(x, torch.empty(groups, envs, n, cdiv(width, LEAST_COLUMNS), 2, device=device))
+        chunks = torch.empty(groups, envs, cdiv(n, CHUNK), 3, width, device=device) if vectors else None
+        return cls(x, torch.empty(groups, envs, n, cdiv(width, LEAST_COLUMNS), 2, device=device), vectors=chunks)
 
     def steps(self, which: slice) -> Gradient:
         """Some environments (time steps, in an update)."""
         rows = None if self.rows is None else self.rows.steps(which)
-        return Gradient(self.x[:, which], None if self.sums is None else self.sums[:, which], rows, self.tile)
+        sums, vectors = (None if x is None else x[:, which] for x in (self.sums, self.vectors))
+        return Gradient(self.x[:, which], sums, rows, self.tile, vectors)
 
     def products(self) -> Tensor:
         """dL/dy in plain torch, in the type of `x`'s precision: (G, E, n, D)."""
@@ -190,6 +205,6 @@ def through_activation(
 
 
 @jit
-def product_gradient(h, y, mean, rstd, s1, s2, gamma):
+def product_gradient(h, xhat, rstd, s1, s2, gamma):
     """dL/dy of a LayerNorm: all [.., ..], or shapes that broadcast."""
-    return rstd * (h * gamma - s1 - (y - mean) * rstd * s2)
+    return rstd * (h * gamma - s1 - xhat * s2)

@@ -9,6 +9,8 @@ latent, an action, not what needs no gradient. One launch; 2 M D |columns| FLOP 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -83,9 +85,8 @@ def input_gradient_kernel(
             if NORM:
                 before = tl.load(y_ptrs[:, None] + k[None, :], mask=ok, other=0.0).to(tl.float32)
                 gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)[None, :]
-                d = product_gradient(
-                    d.to(tl.float32), before, mean[:, None], rstd[:, None], s1[:, None], s2[:, None], gamma
-                )
+                xhat = (before - mean[:, None]) * rstd[:, None]
+                d = product_gradient(d.to(tl.float32), xhat, rstd[:, None], s1[:, None], s2[:, None], gamma)
             if DROPOUT:
                 d = dropped(d, up.keep, g, rows, n, row_ok[:, None] & k_ok[None, :], k)
             d = operand(d, BFLOAT16, DOT, INTERPRETED)
@@ -177,7 +178,7 @@ def input_gradient(
         **tile.options(d),
         **arithmetic(precision),
     )
-    return Gradient(out.x, out.sums, below, tile.BN) if below is not None else Gradient(out.x)
+    return replace(out, rows=below, tile=tile.BN) if below is not None else Gradient(out.x)
 
 
 def input_gradient_reference(

@@ -46,6 +46,9 @@ MODEL_SIZES = {
 # one the termination head.
 FORMS: dict[str, dict[str, Any]] = {"single": {}, "multi": dict(task_dim=96), "episodic": dict(episodic=True)}
 
+# What is compiled unless other sizes are asked for. Updates of wide layers take kernels of their own.
+_PLANS, _UPDATES = (1, 5), (1, 5, 19)
+
 _OBS_DIM = 24
 _LARGE = 19  # millions of parameters from which a batch is 1024
 
@@ -144,7 +147,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     many: dict[str, Any] = dict(nargs="+", metavar="X")
     parser.add_argument("--precision", **many, choices=PRECISIONS, default=["bfloat16", "tf32", "float32"])
     parser.add_argument("--arch", **many, type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
-    parser.add_argument("--size", **many, type=int, choices=MODEL_SIZES, default=[1, 5])
+    parser.add_argument(
+        "--size", **many, type=int, choices=MODEL_SIZES, help=f"default: {_PLANS}, and {_UPDATES} of updates"
+    )
     parser.add_argument("--envs", **many, type=int, default=[1, 64], help="environments at once")
     parser.add_argument("--actions", **many, type=int, default=[6], help="action dimensions")
     parser.add_argument("--form", **many, choices=FORMS, default=["single"], help="single, multi (task), episodic")
@@ -173,8 +178,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"report: {reason}", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    sizes = [plan_sizes(*x) for x in product(args.size, args.envs, args.actions, args.form)]
-    updates = [update_sizes(*x) for x in product(args.size, args.actions, args.form)]
+    sizes = [plan_sizes(*x) for x in product(args.size or _PLANS, args.envs, args.actions, args.form)]
+    updates = [update_sizes(*x) for x in product(args.size or _UPDATES, args.actions, args.form)]
     specs: dict[str, Specialisation] = {}
     for precision in args.precision:
         for spec in configurations(sizes, Precision(precision), args.variants, updates):

@@ -101,6 +101,7 @@ class Rows:
     slabs: Slabs = EACH
     tile: int = 0
     dropout: Dropout | None = None  # that was applied to x
+    active: Tensor | None = None  # (G, E, n, D): the activation, where it was computed for all readers
 
     def __getitem__(self, key: tuple[slice, slice]) -> Rows:
         """Some groups and some rows of each environment."""
@@ -119,19 +120,27 @@ class Rows:
         """Some environments (time steps, in an update)."""
         stats = None if self.stats is None else self.stats[:, which]
         dropout = None if self.dropout is None else replace(self.dropout, keep=self.dropout.keep[:, which])
-        return replace(self, x=self.x[:, which], stats=stats, dropout=dropout)
+        active = None if self.active is None else self.active[:, which]
+        return replace(self, x=self.x[:, which], stats=stats, dropout=dropout, active=active)
 
     def expand(self, n: int) -> Rows:
         """The one row of each environment, n times, without a copy."""
         assert self.stats is not None
         return replace(self, x=self.x.expand(-1, -1, n, -1), stats=self.stats.expand(-1, -1, n, -1, -1))
 
+    def ready(self) -> Rows:
+        """The activation as rows with nothing due, where it was computed; else these."""
+        return self if self.active is None else Rows(self.active)
+
     @classmethod
-    def empty(cls, groups: int, envs: int, n: int, width: int, dtype: torch.dtype, device: torch.device) -> Rows:
-        """Room for pre-activations and statistics."""
+    def empty(
+        cls, groups: int, envs: int, n: int, width: int, dtype: torch.dtype, device: torch.device, active: bool = False
+    ) -> Rows:
+        """Room for pre-activations and statistics, maybe for activations."""
         tiles = -(-width // LEAST_COLUMNS)
         x = torch.empty(groups, envs, n, width, dtype=dtype, device=device)
-        return cls(x, torch.empty(groups, envs, n, tiles, 2, dtype=torch.float32, device=device))
+        stats = torch.empty(groups, envs, n, tiles, 2, dtype=torch.float32, device=device)
+        return cls(x, stats, active=torch.empty_like(x) if active else None)
 
     def activated(self) -> Tensor:
         """act(LN(x)) in plain torch, in the type of the statistics' precision: (G, E, n, D)."""

@@ -18,6 +18,9 @@ _PROCESSORS = 132
 THROUGHPUT_ROWS = 8192
 """Rows (environments x samples) from which the throughput regime is taken."""
 
+THROUGHPUT_UPDATE = 2**21
+"""Rows times width of hidden layers from which an update takes it: 19M at batch 1024, 317M at 256."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -47,6 +50,12 @@ _THROUGHPUT = {
     "bfloat16": Tile(128, 64, 64, 8),
     "tf32": Tile(128, 64, 32, 8),
     "float32": Tile(32, 32, 32, 8),
+}
+# Of products whose operands are ready: nothing but loads and tensor cores. The first that fills the chip.
+_READY = {
+    "bfloat16": (Tile(128, 128, 64, 8), Tile(128, 64, 64, 8)),
+    "tf32": (Tile(128, 128, 32, 8), Tile(128, 64, 32, 8)),
+    "float32": (),
 }
 _HEAD_ROWS = {"bfloat16": (64, 64), "tf32": (64, 32), "float32": (32, 16)}
 
@@ -89,6 +98,17 @@ def weight_gradient_tile(width: int, groups: int, columns: int, rows: int, preci
     return _narrower(tile, _WEIGHT_DEPTH[precision], 2 if precision == "bfloat16" else tile.stages)
 
 
+def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str, through: bool = False) -> Tile | None:
+    """Tile of a product of ready operands, `rows` x `columns` over `depth`; None leaves it to its kernel's table.
+
+    through: the result goes through an activation's gradient, which takes registers.
+    """
+    for tile in () if interpreting() else _READY[precision][through:]:
+        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= _PROCESSORS:
+            return _shallow(tile, depth)
+    return None
+
+
 def _narrower(tile: Tile, depth: int, stages: int) -> Tile:
     return tile if interpreting() else replace(tile, BK=min(tile.BK, depth), stages=stages)
 
@@ -111,5 +131,15 @@ def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) 
 
 
 def activates_once(rows: int) -> bool:
-    """Whether activations get a launch of their own (throughput) or are left to each reader (latency)."""
+    """Whether a plan's activations get a launch of their own (throughput) or are left to each reader (latency)."""
     return rows >= THROUGHPUT_ROWS
+
+
+def finishes_once(rows: int, width: int) -> bool:
+    """Whether an update's activations and gradients get launches of their own.
+
+    Each reader's programs would compute those of all rows and columns they read: width / BN times in
+    total. A column of bfloat16 costs a tensor core BN multiplications and an activation some thirty
+    instructions, so with tiles of 64 columns wide layers wait for activations, not for products.
+    """
+    return rows * width >= THROUGHPUT_UPDATE

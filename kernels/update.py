@@ -9,6 +9,7 @@
     norm, clip, Adam, targets' average           2
     policy loss and its gradients                as above, the critics being constants
 
+Where layers are wide, activations and gradients of LayerNorms have launches of their own beside.
 Environments of the layers are time steps here, so that the H steps of a slice are one launch where
 nothing depends on the step before. Everything lives in buffers allocated once; what is looked up or
 encoded by torch (task embeddings, pixels) is written into them between the stages.
@@ -30,12 +31,13 @@ from .grouped_layer import activate_rows, grouped_layer
 from .input_gradient import input_gradient
 from .latent_loss import consistency, td_target
 from .launch import Precision
+from .norm_gradient import add_up, norm_gradient
 from .optim import adam_step, squared_norm
 from .policy_sample import policy_gradient, policy_sample
 from .rows import EACH, Dropout, Layer, Rows, Slabs
 from .running_scale import running_scale
 from .scalar_head import scalar_head
-from .tiles import Tile, input_gradient_tile
+from .tiles import Tile, finishes_once, input_gradient_tile, ready_tile
 from .two_hot_loss import BINARY, two_hot_loss
 from .update_buffers import (
     FlatLayer,
@@ -49,7 +51,6 @@ from .update_buffers import (
 )
 from .update_losses import UpdateLosses
 from .update_noise import draw_update_noise
-from .value_gradient import value_gradient
 from .weight_gradient import LayerGradient, weight_gradient
 
 WORLD, POLICY = 1, 2
@@ -102,6 +103,11 @@ class FusedUpdate:
         operand = self.target if self.target_shadow is None else self.target_shadow
         self._targets = [x.moved(-layout.heads_start).layer(self.target, operand) for x in layout.heads]
         self.losses = UpdateLosses(sizes, device)
+        self._once = finishes_once(sizes.horizon * sizes.batch, sizes.mlp_dim)
+        # How last layers are read, with what every launch is given.
+        self._code: dict[str, Any] = dict(
+            precision=precision, num_bins=sizes.num_bins, vmin=sizes.vmin, vmax=sizes.vmax, pdl=pdl
+        )
 
     def run(self) -> None:
         """One update from `inputs`, of a model of states and a single task."""
@@ -146,24 +152,14 @@ class FusedUpdate:
 
     def td_target(self) -> None:
         """TD targets of all steps, by the targets at an action of the policy (no gradient)."""
-        s, state, inputs, draws, h = self.sizes, self.state, self.inputs, self.draws, self.sizes.horizon
+        state, inputs, draws, h = self.state, self.inputs, self.draws, self.sizes.horizon
         with self._annotate("td_target"):
             self._act(inputs.next_x, slice(0, h), draws.td_eps)
             slabs = Slabs(1, members=draws.td_members)
             x = Rows(inputs.next_x)
             for layer, rows in zip(self._targets[:2], state.critics, strict=True):
                 x = self._layer(x, layer, rows.steps(slice(0, h)), slabs)
-            scalar_head(
-                x,
-                self._targets[2],
-                state.target_q,
-                precision=self.precision,
-                num_bins=s.num_bins,
-                vmin=s.vmin,
-                vmax=s.vmax,
-                slabs=slabs,
-                pdl=self.pdl,
-            )
+            scalar_head(x.ready(), self._targets[2], state.target_q, slabs=slabs, **self._code)
             target = inputs.target
             td_target(state.target_q, target[0], inputs.terminated[0], inputs.discount, target[1], pdl=self.pdl)
 
@@ -181,6 +177,7 @@ class FusedUpdate:
         gradient = self._d_latent
         for i in reversed(range(len(net.layers))):
             below = self._encoded[i].steps(first)
+            gradient = self._finished(gradient, net.grads[i])
             self._weights(gradient, below, net.layers[i], net.grads[i])
             if i:
                 gradient = self._inputs(gradient, net.layers[i], below, self.state.d_encoded[i - 1])
@@ -212,25 +209,15 @@ class FusedUpdate:
             dropout = None if draws.pi_keep is None else self._dropout(draws.pi_keep, 0)
             first = self._layer(Rows(inputs.x), self._heads.layers[0], state.critics[0], slabs, dropout)
             second = self._layer(first, self._heads.layers[1], state.critics[1], slabs)
-            value_gradient(
-                second,
-                self._heads.layers[2],
-                state.q,
-                state.d_critics[2].x,
-                precision=self.precision,
-                num_bins=s.num_bins,
-                vmin=s.vmin,
-                vmax=s.vmax,
-                slabs=slabs,
-                pdl=self.pdl,
-            )
+            layer, d = self._heads.layers[2], state.d_critics[2].x
+            scalar_head(second.ready(), layer, state.q, slabs=slabs, gradient=d, **self._code)
             torch.mean(state.q, 0, out=self.losses.q)
             state.new_scale.copy_(state.scale)
             running_scale(self.losses.q[0], state.new_scale, tau=s.tau, pdl=self.pdl)
             # Critics are constants: only what reaches [e, a] is of interest.
-            d = self._inputs(Gradient(state.d_critics[2].x), self._heads.layers[2], second, state.d_critics[1], slabs)
-            d = self._inputs(d, self._heads.layers[1], first, state.d_critics[0], slabs)
-            self._inputs(d, self._heads.layers[0], None, Gradient(state.d_action), slabs, first=s.latent_dim)
+            back = self._finished(self._inputs(Gradient(d), layer, second, state.d_critics[1], slabs))
+            back = self._finished(self._inputs(back, self._heads.layers[1], first, state.d_critics[0], slabs))
+            self._inputs(back, self._heads.layers[0], None, Gradient(state.d_action), slabs, first=s.latent_dim)
             self._back_through_policy(policy)
 
     def step_policy(self) -> None:
@@ -257,7 +244,9 @@ class FusedUpdate:
                 rows.append(self._layer(rows[-1], layer, out.steps(now)))
             activate_rows(rows[-1], inputs.x[:, t + 1 : t + 2, :, :z], self.pdl)
         # Of all steps: their tiles are the same.
-        self._rolled = [replace(x, x=out.x, stats=out.stats) for x, out in zip(rows[1:], state.dynamics, strict=True)]
+        self._rolled = [
+            replace(out, layer=x.layer, tile=x.tile) for x, out in zip(rows[1:], state.dynamics, strict=True)
+        ]
 
     def _losses(self) -> None:
         state, inputs, h, z = self.state, self.inputs, self.sizes.horizon, self.sizes.latent_dim
@@ -273,36 +262,24 @@ class FusedUpdate:
         dropout = None if self.draws.value_keep is None else self._dropout(self.draws.value_keep, 1)
         first = self._layer(Rows(inputs.x[:, :h]), self._heads.layers[0], state.heads[0], EACH, dropout)
         self._headed = [first, self._layer(first, self._heads.layers[1], state.heads[1])]
-        self._loss(
-            self._headed[1],
-            self._heads.layers[2],
-            inputs.target,
-            self.losses.head_weight,
-            self.losses.head_loss,
-            state.d_heads[2],
-        )
+        losses, d = self.losses, state.d_heads[2].x
+        last = self._headed[1].ready(), self._heads.layers[2]
+        two_hot_loss(*last, inputs.target, losses.head_weight, losses.head_loss, d, **self._code)
 
     def _back_through_heads(self) -> None:
         state, h, net = self.state, self.sizes.horizon, self._heads
-        d = state.d_x[:, :h]
-        self._back(Gradient(state.d_heads[2].x), net, Rows(self.inputs.x[:, :h]), self._headed, state.d_heads, d)
+        self._back_to(state.d_x[:, :h], net, Rows(self.inputs.x[:, :h]), self._headed, state.d_heads)
         if self._termination is None:
             return
         net = self._termination
         x = Rows(self.inputs.x[:, 1:, :, : self.sizes.latent_dim])
         first = self._layer(x, net.layers[0], state.termination[0])
         rows = [first, self._layer(first, net.layers[1], state.termination[1])]
-        out = state.d_termination[2]
-        self._loss(
-            rows[1],
-            net.layers[2],
-            self.inputs.terminated,
-            self.losses.termination_weight,
-            self.losses.termination_loss,
-            out,
-            BINARY,
-        )
-        self._back(Gradient(out.x), net, x, rows, state.d_termination, state.d_x[:, 1:])
+        losses, d = self.losses, state.d_termination[2].x
+        goal, weight = self.inputs.terminated, losses.termination_weight
+        code = self._code | dict(num_bins=BINARY)
+        two_hot_loss(rows[1].ready(), net.layers[2], goal, weight, losses.termination_loss, d, **code)
+        self._back_to(state.d_x[:, 1:], net, x, rows, state.d_termination)
 
     def _back_through_rollout(self) -> None:
         state, h, z, net = self.state, self.sizes.horizon, self.sizes.latent_dim, self._dynamics
@@ -310,14 +287,17 @@ class FusedUpdate:
         d_first, d_second, d_third = state.d_dynamics
         last = slice(h - 1, h)
         # Steps are read together afterwards, so their sums are of tiles of one width.
-        tile = input_gradient_tile(self.sizes.batch, 1, z, self.sizes.mlp_dim, self.precision.name)
+        sizes = self.sizes.batch, 1, z, self.sizes.mlp_dim
+        tile = self._tile(*sizes, True) or input_gradient_tile(*sizes, self.precision.name)
         d = activation_gradient(
             state.d_x[:, h:, :, :z], third.steps(last), d_third.steps(last), columns=tile.BN, pdl=self.pdl
         )
         for t in reversed(range(h)):
             now, before = slice(t, t + 1), slice(t - 1, t)
-            below_second = self._inputs(d, net.layers[2], second.steps(now), d_second.steps(now))
+            d = self._finished(d)
+            below_second = self._finished(self._inputs(d, net.layers[2], second.steps(now), d_second.steps(now)))
             below_first = self._inputs(below_second, net.layers[1], first.steps(now), d_first.steps(now))
+            below_first = self._finished(below_first)
             d_z = state.d_x[:, now, :, :z]
             below: Rows | None = None
             out = Gradient(d_z)
@@ -327,8 +307,14 @@ class FusedUpdate:
                 below, out = self._encoded[-1].steps(slice(0, 1)), state.d_encoded[-1]
             d = self._inputs(below_first, net.layers[0], below, out, add=d_z, tile=tile)
         self._d_latent = d
-        tiles = below_first.tile, below_second.tile, tile.BN
-        whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, self._rolled, tiles, strict=True)]
+        if self._once:
+            whole = [Gradient(g.x) for g in state.d_dynamics]
+            for g, grads in zip(state.d_dynamics, net.grads, strict=True):
+                assert g.vectors is not None
+                add_up(g.vectors, grads, pdl=self.pdl)
+        else:
+            tiles = below_first.tile, below_second.tile, tile.BN
+            whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, self._rolled, tiles, strict=True)]
         inputs = [Rows(self.inputs.x[:, :h]), first, second]
         for gradient, x, layer, grads in zip(whole, inputs, net.layers, net.grads, strict=True):
             self._weights(gradient, x, layer, grads)
@@ -352,24 +338,23 @@ class FusedUpdate:
             pdl=self.pdl,
         )
         x = Rows(self.inputs.x[..., : s.latent_dim + s.task_dim])
-        self._back(Gradient(state.d_policy[2].x), net, x, rows[:2], state.d_policy, None)
+        gradient = self._back(net, x, rows[:2], state.d_policy)
         if s.task_dim:
-            d = state.d_policy[0]
-            gradient = Gradient(d.x, d.sums, rows[0], self._last_tile)
             self._inputs(gradient, net.layers[0], None, Gradient(state.d_policy_task), first=s.latent_dim)
 
-    def _back(
-        self, gradient: Gradient, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient], d_x: Tensor | None
-    ) -> None:
-        """From the last product's gradient to all parameters of a head, and on to its input: added to `d_x`."""
-        self._weights(gradient, hidden[1], net.layers[2], net.grads[2])
-        gradient = self._inputs(gradient, net.layers[2], hidden[1], outs[1])
-        self._weights(gradient, hidden[0], net.layers[1], net.grads[1])
-        gradient = self._inputs(gradient, net.layers[1], hidden[0], outs[0])
+    def _back(self, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient]) -> Gradient:
+        """From the last product's gradient, in `outs`, to all parameters of a head; returns that of its first rows."""
+        gradient = Gradient(outs[2].x)
+        for i in (2, 1):
+            self._weights(gradient, hidden[i - 1], net.layers[i], net.grads[i])
+            gradient = self._inputs(gradient, net.layers[i], hidden[i - 1], outs[i - 1])
+            gradient = self._finished(gradient, net.grads[i - 1])
         self._weights(gradient, x, net.layers[0], net.grads[0])
-        self._last_tile = gradient.tile
-        if d_x is not None:
-            self._inputs(gradient, net.layers[0], None, Gradient(d_x), add=d_x)
+        return gradient
+
+    def _back_to(self, d_x: Tensor, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient]) -> None:
+        """`_back`, and on to the head's input: added to `d_x`."""
+        self._inputs(self._back(net, x, hidden, outs), net.layers[0], None, Gradient(d_x), add=d_x)
 
     def _act(self, x: Tensor, steps: slice, eps: Tensor, logs: tuple[Tensor, Tensor] | tuple[()] = ()) -> list[Rows]:
         """The policy at rows x, its actions written into them; returns the rows of its layers."""
@@ -383,33 +368,23 @@ class FusedUpdate:
         )
         return rows[1:]
 
-    def _loss(
-        self,
-        x: Rows,
-        layer: Layer,
-        target: Tensor,
-        weight: Tensor,
-        loss: Tensor,
-        out: Gradient,
-        bins: int | None = None,
-    ) -> None:
-        s = self.sizes
-        two_hot_loss(
-            x,
+    def _layer(self, x: Rows, layer: Layer, out: Rows, slabs: Slabs = EACH, dropout: Dropout | None = None) -> Rows:
+        groups, e, n, d = out.x.shape
+        rows = grouped_layer(
+            x.ready(),
+            None,
             layer,
-            target,
-            weight,
-            loss,
-            out.x,
+            out,
             precision=self.precision,
-            num_bins=s.num_bins if bins is None else bins,
-            vmin=s.vmin,
-            vmax=s.vmax,
+            slabs=slabs,
+            dropout=dropout,
+            tile=self._tile(e * n, groups, d, layer.weight.shape[-1]),
             pdl=self.pdl,
         )
-
-    def _layer(self, x: Rows, layer: Layer, out: Rows, slabs: Slabs = EACH, dropout: Dropout | None = None) -> Rows:
-        return grouped_layer(x, None, layer, out, precision=self.precision, slabs=slabs, dropout=dropout, pdl=self.pdl)
+        if out.active is None:
+            return rows
+        activate_rows(rows, out.active, self.pdl)
+        return replace(rows, active=out.active)
 
     def _inputs(
         self,
@@ -422,6 +397,7 @@ class FusedUpdate:
         add: Tensor | None = None,
         tile: Tile | None = None,
     ) -> Gradient:
+        written, e, n, width = out.x.shape
         return input_gradient(
             gradient,
             layer,
@@ -431,12 +407,30 @@ class FusedUpdate:
             slabs=slabs,
             first=first,
             add=add,
-            tile=tile,
+            tile=tile or self._tile(e * n, written, width, layer.width, below is not None),
             pdl=self.pdl,
         )
 
     def _weights(self, gradient: Gradient, x: Rows, layer: Layer, out: LayerGradient) -> None:
-        weight_gradient(gradient, x, layer, out, precision=self.precision, pdl=self.pdl)
+        groups, d, k = out.weight.shape
+        if self._once and out.ln_weight is not None:
+            out = replace(out, bias=None)  # it came with the LayerNorm's gradient
+        tile = self._tile(d, groups, k, gradient.x.shape[1] * gradient.x.shape[2])
+        weight_gradient(gradient, x.ready(), layer, out, precision=self.precision, tile=tile, pdl=self.pdl)
+
+    def _finished(self, gradient: Gradient, out: LayerGradient | None = None) -> Gradient:
+        """The gradient as its readers take it; where that is of the product itself, vectors go to `out`."""
+        if not self._once or gradient.rows is None:
+            return gradient
+        done = norm_gradient(gradient, pdl=self.pdl)
+        if out is not None:
+            assert gradient.vectors is not None
+            add_up(gradient.vectors, out, pdl=self.pdl)
+        return done
+
+    def _tile(self, rows: int, groups: int, columns: int, depth: int, through: bool = False) -> Tile | None:
+        """Of a product whose operands are ready; None: as its kernel's table says."""
+        return ready_tile(rows, groups, columns, depth, self.precision.name, through) if self._once else None
 
     def _dropout(self, keep: Tensor, first: int) -> Dropout:
         return Dropout(keep, 1 / (1 - self.sizes.dropout), first)

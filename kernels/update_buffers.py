@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .launch import Precision, cdiv
 from .optim import new_partials
 from .plan_buffers import ModelSizes
 from .rows import Layer, Rows
+from .tiles import finishes_once
 from .weight_gradient import LayerGradient
 
 _COLUMNS = 16  # widths of first layers are multiples of this
@@ -68,7 +70,7 @@ class FlatLayer:
     simnorm_dim: int = 0
 
     def _view(self, flat: Tensor, start: int, *size: int) -> Tensor:
-        return flat[start : start + self.slabs * size[0] * (size[1] if len(size) > 1 else 1)].view(self.slabs, *size)
+        return flat[start : start + self.slabs * prod(size)].view(self.slabs, *size)
 
     def layer(self, param: Tensor, operand: Tensor) -> Layer:
         """As kernels read it: weights from `operand`, vectors from `param`."""
@@ -229,31 +231,43 @@ class UpdateState:
 
     def __init__(self, s: UpdateSizes, precision: Precision, device: torch.device) -> None:
         h, b, d, z, heads = s.horizon, s.batch, s.mlp_dim, s.latent_dim, 1 + s.num_q
-        bins = max(s.num_bins, 1)
+        bins, once = max(s.num_bins, 1), finishes_once(h * b, d)
 
-        def rows(groups: int, steps: int, width: int, dtype: torch.dtype = precision.dtype) -> Rows:
-            return Rows.empty(groups, steps, b, width, dtype, device)
+        def rows(groups: int, steps: int, width: int) -> Rows:
+            """Of a hidden layer, whose activation is read by several."""
+            return Rows.empty(groups, steps, b, width, precision.dtype, device, active=once)
 
-        def gradient(groups: int, steps: int, width: int) -> Gradient:
-            return Gradient.empty(groups, steps, b, width, precision.dtype, device)
+        def latent(steps: int) -> Rows:
+            """Of a layer that ends in a latent, which is stored."""
+            return Rows.empty(1, steps, b, z, precision.dtype, device)
+
+        def gradient(groups: int, steps: int, width: int, vectors: bool = once) -> Gradient:
+            return Gradient.empty(groups, steps, b, width, precision.dtype, device, vectors)
+
+        def gradients(groups: int, steps: int, out: int, vectors: bool = once) -> list[Gradient]:
+            """Of three layers, the last one without a LayerNorm."""
+            hidden = [gradient(groups, steps, d, vectors) for _ in range(2)]
+            return [*hidden, gradient(groups, steps, out, vectors=False)]
 
         def floats(*size: int) -> Tensor:
             return torch.zeros(size, device=device)
 
         # Gradients of a layer's rows are named as the rows.
-        self.encoded = [rows(1, h + 1, width) for width in s.encoder_widths[1:]]
+        self.encoded = [rows(1, h + 1, width) for width in s.encoder_widths[1:-1]]
+        self.encoded += [latent(h + 1)] * (len(s.encoder_widths) > 1)
         self.d_encoded = [gradient(1, 1, width) for width in s.encoder_widths[1:]]
-        self.dynamics = [rows(1, h, width) for width in (d, d, z)]
+        self.dynamics = [rows(1, h, d), rows(1, h, d), latent(h)]
         self.d_dynamics = [gradient(1, h, width) for width in (d, d, z)]
         self.heads = [rows(heads, h, d) for _ in range(2)]
-        self.d_heads = [gradient(heads, h, width) for width in (d, d, bins)]
+        self.d_heads = gradients(heads, h, bins)
         self.termination = [rows(1, h, d) for _ in range(2)] if s.episodic else []
-        self.d_termination = [gradient(1, h, width) for width in (d, d, 1)] if s.episodic else []
+        self.d_termination = gradients(1, h, 1) if s.episodic else []
         # One step more in the policy loss; the TD target, which comes before, uses the first of them.
-        self.policy = [rows(1, h + 1, d), rows(1, h + 1, d), rows(1, h + 1, 2 * s.action_dim, torch.float32)]
-        self.d_policy = [gradient(1, h + 1, width) for width in (d, d, 2 * s.action_dim)]
+        logits = Rows.empty(1, h + 1, b, 2 * s.action_dim, torch.float32, device)
+        self.policy = [rows(1, h + 1, d), rows(1, h + 1, d), logits]
+        self.d_policy = gradients(1, h + 1, 2 * s.action_dim)
         self.critics = [rows(2, h + 1, d) for _ in range(2)]
-        self.d_critics = [gradient(2, h + 1, width) for width in (d, d, bins)]
+        self.d_critics = gradients(2, h + 1, bins, vectors=False)
         self.q = floats(2, h + 1, b)
         self.target_q = floats(2, h, b)
         self.d_x = floats(1, h + 1, b, z + s.task_dim)  # of [z, e]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .gradient_tile import PLAIN, Gradient, row_factors, upstream
+from .gradient_tile import PLAIN, Gradient, product_gradient, row_factors, upstream
 from .grouped_layer import arithmetic, source
 from .input_gradient import check_gradient
 from .launch import Precision, cdiv, jit, launch, tl
@@ -29,14 +29,9 @@ class LayerGradient:
     """Where gradients of G layers of equal shape go; float32, contiguous but for their groups."""
 
     weight: Tensor  # (G, D, K)
-    bias: Tensor  # (G, D)
+    bias: Tensor | None  # (G, D)
     ln_weight: Tensor | None = None  # (G, D)
     ln_bias: Tensor | None = None  # (G, D)
-
-    def __getitem__(self, groups: slice) -> LayerGradient:
-        """Some groups."""
-        norm = (None if x is None else x[groups] for x in (self.ln_weight, self.ln_bias))
-        return LayerGradient(self.weight[groups], self.bias[groups], *norm)
 
 
 @jit
@@ -65,6 +60,7 @@ def weight_gradient_kernel(
     IN_TILE: tl.constexpr,
     IN_TILES: tl.constexpr,
     IN_MEMBERS: tl.constexpr,
+    BIAS: tl.constexpr,
     BFLOAT16: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -104,14 +100,15 @@ def weight_gradient_kernel(
             xhat = (before.to(tl.float32) - mean[None, :]) * rstd[None, :]
             gamma += tl.sum(d * xhat, axis=1)
             beta += tl.sum(d, axis=1)
-            d = rstd[None, :] * (d * norm_gamma[:, None] - s1[None, :] - xhat * s2[None, :])
+            d = product_gradient(d, xhat, rstd[None, :], s1[None, :], s2[None, :], norm_gamma[:, None])
             d = tl.where(ok, d, 0.0)
         if DROPOUT:
             drops = (rows * 0 + g >= up.keep.first)[None, :]
             kept = row_ptrs(up.keep.rows, g - up.keep.first, rows, n)[None, :] + outs[:, None]
             kept = tl.load(kept, mask=ok & drops, other=1)
             d = tl.where(kept != 0, d * tl.where(drops, up.keep.scale, 1.0), 0.0)
-        bias += tl.sum(d.to(tl.float32), axis=1)
+        if BIAS:
+            bias += tl.sum(d.to(tl.float32), axis=1)
         d = operand(d, BFLOAT16, DOT, INTERPRETED)
         value = tl.load(
             row_ptrs(x.x, g, rows, n)[:, None] + cols[None, :], mask=row_ok[:, None] & col_ok[None, :], other=0.0
@@ -126,7 +123,8 @@ def weight_gradient_kernel(
     at = w_ptr + g * w_g + outs[:, None].to(tl.int64) * K + cols[None, :]
     tl.store(at, acc, mask=out_ok[:, None] & col_ok[None, :])
     if tile_n == 0:
-        tl.store(bias_ptr + g * vector_g + outs, bias, mask=out_ok)
+        if BIAS:
+            tl.store(bias_ptr + g * vector_g + outs, bias, mask=out_ok)
         if NORM:
             tl.store(gamma_ptr + g * vector_g + outs, gamma, mask=out_ok)
             tl.store(beta_ptr + g * vector_g + outs, beta, mask=out_ok)
@@ -148,7 +146,7 @@ def weight_gradient(
         gradient: of the layer's rows, (G, E, n, D).
         x: main input (G or 1, E, n, K); an activation due is applied.
         layer: packed, for its sizes.
-        out: where to.
+        out: where to; no bias where `norm_gradient` gave it.
         precision: of the product.
         tile: BM of D, BN of K, BK rows a step; None takes the table's.
         pdl: programmatic dependent launch.
@@ -158,7 +156,8 @@ def weight_gradient(
     k = layer.weight.shape[-1]
     if x.x.shape[1:] != (e, n, k) or x.x.shape[0] not in (1, groups):
         raise ValueError(f"x: got shape {tuple(x.x.shape)}, allowed: (1 or {groups}, {e}, {n}, {k})")
-    vectors = [out.bias] if gradient.rows is None else [out.bias, out.ln_weight, out.ln_bias]
+    wanted = [out.bias] if out.bias is not None or gradient.rows is not None else []
+    vectors = wanted if gradient.rows is None else [*wanted, out.ln_weight, out.ln_bias]
     strides = {v.stride(0) if v is not None and v.shape == (groups, d) and v.stride(1) == 1 else -1 for v in vectors}
     if out.weight.shape != (groups, d, k) or out.weight.stride()[1:] != (k, 1) or len(strides) > 1 or -1 in strides:
         got = [None if v is None else tuple(v.shape) for v in (out.weight, *vectors)]
@@ -168,7 +167,8 @@ def weight_gradient(
         raise ValueError(f"tile: got BN={tile.BN}, allowed: multiples of simnorm_dim ({group})")
     reads, due = upstream(gradient)
     inputs, act = source(x)
-    norm = (out.bias, out.bias) if gradient.rows is None else (out.ln_weight, out.ln_bias)
+    bias = out.weight if out.bias is None else out.bias
+    norm = (bias, bias) if gradient.rows is None else (out.ln_weight, out.ln_bias)
     launch(
         weight_gradient_kernel,
         (cdiv(d, tile.BM) * cdiv(k, tile.BN), groups),
@@ -176,13 +176,14 @@ def weight_gradient(
         inputs,
         out.weight,
         out.weight.stride(0),
-        out.bias,
+        bias,
         *norm,
-        out.bias.stride(0),
+        bias.stride(0),
         e * n,
         n,
         d,
         k,
+        BIAS=out.bias is not None,
         BFLOAT16=precision.name == "bfloat16",
         pdl=pdl,
         **due,
@@ -208,7 +209,8 @@ def weight_gradient_reference(
     for g, d in enumerate(dy):
         value = inputs[min(g, len(inputs) - 1)].to(d)
         out.weight[g] = d.flatten(0, 1).T @ value.flatten(0, 1)
-        out.bias[g] = d.sum((0, 1))
+        if out.bias is not None:
+            out.bias[g] = d.sum((0, 1))
     if gradient.rows is None:
         return
     assert out.ln_weight is not None

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from update_oracle import check_gradients
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
+from tdmpc2_fast.backend import Backend
 from tdmpc2_fast.compat.state_dict import tensors_only
-from tdmpc2_fast.errors import InputError, NonFiniteError
+from tdmpc2_fast.errors import BackendError, InputError, NonFiniteError
 from tdmpc2_fast.fused_update import FusedUpdater
-from tdmpc2_fast.kernels.launch import why_not
+from tdmpc2_fast.kernels.launch import KERNEL_ERRORS, why_not
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import UpdateNoise, generator
 
@@ -57,7 +58,23 @@ def test_recorded_updates_are_reproduced_draw_by_draw(case: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_updates_equal_the_reference(name: str, livened: Liven) -> None:
-    cfg = CONFIGS[name]
+    check_updates(CONFIGS[name], livened)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("name", ["plain", "episodic", "multitask", "horizon_1", "odd"])
+def test_updates_of_wide_layers_equal_the_reference(name: str, livened: Liven) -> None:
+    check_updates(CONFIGS[name], livened)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_of_wide_layers_are_as_exact_as_torch(precision: str, livened: Liven) -> None:
+    check_gradients(CONFIGS["episodic"], precision, livened)
+
+
+def check_updates(cfg: Config, livened: Liven) -> None:
+    """Two updates give the numbers of the reference."""
     agent = livened(TDMPC2(cfg))
     reference = ReferenceAgent(cfg, tensors_only(agent.model.state_dict()))
     buffer, g = filled_buffer(cfg), generator(5, "test", torch.device("cpu"))
@@ -231,6 +248,34 @@ def test_pixels_learn() -> None:
     before = {n: p.detach().clone() for n, p in agent.model._encoder.named_parameters()}
     assert all(v.isfinite() for v in agent.update(buffer).values())
     assert all(not torch.equal(p, before[n]) for n, p in agent.model._encoder.named_parameters())
+
+
+@pytest.mark.parametrize("from_replay", [False, True])
+def test_auto_learns_with_torch_where_a_kernel_does_not_fit(from_replay: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    (error,) = KERNEL_ERRORS
+
+    def too_large(*args: Any) -> None:
+        raise error("out of resource: shared memory")
+
+    monkeypatch.setattr(FusedUpdater, "step_from" if from_replay else "step", too_large)
+    agent, plain = TDMPC2(tiny_config()), TDMPC2(tiny_config())
+    agent.updater.backend = Backend("triton", "there is a GPU")
+    buffer, sampled = (filled_buffer(agent.cfg) for _ in range(2))
+    with pytest.warns(RuntimeWarning, match="Updater: .*out of resource: shared memory; learning with torch"):
+        metrics = agent.updater.step_on(buffer if from_replay else Sampled(buffer))
+    assert agent.updater.backend.name == "torch"
+    assert agent.updater.steps == 1
+    want = plain.updater.step_on(sampled)
+    assert all(torch.equal(metrics[k], want[k]) for k in want)
+    with pytest.raises(BackendError, match="out of resource"):
+        TDMPC2(fused()).updater.step_on(filled_buffer(fused()) if from_replay else Sampled(buffer))
+
+
+class Sampled:
+    """A buffer that is not known to lie on the device."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self.sample = buffer.sample
 
 
 def test_noise_of_a_wrong_shape_is_named() -> None:

@@ -11,7 +11,7 @@ from tdmpc2_fast.kernels.launch import Precision
 from tdmpc2_fast.kernels.report import update_sizes
 from tdmpc2_fast.kernels.update import FusedUpdate
 from tdmpc2_fast.kernels.update_buffers import UpdateSizes
-from tdmpc2_fast.kernels.update_work import update_memory, update_work
+from tdmpc2_fast.kernels.update_work import dry_update, update_memory, update_work
 
 BFLOAT16 = Precision("bfloat16")
 
@@ -29,6 +29,22 @@ def test_an_update_of_the_5m_model_is_at_most_120_launches(capsys: pytest.Captur
     # heads 3, dynamics 3, encoder 2, policy 3
     assert ours["weight_gradient_kernel"] == 11
     assert ours["adam_kernel"] == ours["squared_norm_kernel"] == 2
+
+
+def test_wide_layers_read_nothing_that_is_due() -> None:
+    log, _ = dry_update(update_sizes(19, 6), BFLOAT16)
+    arguments = [(launch.name, launch.arguments()) for launch in log]
+    products = [a for name, a in arguments if name in ("grouped_layer_kernel", "weight_gradient_kernel")]
+    assert len(products) == 36
+    assert all(a["IN_ACT"] == 0 for a in products)
+    assert not any(a["NORM"] for name, a in arguments if name in ("weight_gradient_kernel", "input_gradient_kernel"))
+    # A LayerNorm each: heads 2, rollout 9, encoder 3, critics 2, policy 2.
+    assert sum(name == "norm_gradient_kernel" for name, _ in arguments) == 18
+    # All but last layers have their bias from there: both operands of a product are loaded ahead.
+    biases = [a["BIAS"] for name, a in arguments if name == "weight_gradient_kernel"]
+    assert sum(biases) == 2
+    narrow = dry_update(replace(update_sizes(19, 6), batch=256), BFLOAT16)[0]
+    assert not any(launch.name == "norm_gradient_kernel" for launch in narrow)
 
 
 def test_products_of_a_small_update() -> None:
