@@ -150,7 +150,7 @@ def _last_layer(a: Args, grid: Grid, d: int, per_row: int) -> tuple[int, int, in
 
 
 def _scalar_head(a: Args, grid: Grid) -> tuple[int, int, int]:
-    return _last_layer(a, grid, a["D"], 4)
+    return _last_layer(a, grid, a["D"], 4 + a["D"] * a["GRADIENT"] * a["d"].ptr.element_size())
 
 
 def _policy_layer(a: Args, grid: Grid) -> tuple[int, int, int]:
@@ -219,10 +219,11 @@ UPDATE_KERNELS: dict[str, Callable[[Args, Grid], tuple[int, int, int]]] = {
     "input_gradient_kernel": _input_gradient,
     "weight_gradient_kernel": _weight_gradient,
     "two_hot_loss_kernel": _logits,
-    "value_gradient_kernel": _logits,
     "update_noise_kernel": _no_products,
     "draw_slices_kernel": _no_products,
     "activation_gradient_kernel": _no_products,
+    "norm_gradient_kernel": _no_products,
+    "add_up_kernel": _no_products,
     "policy_sample_kernel": _no_products,
     "policy_gradient_kernel": _no_products,
     "consistency_kernel": _no_products,

@@ -11,55 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Config
 from .kernels.launch import Precision
 from .kernels.update import FusedUpdate
-from .kernels.update_buffers import FlatLayer, UpdateSizes
+from .kernels.update_buffers import FlatLayer
+from .sizes import pixel_room
 from .world_model import WorldModel
-
-
-def update_sizes(model: WorldModel) -> UpdateSizes:
-    """The sizes of an update of this model."""
-    cfg: Config = model.cfg
-    shape = dict(cfg._require("obs_shape"))[cfg.obs]
-    pixels = cfg.obs == "rgb"
-    return UpdateSizes(
-        batch=cfg.batch_size,
-        obs_dim=0 if pixels else shape[0],
-        action_dim=cfg._require("action_dim"),
-        latent_dim=cfg.latent_dim,
-        mlp_dim=cfg.mlp_dim,
-        enc_dim=cfg.enc_dim,
-        num_enc_layers=cfg.num_enc_layers,
-        num_q=cfg.num_q,
-        num_bins=cfg.num_bins,
-        vmin=cfg.vmin,
-        vmax=cfg.vmax,
-        simnorm_dim=cfg.simnorm_dim,
-        task_dim=cfg.task_dim,
-        episodic=cfg.episodic,
-        horizon=cfg.horizon,
-        log_std_min=cfg.log_std_min,
-        log_std_max=cfg.log_std_max,
-        dropout=cfg.dropout,
-        encoder_numel=sum(_room(p) for p in model._encoder.parameters()) if pixels else 0,
-        num_tasks=len(cfg.tasks) if cfg.multitask else 0,
-        rho=cfg.rho,
-        consistency_coef=cfg.consistency_coef,
-        reward_coef=cfg.reward_coef,
-        value_coef=cfg.value_coef,
-        termination_coef=cfg.termination_coef,
-        entropy_coef=cfg.entropy_coef,
-        lr=cfg.lr,
-        enc_lr_scale=cfg.enc_lr_scale,
-        grad_clip_norm=cfg.grad_clip_norm,
-        tau=cfg.tau,
-    )
-
-
-def _room(p: Tensor) -> int:
-    """Floats a parameter of the pixel encoder takes: whole cache lines."""
-    return -(-p.numel() // 32) * 32
 
 
 class FlatModel:
@@ -143,7 +99,7 @@ class FlatModel:
             for key, p in model._encoder[obs].named_parameters():
                 rows = slice(at, at + p.numel())
                 yield f"_encoder.{obs}.{key}", world.param[rows].view(p.shape), world.grad[rows].view(p.shape)
-                at += _room(p)
+                at += pixel_room(p)
         if model.cfg.multitask:
             weight = model._task_emb.weight
             rows = slice(layout.task, layout.task + weight.numel())

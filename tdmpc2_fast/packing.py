@@ -9,43 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .config import Config
-from .kernels.launch import Precision, round_to_tf32
+from .kernels.copy_table import CopyTable
+from .kernels.launch import Precision
 from .kernels.plan_buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanSizes, PlanWeights
-from .kernels.policy_layer import interleave
 from .kernels.rows import Layer
 from .world_model import WorldModel
-
-
-def plan_sizes(cfg: Config, num_envs: int) -> PlanSizes:
-    """The sizes of a plan for this config."""
-    shape = dict(cfg._require("obs_shape"))[cfg.obs]
-    return PlanSizes(
-        envs=num_envs,
-        obs_dim=0 if cfg.obs == "rgb" else shape[0],
-        action_dim=cfg._require("action_dim"),
-        latent_dim=cfg.latent_dim,
-        mlp_dim=cfg.mlp_dim,
-        enc_dim=cfg.enc_dim,
-        num_enc_layers=cfg.num_enc_layers,
-        num_q=cfg.num_q,
-        num_bins=cfg.num_bins,
-        vmin=cfg.vmin,
-        vmax=cfg.vmax,
-        simnorm_dim=cfg.simnorm_dim,
-        task_dim=cfg.task_dim,
-        episodic=cfg.episodic,
-        horizon=cfg.horizon,
-        iterations=cfg.effective_iterations,
-        num_samples=cfg.num_samples,
-        num_pi_trajs=cfg.num_pi_trajs,
-        num_elites=cfg.num_elites,
-        temperature=cfg.temperature,
-        min_std=cfg.min_std,
-        max_std=cfg.max_std,
-        log_std_min=cfg.log_std_min,
-        log_std_max=cfg.log_std_max,
-    )
 
 
 @cache
@@ -71,6 +39,7 @@ class PackedModel:
         self.weights = PlanWeights.empty(sizes, precision, model.device)
         self._version: list[tuple[int, int]] | None = None
         self._seen: list[Tensor] = []
+        self._table: CopyTable | None = None
         _have_fused_steps_counted()
         unpacked = ("_target_Qs_params.", "_task_emb.") + (() if sizes.obs_dim else ("_encoder.",))
         # Looked up where modules keep them, for `load_state_dict(assign=True)` replaces them there;
@@ -93,36 +62,39 @@ class PackedModel:
         version = [(p._version, p.data_ptr()) for p in parameters]
         if version == self._version:
             return False
-        with torch.no_grad():
-            pairs = list(self._pairs())
-            torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
-            if self._precision.name == "tf32":
-                round_to_tf32(self.weights.products())
+        if self._table is None or [p.data_ptr() for p in self._seen] != [at for _, at in version]:
+            with torch.no_grad():
+                self._table = CopyTable(self._pairs(), self._precision)
+            # Held until the next time, so that no other parameter can come to lie at an address of these.
+            self._seen = [p.detach() for p in parameters]
+        self._table.copy()
         self._version = version
-        # Held until the next time, so that no other parameter can come to lie at an address of these.
-        self._seen = [p.detach() for p in parameters]
         return True
 
     def stale(self) -> None:
         """Have the next `refresh` copy, whatever the version counters say."""
         self._version = None
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Every packed tensor beside the parameter it is a copy of."""
+    def _pairs(self) -> list[tuple[Tensor, Tensor, bool]]:
+        """Every packed tensor beside the parameter it is a copy of, and whether it is an operand of products."""
         m: Any = self.model
         w, z, t = self.weights, self._sizes.latent_dim, self._sizes.task_dim
-        pairs: list[tuple[Tensor, Tensor]] = []
+        pairs: list[tuple[Tensor, Tensor, bool]] = []
+
+        def linear(weight: Tensor, bias: Tensor, source: Any) -> None:
+            pairs.append((weight, source.weight, True))
+            pairs.append((bias, source.bias, False))
 
         def normed(layer: Layer, slab: int | slice, source: Any, columns: slice, side: slice | None) -> None:
             assert layer.ln_weight is not None
             assert layer.ln_bias is not None
             weight, ln = source.weight, source.ln
-            pairs.append((layer.weight[slab], weight[..., columns]))
-            pairs.append((layer.bias[slab], source.bias))
-            pairs.append((layer.ln_weight[slab], ln.weight))
-            pairs.append((layer.ln_bias[slab], ln.bias))
+            pairs.append((layer.weight[slab], weight[..., columns], True))
+            pairs.append((layer.bias[slab], source.bias, False))
+            pairs.append((layer.ln_weight[slab], ln.weight, False))
+            pairs.append((layer.ln_bias[slab], ln.bias, False))
             if layer.side is not None and side is not None:
-                pairs.append((layer.side[slab], weight[..., side]))
+                pairs.append((layer.side[slab], weight[..., side], True))
 
         every, latent, task, action = slice(None), slice(0, z), slice(z, z + t), slice(z + t, None)
         for i, layer in enumerate(w.encoder):
@@ -141,16 +113,18 @@ class PackedModel:
             normed(w.second, slab, second, every, None)
             if w.task is not None:
                 assert w.task.side is not None
-                pairs.append((w.task.side[slab], first.weight[..., task]))
-                pairs.append((w.task.bias[slab], first.bias))
+                pairs.append((w.task.side[slab], first.weight[..., task], True))
+                pairs.append((w.task.bias[slab], first.bias, False))
         normed(w.third, 0, m._dynamics[2], every, None)
-        pairs += [(w.scalars.weight[0], m._reward[2].weight), (w.scalars.bias[0], m._reward[2].bias)]
-        pairs += [(w.scalars.weight[1:], m._Qs.params[2].weight), (w.scalars.bias[1:], m._Qs.params[2].bias)]
-        pairs += [(w.policy.weight[0], interleave(m._pi[2].weight)), (w.policy.bias[0], interleave(m._pi[2].bias))]
+        linear(w.scalars.weight[0], w.scalars.bias[0], m._reward[2])
+        linear(w.scalars.weight[1:], w.scalars.bias[1:], m._Qs.params[2])
+        # Rows of means and of log stds in turns (`interleave`).
+        for i, (weight, bias) in enumerate(zip(m._pi[2].weight.chunk(2), m._pi[2].bias.chunk(2), strict=True)):
+            pairs.append((w.policy.weight[0, i::2], weight, True))
+            pairs.append((w.policy.bias[0, i::2, None], bias[:, None], False))
         if w.termination is not None:
             assert m._termination is not None
             normed(w.termination[0], 0, m._termination[0], every, None)
             normed(w.termination[1], 0, m._termination[1], every, None)
-            last = w.termination[2]
-            pairs += [(last.weight[0], m._termination[2].weight), (last.bias[0], m._termination[2].bias)]
+            linear(w.termination[2].weight[0], w.termination[2].bias[0], m._termination[2])
         return pairs

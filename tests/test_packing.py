@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_multitask
-from oracle import assert_nearest_tf32
+from oracle import MARKS, assert_nearest_tf32
 from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config, WorldModel
+from tdmpc2_fast.kernels.copy_table import copy_reference
 from tdmpc2_fast.kernels.launch import Precision
 from tdmpc2_fast.kernels.plan_buffers import POLICY, REWARD
-from tdmpc2_fast.packing import PackedModel, plan_sizes
+from tdmpc2_fast.packing import PackedModel
+from tdmpc2_fast.sizes import plan_sizes
+
+pytestmark = MARKS
 
 Liven = Callable[[TDMPC2], TDMPC2]
 
@@ -54,6 +59,20 @@ def check_followed(packed: PackedModel, model: WorldModel, before: list[Tensor])
     assert not any(torch.equal(x, y) for x, y in zip(before, contents(packed), strict=True))
 
 
+class PlainTable:
+    """A copy table without a kernel."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor, bool]], precision: Precision) -> None:
+        self.copy = torch.no_grad()(partial(copy_reference, pairs, precision))
+
+
+@pytest.fixture
+def plain_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of when is copied, not of how: the interpreter takes seconds for that."""
+    monkeypatch.setattr("tdmpc2_fast.packing.CopyTable", PlainTable)
+
+
+@pytest.mark.usefixtures("plain_copies")
 @pytest.mark.parametrize("kind", [dict(fused=True), dict(foreach=True), dict(foreach=False)], ids=str)
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_a_step_of_any_optimiser_is_seen(optimiser: Any, kind: dict[str, bool], model: WorldModel) -> None:
@@ -75,6 +94,7 @@ def test_parameters_put_in_place_of_others_are_seen(model: WorldModel) -> None:
     check_followed(packed, model, before)
 
 
+@pytest.mark.usefixtures("plain_copies")
 def test_other_contents_at_an_address_seen_before_are_seen(model: WorldModel) -> None:
     """A parameter replaced twice between two plans may come to lie where the first one lay."""
     module, (width,) = model._reward[0], model._reward[0].bias.shape  # type: ignore[index, union-attr]
