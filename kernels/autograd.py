@@ -14,6 +14,7 @@ the pre-activation and its statistics, not the activation. The ops are registere
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,9 @@ _WIDEST_GROUP = 64
 _TYPES = (torch.float32, torch.bfloat16)
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
+    """Of a call on G layers."""
+
     groups: int
     shared: bool  # one input for all groups
     rows: int  # of each group
@@ -80,21 +83,26 @@ def normed_linear(
     return y
 
 
-def _checked(
-    x: Tensor,
-    weight: Tensor,
-    vectors: dict[str, Tensor],
-    keep: Tensor | None,
-    simnorm_dim: int,
-    precision: str,
-) -> _Sizes:
-    """Sizes of a call, or a `ValueError`."""
-    Precision(precision)
-    for name, t in dict(x=x, weight=weight, **vectors).items():
+def check_types(tensors: dict[str, Tensor]) -> None:
+    """Refuse other types than float32 and bfloat16, and other devices than the first tensor's."""
+    first, like = next(iter(tensors.items()))
+    for name, t in tensors.items():
         if t.dtype not in _TYPES:
             raise ValueError(f"{name}: got {t.dtype}, allowed: torch.float32, torch.bfloat16")
-        if t.device != x.device:
-            raise ValueError(f"{name}: got device {t.device}, allowed: that of x, {x.device}")
+        if t.device != like.device:
+            raise ValueError(f"{name}: got device {t.device}, allowed: that of {first}, {like.device}")
+
+
+def check_device(name: str, t: Tensor) -> None:
+    """Refuse a device that does not run the kernels."""
+    if reason := why_not(t.device):
+        raise ValueError(f"{name}: got device {t.device}, allowed: one that runs the kernels; {reason}")
+
+
+def check_product(x: Tensor, weight: Tensor, vectors: dict[str, Tensor], precision: str) -> Sizes:
+    """Sizes of x Wᵀ, `vectors` being as long as its rows, or a `ValueError`."""
+    Precision(precision)
+    check_types(dict(x=x, weight=weight, **vectors))
     if weight.ndim not in (2, 3) or 0 in weight.shape:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, allowed: (D, K) or (G, D, K), none of them 0")
     *lead, d, k = weight.shape
@@ -105,39 +113,51 @@ def _checked(
     for name, t in vectors.items():
         if t.shape != weight.shape[:-1]:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, allowed: {tuple(weight.shape[:-1])}")
-    v = simnorm_dim
-    if v and (not 0 < v <= _WIDEST_GROUP or v & (v - 1) or d % v):
-        raise ValueError(f"simnorm_dim: got {v}, allowed: 0 or a power of two up to {_WIDEST_GROUP} that divides {d}")
     inner = list(x.shape[len(lead) : -1])
-    result = [*lead, *inner, d]
-    if keep is not None and (keep.dtype != torch.uint8 or list(keep.shape) != result or keep.device != x.device):
+    return Sizes(groups, bool(lead) and x.shape[0] == 1, math.prod(inner), d, k, [*lead, *inner, d])
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    vectors: dict[str, Tensor],
+    keep: Tensor | None,
+    simnorm_dim: int,
+    precision: str,
+) -> Sizes:
+    """Sizes of a call, or a `ValueError`."""
+    s, v = check_product(x, weight, vectors, precision), simnorm_dim
+    if v and (not 0 < v <= _WIDEST_GROUP or v & (v - 1) or s.width % v):
+        allowed = f"0 or a power of two up to {_WIDEST_GROUP} that divides {s.width}"
+        raise ValueError(f"simnorm_dim: got {v}, allowed: {allowed}")
+    if keep is not None and (keep.dtype != torch.uint8 or list(keep.shape) != s.result or keep.device != x.device):
         got = f"{tuple(keep.shape)} {keep.dtype} on {keep.device}"
-        raise ValueError(f"keep: got {got}, allowed: {tuple(result)} torch.uint8 on {x.device}")
-    return _Sizes(groups, bool(lead) and x.shape[0] == 1, math.prod(inner), d, k, result)
+        raise ValueError(f"keep: got {got}, allowed: {tuple(s.result)} torch.uint8 on {x.device}")
+    return s
 
 
-def _in_rows(t: Tensor, groups: int, s: _Sizes) -> Tensor:
+def in_rows(t: Tensor, groups: int, rows: int) -> Tensor:
     """(groups, 1, rows, columns) of a tensor, contiguous in its last dim."""
-    t = t.reshape(groups, 1, s.rows, t.shape[-1])
+    t = t.reshape(groups, 1, rows, t.shape[-1])
     # Not `contiguous`: that leaves the stride of a last dim of 1 as it is.
     return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _packed(
-    weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, simnorm_dim: int, s: _Sizes, p: Precision
+    weight: Tensor, bias: Tensor, ln_weight: Tensor, ln_bias: Tensor, simnorm_dim: int, s: Sizes, p: Precision
 ) -> Layer:
     b, gamma, beta = (v.reshape(s.groups, s.width).float().contiguous() for v in (bias, ln_weight, ln_bias))
     operand = p.operand(weight.reshape(s.groups, s.width, s.depth)).contiguous()
     return Layer(operand, b, gamma, beta, simnorm_dim=simnorm_dim)
 
 
-def _input(x: Tensor, s: _Sizes, p: Precision) -> Rows:
+def input_rows(x: Tensor, s: Sizes, p: Precision) -> Rows:
     """The input as kernels read it: they round float32 to bfloat16 themselves, and cannot do the reverse."""
-    return Rows(_in_rows(x if p.name == "bfloat16" else x.float(), 1 if s.shared else s.groups, s))
+    return Rows(in_rows(x if p.name == "bfloat16" else x.float(), 1 if s.shared else s.groups, s.rows))
 
 
-def _dropout(keep: Tensor | None, scale: float, s: _Sizes) -> Dropout | None:
-    return None if keep is None else Dropout(_in_rows(keep, s.groups, s), scale)
+def _dropout(keep: Tensor | None, scale: float, s: Sizes) -> Dropout | None:
+    return None if keep is None else Dropout(in_rows(keep, s.groups, s.rows), scale)
 
 
 @torch.library.custom_op("tdmpc2_fast::normed_linear", mutates_args=())
@@ -155,15 +175,14 @@ def _forward(
     """The result; pre-activation (G, 1, rows, D) and statistics (G, 1, rows, T, 2), which backward reads."""
     vectors = dict(bias=bias, ln_weight=ln_weight, ln_bias=ln_bias)
     s = _checked(x, weight, vectors, keep, simnorm_dim, precision)
-    if reason := why_not(x.device):
-        raise ValueError(f"x: got device {x.device}, allowed: one that runs the kernels; {reason}")
+    check_device("x", x)
     y, before, statistics = _room(x, s, precision)
     # How many tiles a row is cut into depends on the number of rows; unused slots are part of the result, too.
     statistics.zero_()
     p = Precision(precision)
     with torch.cuda.device_of(x):
         rows = grouped_layer(
-            _input(x, s, p),
+            input_rows(x, s, p),
             None,
             _packed(weight, **vectors, simnorm_dim=simnorm_dim, s=s, p=p),
             Rows(before, statistics),
@@ -175,7 +194,7 @@ def _forward(
     return y, before, statistics
 
 
-def _room(x: Tensor, s: _Sizes, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+def _room(x: Tensor, s: Sizes, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     before = Rows.empty(s.groups, 1, s.rows, s.width, Precision(precision).dtype, x.device)
     assert before.stats is not None
     return x.new_empty(s.result), before.x, before.stats
@@ -216,14 +235,14 @@ def _backward(
         tile = layer_tile(s.rows, s.groups, s.width, s.depth, p.name)
         rows = Rows(before, statistics, layer, tile=tile.BN, dropout=_dropout(keep, scale, s))
         room = Gradient.empty(s.groups, 1, s.rows, s.width, p.dtype, x.device)
-        gradient = activation_gradient(_in_rows(d, s.groups, s), rows, room)
+        gradient = activation_gradient(in_rows(d, s.groups, s.rows), rows, room)
         if to_x:
             out = dx.view(1 if s.shared else s.groups, 1, s.rows, s.depth)
             input_gradient(gradient, layer, None, Gradient(out), precision=p)
         if to_parameters:
             sizes = ((s.groups, s.width, s.depth), *3 * [(s.groups, s.width)])
             places = LayerGradient(*(t.view(size) for t, size in zip(found, sizes, strict=True)))
-            weight_gradient(gradient, _input(x, s, p), layer, places, precision=p)
+            weight_gradient(gradient, input_rows(x, s, p), layer, places, precision=p)
     dw, db, dgamma, dbeta = (g.to(t.dtype) for g, t in zip(found, parameters, strict=True))
     return dx, dw, db, dgamma, dbeta
 
@@ -250,9 +269,14 @@ def _gradients(ctx: Any, d: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None, None, None
 
 
-def _refuse(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError("normed_linear: got a second derivative to compute, allowed: first derivatives")
+def refusing(op: str) -> Callable[..., None]:
+    """The derivative of an op's backward: a `RuntimeError`."""
+
+    def refuse(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"{op}: got a second derivative to compute, allowed: first derivatives")
+
+    return refuse
 
 
 _forward.register_autograd(_gradients, setup_context=_keep_for_backward)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(refusing("normed_linear"))

@@ -89,6 +89,26 @@ def policy_sample_kernel(
 
 
 @jit
+def logits_gradient(mean, log_std, squashed, noise, alive, ok, low, high, to_action, to_log_prob, to_entropy):
+    """From gradients of action [BM, BA], log-probability and scaled entropy [BM] to those of both logits: [BM, BA]."""
+    std = tl.exp(log_std)
+    a = tanh(mean + noise * std)
+    gaussian, correction = log_probs(noise, log_std, a, ok)
+    corrected = gaussian - correction
+    dims_live = tl.sum(alive, axis=1)
+    # scaled entropy = -c g k / (c + 1e-8) with c = g - correction: its derivatives to g and to c.
+    shifted = corrected + 1e-8
+    to_corrected = -gaussian * dims_live * 1e-8 / (shifted * shifted)
+    to_gaussian = to_corrected - corrected * dims_live / shifted
+    room = 1.0 - a * a
+    bent = tl.where(room > 0, 2.0 * a / (tl.maximum(room, 0.0) + 1e-6), 0.0)
+    to_action += (to_log_prob + to_entropy * to_corrected)[:, None] * bent
+    to_sample = to_action * room
+    to_log_std = to_sample * noise * std - (to_log_prob + to_entropy * to_gaussian)[:, None]
+    return to_sample * alive, to_log_std * alive * (0.5 * (high - low)) * (1.0 - squashed * squashed)
+
+
+@jit
 def policy_gradient_kernel(
     logits,
     eps,
@@ -117,37 +137,26 @@ def policy_gradient_kernel(
     mean, log_std, squashed, noise, alive = gaussian_on_tile(
         logits, eps, live, rows, n, row_ok, A, low, high, HAS_MASK, BM, BA
     )
-    std = tl.exp(log_std)
-    a = tanh(mean + noise * std)
-    gaussian, correction = log_probs(noise, log_std, a, ok)
-    corrected = gaussian - correction
-    dims_live = tl.sum(alive, axis=1)
     weight = -tl.load(weight_ptr + rows // n, mask=row_ok, other=0.0)
-    # scaled entropy = -c g k / (c + 1e-8) with c = g - correction: its derivatives to g and to c.
-    shifted = corrected + 1e-8
-    to_corrected = -gaussian * dims_live * 1e-8 / (shifted * shifted)
-    to_gaussian = to_corrected - corrected * dims_live / shifted
-    room = 1.0 - a * a
-    entropy = weight * entropy_coef
     to_action = tl.load(row_ptrs(d_action, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
     # The mean of two critics, over the running scale.
     to_action *= (weight * 0.5 / tl.load(scale_ptr))[:, None]
-    bent = tl.where(room > 0, 2.0 * a / (tl.maximum(room, 0.0) + 1e-6), 0.0)
-    to_action += (entropy * to_corrected)[:, None] * bent
-    to_sample = to_action * room
-    to_log_std = to_sample * noise * std - (entropy * to_gaussian)[:, None]
-    to_logit = to_log_std * alive * (0.5 * (high - low)) * (1.0 - squashed * squashed)
+    to_mean, to_logit = logits_gradient(
+        mean, log_std, squashed, noise, alive, ok, low, high, to_action, 0.0, weight * entropy_coef
+    )
     at = row_ptrs(d, 0, rows, n)[:, None] + dims
-    store_rounded(at, to_sample * alive, ok, INTERPRETED)
+    store_rounded(at, to_mean, ok, INTERPRETED)
     store_rounded(at + A, to_logit, ok, INTERPRETED)
 
 
-def _tile(rows: int, a: int) -> tuple[int, int]:
+def rows_tile(rows: int, a: int) -> tuple[int, int]:
+    """Rows of a program, and its columns for A dims."""
     width = pow2(a, 4)
     return (min(pow2(rows), 1024) if interpreting() else max(_ELEMENTS // width, 1)), width
 
 
-def _check(logits: Tensor, eps: Tensor, mask: Tensor | None, others: dict[str, Tensor | None], lead: int) -> None:
+def check_sample(logits: Tensor, eps: Tensor, mask: Tensor | None, others: dict[str, Tensor | None]) -> None:
+    """Refuse shapes that are not of one sample; `others`: (E, n, ...)."""
     e, n, a = eps.shape
     if logits.shape != (1, e, n, 2 * a) or logits.stride(-1) != 1 or eps.stride(-1) != 1:
         got = f"{tuple(logits.shape)} and {tuple(eps.shape)}"
@@ -155,7 +164,7 @@ def _check(logits: Tensor, eps: Tensor, mask: Tensor | None, others: dict[str, T
     if mask is not None and (mask.shape != (n, a) or mask.stride(-1) != 1):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: ({n}, {a})")
     for name, x in others.items():
-        if x is not None and x.shape[:lead] != (e, n):
+        if x is not None and x.shape[:2] != (e, n):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed: ({e}, {n}, ...)")
 
 
@@ -182,9 +191,9 @@ def policy_sample(
         low, high: range of the log std.
         pdl: programmatic dependent launch.
     """
-    _check(logits, eps, mask, dict(action=action, log_prob=log_prob, scaled_entropy=scaled_entropy), 2)
+    check_sample(logits, eps, mask, dict(action=action, log_prob=log_prob, scaled_entropy=scaled_entropy))
     e, n, a = eps.shape
-    bm, ba = _tile(e * n, a)
+    bm, ba = rows_tile(e * n, a)
     launch(
         policy_sample_kernel,
         (cdiv(e * n, bm),),
@@ -235,13 +244,13 @@ def policy_gradient(
         entropy_coef: weight of the scaled entropy.
         pdl: programmatic dependent launch.
     """
-    _check(logits, eps, mask, dict(d_action=d_action), 2)
+    check_sample(logits, eps, mask, dict(d_action=d_action))
     e, n, a = eps.shape
     if out.shape != logits.shape or out.stride(-1) != 1 or weight.shape != (e,):
         raise ValueError(
             f"out and weight: got {tuple(out.shape)} and {tuple(weight.shape)}, allowed: as logits, ({e},)"
         )
-    bm, ba = _tile(e * n, a)
+    bm, ba = rows_tile(e * n, a)
     launch(
         policy_gradient_kernel,
         (cdiv(e * n, bm),),

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DEVICE, MARKS, in_precisions, placed, randn
+from autograd_oracle import RoundedProduct, leaves, transposed
+from oracle import DEVICE, MARKS, in_precisions, randn
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tdmpc2_fast.kernels.autograd import normed_linear
 from tdmpc2_fast.kernels.launch import Precision, log_launches
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("poisoned_memory")]
 NAMES = ("x", "weight", "bias", "ln_weight", "ln_bias")
 OP = torch.ops.tdmpc2_fast.normed_linear.default
 BACKWARD = torch.ops.tdmpc2_fast.normed_linear_backward.default
@@ -25,15 +24,6 @@ BACKWARD = torch.ops.tdmpc2_fast.normed_linear_backward.default
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     return oracle.reseed(request.node.name, "tests/test_autograd_kernels.py")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """What the op allocates is NaN until it is written."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(4, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(
@@ -49,33 +39,6 @@ def inputs(
         1 + 0.3 * randn(*several, d),
         0.3 * randn(*several, d),
     ]
-
-
-def leaves(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors]
-
-
-def transposed(t: Tensor) -> Tensor:
-    """The same values, neither contiguous nor with a last stride of 1, between NaN."""
-    return placed(t.mT).mT if t.ndim > 1 else placed(t[:, None], inner=1)[:, 0]
-
-
-class RoundedProduct(torch.autograd.Function):
-    """x Wᵀ, forward and backward with operands as a precision has them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, p: Precision) -> Tensor:
-        ctx.p = p
-        ctx.save_for_backward(x, weight)
-        return p.operand(x) @ p.operand(weight).mT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, weight), p = ctx.saved_tensors, ctx.p
-        d = p.operand(d)
-        dw = d.flatten(0, -2).mT @ p.operand(x).flatten(0, -2) if d.ndim > 1 else torch.outer(d, p.operand(x))
-        return d @ p.operand(weight), dw, None
 
 
 def as_written(
