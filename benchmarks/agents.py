@@ -11,6 +11,7 @@ from torch import Tensor
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.backend import matmul_precision
 from tdmpc2_fast.compat.state_dict import tensors_only
+from tdmpc2_fast.compiling import why_not_compiled
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
@@ -69,20 +70,6 @@ def within(cfg: Config, device: torch.device, run: Callable[[], object]) -> Call
             return run()
 
     return inside
-
-
-def why_not_compiled(device: torch.device) -> str | None:
-    """Why torch.compile gives no fair baseline here, or None."""
-    if device.type != "cpu":
-        return None
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    try:
-        if not pick_vec_isa() and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
-            return "torch.compile finds no vector instructions here, and would be slow without them"
-    except Exception as e:  # whatever a missing compiler raises
-        return f"torch.compile needs a C++ compiler: {type(e).__name__}"
-    return None
 
 
 class CompiledReference:

@@ -88,6 +88,7 @@ def parts(theirs: Sequence[str] = ()) -> list[Part]:
         bench("planner-envs", 50, "planner", "envs=4,16,64,256", *quick),
         bench("planner-sizes", 90, "planner", "size=1,19,48,317", *quick),
         bench("kernels", 40, "kernels", "envs=1,64", "compiled=false", "repeats=30", "budget=0.5"),
+        bench("update-kernels", 40, "update-kernels", "batch=256,1024", "compiled=false", "repeats=30", "budget=0.5"),
         bench("loop", 40, "loop", f"task={_task()}", "repeats=100", "budget=5", *theirs),
         bench("update-bfloat16", 30, "update", "precision=bfloat16", *quick),
         bench("update-sizes", 90, "update", "size=1,5,19,48,317", "batch=1024", "precision=tf32,bfloat16", *quick),

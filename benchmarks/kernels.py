@@ -1,9 +1,6 @@
 """The ops of a plan, each alone, at the shapes an iteration gives them.
 
-The product is the fused kernel on a GPU, and the torch backend's op elsewhere. The baseline is the
-op as one writes it in torch, at the same precision, eager and compiled. On a GPU a measurement is a
-CUDA graph of many executions, so that next to no time of the host is in it; what fits into L2 is then
-there, as it is in a plan. Where a plan activates in launches of their own, so do these cases.
+Where a plan activates in launches of their own, so do these cases.
 """
 
 from __future__ import annotations
@@ -15,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdmpc2_fast import Config
 from tdmpc2_fast.kernels.grouped_layer import activate_rows, grouped_layer
-from tdmpc2_fast.kernels.launch import Precision, has_dependent_launch, why_not
 from tdmpc2_fast.kernels.mppi import elite_update, sample_actions, shift_mean
 from tdmpc2_fast.kernels.mppi_begin import mppi_begin
 from tdmpc2_fast.kernels.mppi_update import mppi_update
@@ -29,15 +24,11 @@ from tdmpc2_fast.kernels.rows import Layer, Rows
 from tdmpc2_fast.kernels.scalar_head import scalar_head
 from tdmpc2_fast.kernels.tiles import activates_once
 from tdmpc2_fast.kernels.two_hot import two_hot_inv
-from tdmpc2_fast.packing import plan_sizes
+from tdmpc2_fast.sizes import plan_sizes
 
-from .agents import why_not_compiled, within
-from .harness import CannotMeasureError, Case, Gate, Variant
+from .harness import CannotMeasureError, Case
+from .ops import OpBench, mbyte
 from .options import Options
-
-_INNER = 100  # executions in a CUDA graph
-# RMS difference of two results by the baseline's standard deviation.
-_LIMIT = dict(float32=1e-5, tf32=2e-3, bfloat16=2e-2)
 
 OPS = (
     "first_layer",
@@ -49,9 +40,6 @@ OPS = (
     "elite_update",
     "plan_noise",
 )
-
-Op = Callable[[], Tensor]
-"""One execution; returns its result for the comparison."""
 
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
@@ -70,36 +58,29 @@ def _case(bench: Callable[[], _Bench], op: str) -> Case:
     return found
 
 
-class _Bench:
+class _Bench(OpBench):
     """Inputs of one size, and the ops on them."""
 
     def __init__(self, options: Options, size: int, envs: int, precision: str) -> None:
-        self.options, self.size, self.envs = options, size, envs
-        self.cfg: Config = options.config(size, options.actions[0], precision=precision)
-        self.precision, self.device = Precision(precision), options.torch_device
-        self.fused = why_not(self.device) is None
-        self.pdl = has_dependent_launch(self.device)
+        super().__init__(options, "kernels", size, precision, envs=envs)
+        self.envs = envs
         self.throughput = activates_once(self._count())
-        self._random = torch.Generator(self.device).manual_seed(options.seed)
-
-    def _randn(self, *size: int) -> Tensor:
-        return torch.randn(*size, generator=self._random, device=self.device)
 
     def _layer(self, groups: int, d: int, k: int, side: int = 0, norm: bool = True, simnorm: int = 0) -> Layer:
         operand = self.precision.operand
         return Layer(
-            weight=operand(self._randn(groups, d, k) / k**0.5),
-            bias=self._randn(groups, d),
-            ln_weight=1 + 0.3 * self._randn(groups, d) if norm else None,
-            ln_bias=0.3 * self._randn(groups, d) if norm else None,
-            side=operand(self._randn(groups, d, side) / side**0.5) if side else None,
+            weight=operand(self.randn(groups, d, k) / k**0.5),
+            bias=self.randn(groups, d),
+            ln_weight=1 + 0.3 * self.randn(groups, d) if norm else None,
+            ln_bias=0.3 * self.randn(groups, d) if norm else None,
+            side=operand(self.randn(groups, d, side) / side**0.5) if side else None,
             simnorm_dim=simnorm,
         )
 
     def _rows(self, groups: int, width: int, simnorm: int = 0) -> Rows:
         """Pre-activations of a layer, their activation due, as the kernels hand them on."""
         n, layer = self.cfg.num_samples, self._layer(groups, width, 64, simnorm=simnorm)
-        x = Rows(self._randn(groups, self.envs, n, 64).to(self.precision.dtype))
+        x = Rows(self.randn(groups, self.envs, n, 64).to(self.precision.dtype))
         if not self.fused:
             return Rows(torch.einsum("gdk,genk->gend", layer.weight.float(), x.x.float()).contiguous(), layer=layer)
         out = Rows.empty(groups, self.envs, n, width, self.precision.dtype, self.device)
@@ -133,7 +114,7 @@ class _Bench:
         d = self.cfg.mlp_dim
         x, layer = self._inputs(2, d), self._layer(2, d, d)
         out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
-        return self._case(
+        return self.case(
             "normed linear, 2 heads",
             lambda: grouped_layer(x, None, layer, out, precision=self.precision, pdl=self.pdl).x,
             lambda: torch.stack(
@@ -141,7 +122,7 @@ class _Bench:
             ),
             lambda: self._product(self._plain(x), layer.weight, layer.bias),
             gflop=2 * 2 * self._count() * d * d / 1e9,
-            mbyte=_mbyte(x.x, layer.weight, out.x),
+            mbyte=mbyte(x.x, layer.weight, out.x),
             shape=f"2 x ({self._count()}, {d}) by ({d}, {d})",
         )
 
@@ -149,7 +130,7 @@ class _Bench:
         """First layers of dynamics and reward: 2 x SimNorm(LN(z)) Wz + a Wa + b, nothing concatenated."""
         d, k, a_dim = self.cfg.mlp_dim, self.cfg.latent_dim, self.options.actions[0]
         z, layer = self._inputs(1, k, self.cfg.simnorm_dim), self._layer(2, d, k, a_dim)
-        a = self._randn(self.envs, self.cfg.num_samples, a_dim).clamp(-1, 1)
+        a = self.randn(self.envs, self.cfg.num_samples, a_dim).clamp(-1, 1)
         out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
         assert layer.side is not None
         weight = torch.cat([layer.weight, layer.side], -1)
@@ -163,13 +144,13 @@ class _Bench:
             x = torch.cat([self._plain(z)[0], a.to(self.precision.dtype)], -1)
             return self._product(x.expand(2, *x.shape), weight, layer.bias)
 
-        return self._case(
+        return self.case(
             "normed linear of (z, a), 2 heads",
             lambda: grouped_layer(z, a, layer, out, precision=self.precision, pdl=self.pdl).x,
             ours,
             plain,
             gflop=2 * 2 * self._count() * d * (k + a_dim) / 1e9,
-            mbyte=_mbyte(z.x, a, layer.weight, out.x),
+            mbyte=mbyte(z.x, a, layer.weight, out.x),
             shape=f"({self._count()}, {k} + {a_dim}) by 2 x ({k + a_dim}, {d})",
         )
 
@@ -177,12 +158,12 @@ class _Bench:
         """Mish(LN(x)) of both hidden layers in a launch of its own, as plans for many environments have it."""
         x = self._rows(2, self.cfg.mlp_dim)
         out = torch.empty_like(x.x)
-        return self._case(
+        return self.case(
             "activation, 2 heads",
             lambda: activate_rows(x, out, self.pdl).x,
             x.activated,
             lambda: self._plain(x),
-            mbyte=_mbyte(x.x, out),
+            mbyte=mbyte(x.x, out),
             shape=f"2 x ({self._count()}, {self.cfg.mlp_dim})",
         )
 
@@ -190,7 +171,7 @@ class _Bench:
         """Warm start and the first iteration's samples."""
         cfg, e, a_dim = self.cfg, self.envs, self.options.actions[0]
         n, p, h = cfg.num_samples, cfg.num_pi_trajs, cfg.horizon
-        before, noise = self._randn(e, h, a_dim), self._randn(e, h, n - p, a_dim)
+        before, noise = self.randn(e, h, a_dim), self.randn(e, h, n - p, a_dim)
         actions, mean, std = torch.empty(e, h, n, a_dim, device=self.device), before.clone(), before.clone()
         t0 = torch.zeros(e, dtype=torch.bool, device=self.device)
 
@@ -206,8 +187,8 @@ class _Bench:
             start = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], 1)
             return (start.unsqueeze(2) + cfg.max_std * noise).clamp(-1, 1)
 
-        return self._case(
-            "first samples", fused, ours, plain, mbyte=_mbyte(before, noise, noise), shape=f"{e} x {n - p} sequences"
+        return self.case(
+            "first samples", fused, ours, plain, mbyte=mbyte(before, noise, noise), shape=f"{e} x {n - p} sequences"
         )
 
     def two_hot_head(self) -> Case:
@@ -239,13 +220,13 @@ class _Bench:
             y = (self._product(self._plain(x), layer.weight, layer.bias).softmax(-1) * support).sum(-1)
             return y.sign() * (y.abs().exp() - 1)
 
-        return self._case(
+        return self.case(
             "two-hot head",
             fused,
             ours,
             plain,
             gflop=2 * groups * self._count() * d * bins / 1e9,
-            mbyte=_mbyte(x.x, layer.weight, out),
+            mbyte=mbyte(x.x, layer.weight, out),
             shape=f"{groups} x ({self._count()}, {d}) by ({d}, {bins})",
         )
 
@@ -253,7 +234,7 @@ class _Bench:
         """Last layer of the policy, sampled."""
         d, a_dim = self.cfg.mlp_dim, self.options.actions[0]
         x, layer = self._rows(1, d), self._layer(1, 2 * a_dim, d, norm=False)
-        eps = self._randn(self.envs, self.cfg.num_samples, a_dim)
+        eps = self.randn(self.envs, self.cfg.num_samples, a_dim)
         out = torch.empty_like(eps)
         low, high = self.cfg.log_std_min, self.cfg.log_std_max
         packed = Layer(interleave(layer.weight[0])[None], interleave(layer.bias[0][:, None])[None, :, 0])
@@ -267,13 +248,13 @@ class _Bench:
             log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1)
             return torch.tanh(mean + eps * log_std.exp())
 
-        return self._case(
+        return self.case(
             "policy head",
             fused,
             lambda: policy_action(F.linear(x.activated()[0], layer.weight[0], layer.bias[0]), eps, low, high),
             plain,
             gflop=2 * self._count() * d * 2 * a_dim / 1e9,
-            mbyte=_mbyte(x.x, layer.weight, eps, out),
+            mbyte=mbyte(x.x, layer.weight, eps, out),
             shape=f"({self._count()}, {d}) by ({d}, {2 * a_dim})",
         )
 
@@ -281,8 +262,8 @@ class _Bench:
         """Values, elites, mean, std and the next samples."""
         cfg, e, n, h = self.cfg, self.envs, self.cfg.num_samples, self.cfg.horizon
         a_dim, p, k = self.options.actions[0], cfg.num_pi_trajs, cfg.num_elites
-        scalars, noise = self._randn(h + 2, e, n), self._randn(e, h, n - p, a_dim)
-        start = self._randn(e, h, n, a_dim).clamp(-1, 1)
+        scalars, noise = self.randn(h + 2, e, n), self.randn(e, h, n - p, a_dim)
+        start = self.randn(e, h, n, a_dim).clamp(-1, 1)
         discount = torch.full((e,), cfg.discounts[0], device=self.device)
         actions, mean, std = start.clone(), *(torch.empty(e, h, a_dim, device=self.device) for _ in range(2))
         values, scores = torch.empty(e, n, device=self.device), torch.empty(e, k, device=self.device)
@@ -312,18 +293,13 @@ class _Bench:
             s = (score * (chosen - m).square()).sum(2, keepdim=True).sqrt().clamp(cfg.min_std, cfg.max_std)
             return (m + s * noise).clamp(-1, 1)
 
-        def once() -> Tensor:
-            """From the same samples, which the kernel overwrites."""
-            actions.copy_(start)
-            return fused()
-
-        return self._case(
+        return self.case(
             "elite update",
             fused,
             ours,
             plain,
-            first=once,
-            mbyte=_mbyte(scalars, actions, noise, noise),
+            reset=lambda: actions.copy_(start),
+            mbyte=mbyte(scalars, actions, noise, noise),
             shape=f"{e} x {n} sequences, {k} elites",
         )
 
@@ -357,7 +333,7 @@ class _Bench:
             return draws.samples
 
         floats = sum(x.numel() for x in (draws.pi_eps, draws.samples, draws.value_eps, draws.action, draws.elite))
-        return self._case(
+        return self.case(
             "plan noise",
             fused,
             fused,
@@ -370,92 +346,6 @@ class _Bench:
 
     def _count(self) -> int:
         return self.envs * self.cfg.num_samples
-
-    def _case(
-        self,
-        name: str,
-        fused: Op,
-        ours: Op,
-        plain: Op,
-        first: Op | None = None,
-        summary: Callable[[Tensor], Tensor] = Tensor.double,
-        limit: float | None = None,
-        shape: str = "",
-        gflop: float | None = None,
-        mbyte: float | None = None,
-    ) -> Case:
-        """A case of these three ways.
-
-        first: an execution of `fused` that may be compared, where a repeated one may not.
-        summary: what of the results is compared.
-        """
-        allowed = _LIMIT[self.precision.name] if limit is None else limit
-        product = fused if self.fused else ours
-
-        def gate(baseline: Op) -> Gate:
-            wanted = within(self.cfg, self.device, baseline)()
-            assert isinstance(wanted, Tensor)
-            wanted = summary(wanted)  # before the product writes to the same buffers
-            got = summary((first or product)() if self.fused else product())
-            error = (got.double() - wanted.double()).square().mean().sqrt() / wanted.double().std()
-            return Gate(float(error), allowed)
-
-        variants = {"triton" if self.fused else "torch": self._variant(product)}
-        variants["reference"] = self._variant(plain, partial(gate, plain))
-        missing = {}
-        if self.options.compiled:
-            if why := why_not_compiled(self.device):
-                missing["compiled reference"] = why
-            else:
-                torch._dynamo.reset()
-                fast = torch.compile(plain)
-                variants["compiled reference"] = self._variant(fast, partial(gate, fast))
-        return Case(
-            "kernels",
-            name,
-            variants,
-            missing,
-            size=self.size,
-            envs=self.envs,
-            actions=self.options.actions[0],
-            precision=self.precision.name,
-            shape=shape,
-            gflop=gflop,
-            mbyte=mbyte,
-        )
-
-    def _variant(self, op: Op, gate: Callable[[], Gate] | None = None) -> Variant:
-        run = within(self.cfg, self.device, op)
-        if self.device.type != "cuda":
-            return Variant(run, gate=gate)
-        graph: list[torch.cuda.CUDAGraph] = []
-
-        def captured() -> None:
-            if not graph:
-                graph.append(_capture(run))
-            graph[0].replay()
-
-        return Variant(captured, inner=_INNER, gate=gate)
-
-
-def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of several executions."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for _ in range(_INNER):
-            run()
-    return graph
-
-
-def _mbyte(*tensors: Tensor) -> float:
-    """Of what must be read and written at least once."""
-    return sum(x.numel() * x.element_size() for x in tensors) / 1e6
 
 
 def _moments(x: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.fused_plan import FusedPlanner
 from tdmpc2_fast.kernels.launch import Precision, why_not
 from tdmpc2_fast.kernels.work import plan_work
-from tdmpc2_fast.packing import plan_sizes
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, generator
+from tdmpc2_fast.sizes import plan_sizes
 
 from .agents import CompiledReference, agent_of, observations, reference_of, within
 from .harness import CannotMeasureError, Case, Gate, Variant
