@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -51,12 +52,29 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torc
     if cfg.backend == "triton":
         if reason is not None:
             raise BackendError(f"backend='triton' cannot run: {reason}; use backend='torch' or 'auto'")
-        return Backend("triton", "backend=triton was asked for")
+        return _triton("backend=triton was asked for", cfg)
     if reason is None and device.type != "cuda":
         reason = "the interpreter is for tests: ask for it with backend='triton'"
     if reason is not None:
         return _torch(reason, cfg)
-    return Backend("triton", f"the kernels run on {torch.cuda.get_device_name(device)}")
+    return _triton(f"the kernels run on {torch.cuda.get_device_name(device)}", cfg)
+
+
+def without_kernels(cfg: Config, error: Exception, what: str) -> Backend:
+    """Torch, and a warning, where a kernel turned out not to fit the device: `error`, of `KERNEL_ERRORS`.
+
+    what: who does what, as in "Planner: planning". Where kernels must run it is a `BackendError`.
+    """
+    why = f"a kernel cannot run on this device: {str(error).strip().splitlines()[-1]}"
+    if cfg.backend == "triton" or cfg.precision == "bfloat16":
+        raise BackendError(f"backend='triton' cannot run: {why}") from error
+    who, doing = what.split(": ")
+    warnings.warn(f"{who}: {why}; {doing} with torch", RuntimeWarning, stacklevel=3)
+    return Backend("torch", why)
+
+
+def _triton(why: str, cfg: Config) -> Backend:
+    return Backend("triton", why + ("; compile=true has no effect on kernels" if cfg.compile else ""))
 
 
 def _torch(why: str, cfg: Config) -> Backend:

@@ -14,10 +14,11 @@ from .errors import InputError
 from .kernels.launch import has_dependent_launch
 from .kernels.plan import FusedPlan
 from .kernels.rows import Rows
-from .packing import PackedModel, plan_sizes
+from .packing import PackedModel
 from .plan_trace import PlanTrace
 from .profiling import annotate
 from .rng import PlanNoise, stream_seed
+from .sizes import plan_sizes
 from .task_embedding import look_up
 from .world_model import WorldModel
 

@@ -13,7 +13,7 @@ from .backend import matmul_precision, plan_precision
 from .batch import Batch, UpdateTrace
 from .cuda_graph import GraphedFunction
 from .errors import InputError, NonFiniteError
-from .flat_model import FlatModel, update_sizes
+from .flat_model import FlatModel
 from .kernels.launch import has_dependent_launch
 from .kernels.replay_gather import Slices, draw_slices
 from .kernels.update import POLICY, WORLD, FusedUpdate
@@ -23,6 +23,7 @@ from .profiling import annotate
 from .replay import DeviceReplay
 from .rng import UpdateNoise, stream_seed
 from .scale import RunningScale
+from .sizes import update_sizes
 from .task_embedding import look_up
 from .world_model import WorldModel
 

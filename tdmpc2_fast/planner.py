@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .backend import Backend, resolve_backend, resolve_device
+from .backend import resolve_backend, resolve_device, without_kernels
 from .config import Config
-from .errors import BackendError, CheckpointError, InputError
+from .errors import CheckpointError, InputError
 from .kernels.launch import KERNEL_ERRORS
 from .plan_trace import PlanTrace
 from .rng import PlanNoise, generator
@@ -93,11 +92,7 @@ class Planner:
                 self._plan = FusedPlanner(model, num_envs, cfg.seed if seed is None else seed)
                 return
             except KERNEL_ERRORS as e:
-                why = f"a kernel cannot run on this device: {str(e).strip().splitlines()[-1]}"
-                if cfg.backend == "triton" or cfg.precision == "bfloat16":
-                    raise BackendError(f"backend='triton' cannot run: {why}") from e
-                self.backend = Backend("torch", why)
-                warnings.warn(f"Planner: {why}; planning with torch", RuntimeWarning, stacklevel=2)
+                self.backend = without_kernels(cfg, e, "Planner: planning")
         self._plan = TorchPlan(model, num_envs, self.generator)
 
     @classmethod

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from .backend import Backend, resolve_backend
+from .backend import Backend, resolve_backend, without_kernels
 from .batch import Batch, UpdateTrace
-from .errors import BackendError
 from .kernels.launch import KERNEL_ERRORS
 from .replay import ReplayBuffer
 from .rng import UpdateNoise
@@ -60,21 +56,6 @@ class Updater:
                 self._made = TorchUpdate(self.model)
         return self._made
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Within: kernels that do not fit the device are an error, or, where they need not run, torch is taken.
-
-        They show when the update is captured, which changes no parameter.
-        """
-        try:
-            yield
-        except KERNEL_ERRORS as e:
-            why = f"a kernel cannot run on this device: {str(e).strip().splitlines()[-1]}"
-            if self.cfg.backend == "triton" or self.cfg.precision == "bfloat16":
-                raise BackendError(f"backend='triton' cannot run: {why}") from e
-            self.backend, self._made = Backend("torch", why), None
-            warnings.warn(f"Updater: {why}; learning with torch", RuntimeWarning, stacklevel=4)
-
     @property
     def steps(self) -> int:
         """Updates so far."""
@@ -97,9 +78,11 @@ class Updater:
                 for a step, this may be raised by a later call; until then nothing is updated.
         """
         batch.check(self.cfg)
-        with self._explained():
+        try:
             return self._update.step(batch, noise, trace)
-        return self._update.step(batch, noise, trace)  # by torch now
+        except KERNEL_ERRORS as e:  # when it is captured, which changes no parameter
+            self.backend, self._made = without_kernels(self.cfg, e, "Updater: learning"), None
+        return self._update.step(batch, noise, trace)
 
     def step_on(self, buffer: Sampler) -> dict[str, Tensor]:
         """`step` on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
@@ -107,8 +90,10 @@ class Updater:
         if isinstance(buffer, ReplayBuffer) and not isinstance(update, TorchUpdate):
             replay = buffer.on_device()
             if replay is not None and replay.table.device == self.model.device:
-                with self._explained():
+                try:
                     return update.step_from(replay)
+                except KERNEL_ERRORS as e:
+                    self.backend, self._made = without_kernels(self.cfg, e, "Updater: learning"), None
         return self.step(Batch(*buffer.sample()))
 
     def synchronise(self) -> None:

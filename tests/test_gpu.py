@@ -279,6 +279,17 @@ def first_update(name: str, livened: Liven, **changes: Any) -> tuple[TDMPC2, Fus
 
 @pytest.mark.parametrize("name", ["small", "odd", "episodic", "multitask", "model_5"])
 def test_a_replayed_update_is_bitwise_an_eager_one(name: str, livened: Liven) -> None:
+    check_replay(name, livened)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("name", ["episodic", "multitask", "model_19"])
+def test_a_replayed_update_of_wide_layers_is_bitwise_an_eager_one(name: str, livened: Liven) -> None:
+    check_replay(name, livened)
+
+
+def check_replay(name: str, livened: Liven) -> None:
+    """A replay leaves what an eager update from the same state leaves."""
     agent, update = first_update(name, livened)
     u = update.fused
     kept = [u.world.param, u.world.exp_avg, u.world.exp_avg_sq, u.world.grad, u.world.step, u.policy.param]
@@ -302,6 +313,13 @@ def test_a_replayed_update_is_bitwise_an_eager_one(name: str, livened: Liven) ->
     + [("model_1", "tf32"), ("model_19", "bfloat16")],
 )
 def test_gradients_are_as_exact_as_torch_at_the_same_precision(name: str, precision: str, livened: Liven) -> None:
+    check_gradients(CONFIGS[name](device="cuda"), precision, livened)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("name", ["odd", "episodic", "multitask", "model_5"])
+def test_gradients_of_wide_layers_are_as_exact_as_torch(name: str, precision: str, livened: Liven) -> None:
     check_gradients(CONFIGS[name](device="cuda"), precision, livened)
 
 
