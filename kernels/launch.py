@@ -69,23 +69,18 @@ class Precision:
         return "tf32" if self.name == "tf32" else "ieee"
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
-        """x as products take it, to nearest; float64, the oracle's, is left alone."""
+        """x as products take it, to nearest; float64, the oracle's, is left alone.
+
+        Tensor cores cut float32 off after the 10 stored bits of tf32, which errs twice as far and to one
+        side, so it is rounded to them (Dekker's split); what is not finite comes out NaN.
+        """
         if x.dtype == torch.float64:
             return x
         if self.name != "tf32":
             return x.to(self.dtype)
-        x = x.to(torch.float32, copy=True)
-        round_to_tf32([x])
-        return x
-
-
-def round_to_tf32(xs: list[torch.Tensor]) -> None:
-    """Round float32 in place to the 10 stored bits of tf32; what is not finite comes out NaN.
-
-    Tensor cores cut the other 13 off, which errs twice as far and to one side (Dekker's split).
-    """
-    far = torch._foreach_mul(xs, 2.0**13 + 1)
-    torch._foreach_copy_(xs, torch._foreach_sub(far, torch._foreach_sub(far, xs)))
+        x = x.float()
+        far = x * (2.0**13 + 1)
+        return far - (far - x)
 
 
 def interpreting() -> bool:

@@ -107,10 +107,6 @@ class PlanWeights:
         found = (getattr(self, f.name) for f in fields(self))
         return [x for part in found for x in (part if isinstance(part, tuple) else (part,)) if x is not None]
 
-    def products(self) -> list[Tensor]:
-        """All that is an operand of a product."""
-        return [x for layer in self.layers() for x in (layer.weight, layer.side) if x is not None and x.numel()]
-
 
 @dataclass
 class PlanInputs:
