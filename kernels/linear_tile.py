@@ -258,8 +258,12 @@ def add_small_product(
 
 @jit
 def store_with_statistics(y, y_ptrs, stats_ptrs, row_ok, cols, col_ok, tile, D, INTERPRETED: tl.constexpr):
-    """Store pre-activations y [BM, BN], and mean and squared deviations of this tile of each row."""
+    """Store pre-activations y [BM, BN], and mean and squared deviations of this tile of each row.
+
+    Statistics are of what is stored: where a row hardly varies, LayerNorm makes much of the difference.
+    """
     BN: tl.constexpr = y.shape[1]
+    y = operand(y, y_ptrs.dtype.element_ty == tl.bfloat16, "ieee", INTERPRETED).to(tl.float32)
     store_rounded(y_ptrs[:, None] + cols[None, :], y, row_ok[:, None] & col_ok[None, :], INTERPRETED)
     count = tl.minimum(D - tile * BN, BN).to(tl.float32)
     mean = tl.sum(tl.where(col_ok[None, :], y, 0.0), axis=1) / count

@@ -184,6 +184,7 @@ def draw_case(
     return Case(gradient, layer, below), which
 
 
+@oracle.pooled
 def check_gradients(
     precision: str = "float32",
     *,

@@ -84,6 +84,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("precision", "case"), in_precisions(CASES))
+@oracle.pooled
 def test_gradients_of_any_layer(precision: str, case: dict[str, Any]) -> None:
     case = dict(case)
     v, keep, strided, dtype = (case.pop(n, None) for n in ("v", "keep", "strided", "dtype"))

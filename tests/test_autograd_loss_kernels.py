@@ -88,6 +88,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("precision", "case"), in_precisions(CASES))
+@oracle.pooled
 def test_gradients_of_any_head(precision: str, case: dict[str, Any]) -> None:
     case = dict(case)
     strided, dtype, ends = case.pop("strided", False), case.pop("dtype", torch.float32), case.pop("ends", (-10.0, 10.0))
@@ -161,6 +162,7 @@ def arriving_at(given: list[Any], which: tuple[int, ...] = (0, 1, 2)) -> list[Te
     ],
     ids=str,
 )
+@oracle.pooled
 def test_gradients_of_the_squashed_gaussian(lead: tuple[int, ...], a: int, options: dict[str, Any]) -> None:
     which, dtype = options.get("which", (0, 1, 2)), options.get("dtype", torch.float32)
 
@@ -187,6 +189,7 @@ def test_gradients_of_the_squashed_gaussian(lead: tuple[int, ...], a: int, optio
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@oracle.pooled
 def test_the_gradient_kernel_and_its_reference(masked: bool) -> None:
     e, n, a = 3, 33, 5
     given = gaussian_inputs(e, n, a=a, masked=masked)
@@ -206,6 +209,7 @@ def test_the_gradient_kernel_and_its_reference(masked: bool) -> None:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("lead", "width"), [((3, 13), 40), ((67,), 200), ((), 8), ((65,), 1)])
+@oracle.pooled
 def test_gradients_of_consistency(lead: tuple[int, ...], width: int, dtype: torch.dtype, strided: bool) -> None:
     place = transposed if strided else lambda t: t
     z, next_z = (place(torch.rand(*lead, width, device=DEVICE).to(dtype)) for _ in range(2))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from mppi_oracle import MAX_STD, MIN_STD, ULP, Case, Result, exact_update, judge, judge_choice, run
-from oracle import DEVICE, MARKS, within_twice
+from oracle import DEVICE, MARKS, pooled, within_twice
 
 from tdmpc2_fast import TDMPC2
 from tdmpc2_fast.kernels import mppi, mppi_begin, mppi_update
@@ -29,6 +29,7 @@ pytestmark = MARKS
 # Many environments, each with a score that outweighs the others: a maximum must mean something.
 @pytest.mark.parametrize("episodic", [False, True])
 @pytest.mark.parametrize("sizes", [dict(e=24, h=1, n=512, p=24, a=6, k=64), dict(e=24, h=1, n=127, p=3, a=7, k=31)])
+@pooled
 def test_update_is_as_exact_as_torch(sizes: dict[str, int], episodic: bool) -> None:
     case = Case.draw(**sizes, episodic=episodic)
     got = run(case)

@@ -47,6 +47,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("precision", "options"), oracle.in_precisions(CASES))
+@oracle.pooled
 def test_gradient_of_the_product_and_its_norm(precision: str, options: dict[str, Any]) -> None:
     p = Precision(precision)
     width = torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DEVICE, MARKS, reseed, within_twice
+from oracle import DEVICE, MARKS, pooled, reseed, within_twice
 from torch import Tensor
 
 from tdmpc2_fast.kernels import optim
@@ -137,6 +137,7 @@ class Torch:
 
 @pytest.mark.parametrize("max_norm", [20.0, 0.5, 1e9], ids=["at times clipped", "clipped", "never clipped"])
 @pytest.mark.parametrize(("n", "head"), [(1, 0), (5, 5), (1000, 333), (40_001, 1025)])
+@pooled
 def test_steps_are_as_exact_as_torchs(n: int, head: int, max_norm: float) -> None:
     eps = 1e-5 if n == 1000 else 1e-8
     param = torch.randn(n, device=DEVICE) * 0.05
@@ -188,6 +189,7 @@ def test_reference_is_torchs_optimiser(n: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 2048, 70_003])
 @pytest.mark.parametrize("p", [1, 3, 7, 40])
+@pooled
 def test_every_number_of_partials_gives_the_norm(n: int, p: int) -> None:
     grad = guarded(torch.randn(n, device=DEVICE))
     step = torch.zeros(1, dtype=torch.int64, device=DEVICE)
