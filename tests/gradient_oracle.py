@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import oracle
 import torch
 import torch.nn.functional as F
+from judge import ENOUGH, judge, pooled
 from oracle import DEVICE, placed, poisoned, randn
 from torch import Tensor
 
@@ -184,7 +185,7 @@ def draw_case(
     return Case(gradient, layer, below), which
 
 
-@oracle.pooled
+@pooled
 def check_gradients(
     precision: str = "float32",
     *,
@@ -221,7 +222,7 @@ def check_gradients(
     width, written = stop - first, 1 if summed else groups
     through = bool(due) and columns is None and written == (1 if x == "shared" else groups)
     draws = []
-    for _ in range(cdiv(oracle.ENOUGH, written * e * n * width)):
+    for _ in range(cdiv(ENOUGH, written * e * n * width)):
         case, which = draw_case(
             p, groups=groups, e=e, n=n, k=k, d=d, norm=norm, x=x, due=due, v=v, dropout=dropout, slabs=slabs,
             in_slabs=in_slabs, g_tile=g_tile, y_tile=y_tile, in_tile=in_tile, offset=offset,
@@ -235,9 +236,9 @@ def check_gradients(
             plain = by_autograd(case, torch.bfloat16 if precision == "bfloat16" else torch.float32, *args)
         draws.append((plain, exact))
 
-    def judge(what: str, field: str, got: Tensor, terms: int = 1) -> None:
+    def compare(what: str, field: str, got: Tensor, terms: int = 1) -> None:
         others = (torch.stack([getattr(found, field) for found in side]) for side in zip(*draws, strict=True))
-        oracle.judge(what, got, getattr(exact, field), *others, terms=terms)
+        judge(what, got, getattr(exact, field), *others, terms=terms)
 
     below = case.below if through else None
     wanted = Gradient(torch.empty(written, e, n, width, dtype=torch.float64, device=DEVICE))
@@ -252,7 +253,7 @@ def check_gradients(
         other = view.copy_(other)
     got = input_gradient(case.gradient, case.layer, below, Gradient(view, sums), add=other, tile=tile, **options)
     assert got.x is view
-    judge("dx", "x", view)
+    compare("dx", "x", view)
     if through:
         _check_sums(got, exact.x)
     oracle.assert_written(buffer, view)
@@ -270,7 +271,7 @@ def check_gradients(
     out = LayerGradient(**{name: b[1] for name, b in buffers.items()})
     weight_gradient(case.gradient, case.below, case.layer, out, precision=p, tile=weight_tile)
     for name, (room, part) in buffers.items():
-        judge(f"d {name}", name, part, terms=e * n)
+        compare(f"d {name}", name, part, terms=e * n)
         oracle.assert_written(room, part)
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from oracle import within_twice
+from judge import within_twice
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.fused_plan import FusedPlanner

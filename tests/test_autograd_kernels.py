@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from autograd_oracle import RoundedProduct, leaves, transposed
+from judge import judge, pooled
 from oracle import DEVICE, MARKS, in_precisions, randn
 from torch import Tensor, nn
 
@@ -84,7 +85,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("precision", "case"), in_precisions(CASES))
-@oracle.pooled
+@pooled
 def test_gradients_of_any_layer(precision: str, case: dict[str, Any]) -> None:
     case = dict(case)
     v, keep, strided, dtype = (case.pop(n, None) for n in ("v", "keep", "strided", "dtype"))
@@ -114,7 +115,7 @@ def test_gradients_of_any_layer(precision: str, case: dict[str, Any]) -> None:
         assert got.dtype == (dtype or torch.float32)
         assert got.shape == want.shape[1:]
         terms = 1 if name in ("y", "x") else rows
-        oracle.judge(name, got, want[0], reference.to(got.dtype), want, terms)
+        judge(name, got, want[0], reference.to(got.dtype), want, terms)
 
 
 @pytest.mark.parametrize("which", [(1, 2, 3, 4), (0,), (2,), (0, 3), ()], ids=str)

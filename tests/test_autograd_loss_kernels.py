@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from autograd_oracle import RoundedProduct, leaves, transposed
-from oracle import DEVICE, MARKS, in_precisions, judge, placed, poisoned, randn
+from judge import judge, pooled
+from oracle import DEVICE, MARKS, in_precisions, placed, poisoned, randn
 from torch import Tensor, nn
 
 from tdmpc2_fast.kernels.autograd_losses import consistency, squashed_gaussian, two_hot_cross_entropy
@@ -72,7 +73,7 @@ def head_as_written(
     return [loss.detach(), *torch.autograd.grad(loss, (x, weight, bias), d.to(loss))]
 
 
-# Those of one row stay below `oracle.ENOUGH` entries: an RMS of one row is that row's luck.
+# Those of one row stay below `judge.ENOUGH` entries: an RMS of one row is that row's luck.
 CASES: list[dict[str, Any]] = [
     dict(),
     dict(lead=(3, 5), k=67, bins=0),
@@ -88,7 +89,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("precision", "case"), in_precisions(CASES))
-@oracle.pooled
+@pooled
 def test_gradients_of_any_head(precision: str, case: dict[str, Any]) -> None:
     case = dict(case)
     strided, dtype, ends = case.pop("strided", False), case.pop("dtype", torch.float32), case.pop("ends", (-10.0, 10.0))
@@ -162,7 +163,7 @@ def arriving_at(given: list[Any], which: tuple[int, ...] = (0, 1, 2)) -> list[Te
     ],
     ids=str,
 )
-@oracle.pooled
+@pooled
 def test_gradients_of_the_squashed_gaussian(lead: tuple[int, ...], a: int, options: dict[str, Any]) -> None:
     which, dtype = options.get("which", (0, 1, 2)), options.get("dtype", torch.float32)
 
@@ -189,7 +190,7 @@ def test_gradients_of_the_squashed_gaussian(lead: tuple[int, ...], a: int, optio
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@oracle.pooled
+@pooled
 def test_the_gradient_kernel_and_its_reference(masked: bool) -> None:
     e, n, a = 3, 33, 5
     given = gaussian_inputs(e, n, a=a, masked=masked)
@@ -209,7 +210,7 @@ def test_the_gradient_kernel_and_its_reference(masked: bool) -> None:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("lead", "width"), [((3, 13), 40), ((67,), 200), ((), 8), ((65,), 1)])
-@oracle.pooled
+@pooled
 def test_gradients_of_consistency(lead: tuple[int, ...], width: int, dtype: torch.dtype, strided: bool) -> None:
     place = transposed if strided else lambda t: t
     z, next_z = (place(torch.rand(*lead, width, device=DEVICE).to(dtype)) for _ in range(2))

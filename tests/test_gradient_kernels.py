@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from gradient_oracle import check_gradients
+from judge import judge, pooled
 from oracle import DEVICE, MARKS, in_precisions, placed, poisoned
 
 from tdmpc2_fast.kernels.activation_gradient import activation_gradient, activation_gradient_reference
@@ -72,7 +73,7 @@ def test_gradients_in_any_tiles(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("due", ["mish", "simnorm"])
-@oracle.pooled
+@pooled
 def test_gradient_of_an_activation(due: str, precision: str) -> None:
     p = Precision(precision)
     below = oracle.random_rows(p, 2, 3, 33, 72, due, 8, 32, "members")
@@ -92,7 +93,7 @@ def test_gradient_of_an_activation(due: str, precision: str) -> None:
     _, sums = poisoned(*below.x.shape[:3], cdiv(72, LEAST_COLUMNS), 2, inner=2)
     got = activation_gradient(d, below, Gradient(view, sums))
     assert got.rows is below
-    oracle.judge("h", view, exact.x, plain, exact.x)
+    judge("h", view, exact.x, plain, exact.x)
     oracle.assert_written(buffer, view)
 
 

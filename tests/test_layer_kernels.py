@@ -13,6 +13,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from judge import judge, pooled
 from oracle import (
     DEVICE,
     check_activation,
@@ -183,7 +184,7 @@ def test_activation_of_rows(precision: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@oracle.pooled
+@pooled
 def test_a_chain_is_as_exact_as_torch(precision: str) -> None:
     p, slabs, e, n = Precision(precision), Slabs(1), 3, 11
     widths, acts, tiles = (67, 136, 72, 40), ("mish", "simnorm", "mish"), ((64, 64, 64), (32, 32, 32), (64, 32, 64))
@@ -199,7 +200,7 @@ def test_a_chain_is_as_exact_as_torch(precision: str) -> None:
         plain = F.linear(plain, layer.weight[1].to(plain), layer.bias[1].to(plain))
         plain = oracle.plain_activation(plain, layer, slabs)
     got = activate_rows(x, torch.full((1, e, n, widths[-1]), torch.nan, device=DEVICE, dtype=p.dtype)).x
-    oracle.judge("chain", got, exact.activated(), plain, exact.activated())
+    judge("chain", got, exact.activated(), plain, exact.activated())
 
 
 def test_bfloat16_is_rounded_once_and_to_nearest() -> None:

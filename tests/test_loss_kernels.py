@@ -8,7 +8,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DEVICE, MARKS, judge, placed, poisoned, randn
+from judge import judge, judge_scalars, pooled
+from oracle import DEVICE, MARKS, placed, poisoned, randn
 from torch import Tensor
 
 from tdmpc2_fast.kernels import latent_loss, policy_sample
@@ -64,7 +65,7 @@ def test_loss_and_its_gradient(precision: str, bins: int, options: dict[str, Any
     check_loss(precision, bins, **options)
 
 
-@oracle.pooled
+@pooled
 def check_loss(
     precision: str,
     bins: int,
@@ -137,7 +138,7 @@ def test_a_target_that_is_nan_is_a_loss_that_is_nan() -> None:
     ("precision", "bins", "slabs"),
     [("float32", 101, "members"), ("float32", 0, "1"), ("float32", 1, "1"), ("bfloat16", 101, "1")],
 )
-@oracle.pooled
+@pooled
 def test_value_and_its_gradient(precision: str, bins: int, slabs: str) -> None:
     p = Precision(precision)
     which, count = oracle.random_slabs(slabs, 2)
@@ -156,12 +157,10 @@ def test_value_and_its_gradient(precision: str, bins: int, slabs: str) -> None:
     value_buffer, values = poisoned(2, 3, 333)
     buffer, gradient = poisoned(2, 3, 333, max(bins, 1), dtype=p.dtype)
     scalar_head(x, layer, values, gradient=gradient, **options)
-    oracle.judge_scalars("value", bins, values, exact[0], plain[0], exact[0])
-    if bins > 0:  # symexp makes the largest error one row's luck
-        steepness = 1 + exact[0].abs().unsqueeze(-1)
-        even = [x.double() / steepness for x in (gradient, exact[1], plain[1])]
-    else:
-        even = [gradient, exact[1], plain[1]]
+    judge_scalars("value", bins, values, exact[0], plain[0], exact[0])
+    # symexp makes the largest error one row's luck
+    steepness = 1 + exact[0].abs().unsqueeze(-1) if bins > 0 else 1
+    even = [x.double() / steepness for x in (gradient, exact[1], plain[1])]
     judge("gradient", *even, even[1])
     oracle.assert_written(value_buffer, values)
     oracle.assert_written(buffer, gradient)
@@ -178,7 +177,7 @@ def policy_loss(logits: Tensor, eps: Tensor, mask: Tensor | None, d: Tensor, wei
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("a", [1, 6, 38])
-@oracle.pooled
+@pooled
 def test_policy_forward_and_backward(a: int, masked: bool) -> None:
     e, n = 3, 33
     logits, eps = placed(1.5 * randn(1, e, n, 2 * a)), placed(randn(e, n, a))

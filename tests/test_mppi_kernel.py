@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
+from judge import pooled, within_twice
 from mppi_oracle import MAX_STD, MIN_STD, ULP, Case, Result, exact_update, judge, judge_choice, run
-from oracle import DEVICE, MARKS, pooled, within_twice
+from oracle import DEVICE, MARKS
 
 from tdmpc2_fast import TDMPC2
 from tdmpc2_fast.kernels import mppi, mppi_begin, mppi_update

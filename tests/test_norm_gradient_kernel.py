@@ -9,7 +9,8 @@ import oracle
 import pytest
 import torch
 from gradient_oracle import double, draw_case, through_norm
-from oracle import DEVICE, MARKS, judge, poisoned
+from judge import judge, pooled
+from oracle import DEVICE, MARKS, poisoned
 
 from tdmpc2_fast.kernels.gradient_tile import CHUNK, Gradient
 from tdmpc2_fast.kernels.launch import Precision, cdiv
@@ -47,7 +48,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("precision", "options"), oracle.in_precisions(CASES))
-@oracle.pooled
+@pooled
 def test_gradient_of_the_product_and_its_norm(precision: str, options: dict[str, Any]) -> None:
     p = Precision(precision)
     width = torch.bfloat16 if precision == "bfloat16" else torch.float32

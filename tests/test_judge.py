@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import oracle
+import judge as judging
 import pytest
 import torch
-from oracle import DRAWS, judge, pooled, within_twice
+from judge import DRAWS, judge, pooled, within_twice
 from torch import Tensor
 
 Distort = Callable[[int, Tensor], Tensor]
@@ -77,7 +77,7 @@ def test_a_judge_outside_of_a_pooled_check_decides_at_once() -> None:
     exact = torch.ones(4096, dtype=torch.float64)
     with pytest.raises(AssertionError, match="result: max error"):
         within_twice(exact + 1e-3, exact, exact)
-    assert oracle._drawn is None
+    assert judging._drawn is None
 
 
 def test_a_check_that_compares_nothing_fails() -> None:
