@@ -122,11 +122,24 @@ class Config:
     wandb_silent: bool = _key(False, "quiet Weights & Biases")
     enable_wandb: bool = _key(False, "log to Weights & Biases")
     save_csv: bool = _key(True, "write eval.csv and train.csv")
+    tensorboard: bool = _key(True, "write TensorBoard event files")
+    display: str = _key(
+        "auto",
+        "what the terminal shows: a live table, lines, or nothing; auto is live in a terminal",
+        choices=("auto", "live", "lines", "none"),
+    )
 
     # misc
     compile: bool = _key(False, "torch.compile the losses of an update of the torch backend")
-    save_video: bool = _key(False, "record evaluation videos")
+    save_video: bool = _key(False, "record the first episode of every evaluation")
     save_agent: bool = _key(True, "write checkpoints")
+    checkpoint_minutes: float | None = _key(
+        10.0, "minutes between checkpoints; none writes them at evaluations and at the end only", low=0
+    )
+    keep_checkpoints: int = _key(2, "newest checkpoints that are kept, the best one aside", low=1)
+    resume: str | None = _key(
+        None, "auto goes on with the run in this run's folder, if there is one", choices=(None, "auto")
+    )
     seed: int = _key(1, "seed of everything random", low=0, high=2**32 - 1)
     work_dir: str | None = _key(None, "run folder; default runs/TASK/EXP_NAME/SEED")
 
