@@ -58,6 +58,15 @@ class StandIn:
         """Nothing is fixed."""
         return cfg
 
+    def random_state(self) -> Any:
+        """What drives it, and what the states to start from are drawn by."""
+        return [self._drive.tolist(), self._random.bit_generator.state]
+
+    def set_random_state(self, state: Any) -> None:
+        """As told by `random_state`."""
+        self._drive = np.asarray(state[0])
+        self._random.bit_generator.state = state[1]
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from .compat.state_dict import from_official_entries, tensors_only
 from .config import Config
 from .errors import CheckpointError, ConfigError
+from .files import as_bytes, read_tensors, replacing, write_tensors
 from .world_model import WorldModel
 
 FORMAT = "tdmpc2-fast/1"
@@ -36,15 +36,14 @@ def save(model: WorldModel, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     if path.suffix == ".pt":
-        with _replacing(path) as tmp:
+        with replacing(path) as tmp:
             torch.save({"model": state}, tmp)
         return path
     path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors_only(state).items()}
+    tensors = {k: v.detach().cpu() for k, v in tensors_only(state).items()}
     manifest = dict(format=FORMAT, sha256=_digest(tensors), config=model.cfg.to_dict())
-    with _replacing(path) as tmp:
-        _safetensors().torch.save_file(tensors, tmp, metadata={"manifest": json.dumps(manifest)})
-    with _replacing(path.with_suffix(".json")) as tmp:
+    write_tensors(path, tensors, {"manifest": json.dumps(manifest)})
+    with replacing(path.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps(manifest, indent=1) + "\n")
     return path
 
@@ -95,13 +94,7 @@ def load_into(model: WorldModel, state: dict[str, Any], name: str = "state dict"
 
 
 def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dict[str, Any], Config]:
-    package = _safetensors()
-    try:
-        with package.safe_open(path, framework="pt", device="cpu") as f:
-            metadata = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a mapping)
-    except (package.SafetensorError, OSError) as e:
-        raise CheckpointError(f"checkpoint {str(path)!r}: truncated or not a safetensors file ({e})") from e
+    tensors, metadata = read_tensors(path)
     try:
         manifest = json.loads(metadata["manifest"])
         kind = manifest["format"]
@@ -118,22 +111,13 @@ def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dic
     return {k: v.to(map_location) for k, v in tensors.items()}, config
 
 
-def _safetensors() -> Any:
-    """The package, imported when a file is: planning, learning and measuring do without it."""
-    try:
-        import safetensors.torch
-    except ImportError as e:
-        raise CheckpointError("checkpoint: needs the package safetensors, which is not installed") from e
-    return safetensors
-
-
 def _digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes and bytes of all tensors."""
     h = hashlib.sha256()
     for name in sorted(tensors):
         x = tensors[name]
         h.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        h.update(x.reshape(-1).view(torch.uint8).numpy().data)
+        h.update(as_bytes(x))
     return h.hexdigest()
 
 
@@ -153,30 +137,3 @@ def _read_pickle(path: Path, map_location: torch.device | str) -> dict[str, Any]
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {str(path)!r}: holds a {type(state).__name__}, allowed: a state dict")
     return state
-
-
-class _replacing:
-    """`with _replacing(path) as tmp`: write `tmp`, which takes the place of `path` when all went well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.tmp.touch()
-        self.mode = self.tmp.stat().st_mode
-        return self.tmp
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.tmp.unlink(missing_ok=True)
-            return
-        os.chmod(self.tmp, self.mode)  # safetensors makes files private; the umask is the user's word on that
-        with open(self.tmp, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(self.tmp, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -22,11 +22,17 @@ class FlatModel:
     """Binds a model's parameters to the buffers of an update, and notices when they are no longer.
 
     grads: a view of each parameter's gradient by its name, `_pi` included.
+    moments: views of what Adam keeps of each, by `exp_avg` and `exp_avg_sq`.
     """
 
     def __init__(self, model: WorldModel, update: FusedUpdate, precision: Precision) -> None:
         self.model, self.update, self.precision = model, update, precision
-        self.grads = {name: grad for name, _, grad in self._views(learnable=True)}
+        u = update
+        self.grads = dict(self._views(u.world.grad, u.policy.grad))
+        self.moments = dict(
+            exp_avg=dict(self._views(u.world.exp_avg, u.policy.exp_avg)),
+            exp_avg_sq=dict(self._views(u.world.exp_avg_sq, u.policy.exp_avg_sq)),
+        )
         self._bound: list[tuple[dict[str, Any], str, Tensor]] = []
         self._seen: list[int] = []
         self.bind()
@@ -40,7 +46,8 @@ class FlatModel:
             for key in module._parameters
         }
         self._bound = []
-        for name, view, _ in self._views():
+        u = self.update
+        for name, view in self._views(u.world.param, u.policy.param, u.target):
             holder, key = kept[name]
             parameter = holder[key]
             assert parameter is not None
@@ -78,43 +85,38 @@ class FlatModel:
     def _versions(self) -> list[int]:
         return [holder[key]._version for holder, key, _ in self._bound]
 
-    def _views(self, learnable: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name of each parameter, with its views of the flat parameters and of their gradients."""
-        u, model = self.update, self.model
-        layout, world, policy = u.layout, u.world, u.policy
+    def _views(self, world: Tensor, policy: Tensor, target: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name of each parameter, with its view of flat buffers; of the target critics where theirs is given."""
+        model, layout = self.model, self.update.layout
         obs = model.cfg.obs
 
         def mlp(
-            module: Any, name: str, layers: Any, param: Tensor, grad: Tensor, slabs: slice | int, base: int = 0
-        ) -> Iterator[tuple[str, Tensor, Tensor]]:
+            module: Any, name: str, layers: Any, flat: Tensor, slabs: slice | int, base: int = 0
+        ) -> Iterator[tuple[str, Tensor]]:
             for i, layer in enumerate(layers):
                 for key, p in module[i].named_parameters():
-                    place = layer, key, p, slabs, base
-                    yield f"{name}.{i}.{key}", _part(param, *place), _part(grad, *place)
+                    yield f"{name}.{i}.{key}", _part(flat, layer, key, p, slabs, base)
 
         if layout.encoder:
-            yield from mlp(model._encoder[obs], f"_encoder.{obs}", layout.encoder, world.param, world.grad, 0)
+            yield from mlp(model._encoder[obs], f"_encoder.{obs}", layout.encoder, world, 0)
         else:
             at = layout.pixels
             for key, p in model._encoder[obs].named_parameters():
-                rows = slice(at, at + p.numel())
-                yield f"_encoder.{obs}.{key}", world.param[rows].view(p.shape), world.grad[rows].view(p.shape)
+                yield f"_encoder.{obs}.{key}", world[at : at + p.numel()].view(p.shape)
                 at += pixel_room(p)
         if model.cfg.multitask:
             weight = model._task_emb.weight
-            rows = slice(layout.task, layout.task + weight.numel())
-            yield "_task_emb.weight", world.param[rows].view(weight.shape), world.grad[rows].view(weight.shape)
-        yield from mlp(model._dynamics, "_dynamics", layout.dynamics, world.param, world.grad, 0)
-        yield from mlp(model._reward, "_reward", layout.heads, world.param, world.grad, 0)
+            yield "_task_emb.weight", world[layout.task : layout.task + weight.numel()].view(weight.shape)
+        yield from mlp(model._dynamics, "_dynamics", layout.dynamics, world, 0)
+        yield from mlp(model._reward, "_reward", layout.heads, world, 0)
         critics = slice(1, None)
-        yield from mlp(model._Qs.params, "_Qs.params", layout.heads, world.param, world.grad, critics)
+        yield from mlp(model._Qs.params, "_Qs.params", layout.heads, world, critics)
         if model._termination is not None:
-            yield from mlp(model._termination, "_termination", layout.termination, world.param, world.grad, 0)
-        yield from mlp(model._pi, "_pi", u.policy_layout.policy, policy.param, policy.grad, 0)
-        if not learnable:
-            start = layout.heads_start
+            yield from mlp(model._termination, "_termination", layout.termination, world, 0)
+        yield from mlp(model._pi, "_pi", self.update.policy_layout.policy, policy, 0)
+        if target is not None:
             targets = model._target_Qs_params
-            yield from mlp(targets, "_target_Qs_params", layout.heads, u.target, u.target, critics, start)
+            yield from mlp(targets, "_target_Qs_params", layout.heads, target, critics, layout.heads_start)
 
 
 def _part(flat: Tensor, layer: FlatLayer, key: str, like: Tensor, slabs: slice | int, base: int) -> Tensor:

@@ -84,6 +84,11 @@ class FusedPlanner:
         return self.fused.inputs.prev_mean
 
     @property
+    def counter(self) -> Tensor:
+        """Of the draws: seed, plans so far."""
+        return self.fused.inputs.rng
+
+    @property
     def why_eager(self) -> str | None:
         """Why plans are not replays of a CUDA graph, or None where they are."""
         return self._graph.why_eager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from .kernels.update_losses import METRICS
 from .metrics import termination_statistics
 from .profiling import annotate
 from .replay import DeviceReplay
-from .rng import UpdateNoise, stream_seed
+from .rng import COUNTER, UpdateNoise, stream_seed
 from .scale import RunningScale
 from .sizes import update_sizes
 from .task_embedding import look_up
+from .torch_update import TASK_GRADIENT
 from .world_model import WorldModel
 
 _FAILED_BEFORE = WORLD  # any code: while the flag is set no parameter changes
@@ -107,6 +108,25 @@ class FusedUpdater:
                 self._from_replay = self._capture(self._run_from_replay)
             self._from_replay()
             return self._metrics()
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Updater.state`."""
+        u = self.fused
+        found = {f"{key}.{n}": x for key, views in self.flat.moments.items() for n, x in views.items()}
+        found |= {"world.step": u.world.step, "policy.step": u.policy.step, "scale": self.scale.value}
+        found[COUNTER] = u.inputs.rng
+        if self.cfg.multitask:
+            found[TASK_GRADIENT] = self.flat.grads["_task_emb.weight"]
+        return found
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """As `Updater.load_state`."""
+        mine = self.state()
+        with self._on_device():
+            for name, x in mine.items():
+                if name in state:  # else it has not taken a step, or is of the other backend
+                    x.copy_(state[name].reshape(x.shape))
 
     @contextlib.contextmanager
     def _one_update(self) -> Iterator[None]:

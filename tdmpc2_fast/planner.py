@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,7 +18,7 @@ from .config import Config
 from .errors import CheckpointError, InputError
 from .kernels.launch import KERNEL_ERRORS
 from .plan_trace import PlanTrace
-from .rng import PlanNoise, generator
+from .rng import COUNTER, PlanNoise, generator, generator_state, set_generator
 from .torch_plan import TorchPlan
 from .world_model import WorldModel
 
@@ -38,6 +39,11 @@ class PlanBackend(Protocol):
     @property
     def prev_mean(self) -> Tensor:
         """(E, H, A), written to by plans."""
+        ...
+
+    @property
+    def counter(self) -> Tensor | None:
+        """Seed and offset of a generator of its own, (2,) int64; None where it draws from the planner's."""
         ...
 
     def plan(
@@ -162,6 +168,18 @@ class Planner:
         self._calls += 1
         self._times.append(time.perf_counter() - start)
         return action
+
+    def state(self) -> dict[str, Tensor]:
+        """Warm start and random streams, to go on from; the tensors are those at work: copy them."""
+        found = dict(prev_mean=self.prev_mean, **generator_state(self.generator))
+        return found if self._plan.counter is None else {**found, COUNTER: self._plan.counter}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned; on another backend or device the random stream begins anew."""
+        self.prev_mean.copy_(state["prev_mean"])
+        set_generator(self.generator, state)
+        if self._plan.counter is not None and COUNTER in state:
+            self._plan.counter.copy_(state[COUNTER])
 
     def stats(self) -> PlanStats:
         """Median and 99th percentile of the last 10,000 calls of `plan`, milliseconds.

@@ -8,7 +8,7 @@ inside it, so steps of short episodes are drawn more often than steps of long on
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from .batch import Batch
 from .config import Config
 from .errors import InputError
 from .kernels.replay_gather import Steps
-from .rng import generator
+from .rng import generator, generator_state, set_generator
 
 _DEVICE_HEADROOM = 2.5  # official rule: the replay lives on the GPU if this many times its size is free
 _FIELDS = ("obs", "action", "reward", "terminated", "task")
@@ -137,6 +137,49 @@ class ReplayBuffer:
             terminated=take("terminated", steps[1:]).unsqueeze(-1).float(),
             task=take("task", steps[0]) if "task" in self._store else None,
         )
+
+    @property
+    def written(self) -> int:
+        """Steps ever stored; they are numbered in this order."""
+        return self._written
+
+    def steps(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Steps by their numbers, copied to the CPU: what `restore` takes. They must still be held."""
+        where = torch.arange(start, stop) % self.capacity
+        return {name: store[where.to(store.device)].cpu() for name, store in self._store.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """All but the steps: episodes in use, counts, random stream."""
+        found = dict(
+            episodes=self._table[self._first : self._last],
+            written=torch.tensor(self._written),
+            num_eps=torch.tensor(self._num_eps),
+        )
+        return found if self._generator is None else found | generator_state(self._generator)
+
+    def restore(self, state: Mapping[str, Tensor], chunks: Iterable[tuple[int, dict[str, Tensor]]]) -> None:
+        """Fill an empty buffer with steps kept earlier and what `state` returned then.
+
+        chunks: number of the first step and the steps, in order; all that `state` counts on. A
+        smaller buffer keeps the last of them.
+        """
+        self._written = int(state["written"])
+        self._num_eps = int(state["num_eps"])
+        for start, rows in chunks:
+            if not self._store:
+                self._allocate(rows)
+            numbers = torch.arange(start, start + len(rows["reward"]))
+            held = numbers >= self._written - self.capacity
+            for name, store in self._store.items():
+                store[(numbers[held] % self.capacity).to(store.device)] = rows[name][held].to(store.device)
+        self._first = self._last = 0
+        for start, length in state["episodes"].tolist():
+            self._append(start, length)
+        self._drop_overwritten()
+        self._stale = True
+        if self._store:
+            self._generator = generator(self.cfg.seed, "replay", self._device)
+            set_generator(self._generator, state)
 
     def on_device(self) -> DeviceReplay | None:
         """What a kernel on the agent's device draws batches from; None where the storage is elsewhere."""

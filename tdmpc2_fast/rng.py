@@ -8,6 +8,7 @@ which law each draw follows.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from .config import Config
 from .layers import draw_shift
+
+COUNTER = "rng.counter"
+"""Name, in a kept state, of the seed and offset of a counter-based generator."""
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -30,6 +34,18 @@ def generator(seed: int, name: str, device: torch.device) -> torch.Generator:
     g = torch.Generator(device)
     g.manual_seed(stream_seed(seed, name))
     return g
+
+
+def set_generator(g: torch.Generator, state: Mapping[str, Tensor], name: str = "rng") -> None:
+    """Go on where the generator stood whose state was kept; one of another kind of device starts anew."""
+    kept = state.get(f"{name}.{g.device.type}")
+    if kept is not None:
+        g.set_state(kept.cpu())
+
+
+def generator_state(g: torch.Generator, name: str = "rng") -> dict[str, Tensor]:
+    """What `set_generator` takes."""
+    return {f"{name}.{g.device.type}": g.get_state()}
 
 
 def _pairs(cfg: Config, count: int, g: torch.Generator) -> Tensor:

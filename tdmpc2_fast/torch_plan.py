@@ -34,6 +34,8 @@ class _Rollout:
 class TorchPlan:
     """Plans for `num_envs` environments with plain torch ops, on any device and in any float type."""
 
+    counter = None  # draws come from the planner's generator
+
     def __init__(self, model: WorldModel, num_envs: int, generator: torch.Generator) -> None:
         cfg = model.cfg
         self.model, self.cfg, self.num_envs, self.generator = model, cfg, num_envs, generator

@@ -7,6 +7,7 @@ constants whose first layer reads the fixed latent once, outside the graph.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from .kernels.policy_head import policy_head
 from .kernels.two_hot import soft_cross_entropy
 from .metrics import termination_statistics
 from .profiling import annotate
-from .rng import UpdateNoise, generator
+from .rng import UpdateNoise, generator, generator_state, set_generator
 from .scale import RunningScale
 from .world_model import WorldModel, join
 
 _POLICY_ADAM_EPS = 1e-5
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TASK_GRADIENT = "task_gradient"  # what the policy loss has left in the task embedding's gradient
 
 
 class TorchUpdate:
@@ -60,6 +63,37 @@ class TorchUpdate:
         noise = noise or UpdateNoise.draw(self.cfg, self.generator)
         with matmul_precision(self.cfg, self.model.device):
             return self._step(batch, noise, trace)
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Updater.state`."""
+        found = dict(scale=self.scale.value, **generator_state(self.generator))
+        for prefix, (optim, params) in self._optimisers().items():
+            for name, p in params.items():
+                for key, x in optim.state[p].items():
+                    found[f"{prefix}.step" if key == "step" else f"{key}.{name}"] = x
+        if self.cfg.multitask and self.model._task_emb.weight.grad is not None:
+            found[TASK_GRADIENT] = self.model._task_emb.weight.grad
+        return found
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """As `Updater.load_state`."""
+        device = self.model.device
+        self.scale.value.copy_(state["scale"])
+        set_generator(self.generator, state)
+        for prefix, (optim, params) in self._optimisers().items():
+            if f"{prefix}.step" not in state:  # it has not taken a step
+                continue
+            for name, p in params.items():
+                moments = {key: torch.empty_like(p).copy_(state[f"{key}.{name}"]) for key in MOMENTS}
+                step = state[f"{prefix}.step"].to(device, torch.float32).reshape(()).clone()
+                optim.state[p] = dict(step=step, **moments)
+        if TASK_GRADIENT in state and self.cfg.multitask:
+            self.model._task_emb.weight.grad = state[TASK_GRADIENT].to(device, copy=True)
+
+    def _optimisers(self) -> dict[str, tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]]:
+        policy = {f"_pi.{n}": p for n, p in self.model._pi.named_parameters()}
+        return dict(world=(self.optim, dict(self.model.world_parameters())), policy=(self.pi_optim, policy))
 
     def _step(self, batch: Batch, noise: UpdateNoise, trace: UpdateTrace | None) -> dict[str, Tensor]:
         model = self.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -95,6 +96,25 @@ class Updater:
                 except KERNEL_ERRORS as e:
                     self.backend, self._made = without_kernels(self.cfg, e, "Updater: learning"), None
         return self.step(Batch(*buffer.sample()))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that going on takes besides the parameters: both optimisers, scale, random stream, updates so far.
+
+        Moments go by the names of their parameters, so that either backend takes the other's. The tensors
+        are those at work: copy them.
+        """
+        return {} if self._made is None else dict(self._made.state(), steps=torch.tensor(self._made.steps))
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned, in the same model; bit for bit on the backend and device it is of.
+
+        On another, the random stream begins anew.
+        """
+        if not state:
+            self._made = None
+            return
+        self._update.load_state(state)
+        self._update.steps = int(state["steps"])
 
     def synchronise(self) -> None:
         """Wait for the device; raises what an update failed with."""

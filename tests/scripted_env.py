@@ -55,6 +55,12 @@ class Scripted:
     def overrides(self, cfg: Config) -> Config:
         return cfg
 
+    def random_state(self) -> Any:
+        return [self._name, self._episode, self._random.bit_generator.state]
+
+    def set_random_state(self, state: Any) -> None:
+        self._name, self._episode, self._random.bit_generator.state = state
+
     def close(self) -> None:
         pass
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from test_world_model import old_generation
 
 import tdmpc2_fast.checkpoint
+import tdmpc2_fast.files
 from tdmpc2_fast import TDMPC2, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import CheckpointError
@@ -154,7 +155,7 @@ def test_a_crash_between_the_two_files_loses_nothing(tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(tdmpc2_fast.checkpoint.os, "replace", crash)
+    monkeypatch.setattr(tdmpc2_fast.files.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         other.save(tmp_path / "a")
     monkeypatch.undo()

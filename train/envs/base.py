@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.rng import stream_seed
 
 Array = NDArray[np.float32] | NDArray[np.uint8]
+Actions = NDArray[np.float32]  # (A,), or more in front
 
 
 class Env(Protocol):
@@ -38,6 +39,14 @@ class Env(Protocol):
         """The config with settings the official code fixes for this task."""
         ...
 
+    def random_state(self) -> Any:
+        """All that the episodes to come are drawn from, JSON-ready; None where it cannot be told."""
+        ...
+
+    def set_random_state(self, state: Any) -> None:
+        """Draw the episodes to come as the environment did whose `random_state` this is."""
+        ...
+
     def close(self) -> None:
         """Free what the environment holds."""
         ...
@@ -53,11 +62,21 @@ class Step(NamedTuple):
     success: float
 
 
+class EnvState(NamedTuple):
+    """Where an environment stands, JSON-ready: its random state now, and when its episode began."""
+
+    now: Any
+    origin: Any
+
+
 class Environments(Protocol):
     """The `num_envs` environments of a run, stepped together: in this process or in others.
 
     Equal seeds give equal trajectories wherever they run.
     """
+
+    restarts: int
+    """Times environments were made anew, over the whole run."""
 
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
         """Start an episode in these environments; observations by index.
@@ -75,9 +94,38 @@ class Environments(Protocol):
         """What came of it; None where the environment had to be made anew and its episode is lost."""
         ...
 
+    def states(self) -> list[EnvState]:
+        """Where each stands between two steps."""
+        ...
+
+    def restore(self, states: Sequence[EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
+        """Take environments just made to where those stood that `states` is of.
+
+        actions: what has been done, (T, A), in the episodes under way: they are played again
+        from their origin. What came of it is returned by index, the reset (reward 0) first.
+        """
+        ...
+
     def close(self) -> None:
         """Free the environments."""
         ...
+
+
+def restore(env: Env, state: EnvState, actions: Actions | None) -> list[Step] | None:
+    """`Environments.restore` for one."""
+    if actions is None:
+        if state.now is not None:
+            env.set_random_state(state.now)
+        return None
+    if state.origin is not None:
+        env.set_random_state(state.origin)
+    return [Step(env.reset(), 0.0, False, False, 0.0), *(step(env, a) for a in actions)]
+
+
+def step(env: Env, action: Actions) -> Step:
+    """One decision in one environment."""
+    obs, reward, terminated, truncated, info = env.step(action)
+    return Step(obs, float(reward), bool(terminated), bool(truncated), float(info["success"]))
 
 
 def env_seed(seed: int, index: int, restart: int = 0) -> int:

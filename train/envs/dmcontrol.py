@@ -103,6 +103,15 @@ class DMControl:
         """Nothing is fixed for these tasks."""
         return cfg
 
+    def random_state(self) -> dict[str, Any]:
+        """Of the task."""
+        state = self.env.task.random.get_state(legacy=False)
+        return {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}}
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """Of the task."""
+        self.env.task.random.set_state(state)
+
     def close(self) -> None:
         """Free the physics."""
         self.env.close()
@@ -140,6 +149,14 @@ class Pixels:
     def overrides(self, cfg: Config) -> Config:
         """Nothing is fixed for these tasks."""
         return cfg
+
+    def random_state(self) -> dict[str, Any]:
+        """Of the task."""
+        return self.env.random_state()
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """Of the task."""
+        self.env.set_random_state(state)
 
     def close(self) -> None:
         """Free the physics."""

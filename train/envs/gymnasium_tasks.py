@@ -120,6 +120,15 @@ class GymnasiumTask:
         """The official code fixes discount_max and rho for its named Gymnasium tasks."""
         return cfg.replace(**_OFFICIAL_OVERRIDES) if self.task in OFFICIAL else cfg
 
+    def random_state(self) -> dict[str, Any]:
+        """The seed of the first episode, then the generator of the ones after."""
+        return {"seed": self._seed, "generator": self.env.unwrapped.np_random.bit_generator.state}
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """As told by `random_state`."""
+        self._seed = state["seed"]
+        self.env.unwrapped.np_random.bit_generator.state = state["generator"]
+
     def close(self) -> None:
         """Free the environment."""
         self.env.close()

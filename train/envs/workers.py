@@ -15,7 +15,9 @@ Processes are spawned, so a script that trains with them needs `if __name__ == "
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
 
-from .base import Array, Env, Step, env_seed
+from .base import Actions, Array, Env, EnvState, Step, env_seed, restore, step
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
 START_SECONDS = 300.0  # the first answer includes the imports and making the environments
@@ -55,11 +57,12 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     answered: bool = False  # ever
+    answer: Any = None  # the last
 
-    def tell(self, command: list[int] | None) -> None:
-        """Environments to reset, or None for a step of all; a dead process is noticed when it should answer."""
+    def tell(self, name: str, *args: Any) -> None:
+        """A method of `_Obey` and its arguments; a dead process is noticed when it should answer."""
         with contextlib.suppress(OSError):
-            self.pipe.send(command)
+            self.pipe.send((name, *args))
 
     def end(self, patience: float) -> int | None:
         """Wait that long for the process to end, kill it if it does not; returns its exit code."""
@@ -79,10 +82,16 @@ class Workers:
         make: makes one environment of a config and a seed; it is pickled.
         count: processes, 1 to `num_envs`.
         note: told in a line when a process had to be started anew.
+        restarts: of the run so far.
     """
 
     def __init__(
-        self, cfg: Config, make: Callable[[Config, int], Env], count: int, note: Callable[[str], None]
+        self,
+        cfg: Config,
+        make: Callable[[Config, int], Env],
+        count: int,
+        note: Callable[[str], None],
+        restarts: int = 0,
     ) -> None:
         self.cfg, self._make, self._note = cfg, make, note
         obs = ("obs", np.uint8 if cfg.obs == "rgb" else np.float32, dict(cfg._require("obs_shape"))[cfg.obs])
@@ -91,21 +100,25 @@ class Workers:
         self._row = np.dtype([obs, action, *results], align=True)
         self._memory: Any = _spawn.RawArray("b", cfg.num_envs * self._row.itemsize)
         self._rows = np.frombuffer(self._memory, self._row)
-        self._restarts = 0
-        self._workers = [self._start(part.tolist()) for part in np.array_split(np.arange(cfg.num_envs), count)]
+        self.restarts = restarts
+        self._workers: list[_Worker] = []
+        # An interpreter that ends without close() ends the processes, too: before multiprocessing waits for
+        # them, since they do not mind its signal.
+        multiprocessing.util.Finalize(self, _close, (self._workers,), exitpriority=0)
+        self._workers += [self._start(part.tolist()) for part in np.array_split(np.arange(cfg.num_envs), count)]
 
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
         """As `Environments.reset`."""
         parts = [[i for i in worker.indices if i in which] for worker in self._workers]
         for worker, part in zip(self._workers, parts, strict=True):
             if part:
-                worker.tell(part)
+                worker.tell("reset", part)
         told = time.monotonic()
         for k, part in enumerate(parts):
             start = told
             while part and not self._answered(k, start):
                 part = parts[k] = self._workers[k].indices
-                self._workers[k].tell(part)
+                self._workers[k].tell("reset", part)
                 start = time.monotonic()
         return {i: self._rows["obs"][i].copy() for part in parts for i in part}
 
@@ -113,7 +126,7 @@ class Workers:
         """As `Environments.step_async`; the environments begin at once."""
         self._rows["action"][:] = actions
         for worker in self._workers:
-            worker.tell(None)
+            worker.tell("step")
 
     def step_wait(self) -> list[Step | None]:
         """As `Environments.step_wait`.
@@ -128,18 +141,51 @@ class Workers:
             found += [self._result(i) if answered else None for i in self._workers[k].indices]
         return found
 
+    def states(self) -> list[EnvState]:
+        """As `Environments.states`.
+
+        Raises:
+            EnvError: a process did not answer.
+        """
+        found: dict[int, EnvState] = {}
+        for part in self._ask_all(lambda worker: ("states",)):
+            found.update(part)
+        return [found[i] for i in range(self.cfg.num_envs)]
+
+    def restore(self, states: Sequence[EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
+        """As `Environments.restore`.
+
+        Raises:
+            EnvError: an environment raised, or a process did not answer.
+        """
+
+        def command(worker: _Worker) -> tuple[Any, ...]:
+            mine = {i: states[i] for i in worker.indices}
+            return "restore", mine, {i: a for i, a in actions.items() if i in mine}
+
+        found: dict[int, list[Step]] = {}
+        for part in self._ask_all(command):
+            found.update(part)
+        return found
+
+    def _ask_all(self, command: Callable[[_Worker], tuple[Any, ...]]) -> list[Any]:
+        """Answers of all processes to a command between two steps; none of them may be lost."""
+        for worker in self._workers:
+            worker.tell(*command(worker))
+        start, found = time.monotonic(), []
+        for k in range(len(self._workers)):
+            if not self._answered(k, start):
+                raise EnvError(f"{self._name(self._workers[k])}: the process was lost while it was asked for its state")
+            found.append(self._workers[k].answer)
+        return found
+
     def close(self) -> None:
         """End the processes; those in the middle of something have a few seconds."""
-        for worker in self._workers:
-            worker.pipe.close()
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        while self._workers:
-            self._workers.pop().end(max(0.0, deadline - time.monotonic()))
+        _close(self._workers)
 
     def _start(self, indices: list[int]) -> _Worker:
-        seeds = {i: env_seed(self.cfg.seed, i, self._restarts) for i in indices}
+        seeds = {i: env_seed(self.cfg.seed, i, self.restarts) for i in indices}
         ours, theirs = _spawn.Pipe()
-        # daemon: an interpreter that ends without close() does not wait for it
         process = _spawn.Process(
             target=_work, args=(self.cfg, self._make, seeds, self._memory, self._row, theirs), daemon=True
         )
@@ -153,7 +199,7 @@ class Workers:
         limit = ANSWER_SECONDS if worker.answered else START_SECONDS
         try:
             if worker.pipe.poll(max(0.0, start + limit - time.monotonic())):
-                error = worker.pipe.recv()
+                error, worker.answer = worker.pipe.recv()
                 if error is not None:
                     raise EnvError(f"{self._name(worker)} raised\n{error}")
                 worker.answered = True
@@ -162,10 +208,10 @@ class Workers:
         except (EOFError, OSError):
             code, what = worker.end(patience=_CLOSE_SECONDS), "died"
         what = f"{self._name(worker)}: the process {what} (exit code {code})"
-        if self._restarts == MOST_RESTARTS:
+        if self.restarts == MOST_RESTARTS:
             raise EnvError(f"{what}; allowed: {MOST_RESTARTS} restarts a run")
-        self._restarts += 1
-        self._note(f"{what}; its episodes are dropped, restart {self._restarts} of at most {MOST_RESTARTS}")
+        self.restarts += 1
+        self._note(f"{what}; its episodes are dropped, restart {self.restarts} of at most {MOST_RESTARTS}")
         self._workers[k] = self._start(worker.indices)
         return False
 
@@ -178,6 +224,49 @@ class Workers:
         return Step(row["obs"].copy(), float(row["reward"]), *flags, float(row["success"]))
 
 
+def _close(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.pipe.close()
+    deadline = time.monotonic() + _CLOSE_SECONDS
+    while workers:
+        workers.pop().end(max(0.0, deadline - time.monotonic()))
+
+
+class _Obey:
+    """The environments of a process, made at the first command."""
+
+    def __init__(self, make: Callable[[int], Env], seeds: Mapping[int, int], rows: NDArray[Any]) -> None:
+        self._make, self._seeds, self._rows = make, seeds, rows
+
+    @functools.cached_property
+    def envs(self) -> dict[int, Env]:
+        return {i: self._make(seed) for i, seed in self._seeds.items()}
+
+    @functools.cached_property
+    def origins(self) -> dict[int, Any]:
+        return dict.fromkeys(self.envs)
+
+    def reset(self, which: Sequence[int]) -> None:
+        for i in which:
+            self.origins[i] = self.envs[i].random_state()
+            self._rows["obs"][i] = self.envs[i].reset()
+
+    def step(self) -> None:
+        rows = self._rows
+        for i, env in self.envs.items():
+            found = step(env, rows["action"][i].copy())
+            for name, value in found._asdict().items():
+                rows[name][i] = value
+
+    def states(self) -> dict[int, EnvState]:
+        return {i: EnvState(env.random_state(), self.origins[i]) for i, env in self.envs.items()}
+
+    def restore(self, states: Mapping[int, EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
+        played = {i: restore(env, states[i], actions.get(i)) for i, env in self.envs.items()}
+        self.origins.update((i, state.origin) for i, state in states.items())
+        return {i: steps for i, steps in played.items() if steps is not None}
+
+
 def _work(
     cfg: Config,
     make: Callable[[Config, int], Env],
@@ -186,35 +275,23 @@ def _work(
     row: np.dtype[Any],
     pipe: Connection,
 ) -> None:
-    """What a process does: make its environments, answer each command with None or a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the trainer says when to end
+    """What a process does: answer each command with a traceback or None, and what the command returns."""
+    # Ctrl-C, and what ends a job on a cluster, reach all processes; the trainer says when to end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the cores are the other environments'
-    rows = np.frombuffer(memory, row)
-    envs: dict[int, Env] = {}
-
-    def obey(command: list[int] | None) -> None:
-        if not envs:
-            envs.update((i, make(cfg, seed)) for i, seed in seeds.items())
-        for i in envs if command is None else command:
-            if command is None:
-                obs, *results, info = envs[i].step(rows["action"][i].copy())
-                rows["reward"][i], rows["terminated"][i], rows["truncated"][i] = results
-                rows["success"][i] = info["success"]
-            else:
-                obs = envs[i].reset()
-            rows["obs"][i] = obs
-
+    obey = _Obey(functools.partial(make, cfg), seeds, np.frombuffer(memory, row))
     with contextlib.suppress(EOFError, ConnectionError):  # of the pipe: the trainer closed its end
         while True:
-            command = pipe.recv()
-            error = None
+            name, *args = pipe.recv()
+            error = answer = None
             try:
-                obey(command)
+                answer = getattr(obey, name)(*args)
             except Exception:
                 error = traceback.format_exc()
-            pipe.send(error)
-    for env in envs.values():
+            pipe.send((error, answer))
+    for env in obey.envs.values():
         env.close()
 
 
