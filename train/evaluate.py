@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.planner import Planner
@@ -14,6 +16,7 @@ from tdmpc2_fast.rng import stream_seed
 
 from .envs import make_env
 from .envs.base import Env
+from .stop import Stop
 
 _MOST_SIDE_BY_SIDE = 16
 
@@ -52,21 +55,32 @@ class Evaluator:
         self.envs: list[Env] = [make_env(cfg, s) for s in seeds]
         self.planner = Planner(agent.model, width, seed=stream_seed(cfg.seed, "eval"))
 
-    def run(self) -> Evaluation:
-        """Play the episodes; more than fit side by side are played in rounds."""
+    def run(self, stop: Stop | None = None, busy: Callable[[int, int], None] = lambda done, total: None) -> Evaluation:
+        """Play the episodes; more than fit side by side are played in rounds.
+
+        Args:
+            stop: asked after every decision.
+            busy: told, after every decision, how many have been made and will be at most.
+
+        Raises:
+            Stopped: `stop` said so; the environments and the planner stand where they stood then.
+        """
+        rounds = -(-self.cfg.eval_episodes // len(self.envs))
         found: list[tuple[float, float, int]] = []
-        while len(found) < self.cfg.eval_episodes:
-            found += self._round()
+        for i in range(rounds):
+            length = self.envs[0].max_episode_steps
+            found += self._round(stop or Stop(), lambda done, i=i, n=length: busy(i * n + done, rounds * n))  # type: ignore[misc]
         kept = found[: self.cfg.eval_episodes]
         returns, successes, lengths = (list(x) for x in zip(*kept, strict=True))
         return Evaluation(returns, successes, lengths)
 
-    def _round(self) -> list[tuple[float, float, int]]:
+    def _round(self, stop: Stop, busy: Callable[[int], None]) -> list[tuple[float, float, int]]:
         count = len(self.envs)
         obs = [env.reset() for env in self.envs]
         total, success, length = [0.0] * count, [0.0] * count, [0] * count
         running, t0 = [True] * count, True
         while any(running):
+            stop.check()
             actions = self._act(np.stack(obs), t0)
             t0 = False
             for i in (i for i in range(count) if running[i]):
@@ -75,7 +89,19 @@ class Evaluator:
                 length[i] += 1
                 success[i] = info["success"]
                 running[i] = not (terminated or truncated)
+            busy(max(length))
         return list(zip(total, success, length, strict=True))
+
+    def states(self) -> list[Any]:
+        """Random states of the environments between two evaluations."""
+        return [env.random_state() for env in self.envs]
+
+    def restore(self, states: Sequence[Any], planner: Mapping[str, Tensor]) -> None:
+        """Evaluate as if the evaluations had come before that those came before whose states these are."""
+        for env, state in zip(self.envs, states, strict=False):  # eval_episodes may be others now
+            env.set_random_state(state)
+        if planner["prev_mean"].shape == self.planner.prev_mean.shape:
+            self.planner.load_state(planner)
 
     def _act(self, obs: np.ndarray, t0: bool) -> np.ndarray:
         batch = torch.from_numpy(obs)

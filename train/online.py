@@ -13,58 +13,34 @@ says so; otherwise the host waits for it first. Nothing else differs, and no num
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from tdmpc2_fast import checkpoint
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.replay import ReplayBuffer
 from tdmpc2_fast.rng import stream_seed
 
+from .checkpoints import Checkpoints, Saved
 from .envs import complete, make_env
-from .envs.base import Array, Step, env_seed
+from .envs.base import Actions, EnvState, env_seed
 from .envs.together import environments
+from .episode import Episode
 from .evaluate import Evaluation, Evaluator
 from .overlap import updates_on
 from .run_log import RunLog
+from .stop import Stop, Stopped
 
-
-class Episode:
-    """The steps of one episode as they come; row 0 is the reset, with NaN action and reward."""
-
-    def __init__(self, obs: Array, action_dim: int) -> None:
-        self.obs = [obs]
-        self.action = [np.full(action_dim, np.nan, dtype=np.float32)]
-        self.reward, self.terminated = [np.nan], [np.nan]
-        self.ended = False
-        self.success = 0.0
-
-    def __len__(self) -> int:
-        return len(self.obs) - 1
-
-    def append(self, action: NDArray[np.float32], step: Step) -> None:
-        """One decision and what came of it."""
-        self.obs.append(step.obs)
-        self.action.append(action)
-        self.reward.append(step.reward)
-        self.terminated.append(float(step.terminated))
-        self.ended = step.terminated or step.truncated
-        self.success = step.success
-
-    def rows(self) -> dict[str, Any]:
-        """As `ReplayBuffer.add` takes it."""
-        return dict(
-            obs=np.stack(self.obs),
-            action=np.stack(self.action),
-            reward=np.asarray(self.reward, dtype=np.float32),
-            terminated=np.asarray(self.terminated, dtype=np.float32),
-        )
+_LAUNCHED_AT_ONCE = 16  # updates; a run that is asked to stop, or to show itself, finishes these first
 
 
 class OnlineTrainer:
@@ -73,18 +49,26 @@ class OnlineTrainer:
     Args:
         cfg: config without what the environment fills in.
         folder: where CSVs and checkpoints go.
+        saved: the checkpoint of this run to go on from.
+        stop: looked at between steps.
+
+    Raises:
+        ConfigError: the task terminates and `episodic` is not set, among others.
     """
 
-    def __init__(self, cfg: Config, folder: Path) -> None:
-        first = make_env(cfg, env_seed(cfg.seed, 0))
+    def __init__(self, cfg: Config, folder: Path, saved: Saved | None = None, stop: Stop | None = None) -> None:
+        values: Mapping[str, Any] = {} if saved is None else saved.values
+        # Where the environments' states are not known, others are made than those that led to it.
+        restarts = values.get("restarts", 0) + (saved is not None and values["envs"] is None)
+        first = make_env(cfg, env_seed(cfg.seed, 0, restarts))
         self.cfg = cfg = complete(cfg, first)
         self.agent = TDMPC2(cfg)
-        if cfg.checkpoint is not None:
+        if cfg.checkpoint is not None and saved is None:
             self.agent.load(cfg.checkpoint)
         self.buffer = ReplayBuffer(cfg, self.agent.device)
-        self.evaluator = Evaluator(self.agent)
-        self.folder = folder
-        self.log = RunLog(cfg, folder, first.action_repeat)
+        self.folder, self.stop = folder, stop or Stop()
+        self.log = RunLog(cfg, folder, first.action_repeat, self._about(), values.get("log"))
+        self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints)
         # Updates on the CPU and environments want the same cores, and an update takes far longer than a step.
         self.overlap = self.agent.device.type == "cuda" if cfg.overlap is None else cfg.overlap
         self._updates = updates_on(self.agent.updater, self.overlap)
@@ -94,21 +78,45 @@ class OnlineTrainer:
         self._decisions = 0
         self._updates_due = 0.0
         self._seeded = False
-        self._next_eval = 0
+        self._evaluated_at = -1  # decisions
         self._best = -np.inf
-        self.envs = environments(cfg, first, self.log.note)  # last: what fails before it leaves no process behind
+        self._saved_at = time.monotonic()
+        self.envs = environments(cfg, first, self.log.warn, restarts)  # last: what fails before leaves no process
+        if saved is not None:
+            self._restore(saved)
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """Made when it is first needed."""
+        return Evaluator(self.agent)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all decisions are made and evaluated."""
+        return self._evaluated_at >= self.cfg.steps
 
     def run(self) -> Evaluation:
-        """Train for `steps` decisions; returns the last evaluation."""
+        """Train for `steps` decisions; returns the last evaluation.
+
+        Raises:
+            Stopped: `stop` said so; the checkpoint to go on from is written.
+        """
         try:
+            self._launch()  # what is left over where the run was stopped among many
+            self._stop_or_save()
             while self._decisions < self.cfg.steps:
-                if self._decisions >= self._next_eval and any(e is None or e.ended for e in self._episodes):
+                if self._evaluation_due and any(e is None or e.ended for e in self._episodes):
                     self._evaluate()
                 self.step()
-            return self._evaluate()
+                self._stop_or_save()
+            found = self._evaluate()
+            self._save()
+            return found
+        except (Stopped, KeyboardInterrupt):
+            raise
         except BaseException:
             self._updates.close()  # those under way end, so that the weights saved are of whole updates
-            self._save("latest")
+            self._save(whole=False)
             raise
         finally:
             self.close()
@@ -116,24 +124,32 @@ class OnlineTrainer:
     def step(self) -> None:
         """One decision in every environment, and the updates due with it."""
         self._take_in()
-        self._reset()
-        actions = self._act()
+        with self.log.clock.part("environment"):
+            self._reset()
+        with self.log.clock.part("plan"):
+            actions = self._act()
         self.envs.step_async(actions)
         self._learn()
-        self._observe(actions)
+        with self.log.clock.part("environment"):
+            self._observe(actions)
+        self.log.step(self._decisions, len(self.buffer) / self.buffer.capacity)
 
     def close(self) -> None:
         """Free what the updates and the environments hold."""
         self._updates.close()
         self.envs.close()
-        self.evaluator.close()
+        if "evaluator" in self.__dict__:
+            self.evaluator.close()
+
+    # ---- a decision, in its order
 
     def _take_in(self) -> None:
         """What follows comes after the updates launched; episodes that ended enter replay and log."""
-        self._updates.join()
-        ended = [i for i, e in enumerate(self._episodes) if e is not None and e.ended]
-        if ended:
-            self._updates.wait()  # they read the replay
+        with self.log.clock.part("update"):
+            self._updates.join()
+            ended = [i for i, e in enumerate(self._episodes) if e is not None and e.ended]
+            if ended:
+                self._updates.wait()  # they read the replay
         for i in ended:
             episode, self._episodes[i] = self._episodes[i], None
             assert episode is not None
@@ -147,7 +163,7 @@ class OnlineTrainer:
             for i, obs in self.envs.reset(which).items():
                 self._episodes[i] = Episode(obs, self.cfg._require("action_dim"))
 
-    def _act(self) -> NDArray[np.float32]:
+    def _act(self) -> Actions:
         """An action for every environment (E, A): random at first, then the agent's."""
         self._decisions += self.cfg.num_envs
         if not self._seeded:
@@ -160,23 +176,33 @@ class OnlineTrainer:
 
     def _learn(self) -> None:
         """Launch the updates that are due."""
-        seed_steps = self.cfg.seed_steps or 0
         if self._seeded:
             self._updates_due += self.cfg.utd * self.cfg.num_envs
-        elif self._decisions > seed_steps and self.buffer.num_sampleable > 0:
+        elif self._decisions > self._seed_steps and self.buffer.num_sampleable > 0:
             self._seeded = True
-            self.log.note(f"pretraining on the seed data: {seed_steps:,} updates")
-            self._updates_due += seed_steps
-        while self._updates_due >= 1:
-            self._updates.launch(self._update)
-            self._updates_due -= 1
-        if not self.overlap:
-            self._updates.wait()
+            self.log.note(f"pretraining on the seed data: {self._seed_steps:,} updates")
+            self._updates_due += self._seed_steps
+        self._launch()
+
+    def _launch(self) -> None:
+        """Launch updates until none is due, or, among many, until the run is asked to stop."""
+        many = total = int(self._updates_due)
+        with self.log.clock.part("update"):
+            while self._updates_due >= 1:
+                if self.stop and many > _LAUNCHED_AT_ONCE:
+                    return
+                self._updates.launch(self._update)
+                self._updates_due -= 1
+                if int(self._updates_due) % _LAUNCHED_AT_ONCE == 0 and many > _LAUNCHED_AT_ONCE:
+                    self._updates.wait()
+                    self.log.busy("pretraining", total - int(self._updates_due), total)
+            if not self.overlap:
+                self._updates.wait()
 
     def _update(self) -> None:
         self._metrics = self.agent.update(self.buffer)
 
-    def _observe(self, actions: NDArray[np.float32]) -> None:
+    def _observe(self, actions: Actions) -> None:
         """Wait for the environments; note what came of the actions."""
         for i, (episode, step) in enumerate(zip(self._running(), self.envs.step_wait(), strict=True)):
             if step is None:
@@ -189,35 +215,173 @@ class OnlineTrainer:
     def _running(self) -> list[Episode]:
         return [e for e in self._episodes if e is not None]
 
+    @property
+    def _seed_steps(self) -> int:
+        return self.cfg.seed_steps or 0
+
     def _record(self, episode: Episode) -> None:
         row = dict(
             episode=self.buffer.num_eps,
-            episode_reward=round(float(np.sum(episode.reward[1:])), 2),
+            episode_reward=round(episode.total, 2),
             episode_success=episode.success,
             episode_length=len(episode),
             episode_terminated=episode.terminated[-1],
         )
         names = _metric_names(self.cfg.episodic)
-        metrics = {k: float(self._metrics[k]) if k in self._metrics else None for k in names}
-        self.log.episode(self._decisions, row | metrics)
+        known = [k for k in names if k in self._metrics]
+        # One copy from the device, not one a metric.
+        read = torch.stack([self._metrics[k] for k in known]).tolist() if known else []
+        self.log.episode(self._decisions, row | dict.fromkeys(names) | dict(zip(known, read, strict=True)))
 
     def _evaluate(self) -> Evaluation:
         self._take_in()
-        self._next_eval = (self._decisions // self.cfg.eval_freq + 1) * self.cfg.eval_freq
-        self._save("latest")
-        found = self.evaluator.run()
-        self.log.evaluation(self._decisions, found.mean_return, found.std_return, len(found.returns))
+        saved = self._save()
+        with self.log.clock.part("evaluation"):
+            found = self.evaluator.run(self.stop, functools.partial(self.log.busy, "evaluating"))
+        self._evaluated_at = self._decisions
+        success = float(np.mean(found.successes))
+        self.log.evaluation(self._decisions, found.mean_return, found.std_return, len(found.returns), success)
         if found.mean_return > self._best:
             self._best = found.mean_return
-            self._save("best")
+            if saved:
+                self.checkpoints.mark_best()
         return found
 
-    def _save(self, name: str) -> None:
-        """Write a checkpoint, unless switched off or the weights are not worth keeping."""
-        self._updates.wait()
-        finite = all(bool(p.isfinite().all()) for p in self.agent.model.parameters())
-        if self.cfg.save_agent and finite:
-            self.agent.save(self.folder / "checkpoints" / name)
+    # ---- stopping and going on
+
+    @property
+    def _evaluation_due(self) -> bool:
+        return (
+            self._evaluated_at < 0 or self._decisions // self.cfg.eval_freq > self._evaluated_at // self.cfg.eval_freq
+        )
+
+    def _stop_or_save(self) -> None:
+        """Between two steps: end if that is wished, write a checkpoint if it is time."""
+        minutes = self.cfg.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        if self.stop or due:
+            self._save()
+        self.stop.check()
+
+    def _save(self, whole: bool = True) -> bool:
+        """Write a checkpoint, unless switched off or the weights are not worth keeping; whether it was.
+
+        whole: False leaves out environments and the episodes in them, after one has failed.
+        """
+        self._saved_at = time.monotonic()
+        if not self.cfg.save_agent:
+            return False
+        try:
+            if whole:
+                self._updates.wait()
+            if not all(bool(p.isfinite().all()) for p in self.agent.model.parameters()):
+                self.log.warn("no checkpoint: weights are not finite; the last one stays")
+                return False
+            self.checkpoints.save(self.agent.model, *self._state(whole), self.buffer)
+            return True
+        except OSError as e:
+            self.log.warn(
+                f"no checkpoint: {e}. The last one is whole. Make room or mend the disk: the next is tried "
+                f"in {self.cfg.checkpoint_minutes or 0:g} minutes or at the next evaluation"
+            )
+        except Exception as e:
+            if whole:
+                raise
+            self.log.warn(f"no checkpoint: {type(e).__name__}: {e}")  # what it follows from is told next
+        return False
+
+    def _state(self, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything to go on from but weights and steps of the replay."""
+        parts: dict[str, Mapping[str, Tensor]] = dict(
+            planner=self.agent.planner.state(),
+            updater=self.agent.updater.state(),
+            replay=self.buffer.state(),
+            metrics=self._metrics,
+        )
+        evaluating = "evaluator" in self.__dict__
+        if evaluating:
+            parts["evaluation"] = self.evaluator.planner.state()
+        for i, episode in enumerate(self._episodes):
+            if episode is not None and whole:
+                parts[f"episode {i}"] = episode.tensors()
+        values = dict(
+            decisions=self._decisions,
+            updates_due=self._updates_due,
+            seeded=self._seeded,
+            evaluated_at=self._evaluated_at,
+            best=self._best if np.isfinite(self._best) else None,
+            random=self._random.bit_generator.state,
+            envs=self.envs.states() if whole else None,
+            restarts=self.envs.restarts,
+            evaluation=self.evaluator.states() if evaluating else None,
+            log=self.log.state(),
+            made_by=self._made_by(),
+        )
+        return {f"{part}/{name}": x for part, found in parts.items() for name, x in found.items()}, values
+
+    def _restore(self, saved: Saved) -> None:
+        """Stand where the checkpoint was written."""
+        values, parts = saved.values, _parts(saved.tensors)
+        agent, device = self.agent, self.agent.device
+        checkpoint.load_into(agent.model, saved.weights, repr(str(saved.folder)))
+        agent.updater.load_state(parts.get("updater", {}))
+        agent.planner.load_state(parts["planner"])
+        self.buffer.restore(parts["replay"], self.checkpoints.replay.read())
+        self._metrics = {k: x.to(device) for k, x in parts.get("metrics", {}).items()}
+        self._decisions, self._updates_due = values["decisions"], values["updates_due"]
+        self._seeded, self._evaluated_at = values["seeded"], values["evaluated_at"]
+        self._best = -np.inf if values["best"] is None else values["best"]
+        self._random.bit_generator.state = values["random"]
+        if values["evaluation"] is not None:
+            self.evaluator.restore(values["evaluation"], parts["evaluation"])
+        if values["envs"] is None:
+            self.log.note("the episodes under way are not in the checkpoint: new ones are begun")
+        else:
+            self._restore_episodes([EnvState(*state) for state in values["envs"]], parts)
+        before, now = values["made_by"], self._made_by()
+        changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
+        if changed:
+            self.log.note(
+                f"going on with {', '.join(changed)}: the same algorithm, but not bit for bit the same numbers"
+            )
+
+    def _restore_episodes(self, states: list[EnvState], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Play the episodes under way again; drop those of which something else comes."""
+        kept = {i: parts[f"episode {i}"] for i in range(len(states)) if f"episode {i}" in parts}
+        actions = {i: k["action"].numpy()[1:] for i, k in kept.items()}
+        for i, steps in self.envs.restore(states, actions).items():
+            self._episodes[i] = Episode.replayed(kept[i], steps)
+            if self._episodes[i] is None:
+                self.log.warn(
+                    f"{self.cfg.task}, environment {i}: the same actions gave other observations, so the episode under "
+                    "way is dropped and a new one begun; the run goes on, but not bit for bit"
+                )
+
+    def _made_by(self) -> dict[str, str]:
+        """What the rounding of a run depends on."""
+        agent = self.agent
+        name = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else "cpu"
+        return dict(
+            device=name, backend=agent.backend.name, torch=torch.__version__, threads=str(torch.get_num_threads())
+        )
+
+    def _about(self) -> dict[str, str]:
+        agent = self.agent
+        return dict(
+            model=f"{agent.model.total_params:,} parameters",
+            device=str(agent.device),
+            backend=f"{agent.backend.name} ({agent.backend.why})",
+            threads=str(torch.get_num_threads()),
+        )
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """By what stands before the stroke in their names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        part, _, rest = name.partition("/")
+        found.setdefault(part, {})[rest] = x
+    return found
 
 
 def _metric_names(episodic: bool) -> list[str]:

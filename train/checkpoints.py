@@ -1,0 +1,162 @@
+"""Checkpoints of a run: all it takes to go on bit for bit, each of them whole or absent.
+
+    checkpoints/0007-at-12000/   agent.safetensors + agent.json   the weights, as `tdmpc2_fast.load` takes them
+                                 training.safetensors             optimisers, scale, random streams, episodes under way
+                                 manifest.json                    counters, checksums, the files of the replay
+    checkpoints/latest.*, best.*                                  weights of the newest, and of the best evaluation
+    replay/0000000000-0000011500.safetensors                      steps, shared by all checkpoints
+
+A checkpoint is written in a folder of another name, flushed to disk and renamed: a run that is
+killed while it writes one leaves those before as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tdmpc2_fast import checkpoint
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import CheckpointError
+from tdmpc2_fast.files import flush, read_tensors, replacing, write_tensors
+from tdmpc2_fast.replay import ReplayBuffer
+from tdmpc2_fast.world_model import WorldModel
+
+from .replay_files import Chunk, ReplayFiles, sha256
+
+FORMAT = "tdmpc2-fast-run/1"
+_NAME = re.compile(r"(\d+)-at-\d+")
+_WEIGHTS = "agent.safetensors"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, read and found whole.
+
+    weights: state dict of the world model; tensors, values: what was given to `Checkpoints.save`.
+    """
+
+    folder: Path
+    cfg: Config
+    weights: dict[str, Any]
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder; the newest `keep` stay."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.folder, self.keep = run / "checkpoints", keep
+        self.replay = ReplayFiles(run / "replay")
+
+    def save(
+        self, model: WorldModel, tensors: Mapping[str, Tensor], values: Mapping[str, Any], buffer: ReplayBuffer
+    ) -> Path:
+        """Write a checkpoint; returns its folder.
+
+        values: JSON-ready, `decisions` among them.
+
+        Raises:
+            OSError: it cannot be written; those before are as they were.
+        """
+        self.folder.mkdir(exist_ok=True)
+        number = max((n for n, _ in self._present()), default=0) + 1
+        folder = self.folder / f"{number:04d}-at-{values['decisions']}"
+        tmp = self.folder / f".{folder.name}.tmp"
+        try:
+            tmp.mkdir()
+            chunks = self.replay.save(buffer)
+            checkpoint.save(model, tmp / _WEIGHTS)
+            write_tensors(tmp / "training.safetensors", tensors)
+            manifest = dict(
+                format=FORMAT,
+                values=dict(values),
+                files={p.name: sha256(p) for p in sorted(tmp.iterdir())},
+                replay=[dict(c._asdict(), sha256=self._sha256_of(c)) for c in chunks],
+            )
+            with replacing(tmp / "manifest.json") as path:
+                path.write_text(json.dumps(manifest, indent=1) + "\n")
+            tmp.rename(folder)
+            flush(self.folder)
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        self._point("latest", folder)
+        self._prune()
+        return folder
+
+    def mark_best(self) -> None:
+        """`best` are the weights of the newest checkpoint from here on."""
+        self._point("best", max(self._present())[1])
+
+    def newest(self, note: Callable[[str], None]) -> Saved | None:
+        """The newest checkpoint that is whole; None where there is none at all.
+
+        Damaged ones are set aside, and `note` is told.
+
+        Raises:
+            CheckpointError: all are damaged, or of another version.
+        """
+        damaged = []
+        for _, folder in sorted(self._present(), reverse=True):
+            try:
+                manifest = json.loads((folder / "manifest.json").read_text())
+                if manifest["format"] == FORMAT:
+                    return self._read(folder, manifest)
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                damaged.append(f"{folder}: {e}")
+                note(f"checkpoint {folder} is damaged ({e}); it is kept as {aside.name}, the one before is taken")
+                folder.rename(aside)
+                continue
+            raise CheckpointError(f"checkpoint {folder}: format {manifest['format']!r}, allowed: {FORMAT!r}")
+        if damaged:
+            raise CheckpointError("no checkpoint of this run is whole: " + "; ".join(damaged))
+        return None
+
+    def _read(self, folder: Path, manifest: dict[str, Any]) -> Saved:
+        chunks = [Chunk(**entry) for entry in manifest["replay"]]
+        sums = [(folder / name, expected) for name, expected in manifest["files"].items()]
+        for path, expected in sums + [(self.replay.folder / c.file, c.sha256) for c in chunks]:
+            if sha256(path) != expected:
+                raise CheckpointError(f"checksum of {path.name} differs from its manifest")
+        weights, cfg = checkpoint.read(folder / _WEIGHTS)
+        assert cfg is not None
+        tensors, _ = read_tensors(folder / "training.safetensors")
+        self.replay.chunks = chunks
+        return Saved(folder, cfg, weights, tensors, manifest["values"])
+
+    def _present(self) -> list[tuple[int, Path]]:
+        """Number and folder of every checkpoint, in no order."""
+        names = ((_NAME.fullmatch(p.name), p) for p in self.folder.glob("*-at-*") if (p / "manifest.json").exists())
+        return [(int(match[1]), p) for match, p in names if match]
+
+    def _point(self, name: str, folder: Path) -> None:
+        """Make `name` the weights of this checkpoint: the same file, where the file system can."""
+        for source in (folder / _WEIGHTS, (folder / _WEIGHTS).with_suffix(".json")):
+            with replacing(self.folder / f"{name}{source.suffix}") as tmp:
+                tmp.unlink()
+                try:
+                    os.link(source, tmp)
+                except OSError:
+                    shutil.copyfile(source, tmp)
+
+    def _prune(self) -> None:
+        """Delete what was there before the newest `keep`, and what runs that were killed left behind."""
+        kept = [p for _, p in sorted(self._present())[-self.keep :]]
+        for path in self.folder.iterdir():
+            whole = _NAME.fullmatch(path.name) and path not in kept
+            if whole or (path.is_dir() and path.suffix == ".tmp"):
+                (path / "manifest.json").unlink(missing_ok=True)  # first: without it, it is none
+                shutil.rmtree(path)
+        needed = {c["file"] for p in kept for c in json.loads((p / "manifest.json").read_text())["replay"]}
+        self.replay.prune(needed)
