@@ -1,20 +1,19 @@
-"""Where a run leaves its files, and the lines a person sees."""
+"""Where a run leaves its files, and what becomes of its numbers."""
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tdmpc2_fast.checkpoint import _replacing
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-_EVAL_COLUMNS = ("step", "reward", "seed")
-_SECONDS_BETWEEN_LINES = 5.0
+from .display import Clock, Status, choose
+from .sinks import Csv, Disk, Sink, TensorBoard, WandB
 
 
 def run_folder(cfg: Config) -> Path:
@@ -44,66 +43,109 @@ def run_folder(cfg: Config) -> Path:
 
 
 class RunLog:
-    """Writes `config.json`, `eval.csv` (official columns) and `train.csv`, and prints progress.
+    """Keeps `config.json`, the CSV files, TensorBoard, Weights & Biases and the display of a run.
 
-    `step` in `eval.csv` counts environment steps, action repeat included, like the published
-    curves; everywhere else steps are decisions.
+    `step` counts environment steps, action repeat included, like the published curves;
+    decisions are calls of the planner.
+
+    Args:
+        cfg: the completed config.
+        folder: the run folder.
+        action_repeat: environment steps per decision.
+        about: facts for the header, in order, e.g. `{"model": "1,012,345 parameters", "device": "cpu"}`.
+        resumed: what `state` returned when the checkpoint was written that the run goes on from.
+            Rows after it are taken back: they belong to a stretch that is run again.
+
+    Raises:
+        ConfigError: `enable_wandb` or `display=live` without the package.
+        OSError: a file that cannot be written at the start.
     """
 
-    def __init__(self, cfg: Config, folder: Path, action_repeat: int) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        folder: Path,
+        action_repeat: int,
+        about: Mapping[str, str],
+        resumed: Mapping[str, Any] | None = None,
+    ) -> None:
         self.cfg, self.folder, self.action_repeat = cfg, folder, action_repeat
-        (folder / "config.json").write_text(json.dumps(cfg.to_dict(), indent=1) + "\n")
-        self._train_columns: list[str] | None = None
-        self._start = self._last_line = time.monotonic()
-        self._last_decisions = 0
+        self.clock = Clock()
+        self._status = Status(cfg, folder, action_repeat, about, self.clock)
+        self._closed = False
+        saved: Mapping[str, Any] = resumed or {}
+        if resumed is not None:
+            self._status.load(resumed["status"])
+        self._write_config()
+        self._display = choose(self._status)
+        self._disk = Disk(self.note, self.warn)
+        self._sinks: dict[str, Sink] = {}
+        if cfg.enable_wandb:
+            self._sinks["wandb"] = WandB(cfg, folder, saved.get("wandb"), self.note, self.warn)
+        if cfg.save_csv:
+            self._sinks["csv"] = Csv(folder, cfg.seed, self._disk, saved.get("csv"), self.warn)
+        if cfg.tensorboard:
+            try:
+                self._sinks["tensorboard"] = TensorBoard(folder, self._disk, saved.get("tensorboard"), self.warn)
+            except ImportError:
+                self.note("no TensorBoard files: the package is missing; pip install 'tdmpc2-fast[train]'")
 
-    def evaluation(self, decisions: int, mean: float, std: float, episodes: int) -> None:
-        """One evaluation, at this many decisions of training."""
-        step = decisions * self.action_repeat
-        self._append("eval.csv", _EVAL_COLUMNS, dict(step=step, reward=round(mean, 1), seed=self.cfg.seed))
-        print(
-            f"eval   step {step:>9,}  decisions {decisions:>9,}  return {mean:8.1f} ± {std:.1f}"
-            f"  ({episodes} episodes)  {self._elapsed()}",
-            flush=True,
-        )
-        self._last_line, self._last_decisions = time.monotonic(), decisions
+    def _write_config(self) -> None:
+        path, text = self.folder / "config.json", json.dumps(self.cfg.to_dict(), indent=1) + "\n"
+        if not path.exists() or path.read_text() != text:
+            with _replacing(path) as tmp:
+                tmp.write_text(text)
+
+    def step(self, decisions: int, replay: float) -> None:
+        """After every decision: how many there were, and the filled share of the replay, 0 to 1."""
+        now = self._status.step(decisions, replay)
+        if now >= self._display.due:
+            self._status.sample()
+            self._display.show(now)
+
+    def busy(self, what: str, done: int, total: int) -> None:
+        """Inside a long stretch between two decisions, e.g. `busy("pretraining", 10, 1000)`."""
+        now = self._status.busy(what, done, total)
+        if now >= self._display.due:
+            self._display.show(now)
 
     def episode(self, decisions: int, row: Mapping[str, Any]) -> None:
-        """One finished training episode; a line is printed every few seconds at most."""
-        if self._train_columns is None:
-            self._train_columns = ["step", "decisions", *row]
-        values = dict(step=decisions * self.action_repeat, decisions=decisions, **row)
-        self._append("train.csv", self._train_columns, values)
-        now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            rate = (decisions - self._last_decisions) / max(now - self._last_line, 1e-9)
-            losses = "".join(
-                f"  {name.removesuffix('_loss')} {row[name]:.3f}"
-                for name in ("consistency_loss", "reward_loss", "value_loss", "pi_loss")
-                if row.get(name) is not None
-            )
-            print(
-                f"train  step {decisions * self.action_repeat:>9,}  return {row['episode_reward']:8.1f}"
-                f"  {rate:6.1f} decisions/s{losses}  {self._elapsed()}",
-                flush=True,
-            )
-            self._last_line, self._last_decisions = now, decisions
+        """One finished training episode: its row of `train.csv`; None for what is not known yet."""
+        self._status.row = row
+        self._write("train", decisions, dict(decisions=decisions, **row))
+
+    def evaluation(self, decisions: int, mean: float, std: float, episodes: int, success: float = 0.0) -> None:
+        """One evaluation, at this many decisions of training: mean and spread of the returns."""
+        self._status.evaluated(mean)
+        self._write("eval", decisions, {"return": mean, "return_std": std, "success": success})
+        succeeded = f"  success {success:.2f}" if success else ""
+        self._display.note(
+            f"eval   step {decisions * self.action_repeat:>9,}  return {mean:8.1f} ± {std:.1f}{succeeded}"
+            f"  ({episodes} episodes)"
+        )
+
+    def _write(self, kind: str, decisions: int, values: Mapping[str, Any]) -> None:
+        for sink in self._sinks.values():
+            sink.write(kind, decisions * self.action_repeat, values)
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        print(text, flush=True)
+        self._display.note(text)
 
-    def _elapsed(self) -> str:
-        seconds = int(time.monotonic() - self._start)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    def warn(self, text: str) -> None:
+        """Something went wrong and the run goes on; shown by every display."""
+        self._display.warn(text)
 
-    def _append(self, name: str, columns: list[str] | tuple[str, ...], row: Mapping[str, Any]) -> None:
-        if not self.cfg.save_csv:
+    def state(self) -> dict[str, Any]:
+        """JSON-ready, for `resumed` of a later session; CSV rows so far are on the disk when it returns."""
+        return dict(status=self._status.state(), **{name: sink.state() for name, sink in self._sinks.items()})
+
+    def close(self, summary: Sequence[str] = ()) -> None:
+        """End the display and the files, then print the lines of `summary`; a second call does nothing."""
+        if self._closed:
             return
-        path = self.folder / name
-        new = not path.exists()
-        with open(path, "a", newline="") as f:
-            writer = csv.DictWriter(f, columns, restval="", extrasaction="ignore", lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        self._closed = True
+        lost = [text for text in (sink.close() for sink in self._sinks.values()) if text]
+        if lost:
+            self.warn(f"never written: {', '.join(lost)}")
+        self._display.close(summary)

@@ -1,0 +1,424 @@
+"""What a person sees of a run while it goes: a live table in a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import textwrap
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live as RichLive
+    from rich.panel import Panel
+    from rich.text import Text
+
+_RATE_SECONDS = 60.0
+_FIRST_LINE, _BETWEEN_LINES = 5.0, 30.0
+_BETWEEN_REFRESHES = 0.5
+_REFRESH_SHARE = 200  # a refresh waits for at least this many times its own duration
+_NOTES = 8
+_WIDEST, _LABEL, _GAP = 120, 9, "   "
+_KEPT = ("decisions", "replay", "last_eval", "best_eval", "eval_seconds")
+_LOSSES = ("consistency", "reward", "value", "pi", "termination")
+
+
+class Clock:
+    """How long the parts of a run took, in seconds. Parts inside each other count twice."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """`with clock.part("plan"):` adds the time inside to `seconds["plan"]`."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+
+class Status:
+    """What is known of a run; `RunLog` writes it, displays read it. No tensor is kept here."""
+
+    def __init__(self, cfg: Config, folder: Path, action_repeat: int, about: Mapping[str, str], clock: Clock) -> None:
+        self.cfg, self.folder, self.action_repeat = cfg, folder, action_repeat
+        self.about, self.clock = dict(about), clock
+        self.decisions, self.replay = 0, 0.0
+        self.row: Mapping[str, Any] = {}  # the last training episode
+        self.last_eval: float | None = None
+        self.best_eval: float | None = None
+        self.eval_seconds = 0.0  # of the last evaluation
+        self.notes: deque[tuple[str, str, bool]] = deque()  # when, what, whether it is a warning
+        self.doing: tuple[str, int, int] | None = None
+        self.over = False
+        self.before = 0.0  # seconds of earlier sessions
+        self._start = self._last_step = perf_counter()
+        self._aside = 0.0
+        self._long = False
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def step(self, decisions: int, replay: float) -> float:
+        """One decision was made; returns the time."""
+        now = perf_counter()
+        if self._long:  # the decision around a long stretch says nothing of the speed
+            self._aside += now - self._last_step
+            self._long, self.doing = False, None
+        self._last_step = now
+        self.decisions, self.replay = decisions, replay
+        if not self._samples:
+            self.sample()
+        return now
+
+    def busy(self, what: str, done: int, total: int) -> float:
+        """A long stretch goes on; returns the time."""
+        self.doing, self._long = (what, done, total), True
+        return perf_counter()
+
+    def evaluated(self, mean: float) -> None:
+        """An evaluation has ended."""
+        self.eval_seconds = perf_counter() - self._last_step
+        self.last_eval = mean
+        self.best_eval = mean if self.best_eval is None else max(mean, self.best_eval)
+        self.doing, self._long = None, True
+
+    def sample(self) -> None:
+        """Take the speed: between now and about a minute ago."""
+        seeding = self.cfg.seed_steps or 0
+        if self._samples and self._samples[-1][1] <= seeding < self.decisions:
+            self._samples.clear()  # random actions are faster than planned ones
+        self._samples.append((self._last_step - self._start - self._aside, self.decisions))
+        while len(self._samples) > 2 and self._samples[1][0] < self._samples[-1][0] - _RATE_SECONDS:
+            self._samples.popleft()
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready, for `load`."""
+        row = {k: v for k, v in self.row.items() if v is None or isinstance(v, (int, float))}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return dict(**kept, row=row, elapsed=self.elapsed, seconds=self.clock.seconds)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        for name in _KEPT:
+            setattr(self, name, state[name])
+        self.row, self.before = state["row"], state["elapsed"]
+        self.clock.seconds.update(state["seconds"])
+
+    @property
+    def rate(self) -> float | None:
+        """Decisions per second lately, pretraining and evaluations left out."""
+        if len(self._samples) < 2:
+            return None
+        (t0, n0), (t1, n1) = self._samples[0], self._samples[-1]
+        return (n1 - n0) / (t1 - t0) if t1 > t0 else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to go: decisions at the recent speed, and evaluations like the last one."""
+        rate, cfg = self.rate, self.cfg
+        if not rate or self.over or self.decisions <= (cfg.seed_steps or 0):
+            return None
+        evaluations = max((cfg.steps - 1) // cfg.eval_freq - self.decisions // cfg.eval_freq, 0) + 1
+        return max(cfg.steps - self.decisions, 0) / rate + evaluations * self.eval_seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this run, earlier sessions included."""
+        return self.before + perf_counter() - self._start
+
+    @property
+    def losses(self) -> list[tuple[str, float]]:
+        """Losses of the last training episode's last update, by short name."""
+        found = ((name, self.row.get(f"{name}_loss")) for name in _LOSSES)
+        return [(name, value) for name, value in found if value is not None]
+
+
+def hms(seconds: float | None) -> str:
+    """Hours, minutes, seconds."""
+    if seconds is None:
+        return "-:--:--"
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+class Quiet:
+    """Shows warnings only, and what is said when all is over."""
+
+    def __init__(self, status: Status) -> None:
+        self.status = status
+        self.due = float("inf")  # when `show` wants to be called
+
+    def show(self, now: float) -> None:
+        """The display is due."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def warn(self, text: str) -> None:
+        """Something went wrong; the run goes on."""
+        _print(f"warning: {text}  {hms(self.status.elapsed)}", error=True)
+
+    def close(self, summary: Sequence[str]) -> None:
+        """The run is over."""
+        for line in summary:
+            _print(line)
+
+
+class Lines(Quiet):
+    """Plain lines for pipes and logs, each readable by itself."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status)
+        self.due = perf_counter() + _FIRST_LINE
+        facts = {"task": status.cfg.task, **status.about, "seed": str(status.cfg.seed)}
+        _print("  ".join(f"{k} {v}" for k, v in facts.items()))
+        _print(f"run folder {status.folder}")
+
+    def show(self, now: float) -> None:
+        """A line about training, or about the long stretch it is in."""
+        s = self.status
+        self.due = now + _BETWEEN_LINES
+        head = f"train  step {s.decisions * s.action_repeat:>9,}  {_percent(s)}"
+        if s.doing is not None:
+            what, done, total = s.doing
+            _print(f"{head}  {what} {done:,} of {total:,}  {hms(s.elapsed)}")
+            return
+        reward = s.row.get("episode_reward")
+        shown = "" if reward is None else f"  return {reward:8.1f}"
+        speed = "" if s.rate is None else f"  {s.rate:6.1f} decisions/s"
+        losses = "".join(f"  {name} {value:.3f}" for name, value in s.losses)
+        _print(f"{head}{shown}{speed}{losses}  {hms(s.elapsed)}  left {hms(s.left)}")
+
+    def note(self, text: str) -> None:
+        """A line with the time."""
+        _print(f"{text}  {hms(self.status.elapsed)}")
+
+
+class Live(Quiet):
+    """A table that stays where it is, redrawn from the calls of the loop: no thread of its own.
+
+    Notes are in the table while they are recent and above it after that. What others print or
+    log to the terminal appears above the table, too.
+    """
+
+    def __init__(self, status: Status, console: Console | None = None) -> None:
+        from rich.console import Console as RichConsole
+
+        super().__init__(status)
+        self.due = 0.0
+        self.console = console or RichConsole(force_terminal=True, highlight=False)
+        self._live: RichLive | None = None
+        self._width = 0
+
+    def show(self, now: float) -> None:
+        """Draw the table as it is now."""
+        with suppress(OSError):  # a terminal that went away
+            if self._live is None:
+                self._live = self._begin()
+            width = self.console.width
+            if width < self._width:  # the terminal has folded the old table; nobody knows into how many lines
+                self.console.clear()
+            self._width = width
+            self._live.refresh()
+        self.due = now + max(_BETWEEN_REFRESHES, _REFRESH_SHARE * (perf_counter() - now))
+
+    def _begin(self) -> RichLive:
+        from rich.live import Live as RichLive
+
+        live = RichLive(
+            console=self.console,
+            auto_refresh=False,
+            redirect_stderr=sys.stderr.isatty(),
+            vertical_overflow="crop",
+            get_renderable=self._table,
+        )
+        before = sys.stdout, sys.stderr
+        live.start()
+        _redirect_logging(before, (sys.stdout, sys.stderr))
+        return live
+
+    def _table(self) -> Panel:
+        return table(self.status, self.console.width, self.console.height)
+
+    def note(self, text: str) -> None:
+        """Into the table with the next refresh."""
+        self._add(text, False)
+
+    def warn(self, text: str) -> None:
+        """Into the table, in colour."""
+        self._add(text, True)
+
+    def _add(self, text: str, warning: bool) -> None:
+        notes = self.status.notes
+        notes.append((hms(self.status.elapsed), text, warning))
+        self.due = 0.0
+        if len(notes) > _NOTES:
+            when, old, warned = notes.popleft()
+            with suppress(OSError):
+                self.console.print(
+                    f"{when} {'warning: ' * warned}{old}", style="yellow" if warned else None, markup=False
+                )
+
+    def close(self, summary: Sequence[str]) -> None:
+        """Leave the last table on the screen, and the summary below it."""
+        self.status.over = True
+        with suppress(OSError):
+            if self._live is None:
+                self.console.print(self._table())
+            else:
+                before = sys.stdout, sys.stderr
+                self._live.stop()
+                _redirect_logging(before, (sys.stdout, sys.stderr))
+        super().close(summary)
+
+
+def choose(status: Status) -> Quiet:
+    """The display of `cfg.display`; raises `ConfigError` where rich is missing and insisted on."""
+    kind, rich = status.cfg.display, find_spec("rich") is not None
+    if kind == "none":
+        return Quiet(status)
+    if kind == "live" and not rich:
+        raise ConfigError("config key 'display': live takes the package rich; pip install 'tdmpc2-fast[train]'")
+    on_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not on_ci
+    if kind == "live" or (kind == "auto" and terminal and rich):
+        return Live(status)
+    lines = Lines(status)
+    if kind == "auto" and terminal:
+        lines.note("a live table takes the package rich: pip install 'tdmpc2-fast[train]'")
+    return lines
+
+
+def table(s: Status, width: int, height: int) -> Panel:
+    """The live table, at most `width` columns wide; of the notes, as many as fit `height` rows."""
+    from rich.box import ROUNDED
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    width = min(width, _WIDEST)
+    inner = width - 4  # the frame
+    room = inner - _LABEL
+
+    def item(name: str, value: str, after: str = "") -> Text:
+        return Text.assemble(
+            (f"{name} " if name else "", "dim"), (value, "bold"), (f" {after}" if after else "", "dim")
+        )
+
+    def number(name: str, value: float | None, form: str = ".1f") -> Text:
+        return item(name, "-" if value is None else format(value, form))
+
+    def metric(name: str, key: str) -> Text:
+        return number(name, s.row.get(key), ".3f")
+
+    if s.doing is not None:
+        what, done, total = s.doing
+        now = item(what, f"{done:,}", f"of {total:,}")
+    elif s.over:
+        now = Text("ended")
+    else:
+        now = Text("random actions" if s.decisions <= (s.cfg.seed_steps or 0) else "training")
+    elapsed = s.elapsed
+    shares = {name: seconds / max(elapsed, 1e-9) for name, seconds in s.clock.seconds.items()}
+    shares["other"] = max(0.0, 1 - sum(shares.values()))
+    rows: list[tuple[str, list[Text]]] = [
+        ("now", [now]),
+        (
+            "speed",
+            [
+                item("", "-" if s.rate is None else f"{s.rate:.1f}", "decisions/s"),
+                item("elapsed", hms(elapsed)),
+                item("left", hms(s.left)),
+            ],
+        ),
+        (
+            "return",
+            [
+                number("episode", s.row.get("episode_reward")),
+                number("evaluation", s.last_eval),
+                number("best", s.best_eval),
+            ],
+        ),
+        ("losses", [number(name, value, ".3f") for name, value in s.losses] or [Text("-")]),
+        ("gradient", [metric("norm", "grad_norm"), metric("policy norm", "pi_grad_norm")]),
+        ("replay", [item("", f"{s.replay:.0%}", "full")]),
+        ("time", [item(name, f"{share:.0%}") for name, share in shares.items()]),
+        ("about", [t for k, v in s.about.items() for t in _fold(f"{k} {v}", room, Text)]),
+        ("files", _fold(str(s.folder), room, Text)),
+    ]
+    grid = Table.grid(padding=0)
+    grid.add_column(width=_LABEL, no_wrap=True, style="cyan")
+    grid.add_column(width=room, no_wrap=True)
+    used = 3  # the frame and the bar
+    for label, items in rows:
+        for i, line in enumerate(_flow(items, room, Text)):
+            grid.add_row("" if i else label, line)
+            used += 1
+    for i, line in enumerate(_recent(s, room, 1000 if s.over else height - 1 - used, Text)):
+        grid.add_row("" if i else "notes", line)
+    count = Text(f"{s.decisions:,} / {s.cfg.steps:,} decisions {_percent(s)}", "bold")
+    bar = Table.grid(padding=(0, 2, 0, 0))
+    bar.add_column(width=max(inner - count.cell_len - 2, 1))
+    bar.add_column(no_wrap=True)
+    bar.add_row(ProgressBar(s.cfg.steps, min(s.decisions, s.cfg.steps)), count)
+    title = Text(f"{s.cfg.task} · {s.cfg.exp_name} · seed {s.cfg.seed}", "bold")
+    return Panel(Group(bar, grid), box=ROUNDED, title=title, title_align="left", width=width)
+
+
+def _flow(items: Sequence[Text], width: int, text: type[Text]) -> list[Text]:
+    """Items side by side, on a new line where the next one does not fit: none is broken."""
+    lines: list[Text] = []
+    for item in items:
+        if lines and lines[-1].cell_len + len(_GAP) + item.cell_len <= width:
+            lines[-1] = text.assemble(lines[-1], _GAP, item)
+        else:
+            lines.append(item)
+    return lines
+
+
+def _fold(words: str, width: int, text: type[Text], style: str = "") -> list[Text]:
+    return [text(line, style) for line in textwrap.wrap(words, width, break_on_hyphens=False)]
+
+
+def _recent(s: Status, width: int, most: int, text: type[Text]) -> list[Text]:
+    """The newest notes that fit in `most` lines, in the order they came; the newest always shows."""
+    lines: list[Text] = []
+    for when, what, warning in reversed(list(s.notes)):
+        words = f"{when} {'warning: ' * warning}{' '.join(what.split())}"
+        folded = _fold(words, width, text, "yellow" if warning else "")
+        if len(lines) + len(folded) > most:
+            return lines or folded[: max(most, 1)]
+        lines = folded + lines
+    return lines
+
+
+def _percent(s: Status) -> str:
+    return f"{100 * s.decisions // s.cfg.steps:3}%"
+
+
+def _print(text: str, error: bool = False) -> None:
+    # A full disk behind a log file, or a reader of a pipe that left, is no reason to end a run.
+    with suppress(OSError):
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _redirect_logging(before: Sequence[Any], after: Sequence[Any]) -> None:
+    """Log handlers that write to a stream of `before` write to its counterpart in `after`."""
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", []):
+            for old, new in zip(before, after, strict=True):
+                if isinstance(handler, logging.StreamHandler) and handler.stream is old and old is not new:
+                    handler.setStream(new)
