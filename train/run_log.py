@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdmpc2_fast.checkpoint import _replacing
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.files import replacing
 
 from .display import Clock, Status, choose
 from .sinks import Csv, Disk, Sink, TensorBoard, WandB
@@ -93,7 +93,7 @@ class RunLog:
     def _write_config(self) -> None:
         path, text = self.folder / "config.json", json.dumps(self.cfg.to_dict(), indent=1) + "\n"
         if not path.exists() or path.read_text() != text:
-            with _replacing(path) as tmp:
+            with replacing(path) as tmp:
                 tmp.write_text(text)
 
     def step(self, decisions: int, replay: float) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from tdmpc2_fast.checkpoint import _replacing
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.files import replacing
 
 _PROJECT = "tdmpc2-fast"
 _WANDB_SECONDS = 20.0
@@ -116,7 +116,7 @@ def cut(path: Path, size: int, warn: Callable[[str], None]) -> None:
     if len(kept) < size:
         warn(f"{path} has {len(kept):,} bytes, the checkpoint knows {size:,}: rows are missing; it goes on as it is")
     elif len(kept) > size:
-        with _replacing(path) as tmp:
+        with replacing(path) as tmp:
             tmp.write_bytes(kept[:size])
 
 
