@@ -81,7 +81,7 @@ class Checkpoints:
                 format=FORMAT,
                 values=dict(values),
                 files={p.name: sha256(p) for p in sorted(tmp.iterdir())},
-                replay=[dict(c._asdict(), sha256=self._sha256_of(c)) for c in chunks],
+                replay=[c._asdict() for c in chunks],
             )
             with replacing(tmp / "manifest.json") as path:
                 path.write_text(json.dumps(manifest, indent=1) + "\n")

@@ -16,8 +16,7 @@ from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError, Input
 
 from .envs import complete, make_env
 from .evaluate import Evaluator
-from .online import OnlineTrainer
-from .run_log import run_folder
+from .runs import resume, start
 from .threads import choose_threads
 
 USAGE = f"""tdmpc2-fast {__version__}
@@ -37,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     commands = {"train": train, "eval": evaluate}
+    if args and args[0] == "resume":
+        return resume(args[1], parse(args[2:]))
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if args else 2
@@ -64,29 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(values: dict[str, Any]) -> int:
     """`tdmpc2-fast train`: online training of one task."""
-    cfg = Config.from_dict(values)
-    probe = make_env(cfg, cfg.seed)  # errors before a folder is made
-    complete(cfg, probe)
-    probe.close()
-    cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
-    folder = run_folder(cfg)
-    trainer = OnlineTrainer(cfg, folder)
-    agent = trainer.agent
-    print(
-        f"task {cfg.task}  model {agent.model.total_params:,} parameters  device {agent.device}  "
-        f"backend {agent.backend.name} ({agent.backend.why})  threads {cfg.num_threads}  seed {cfg.seed}\n"
-        f"run folder {folder}",
-        flush=True,
-    )
-    for key in ("save_video", "enable_wandb", "data_dir"):
-        if getattr(cfg, key):
-            print(f"note: {key} has no effect in this version")
-    for key in values:
-        if getattr(trainer.cfg, key) != getattr(cfg, key):
-            print(f"note: {key}={getattr(trainer.cfg, key)}, fixed by the task {cfg.task}")
-    found = trainer.run()
-    print(f"done: return {found.mean_return:.1f} ± {found.std_return:.1f}; files in {folder}")
-    return 0
+    return start(values)
 
 
 def evaluate(values: dict[str, Any]) -> int:

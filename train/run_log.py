@@ -1,45 +1,17 @@
-"""Where a run leaves its files, and what becomes of its numbers."""
+"""What becomes of the numbers of a run."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.files import replacing
 
 from .display import Clock, Status, choose
 from .sinks import Csv, Disk, Sink, TensorBoard, WandB
-
-
-def run_folder(cfg: Config) -> Path:
-    """A folder for a new run; nothing that is already there is touched.
-
-    The default `runs/TASK/EXP_NAME/SEED` gets a number behind it when it is taken; an
-    explicit `work_dir` that is taken is an error.
-    """
-    base = Path(cfg.work_dir) if cfg.work_dir else Path("runs") / cfg.task / cfg.exp_name / str(cfg.seed)
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        for n in itertools.count(1):
-            folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
-            try:
-                folder.mkdir()  # fails if it exists: two runs started together get two folders
-                return folder
-            except FileExistsError:
-                if cfg.work_dir and (not folder.is_dir() or any(folder.iterdir())):
-                    raise ConfigError(
-                        f"config key 'work_dir': {str(folder)!r} is taken, allowed: a new or empty folder"
-                    ) from None
-                if cfg.work_dir:
-                    return folder
-    except OSError as e:
-        raise ConfigError(f"config key 'work_dir': cannot make {str(base)!r}: {e.strerror}") from e
-    raise AssertionError("itertools.count ended")
 
 
 class RunLog:

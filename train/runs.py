@@ -1,0 +1,126 @@
+"""A run from its first step to its summary: begun, gone on with, stopped, finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import CheckpointError, ConfigError
+
+from .checkpoints import Checkpoints, Saved
+from .envs import complete, make_env
+from .online import OnlineTrainer
+from .run_folder import discard, home, locked, new_folder
+from .stop import Stop, Stopped
+from .threads import choose_threads
+
+CHANGEABLE = (
+    *("steps", "eval_freq", "eval_episodes", "checkpoint_minutes", "keep_checkpoints", "save_video"),
+    *("enable_wandb", "wandb_project", "wandb_entity", "wandb_silent", "tensorboard", "display"),
+    *("device", "backend", "precision", "compile", "num_threads", "overlap", "env_workers"),
+)
+"""Keys a run may go on with other values of: how long, where, and what is shown. The rest is what it is."""
+
+
+def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
+    """Begin a run, or with `resume=auto` go on with the one in its folder; returns the exit status.
+
+    tell: told `folder`, and `mean_return` and `std_return` of the last evaluation.
+    """
+    cfg = Config.from_dict(values)
+    if cfg.resume == "auto" and any((home(cfg) / "checkpoints").glob("*-at-*")):
+        return resume(home(cfg), {k: v for k, v in values.items() if k not in ("resume", "work_dir")}, tell)
+    probe = make_env(cfg, cfg.seed)  # errors before a folder is made
+    fixed = complete(cfg, probe)
+    probe.close()
+    cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
+    folder = new_folder(cfg)
+    notes = [
+        f"{k}={getattr(fixed, k)}, fixed by the task {cfg.task}" for k in values if getattr(fixed, k) != getattr(cfg, k)
+    ]
+    with locked(folder):
+        try:
+            return _run(cfg, folder, None, notes, tell)
+        finally:
+            discard(folder)  # where nothing came of it
+
+
+def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
+    """Go on with a run from its newest checkpoint; returns the exit status.
+
+    Args:
+        run: its folder.
+        values: keys to change, of `CHANGEABLE`; others may be given if they are as they were.
+        tell: as for `start`.
+
+    Raises:
+        CheckpointError: no run, or none of its checkpoints is whole.
+        ConfigError: a key that cannot be changed, or another process has the run.
+    """
+    folder = Path(run)
+    if not (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"run {str(folder)!r}: no checkpoints in it, allowed: the folder of a run")
+    notes: list[str] = []
+    with locked(folder):
+        saved = Checkpoints(folder, keep=1).newest(notes.append)
+        if saved is None:
+            raise CheckpointError(f"run {str(folder)!r}: it was stopped before its first checkpoint; start it anew")
+        cfg = _changed(saved.cfg, values, folder)
+        done = saved.values["decisions"]
+        if saved.values["evaluated_at"] >= cfg.steps:
+            print(f"finished at {done:,} decisions; to go on: tdmpc2-fast resume {folder} steps={2 * cfg.steps}")
+            return 0
+        choose_threads(cfg)
+        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], tell)
+
+
+def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
+    given = Config.from_dict(values)
+    changes = {k: getattr(given, k) for k in values if getattr(given, k) != getattr(saved, k)}
+    for key, value in changes.items():
+        if key not in CHANGEABLE:
+            raise ConfigError(
+                f"config key {key!r}: got {value!r}, but the run in {str(folder)!r} has {getattr(saved, key)!r}, which "
+                f"makes it what it is. Allowed: the same; changes of {', '.join(CHANGEABLE)}; or a run of its own "
+                "(another exp_name or work_dir; checkpoint=PATH begins with the weights of this one)"
+            )
+    return saved.replace(**changes)
+
+
+def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], tell: Callable[..., None]) -> int:
+    tell(folder=str(folder))
+    stop = Stop()
+    with stop.listening():
+        trainer = OnlineTrainer(cfg, folder, saved, stop)
+        summary: list[str] = []
+        for note in notes:
+            trainer.log.note(note)
+        try:
+            found = trainer.run()
+        except Stopped as e:
+            summary = [f"stopped by {e}", *_how_to_go_on(cfg, folder)]
+            return 128 + e.signal
+        except KeyboardInterrupt:
+            summary = ["stopped at once", *_how_to_go_on(cfg, folder)]
+            return 130
+        except BaseException:
+            summary = _how_to_go_on(cfg, folder)
+            raise
+        else:
+            tell(mean_return=found.mean_return, std_return=found.std_return)
+            summary = [
+                f"done: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes",
+                f"files in {folder}",
+            ]
+            return 0
+        finally:
+            trainer.log.close(summary)
+
+
+def _how_to_go_on(cfg: Config, folder: Path) -> list[str]:
+    whole = sorted(p.name for p in (folder / "checkpoints").glob("*-at-*") if p.name[0].isdigit())
+    if not whole:
+        return [f"no checkpoint was written{'' if cfg.save_agent else ' (save_agent=false)'}"]
+    return [f"last checkpoint: {folder / 'checkpoints' / whole[-1]}", f"to go on: tdmpc2-fast resume {folder}"]
