@@ -149,7 +149,7 @@ def test_checkpoints_are_written_with_no_update_in_flight(
 ) -> None:
     trainer = trainer_of(overlap=True, eval_freq=1, steps=60)
     running, saved = threading.Event(), []
-    update, save = trainer.agent.update, trainer.agent.save
+    update, save = trainer.agent.update, trainer.checkpoints.save
 
     def watched(buffer: Any) -> Any:
         running.set()
@@ -158,12 +158,12 @@ def test_checkpoints_are_written_with_no_update_in_flight(
         finally:
             running.clear()
 
-    def note(fp: Any) -> None:
+    def note(*state: Any) -> Path:
         saved.append(not running.is_set() and trainer._updates._last is None)  # type: ignore[attr-defined]
-        save(fp)
+        return save(*state)
 
     monkeypatch.setattr(trainer.agent, "update", watched)
-    monkeypatch.setattr(trainer.agent, "save", note)
+    monkeypatch.setattr(trainer.checkpoints, "save", note)
     trainer.run()
     assert len(saved) >= 4
     assert all(saved)

@@ -340,5 +340,5 @@ def test_the_episode_of_a_killed_process_never_reaches_the_replay(
     episode = trainer._episodes[1]
     assert episode is not None
     assert len(episode) == 14
-    assert "environment 1: the process died (exit code -9)" in capsys.readouterr().out
+    assert "environment 1: the process died (exit code -9)" in capsys.readouterr().err
     assert len((tmp_path / "run/train.csv").read_text().splitlines()) == 1 + 3

@@ -41,7 +41,8 @@ _WEIGHTS = "agent.safetensors"
 class Saved:
     """A checkpoint, read and found whole.
 
-    weights: state dict of the world model; tensors, values: what was given to `Checkpoints.save`.
+    weights: state dict of the world model; tensors, values: what was given to `Checkpoints.save`;
+    chunks: files of the replay.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Saved:
     weights: dict[str, Any]
     tensors: dict[str, Tensor]
     values: dict[str, Any]
+    chunks: list[Chunk]
 
 
 class Checkpoints:
@@ -132,8 +134,7 @@ class Checkpoints:
         weights, cfg = checkpoint.read(folder / _WEIGHTS)
         assert cfg is not None
         tensors, _ = read_tensors(folder / "training.safetensors")
-        self.replay.chunks = chunks
-        return Saved(folder, cfg, weights, tensors, manifest["values"])
+        return Saved(folder, cfg, weights, tensors, manifest["values"], chunks)
 
     def _present(self) -> list[tuple[int, Path]]:
         """Number and folder of every checkpoint, in no order."""

@@ -40,7 +40,7 @@ from .overlap import updates_on
 from .run_log import RunLog
 from .stop import Stop, Stopped
 
-_LAUNCHED_AT_ONCE = 16  # updates; a run that is asked to stop, or to show itself, finishes these first
+_LAUNCHED_AT_ONCE = 16  # updates of pretraining, between which a run can stop and show itself
 
 
 class OnlineTrainer:
@@ -102,7 +102,7 @@ class OnlineTrainer:
             Stopped: `stop` said so; the checkpoint to go on from is written.
         """
         try:
-            self._launch()  # what is left over where the run was stopped among many
+            self._launch(pretraining=True)  # what is left over where the run was stopped in it
             self._stop_or_save()
             while self._decisions < self.cfg.steps:
                 if self._evaluation_due and any(e is None or e.ended for e in self._episodes):
@@ -112,11 +112,12 @@ class OnlineTrainer:
             found = self._evaluate()
             self._save()
             return found
-        except (Stopped, KeyboardInterrupt):
+        except Stopped:
             raise
         except BaseException:
             self._updates.close()  # those under way end, so that the weights saved are of whole updates
-            self._save(whole=False)
+            if not self.stop.asked:  # else someone is in a hurry
+                self._save(whole=False)
             raise
         finally:
             self.close()
@@ -176,26 +177,25 @@ class OnlineTrainer:
 
     def _learn(self) -> None:
         """Launch the updates that are due."""
+        pretraining = not self._seeded and self._decisions > self._seed_steps and self.buffer.num_sampleable > 0
         if self._seeded:
             self._updates_due += self.cfg.utd * self.cfg.num_envs
-        elif self._decisions > self._seed_steps and self.buffer.num_sampleable > 0:
+        elif pretraining:
             self._seeded = True
             self.log.note(f"pretraining on the seed data: {self._seed_steps:,} updates")
             self._updates_due += self._seed_steps
-        self._launch()
+        self._launch(pretraining)
 
-    def _launch(self) -> None:
-        """Launch updates until none is due, or, among many, until the run is asked to stop."""
-        many = total = int(self._updates_due)
+    def _launch(self, pretraining: bool) -> None:
+        """Launch updates until none is due; in pretraining, until the run is asked to stop."""
         with self.log.clock.part("update"):
-            while self._updates_due >= 1:
-                if self.stop and many > _LAUNCHED_AT_ONCE:
-                    return
+            while self._updates_due >= 1 and not (pretraining and self.stop.asked):
                 self._updates.launch(self._update)
                 self._updates_due -= 1
-                if int(self._updates_due) % _LAUNCHED_AT_ONCE == 0 and many > _LAUNCHED_AT_ONCE:
+                left = int(self._updates_due)
+                if pretraining and left % _LAUNCHED_AT_ONCE == 0:
                     self._updates.wait()
-                    self.log.busy("pretraining", total - int(self._updates_due), total)
+                    self.log.busy("pretraining", self._seed_steps - left, self._seed_steps)
             if not self.overlap:
                 self._updates.wait()
 
@@ -259,7 +259,7 @@ class OnlineTrainer:
         """Between two steps: end if that is wished, write a checkpoint if it is time."""
         minutes = self.cfg.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        if self.stop or due:
+        if self.stop.asked or due:
             self._save()
         self.stop.check()
 
@@ -326,7 +326,7 @@ class OnlineTrainer:
         checkpoint.load_into(agent.model, saved.weights, repr(str(saved.folder)))
         agent.updater.load_state(parts.get("updater", {}))
         agent.planner.load_state(parts["planner"])
-        self.buffer.restore(parts["replay"], self.checkpoints.replay.read())
+        self.buffer.restore(parts["replay"], self.checkpoints.replay.read(saved.chunks))
         self._metrics = {k: x.to(device) for k, x in parts.get("metrics", {}).items()}
         self._decisions, self._updates_due = values["decisions"], values["updates_due"]
         self._seeded, self._evaluated_at = values["seeded"], values["evaluated_at"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,9 +55,13 @@ class ReplayFiles:
             start = stop
         return list(self.chunks)
 
-    def read(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Number of the first step and the steps of each file, as `ReplayBuffer.restore` takes them."""
-        for chunk in self.chunks:
+    def read(self, chunks: Sequence[Chunk]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Number of the first step and the steps of each file, as `ReplayBuffer.restore` takes them.
+
+        What is saved from here on is what comes after them.
+        """
+        self.chunks = list(chunks)
+        for chunk in chunks:
             yield chunk.start, read_tensors(self.folder / chunk.file)[0]
 
     def prune(self, needed: Collection[str]) -> None:

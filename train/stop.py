@@ -28,7 +28,9 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def __bool__(self) -> bool:
+    @property
+    def asked(self) -> bool:
+        """Whether the run is to end after its step."""
         return self.signal is not None
 
     def check(self) -> None:
@@ -51,6 +53,6 @@ class Stop:
                 signal.signal(s, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number

@@ -1,0 +1,131 @@
+"""A run that is stopped goes on as if it had not been: every number, file and row of it, in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+
+from tdmpc2_fast.files import read_tensors
+from tdmpc2_fast.train.checkpoints import Checkpoints
+
+pytest.importorskip("gymnasium")
+
+HERE = Path(__file__).parent
+QUICK = dict(
+    TINY,
+    task="Pendulum-v1",
+    episode_length=15,
+    seed_steps=34,
+    steps=66,
+    eval_freq=30,
+    eval_episodes=1,
+    iterations=1,
+    num_samples=16,
+    device="cpu",
+    num_threads=1,
+)
+
+
+def words(**values: Any) -> list[str]:
+    return [f"{k}={v}" for k, v in values.items()]
+
+
+def command(args: list[str], stopped: tuple[int, str, int] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a fresh process."""
+    signals = [] if stopped is None else [str(int(x)) if not isinstance(x, str) else x for x in stopped]
+    program = [sys.executable, str(HERE / "stopping_run.py"), *(signals or [str(int(signal.SIGTERM)), "step", "0"])]
+    return subprocess.run([*program, *args], capture_output=True, text=True, start_new_session=True, check=False)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything a finished run leaves, by name; of its log, what does not tell the time."""
+    newest = max((p for p in (folder / "checkpoints").iterdir() if p.is_dir()), key=lambda p: int(p.name[:4]))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    values = manifest["values"]
+    del values["log"]
+    steps: dict[str, Any] = {}
+    for entry in manifest["replay"]:
+        for name, x in read_tensors(folder / "replay" / entry["file"])[0].items():
+            steps.setdefault(name, []).append(x)
+    tensors = {f"replay {k}": torch.cat(v) for k, v in steps.items()}
+    for part in ("agent", "training"):
+        tensors |= {f"{part} {k}": v for k, v in read_tensors(newest / f"{part}.safetensors")[0].items()}
+    found: dict[str, Any] = {k: v.flatten().view(torch.uint8).numpy().tobytes() for k, v in tensors.items()}
+    found |= {f"value {k}": v for k, v in values.items()}
+    found |= {p.name: p.read_text() for p in folder.glob("*.csv")}
+    return found | {"tensorboard": scalars(folder / "tensorboard")}
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """All there is in the event files, in their order."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        for event in EventFileLoader(str(path)).Load():
+            found += [(v.tag, event.step, v.tensor.float_val[0]) for v in event.summary.value]
+    return found
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    assert [k for k in a if a[k] != b[k]] == []
+
+
+def keys_of(backend: str, num_envs: int) -> dict[str, Any]:
+    workers = dict(num_envs=num_envs, env_workers=2) if num_envs > 1 else {}
+    small = dict(episode_length=6, seed_steps=13, steps=28, eval_freq=14, utd=0.5) if backend == "triton" else {}
+    return QUICK | small | workers | dict(backend=backend)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def get(backend: str, num_envs: int) -> dict[str, Any]:
+        if (backend, num_envs) not in made:
+            folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+            done = command(["train", *words(**keys_of(backend, num_envs), work_dir=folder)])
+            assert done.returncode == 0, done.stderr
+            made[backend, num_envs] = outcome(folder)
+        return made[backend, num_envs]
+
+    return get
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_stopped_and_gone_on_with_is_as_never_stopped(
+    backend: str, num_envs: int, number: signal.Signals, uninterrupted: Any, tmp_path: Path
+) -> None:
+    folder, keys = tmp_path / "run", keys_of(backend, num_envs)
+    expected = uninterrupted(backend, num_envs)
+    if number == signal.SIGKILL:  # somewhere in the writing of a checkpoint
+        where, nth = "flush", random.randint(25, 120)
+        keys = keys | dict(checkpoint_minutes=0)
+    else:
+        most = dict(step=keys["steps"] // num_envs, update=keys["seed_steps"], plan=keys["episode_length"])
+        where = random.choice(list(most))
+        nth = random.randint(1, most[where])
+    print(f"{number.name} at {where} {nth}")
+    first = command(["train", *words(**keys, work_dir=folder)], (number, where, nth))
+    if number == signal.SIGKILL:
+        assert first.returncode == -signal.SIGKILL, first.stdout + first.stderr
+    else:
+        assert first.returncode == 128 + number, first.stdout + first.stderr
+        assert f"to go on: tdmpc2-fast resume {folder}" in first.stdout
+    again = command(["resume", str(folder), "checkpoint_minutes=10"])
+    assert again.returncode == 0, again.stdout + again.stderr
+    same(outcome(folder), expected)
