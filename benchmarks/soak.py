@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.errors import ConfigError, NonFiniteError
-from tdmpc2_fast.train.cli import parse
+from tdmpc2_fast.train.keys import parse
 
 MEMORY_SHARE, MEMORY_BYTES = 0.02, 5e6  # growth that is still noise: below both
 POINTS = 10

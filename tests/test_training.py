@@ -1,10 +1,8 @@
-"""The training loop and the command line, end to end on tiny models."""
+"""The training loop, end to end on tiny models."""
 
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from conftest import TINY
 from tdmpc2_fast import Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.train import cli
 from tdmpc2_fast.train.envs.together import InProcess
 from tdmpc2_fast.train.online import OnlineTrainer
 from tdmpc2_fast.train.threads import choose_threads, idle_cores
@@ -121,82 +118,6 @@ def test_what_was_learned_survives_a_crash(tmp_path: Path, monkeypatch: pytest.M
         trainer.run()
     saved = tensors_only(load(tmp_path / "checkpoints/latest", device="cpu").model.state_dict())
     assert all(torch.equal(v, saved[k]) for k, v in weights(trainer).items())
-
-
-class TestCommandLine:
-    def words(self, **values: Any) -> list[str]:
-        return [f"{k}={v}" for k, v in {**QUICK, **values}.items()]
-
-    def test_train_then_eval(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        folder = tmp_path / "run"
-        assert cli.main(["train", *self.words(work_dir=folder, steps=60)]) == 0
-        out = capsys.readouterr().out
-        assert out.count("eval   step") == 3
-        assert "done: return" in out
-        assert cli.main(["eval", f"checkpoint={folder}/checkpoints/latest", "eval_episodes=1"]) == 0
-        assert "Pendulum-v1: return" in capsys.readouterr().out
-        # nothing is overwritten
-        assert cli.main(["train", *self.words(work_dir=folder, steps=60)]) == 2
-        assert "is taken" in capsys.readouterr().err
-
-    def test_the_default_folder_never_overwrites(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        for _ in range(2):
-            assert cli.main(["train", *self.words(steps=4)]) == 0
-        runs = sorted(str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("eval.csv"))
-        assert runs == ["runs/Pendulum-v1/default/1", "runs/Pendulum-v1/default/1-2"]
-
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
-            (["task=walker-wlak"], "walker-walk"),
-            (["horizn=3"], "Did you mean 'horizon'"),
-            (["horizon=0"], "horizon"),
-            (["horizon=three"], "an integer"),
-            (["episodic=maybe"], "true or false"),
-            (["steps"], "key=value"),
-            (["steps=inf"], "steps"),
-            (["task=Pendulum-v1", "work_dir=/dev/null/x"], "work_dir"),
-            (["num_elites=20", "num_samples=10"], "num_samples (10)"),
-            (["obs_shape=3"], "comes from the environment"),
-            (["checkpoint=/nowhere/a.pt", "task=Pendulum-v1", "work_dir=x"], "no such file"),
-            (["backend=triton", "device=cpu", "task=Pendulum-v1", "work_dir=x"], "backend='triton' cannot run"),
-            (["device=cuda:99", "task=Pendulum-v1", "work_dir=x"], "device"),
-        ],
-    )
-    def test_mistakes_are_answered_at_once(
-        self,
-        words: list[str],
-        message: str,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        # Interpreted, the kernels would run, for days.
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        assert cli.main(["train", *words]) == 2
-        captured = capsys.readouterr()
-        assert message in captured.err
-        assert "Traceback" not in captured.err
-
-    def test_help_names_every_key(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["train", "--help"]) == 0
-        out = capsys.readouterr().out
-        for key in ("num_samples", "utd", "episodic", "model_size", "an integer of at least 1"):
-            assert key in out
-        assert cli.main(["trian"]) == 2
-        assert "Did you mean 'train'" in capsys.readouterr().err
-
-    def test_numbers_as_people_write_them(self) -> None:
-        got = cli.parse(["steps=7_000_000", "lr=3e-4", "buffer_size=1e6", "vmax=+10", "model_size=none"])
-        assert Config.from_dict(got).steps == 7_000_000
-        assert Config.from_dict(got).buffer_size == 1_000_000
-        assert got["model_size"] is None
-
-    def test_the_installed_command_runs(self) -> None:
-        command = [str(Path(sys.executable).with_name("tdmpc2-fast")), "--version"]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_evaluation_plays_every_episode_once(tmp_path: Path) -> None:

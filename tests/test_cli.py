@@ -1,0 +1,504 @@
+"""The command line: its grammar, its answers to mistakes, its commands, sweeps and completion."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, tiny_config, tiny_multitask
+
+from tdmpc2_fast import TDMPC2, Config
+from tdmpc2_fast.config import MODEL_SIZES
+from tdmpc2_fast.errors import ConfigError, NonFiniteError
+from tdmpc2_fast.train import keys, sweep
+
+pytest.importorskip("dm_control")
+pytest.importorskip("click")
+pytest.importorskip("rich")
+from click.shell_completion import ShellComplete
+
+from tdmpc2_fast.train import app, cli, commands, tables
+from tdmpc2_fast.train.envs import SUITES
+
+ROOT = Path(__file__).parents[1]
+QUICK = dict(
+    TINY,
+    task="Pendulum-v1",
+    episode_length=40,
+    seed_steps=50,
+    steps=60,
+    eval_freq=40,
+    eval_episodes=1,
+    iterations=1,
+    device="cpu",
+    num_threads=1,
+)
+Capture = pytest.CaptureFixture[str]
+
+
+def words(**values: Any) -> list[str]:
+    return [f"{k}={v}" for k, v in {**QUICK, **values}.items()]
+
+
+def start(*args: str, **env: str) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-P", "-m", "tdmpc2_fast.train", *args]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}
+    )
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tests run in a folder of their own; interpreted, the kernels would run for days."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+class TestGrammar:
+    def test_numbers_as_people_write_them(self) -> None:
+        got = keys.parse(
+            ["steps=7_000_000", "lr=3e-4", "buffer_size=1e6", "vmax=+10", "vmin=-10", "batch_size=2*128", "seed=6/2"]
+        )
+        cfg = Config.from_dict(got)
+        assert (cfg.steps, cfg.buffer_size, cfg.batch_size, cfg.seed, cfg.vmin) == (7_000_000, 1_000_000, 256, 3, -10)
+
+    def test_none_and_unset(self) -> None:
+        for text in ("none", "null", "None", ""):
+            assert keys.parse([f"model_size={text}"]) == {"model_size": None}
+        assert keys.parse(["checkpoint=???", "horizon=???", "task_title=???"]) == {}
+
+    def test_what_hydra_takes(self) -> None:
+        got = keys.parse(["+horizon=4", "++mpc=False", "exp_name='a b'", 'task="dog-run"', "work_dir=a b/c=d"])
+        assert got == dict(horizon=4, mpc=False, exp_name="a b", task="dog-run", work_dir="a b/c=d")
+
+    @pytest.mark.parametrize(
+        ("word", "key", "value"),
+        [
+            ("wandb=true", "enable_wandb", True),
+            ("disable_wandb=true", "enable_wandb", False),
+            ("disable_wandb=False", "enable_wandb", True),
+            ("terminated_coef=0.1", "termination_coef", 0.1),
+        ],
+    )
+    def test_other_names(self, word: str, key: str, value: Any) -> None:
+        assert keys.parse([word]) == {key: value}
+
+    @pytest.mark.parametrize("key", keys.NOT_NEEDED)
+    def test_official_keys_without_a_use_are_answered(self, key: str) -> None:
+        notes: list[str] = []
+        assert keys.parse([f"{key}=[1,2]"], notes.append) == {}
+        assert len(notes) == 1
+        assert notes[0].startswith(f"{key} has no effect: ")
+
+    def test_keys_given_win_over_a_preset(self) -> None:
+        got = keys.parse(["steps=10", "preset=quick", "task=walker-walk"])
+        assert got == keys.PRESETS["quick"] | dict(steps=10, task="walker-walk")
+        for name, values in keys.PRESETS.items():
+            Config.from_dict(values)
+            assert name == "quick" or Config.from_dict(values).model_size == int(name[:-1])
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["task=walker-wlak"], "walker-walk"),
+            (["horizn=3"], "Did you mean 'horizon'"),
+            (["tsak=dog-run"], "Did you mean 'task'"),
+            (["horizon=0"], "got 0, allowed: an integer of at least 1"),
+            (["horizon=three"], "got 'three', allowed: an integer of at least 1"),
+            (["horizon=[3]"], "an integer"),
+            (["exp_name=[a]"], "exp_name"),
+            (["episodic=maybe"], "true or false"),
+            (["seed=1/0"], "seed"),
+            (["steps"], "allowed: steps=VALUE"),
+            (["walker-walk"], "allowed: key=value"),
+            (["steps=inf"], "steps"),
+            (["obs=pixels"], "state, rgb"),
+            (["preset=quik"], "Did you mean 'quick'"),
+            (["task=Pendulum-v1", "work_dir=/dev/null/x"], "work_dir"),
+            (["num_elites=20", "num_samples=10"], "num_samples (10)"),
+            (["checkpoint=/nowhere/a.pt", "task=Pendulum-v1", "work_dir=x"], "no such file"),
+            (["backend=triton", "device=cpu", "task=Pendulum-v1", "work_dir=x"], "backend='triton' cannot run"),
+            (["device=cuda:99", "task=Pendulum-v1", "work_dir=x"], "device"),
+            (["seed=1", "seed=2"], "'seed': given twice"),
+            (["wandb=true", "enable_wandb=true"], "'enable_wandb': given twice"),
+            (["dry_run=true", "dry_run=true"], "'dry_run': given twice"),
+            (["--horizon", "3"], "allowed: horizon=3"),
+            (["--horizon=3"], "allowed: horizon=3"),
+            (["-horizon", "3"], "allowed: horizon=3"),
+            (["--batch-size", "3"], "allowed: batch_size=3"),
+            (["--vmin", "-3"], "allowed: vmin=-3"),
+            (["--compile", "--horizon"], "allowed: compile=true"),
+            (["--horizn", "3"], "Did you mean 'horizon'"),
+            (["~checkpoint"], "KEY=none"),
+            (["~checkpoint=a"], "KEY=none"),
+            (["hydra.run.dir=x"], "work_dir=FOLDER"),
+            (["hydra/launcher=submitit_slurm"], "docs/sweeps.md"),
+            (["seed=1,x"], "got 'x'"),
+            (["seed=1,,2"], "between any two commas"),
+            (["seed=1,2,1"], "every value once"),
+            (["seed=3..1"], "smaller number first"),
+            (["seed=range(1,4)"], "1..3"),
+            (["seed=1,2", "task=walker-walk,walker-wlak"], "walker-wlak"),
+            (["seed=1,2", "job=3"], "got 3, allowed: 1 to 2"),
+            (["job=0"], "got 0"),
+        ],
+    )
+    def test_mistakes_are_answered_at_once(
+        self, given: list[str], message: str, empty_folder: Path, capsys: Capture
+    ) -> None:
+        assert cli.main(["train", *given]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "Traceback" not in captured.err
+        assert captured.out == ""
+        if "work_dir=x" not in given:
+            assert list(empty_folder.iterdir()) == []
+
+    @pytest.mark.parametrize("key", ["dry_run", "job", "preset", "debug"])
+    def test_keys_of_train_belong_to_train(self, key: str) -> None:
+        with pytest.raises(ConfigError, match="belongs to the command train"):
+            keys.parse([f"{key}=1"], presets=False)
+
+
+class TestCommands:
+    def test_train_then_eval(self, empty_folder: Path, capsys: Capture) -> None:
+        folder = empty_folder / "run"
+        assert cli.main(words(work_dir=folder)) == 0  # without a command: train
+        out = capsys.readouterr().out
+        assert out.count("eval   step") == 3
+        assert "done: return" in out
+        for path in (f"checkpoint={folder}/checkpoints/latest", str(folder), f"{folder}/checkpoints/best.safetensors"):
+            assert cli.main(["eval", path, "eval_episodes=1"]) == 0
+            assert "Pendulum-v1: return" in capsys.readouterr().out
+        # nothing is overwritten
+        assert cli.main(["train", *words(work_dir=folder)]) == 2
+        assert "is taken" in capsys.readouterr().err
+
+    def test_the_default_folder_never_overwrites(self, empty_folder: Path) -> None:
+        for _ in range(2):
+            assert cli.main(["train", *words(steps=4)]) == 0
+        runs = sorted(str(p.parent.relative_to(empty_folder)) for p in empty_folder.rglob("eval.csv"))
+        assert runs == ["runs/Pendulum-v1/default/1", "runs/Pendulum-v1/default/1-2"]
+
+    def test_a_path_with_an_equals_sign_is_a_path(self, empty_folder: Path, capsys: Capture) -> None:
+        agent = TDMPC2(Config.from_dict(dict(QUICK)).with_env({"state": (3,)}, 1, 40))
+        agent.save(empty_folder / "lr=1" / "a")
+        assert cli.main(["eval", "lr=1/a"]) == 2  # a key, by its looks
+        assert "unknown config key 'lr" not in capsys.readouterr().err
+        assert cli.main(["eval", "./lr=1/a"]) == 0
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["eval"], "eval CHECKPOINT"),
+            (["eval", "a", "b"], "got 2 arguments (a b)"),
+            (["eval", "a", "checkpoint=b"], "got 2 arguments"),
+            (["eval", "nowhere"], "no such file"),
+            (["eval", "."], "without checkpoints/best"),
+            (["eval", "a.pt"], "give task=NAME"),
+            (["eval", "a.pt", "preset=quick"], "belongs to the command train"),
+            (["info"], "info CHECKPOINT"),
+            (["info", "b.pt"], "no TD-MPC2 model"),
+            (["tasks", "humnoid"], "Did you mean"),
+            (["tasks", "a", "b"], "tasks [TEXT]"),
+            (["trian"], "Did you mean 'train'"),
+            ([], "COMMAND"),
+        ],
+    )
+    def test_wrong_words(self, args: list[str], message: str, empty_folder: Path, capsys: Capture) -> None:
+        TDMPC2(tiny_config()).save(empty_folder / "a.pt")
+        torch.save({"x": torch.zeros(2)}, "b.pt")
+        assert cli.main(args) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "Traceback" not in captured.err
+
+    def test_tasks(self, capsys: Capture) -> None:
+        assert set(SUITES) == set(commands._PACKAGES)
+        assert cli.main(["tasks"]) == 0
+        names = capsys.readouterr().out.split()
+        assert {"dog-run", "Hopper-v5", "mw-reach", "mt30", "bipedal-walker"} <= set(names)
+        assert cli.main(["tasks", "HUM"]) == 0
+        out = capsys.readouterr().out
+        assert "humanoid-run" in out
+        assert "dog-run" not in out
+
+    def test_tasks_say_what_to_install(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert cli.main(["tasks"]) == 0
+        out = capsys.readouterr().out
+        assert "DMControl: needs pip install 'tdmpc2-fast[train]'" in out
+        assert "tdmpc2-fast[box2d]" in out
+        assert "Meta-World: not in this version" in out
+
+    @pytest.mark.parametrize("ending", ["", ".pt"])
+    @pytest.mark.parametrize("make", [tiny_config, tiny_multitask], ids=["one task", "several"])
+    def test_info(self, make: Callable[..., Config], ending: str, empty_folder: Path, capsys: Capture) -> None:
+        agent = TDMPC2(make(horizon=4))
+        agent.save(empty_folder / f"a{ending}")
+        assert cli.main(["info", f"a{ending}"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"{agent.model.total_params:,} learnable" in out
+        dims = agent.cfg
+        assert f"observation 5, action_dim {dims.action_dim}, latent_dim 16, mlp_dim 24, num_q 3" in out
+        assert ("tasks 3, task_dim 4" in out) == dims.multitask
+        assert ("horizon=4" in out) == (ending == "")
+        assert "rho=" not in out
+        assert ("current generation" in out) == (ending == ".pt")
+
+    def test_info_of_pixels(self, empty_folder: Path, capsys: Capture) -> None:
+        cfg = Config.from_dict(TINY | dict(obs="rgb", num_channels=4, latent_dim=64, device="cpu"))
+        TDMPC2(cfg.with_env({"rgb": (9, 64, 64)}, 2, 50)).save(empty_folder / "a")
+        assert cli.main(["info", "a"]) == 0
+        assert "rgb channels 9" in capsys.readouterr().out
+
+    def test_version(self, capsys: Capture) -> None:
+        assert cli.main(["--version"]) == 0
+        assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+    def test_the_installed_command_runs(self) -> None:
+        command = [str(Path(sys.executable).with_name("tdmpc2-fast")), "--version"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def test_a_plugin_gets_the_words_as_they_came(self, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+        got: list[str] = []
+
+        class Entry:
+            name = "bench"
+
+            def load(self) -> Callable[[list[str]], int]:
+                return lambda words: got.extend(words) or 3  # type: ignore[func-returns-value]
+
+        monkeypatch.setattr(app, "entry_points", lambda **_: [Entry()])
+        given = ["planner", "--help", "size=1,5", "--", "-x"]
+        assert cli.main(["bench", *given]) == 3
+        assert got == given
+
+    def test_without_click_it_says_what_to_install(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "click", None)
+        assert cli.main(["train"]) == 2
+        assert "pip install 'tdmpc2-fast[train]'" in capsys.readouterr().err
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("error", "status", "message"),
+        [
+            (RuntimeError("the simulator broke"), 1, "error: RuntimeError: the simulator broke"),
+            (NonFiniteError("loss is NaN"), 1, "error: loss is NaN"),
+            (OSError(28, "No space left on device"), 1, "No space left"),
+            (KeyboardInterrupt(), 130, "interrupted"),
+        ],
+    )
+    def test_exit_status(
+        self,
+        error: BaseException,
+        status: int,
+        message: str,
+        capsys: Capture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("tdmpc2_fast.train.envs.gymnasium_tasks.GymnasiumTask.step", fail)
+        assert cli.main(["train", *words()]) == status
+        err = capsys.readouterr().err
+        assert message in err
+        assert "Traceback" not in err
+        if status == 1:
+            assert "TDMPC2_DEBUG=1" in err
+            assert cli.main(["train", *words(), "debug=true"]) == 1
+            assert "in fail" in capsys.readouterr().err
+            monkeypatch.setenv("TDMPC2_DEBUG", "1")
+            assert cli.main(["train", *words()]) == 1
+            assert "in fail" in capsys.readouterr().err
+
+
+class TestHelp:
+    def test_short_help(self, capsys: Capture) -> None:
+        assert cli.main(["--help"]) == 0
+        out = capsys.readouterr().out
+        for command in ("train", "eval", "tasks", "info", "bench"):
+            assert re.search(rf"^  {command} +[A-Z]", out, re.MULTILINE)
+        assert "..." not in out.partition("Commands:")[2].partition("Examples")[0]
+        assert len(out.splitlines()) < 30
+        assert cli.main(["help"]) == 0
+        assert capsys.readouterr().out == out
+
+    @pytest.mark.parametrize("width", [80, 200])
+    @pytest.mark.parametrize("command", ["train", "eval"])
+    def test_every_key_is_in_the_help(
+        self, command: str, width: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert cli.main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "\x1b" not in out
+        assert max(map(len, out.splitlines())) <= width
+        shown = [f for f in dataclasses.fields(Config) if f.name not in keys.FILLED_IN]
+        shown += dataclasses.fields(keys.Options) if command == "train" else []
+        text = " ".join(out.split())
+        for f in shown:
+            assert f"  {f.name}={keys.default_text(f)} " in out
+            if width == 200:
+                assert f"{tables._allowed(f)} " in out
+                assert f.metadata["help"] in text
+        assert ("preset=quick" in out) == (command == "train")
+        assert "horizon=3                integer >= 1" in out
+        for key in keys.FILLED_IN:
+            assert f"  {key}=" not in out
+
+    def test_groups_are_the_headings_of_config(self) -> None:
+        source = (ROOT / "tdmpc2_fast/config.py").read_text().partition("class Config:")[2].partition("def ")[0]
+        headings = re.findall(r"^    # (.+)\n    (\w+):", source, re.MULTILINE)
+        assert len(headings) == len(keys._GROUPS)
+        for (heading, first), (key, name) in zip(headings, keys._GROUPS.items(), strict=True):
+            assert first == key
+            assert name in heading
+
+    def test_defaults_can_be_typed(self) -> None:
+        for fields in keys.groups().values():
+            for f in fields:
+                default = Config.__dict__.get(f.name, f.default)
+                got = keys.value_of(f, keys.default_text(f))
+                assert got == (MODEL_SIZES[5].get(f.name, default)), f.name
+
+
+class TestSweeps:
+    def test_the_product_last_key_fastest(self) -> None:
+        runs = sweep.expand(["task=walker-walk,cheetah-run", "steps=10", "seed=1..3"])
+        assert [r.label for r in runs] == [f"task={t} seed={s}" for t in ("walker-walk", "cheetah-run") for s in "123"]
+        assert runs[4].words == ("task=cheetah-run", "steps=10", "seed=2")
+        assert [r.words for r in sweep.expand(["seed=1,3..4"])] == [("seed=1",), ("seed=3",), ("seed=4",)]
+
+    def test_one_run_is_left_as_it_is(self) -> None:
+        given = ["+task=dog-run", "exp_name='a,b'", "tasks=[a,b]", "seed=5", "work_dir=../x"]
+        assert sweep.expand(given) == [sweep.Run(tuple(given), "")]
+
+    def test_every_run_has_a_folder_of_its_own(self) -> None:
+        runs = sweep.expand(["lr=1e-3,3e-4", "exp_name=x", "seed=1,2", "checkpoint=a/b,none"])
+        configs = [Config.from_dict(keys.parse(r.words)) for r in runs]
+        assert len({(c.exp_name, c.seed) for c in configs}) == 8
+        assert configs[0].exp_name == "x-lr_1e-3-checkpoint_a_b"
+        runs = sweep.expand(["preset=quick", "lr=1e-3,3e-4"])
+        assert keys.parse(runs[0].words)["exp_name"] == "quick-lr_1e-3"
+        runs = sweep.expand(["work_dir=runs/x", "seed=1,2", "task=dog-run,dog-walk"])
+        assert [keys.parse(r.words)["work_dir"] for r in runs] == [
+            f"runs/x/seed_{s}-task_{t}" for s in (1, 2) for t in ("dog-run", "dog-walk")
+        ]
+        runs = sweep.expand(["work_dir=a,b", "lr=1e-3,3e-4"])
+        assert [keys.parse(r.words)["work_dir"] for r in runs] == ["a", "a", "b", "b"]
+
+    def test_dry_run_and_job(self, empty_folder: Path, capsys: Capture) -> None:
+        given = ["task=walker-walk,dog-run", "exp_name=a b", "seed=1,2"]
+        assert cli.main(["train", "dry_run=true", *given]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2] == "tdmpc2-fast train task=dog-run 'exp_name=a b' seed=1"
+        assert len(lines) == 4
+        for job in range(1, 5):
+            assert cli.main([*given, "-m", f"job={job}", "dry_run=true"]) == 0
+            assert capsys.readouterr().out.splitlines() == [lines[job - 1]]
+        assert list(empty_folder.iterdir()) == []
+
+    def test_a_job_runs_here(self, empty_folder: Path, capsys: Capture) -> None:
+        assert cli.main(["train", *words(seed="1,2", steps=4), "job=2"]) == 0
+        assert (empty_folder / "runs/Pendulum-v1/default/2/eval.csv").exists()
+        assert not (empty_folder / "runs/Pendulum-v1/default/1").exists()
+
+    def test_a_failure_does_not_end_the_rest(self, empty_folder: Path) -> None:
+        # Hopper-v5 terminates, which fails without episodic=true
+        done = start("train", *words(task="Hopper-v5,Pendulum-v1", episode_length=100, steps=110, seed_steps=100))
+        out, err = done.communicate(timeout=120)
+        assert done.returncode == 1
+        assert "error: config key 'episodic'" in err
+        summary = out[out.rindex("\nsweep") :]
+        assert re.search(r"task=Hopper-v5 +failed \(2\) .*runs/Hopper-v5/default/1", summary)
+        assert "set episodic=true" in " ".join(summary.split())
+        assert re.search(r"task=Pendulum-v1 +return -\d+\.\d ± .*runs/Pendulum-v1/default/1", summary)
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_goes_to_the_run_and_ends_the_rest(self, number: int, status: int, empty_folder: Path) -> None:
+        done = start("train", *words(seed="1,2", steps=1_000_000, eval_freq=1_000_000))
+        folder = empty_folder / "runs/Pendulum-v1/default"
+        deadline = time.monotonic() + 60
+        while not (folder / "1/train.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        done.send_signal(number)
+        out, err = done.communicate(timeout=60)
+        assert done.returncode == status
+        assert re.search(r"seed=1 +interrupted", out)
+        assert re.search(r"seed=2 +not started", out)
+        assert not (folder / "2").exists()
+        if number == signal.SIGINT:
+            assert err.count("interrupted") == 1
+            assert (folder / "1/checkpoints/latest.safetensors").exists()
+
+
+class TestCompletion:
+    def complete(self, *args: str) -> list[str]:
+        """Of the last word, as zsh and fish ask."""
+        found = ShellComplete(app.app, {}, "tdmpc2-fast", "_TDMPC2_FAST_COMPLETE").get_completions(
+            list(args[:-1]), args[-1]
+        )
+        return [i.value if i.type == "plain" else f"<{i.type}>" for i in found]
+
+    @pytest.mark.parametrize(
+        ("args", "found"),
+        [
+            (("",), ["train", "eval", "tasks", "info", "bench"]),
+            (("tr",), ["train"]),
+            (("train", "hor"), ["horizon="]),
+            (("train", "preset=1"), ["preset=1m", "preset=19m"]),
+            (("train", "obs="), ["obs=state", "obs=rgb"]),
+            (("train", "mpc=f"), ["mpc=false"]),
+            (("train", "task=dog-"), ["task=dog-run", "task=dog-stand", "task=dog-trot", "task=dog-walk"]),
+            (("train", "task=dog-run,humanoid-w"), ["task=dog-run,humanoid-walk"]),
+            (("train", "task", "=", "walker-w"), ["walker-walk"]),  # bash breaks words at "="
+            (("train", "task", "=", "dog-run", "obs", "="), ["state", "rgb"]),
+            (("train", "horizon=3", "hor"), []),
+            (("task=dog-run", "hor"), ["horizon="]),
+            (("task=humanoid-w",), ["task=humanoid-walk"]),
+            (("eval", "chec"), ["checkpoint=", "checkpoint_minutes="]),
+            (("eval", "checkpoint=ru"), ["<file>"]),
+            (("eval", "pre"), ["precision="]),
+            (("info", "ru"), ["<file>"]),
+        ],
+    )
+    def test_words(self, args: tuple[str, ...], found: list[str]) -> None:
+        assert self.complete(*args) == found
+
+    def test_through_bash(self) -> None:
+        env = dict(_TDMPC2_FAST_COMPLETE="bash_source")
+        script = "import sys; from tdmpc2_fast.train.cli import main; sys.exit(main())"
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **env}, check=False
+        )
+        assert "complete -o nosort -o nospace -F" in done.stdout
+        env = dict(_TDMPC2_FAST_COMPLETE="bash_complete", COMP_WORDS="tdmpc2-fast train hori", COMP_CWORD="2")
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **env}, check=False
+        )
+        assert done.stdout == "plain,horizon=\n"
+
+
+def test_the_grammar_needs_no_terminal_packages() -> None:
+    code = (
+        "import sys; sys.modules['click'] = sys.modules['rich'] = None; import tdmpc2_fast.train.keys, "
+        "tdmpc2_fast.train.sweep; print(tdmpc2_fast.train.keys.parse(['horizon=4']))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "{'horizon': 4}\n", done.stderr

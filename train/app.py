@@ -1,0 +1,147 @@
+"""The commands by name, their help, and their completion in a shell.
+
+To add one: write its body, which takes the words behind the name and returns the exit status,
+and put a `Words` into `COMMANDS`. Packages on higher floors add theirs by an entry point
+(group `tdmpc2_fast.commands`), which gets the words as they came.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+
+import click
+from click.shell_completion import CompletionItem
+
+from tdmpc2_fast import __version__
+from tdmpc2_fast.errors import did_you_mean
+
+from . import commands, completion, tables
+
+Body = Callable[[Sequence[str]], int]
+_EXAMPLES = """\b
+Examples:
+  tdmpc2-fast train task=walker-walk
+  tdmpc2-fast train task=dog-run seed=1,2,3        a sweep: three runs
+  tdmpc2-fast train preset=quick                   minutes on a laptop
+  tdmpc2-fast eval runs/walker-walk/default/1      a run's best checkpoint
+
+Without a command, key=value words mean train, as in the official code."""
+
+
+class Words(click.Command):
+    """A command that reads its words itself: `key=value` is no grammar of click's.
+
+    Args:
+        name: what a person types.
+        body: what it does with the words behind the name; its docstring is the help.
+        usage: these words, in the line of usage.
+        keys: whether it takes config keys, which its help then lists and a shell completes.
+        options: whether it takes the keys of `train` itself, too (`keys.Options`).
+    """
+
+    def __init__(self, name: str, body: Body, usage: str, keys: bool = False, options: bool = False) -> None:
+        super().__init__(name, callback=body, help=body.__doc__, short_help=(body.__doc__ or "").partition("\n")[0])
+        self.body, self.usage, self.keys, self.options = body, usage, keys, options
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """What follows the name."""
+        return [self.usage]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """All words go to the body; only a call for help is answered here."""
+        if {"-h", "--help"} & {*args} and not ctx.resilient_parsing:
+            click.echo(self.get_help(ctx))
+            ctx.exit()
+        ctx.args = list(args)
+        return ctx.args
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The keys, as wide as the terminal is."""
+        if self.keys:
+            formatter.write("\n" + tables.rendered(tables.key_tables(self.options)) + "\n")
+
+    def invoke(self, ctx: click.Context) -> int:
+        """Run it."""
+        return self.body(ctx.args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Keys, and their values."""
+        return completion.complete(ctx.args, incomplete, self.keys, self.options)
+
+
+class Plugin(click.Command):
+    """A command from an entry point; its words are its own, `--help` included."""
+
+    def __init__(self, entry: EntryPoint) -> None:
+        super().__init__(entry.name, add_help_option=False)
+        self.entry = entry
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence of its module."""
+        doc = sys.modules[self.entry.load().__module__].__doc__ or ""
+        return doc.partition("\n")[0].partition(": ")[2].capitalize()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Nothing is read here."""
+        ctx.args = list(args)
+        return ctx.args
+
+    def invoke(self, ctx: click.Context) -> int:
+        """Run it."""
+        body: Body = self.entry.load()
+        return body(ctx.args)
+
+
+class App(click.Group):
+    """All commands; words without one mean `train`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, with the official command line, which names no command, understood."""
+        first = args[0] if args else ""
+        if first == "help":
+            args = [*args[1:], "--help"]
+        elif first not in ("-h", "--help", "--version") and ("=" in first or first.startswith(("-", "+", "~"))):
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Ours in their order, then those of plugins."""
+        return [*self.commands, *(e.name for e in entry_points(group="tdmpc2_fast.commands"))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """By name."""
+        plugins = entry_points(group="tdmpc2_fast.commands", name=cmd_name)
+        return self.commands.get(cmd_name) or next((Plugin(e) for e in plugins), None)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """An unknown command is answered with the nearest ones."""
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
+            raise click.UsageError(f"unknown command {args[0]!r}.{did_you_mean(args[0], self.list_commands(ctx))}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands; and keys, once a letter is there."""
+        found = super().shell_complete(ctx, incomplete)
+        return found + (completion.complete([], incomplete, True, True) if incomplete else [])
+
+
+COMMANDS = (
+    Words("train", commands.train, "[key=value ...]", keys=True, options=True),
+    Words("eval", commands.evaluate, "CHECKPOINT [key=value ...]", keys=True),
+    Words("tasks", commands.tasks, "[TEXT]"),
+    Words("info", commands.info, "CHECKPOINT"),
+)
+app = App(
+    help="TD-MPC2: train an agent, look at it, measure it. COMMAND --help lists the keys of a command.",
+    epilog=_EXAMPLES,
+    commands=COMMANDS,
+    subcommand_metavar="COMMAND [ARGUMENT ...] [key=value ...]",
+    options_metavar="",
+    context_settings=dict(help_option_names=["-h", "--help"]),
+)
+click.version_option(__version__, message="%(version)s")(app)
+completion.register()

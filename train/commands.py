@@ -1,0 +1,218 @@
+"""What the commands do. Each takes the words behind its name and returns the exit status."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tdmpc2_fast import checkpoint
+from tdmpc2_fast.agent import TDMPC2
+from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensors_only
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import CheckpointError, ConfigError, did_you_mean
+
+from . import keys, sweep, tables
+from .envs import SUITES, complete, make_env, suite_of
+from .envs.catalogue import PLANNED
+from .evaluate import Evaluator
+from .online import OnlineTrainer
+from .run_log import run_folder
+from .threads import choose_threads
+
+_PACKAGES = {"DMControl": "dm_control", "Gymnasium": "gymnasium"}
+_BOX2D = ("bipedal-walker", "lunarlander-continuous", "BipedalWalker", "LunarLander", "CarRacing")
+
+
+def train(words: Sequence[str]) -> int:
+    """Train an agent, or several in a sweep.
+
+    Several values, as in seed=1,2,3 or seed=1..3, run one after another.
+    """
+    options, words = keys.options(words)
+    runs = sweep.expand(words)
+    for run in runs:  # all mistakes are answered before the first run starts
+        cfg = Config.from_dict(keys.parse(run.words, note=lambda _: None))
+        suite_of(cfg.task)
+    if options.job is not None:
+        runs = [sweep.pick(runs, options.job)]
+    if options.dry_run:
+        print("\n".join(run.command for run in runs))
+        return 0
+    if len(runs) == 1:
+        return _train(keys.parse(runs[0].words))
+    several = sweep.Sweep(runs)
+    status = several.run()
+    print(tables.rendered(tables.section("sweep", tables.grid(several.rows(), ("run", "result", "took", "where")))))
+    return status
+
+
+def _train(values: dict[str, Any]) -> int:
+    cfg = Config.from_dict(values)
+    probe = make_env(cfg, cfg.seed)  # errors before a folder is made
+    complete(cfg, probe)
+    probe.close()
+    cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
+    folder = run_folder(cfg)
+    sweep.tell(folder=str(folder))
+    trainer = OnlineTrainer(cfg, folder)
+    agent = trainer.agent
+    print(
+        f"task {cfg.task}  model {agent.model.total_params:,} parameters  device {agent.device}  "
+        f"backend {agent.backend.name} ({agent.backend.why})  threads {cfg.num_threads}  seed {cfg.seed}\n"
+        f"run folder {folder}",
+        flush=True,
+    )
+    for key in ("save_video", "enable_wandb", "data_dir"):
+        if getattr(cfg, key):
+            keys.to_stderr(f"{key} has no effect in this version")
+    for key in values:
+        if getattr(trainer.cfg, key) != getattr(cfg, key):
+            keys.to_stderr(f"{key}={getattr(trainer.cfg, key)}, fixed by the task {cfg.task}")
+    found = trainer.run()
+    sweep.tell(mean_return=found.mean_return, std_return=found.std_return)
+    print(f"done: return {found.mean_return:.1f} ± {found.std_return:.1f}; files in {folder}")
+    return 0
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """Play episodes with a checkpoint.
+
+    CHECKPOINT is a file or a run folder, of which it takes the best one (checkpoint=PATH says the
+    same). Keys given here win over those in the checkpoint.
+    """
+    paths, words = keys.arguments(words)
+    values = keys.parse(words, presets=False)
+    given = paths + [values[k] for k in ("checkpoint",) if values.get(k)]
+    path = find_checkpoint(_only(given, "eval CHECKPOINT [key=value ...]"))
+    _, saved = checkpoint.read(path)
+    if saved is None and "task" not in values:
+        raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
+    kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
+    cfg = Config.from_dict(kept).replace(**{**values, "checkpoint": str(path)})
+    env = make_env(cfg, cfg.seed)
+    cfg = complete(cfg, env)
+    env.close()
+    choose_threads(cfg)
+    agent = TDMPC2(cfg)
+    agent.load(path)
+    evaluator = Evaluator(agent)
+    found = evaluator.run()
+    evaluator.close()
+    for i, (value, length) in enumerate(zip(found.returns, found.lengths, strict=True)):
+        print(f"episode {i:3}  return {value:8.1f}  decisions {length}")
+    print(f"{cfg.task}: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes")
+    return 0
+
+
+def tasks(words: Sequence[str]) -> int:
+    """List the tasks, or those with TEXT in their names."""
+    text = _only(words, "tasks [TEXT]").lower() if words else ""
+    parts = []
+    known: list[str] = []
+    for name, suite in SUITES.items():
+        known += suite.names
+        there = importlib.util.find_spec(_PACKAGES[name]) is not None
+        state = "installed" if there else f"needs pip install 'tdmpc2-fast[{suite.extra}]'"
+        parts += _listed(f"{name}: {state}", [n for n in suite.names if text in n.lower() and not _lacks_box2d(n)])
+    lacking = [n for n in known if text in n.lower() and _lacks_box2d(n)]
+    parts += _listed("Gymnasium's Box2D tasks: need pip install 'tdmpc2-fast[box2d]'", lacking)
+    for name in dict.fromkeys(PLANNED.values()):
+        parts += _listed(
+            f"{name}: not in this version", [n for n, s in PLANNED.items() if s == name and text in n.lower()]
+        )
+    if not parts:
+        raise ConfigError(f"no task has {text!r} in its name.{did_you_mean(text, [*known, *PLANNED])}")
+    if not text:
+        parts.append("\nAny other Gymnasium id with a bounded Box action space works, too.")
+    print(tables.rendered(*parts).lstrip("\n"))
+    return 0
+
+
+def info(words: Sequence[str]) -> int:
+    """Say what a checkpoint holds.
+
+    That is its format, size, parameters, tensors and config; official .pt files have no config.
+    """
+    path = find_checkpoint(_only(words, "info CHECKPOINT"))
+    state, cfg = checkpoint.read(path)
+    state = dict(state["model"]) if isinstance(state.get("model"), dict) else state
+    kind = f"{checkpoint.FORMAT}, the checksum of its tensors is right"
+    if cfg is None:
+        kind = f"official, {'older' if '_Qs.params.0' in state else 'current'} generation (weights only, no config)"
+    from_official_entries(state, "", {k: v for k, v in state.items() if k == "_action_masks"})
+    tensors = tensors_only(state)
+    modules: dict[str, list[Tensor]] = {}
+    for name, x in tensors.items():
+        if "." in name:  # others are constants, such as the bounds of log std
+            modules.setdefault(name.partition(".")[0].strip("_"), []).append(x)
+    learnable = sum(x.numel() for k, x in tensors.items() if "." in k and not k.startswith(TARGETS))
+    facts = [("file", str(path)), ("format", kind), ("size", f"{path.stat().st_size / 1e6:,.1f} MB")]
+    facts += [("parameters", f"{learnable:,} learnable"), ("model", _model(tensors, path))]
+    print(tables.rendered(tables.grid(facts)))
+    if cfg is not None:
+        changed = _changed(cfg)
+        print(tables.rendered(tables.section("config, where it is not the default", tables.grid(changed))))
+    rows = [
+        (name, f"{len(xs)}", f"{sum(x.numel() for x in xs):,}", ", ".join(sorted({str(x.dtype)[6:] for x in xs})))
+        for name, xs in modules.items()
+    ]
+    print(tables.rendered(tables.section("tensors", tables.grid(rows, ("module", "tensors", "numbers", "dtype")))))
+    return 0
+
+
+def find_checkpoint(path: str) -> Path:
+    """The file that is meant: a checkpoint, with or without its ending, or a run folder's best or latest."""
+    given = Path(path)
+    if not given.is_dir():
+        with_ending = given.with_name(given.name + ".safetensors")
+        return with_ending if not given.exists() and with_ending.is_file() else given
+    for folder in (given / "checkpoints", given):
+        for name in ("best", "latest"):
+            if (folder / f"{name}.safetensors").is_file():
+                return folder / f"{name}.safetensors"
+    raise CheckpointError(f"checkpoint {path!r}: a folder without checkpoints/best or checkpoints/latest in it")
+
+
+def _only(given: Sequence[str], usage: str) -> str:
+    if len(given) != 1:
+        raise ConfigError(f"got {len(given)} arguments ({' '.join(given)}), allowed: tdmpc2-fast {usage}")
+    return given[0]
+
+
+def _listed(title: str, names: Sequence[str]) -> list[Any]:
+    return [tables.section(f"{title} ({len(names)})", "  ".join(names))] if names else []
+
+
+def _lacks_box2d(name: str) -> bool:
+    return name.startswith(_BOX2D) and importlib.util.find_spec("Box2D") is None
+
+
+def _model(tensors: dict[str, Tensor], path: Path) -> str:
+    """Sizes a person needs to build the model, read off the shapes."""
+    try:
+        first = next(k for k in sorted(tensors) if k.startswith("_encoder.") and tensors[k].ndim > 1)
+        last = max(k for k in tensors if k.startswith("_pi.") and k.endswith(".bias") and ".ln." not in k)
+        embedding = tensors.get("_task_emb.weight")
+        sizes = {
+            f"{first.split('.')[1]} channels" if tensors[first].ndim == 4 else "observation": tensors[first].shape[1],
+            "action_dim": len(tensors[last]) // 2,
+            "latent_dim": len(tensors["_dynamics.2.bias"]),
+            "mlp_dim": len(tensors["_pi.0.bias"]),
+            "num_q": len(tensors["_Qs.params.0.weight"]),
+        }
+        if embedding is not None:
+            sizes["observation"] -= embedding.shape[1]
+            sizes |= {"tasks": embedding.shape[0], "task_dim": embedding.shape[1]}
+    except (KeyError, StopIteration, ValueError) as e:
+        raise CheckpointError(f"checkpoint {str(path)!r}: no TD-MPC2 model, its tensors are others") from e
+    return ", ".join(f"{k} {v}" for k, v in sizes.items())
+
+
+def _changed(cfg: Config) -> list[tuple[str, str]]:
+    default = Config(model_size=cfg.model_size).to_dict()
+    default["model_size"] = None
+    return [(f"{k}={v}", "") for k, v in cfg.to_dict().items() if v != default[k] or k == "task"]

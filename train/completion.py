@@ -1,0 +1,61 @@
+"""Completion of `key=value` in a shell: `eval "$(_TDMPC2_FAST_COMPLETE=bash_source tdmpc2-fast)"`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
+
+from . import keys
+from .envs import SUITES
+
+_FILES = ("checkpoint", "work_dir", "data_dir")
+
+
+def complete(words: Sequence[str], incomplete: str, takes_keys: bool, options: bool) -> list[CompletionItem]:
+    """What the last word can become; `words` are those before it."""
+    known = {**(keys.OPTION_FIELDS if options else {}), **keys.CONFIG_FIELDS} if takes_keys else {}
+    # bash breaks words at "=", click drops one that stands alone; other shells keep key=value whole.
+    before = [w for w in words if w != "="]
+    if "=" in incomplete:
+        key, _, text = incomplete.partition("=")
+        prefix = f"{key}="
+    elif before and before[-1] in known:
+        key, text, prefix = before[-1], incomplete, ""
+    else:
+        names = [CompletionItem(f"{k}=") for k in known if k.startswith(incomplete) and k not in _keys_of(before)]
+        return names if names or options else [CompletionItem(incomplete, type="file")]
+    if key in _FILES:
+        return [CompletionItem(text, type="file")]
+    done, comma, last = text.rpartition(",")  # of a sweep
+    return [CompletionItem(f"{prefix}{done}{comma}{v}") for v in _values(key) if v.startswith(last)]
+
+
+def register() -> None:
+    """Let bash put no space behind `key=`."""
+    add_completion_class(_Bash, "bash")
+
+
+class _Bash(BashComplete):
+    source_template = BashComplete.source_template.replace("-o nosort", "-o nosort -o nospace")
+
+    def format_completion(self, item: CompletionItem) -> str:
+        space = "" if item.type != "plain" or item.value.endswith("=") else " "
+        return super().format_completion(item) + space
+
+
+def _keys_of(words: Sequence[str]) -> list[str]:
+    return [w.partition("=")[0].lstrip("+") for w in words]
+
+
+def _values(key: str) -> list[str]:
+    f = {**keys.OPTION_FIELDS, **keys.CONFIG_FIELDS}.get(key)
+    if key == "task":
+        return [n for s in SUITES.values() for n in s.names]
+    if key == "device":
+        return ["auto", "cpu", "cuda"]
+    if f is None:
+        return []
+    if str(f.type).startswith("bool"):
+        return ["true", "false"]
+    return ["none" if c is None else str(c) for c in f.metadata["choices"] or ()]

@@ -1,0 +1,199 @@
+"""Sweeps: `train task=walker-walk,cheetah-run seed=1..3` is six runs, one after another.
+
+Each is a process of its own, so that memory is free for the next one and a crash of one does
+not end the rest. A process is told to stop by a signal only: it then writes what it has and ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError
+
+from . import keys
+
+_REPORT = "TDMPC2_SWEEP_REPORT"
+_IN_FOLDER_NAME = ("task", "seed", "exp_name")  # runs that differ in these have folders of their own anyway
+_HYDRA_SWEEP = re.compile(r"(range|choice|interval|glob|shuffle|sort)\(")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_STOPPED = {128 + s: s for s in (signal.SIGINT, signal.SIGTERM)} | {-s: s for s in (signal.SIGINT, signal.SIGTERM)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep: the words behind `train`, and those of them that make it this one."""
+
+    words: tuple[str, ...]
+    label: str
+
+    @property
+    def command(self) -> str:
+        """What a person would type."""
+        return shlex.join(["tdmpc2-fast", "train", *self.words])
+
+
+@dataclass
+class Outcome:
+    """What became of a run: its exit status (None: not started) and what it told."""
+
+    run: Run
+    status: int | None = None
+    seconds: float = 0.0
+    told: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def expand(words: Sequence[str]) -> list[Run]:
+    """The runs these words ask for, the last key varying fastest; one where no key has several values.
+
+    Runs that differ in more than task, seed and exp_name get these keys into their exp_name; a
+    `work_dir` for all becomes a folder with a folder for each.
+    """
+    choices = [_choices(word, words[i + 1 :]) for i, word in enumerate(words)]
+    swept = [i for i, values in enumerate(choices) if len(values) > 1]
+    if not swept:
+        return [Run(tuple(words), "")]
+    runs = []
+    for picked in itertools.product(*choices):
+        own = [_name(picked[i]) for i in swept if picked[i].partition("=")[0].lstrip("+") not in _IN_FOLDER_NAME]
+        named = list(picked)
+        given = keys.parse(picked, note=lambda _: None)
+        if "work_dir" in given:
+            if "work_dir" not in [picked[i].partition("=")[0].lstrip("+") for i in swept]:
+                folder = Path(given["work_dir"]) / "-".join(_name(picked[i]) for i in swept)
+                named = [*_without(picked, "work_dir"), f"work_dir={folder}"]
+        elif own:
+            name = "-".join([given.get("exp_name", Config.exp_name), *own])
+            named = [*_without(picked, "exp_name"), f"exp_name={name}"]
+        runs.append(Run(tuple(named), " ".join(picked[i] for i in swept)))
+    return runs
+
+
+def pick(runs: Sequence[Run], job: int) -> Run:
+    """The run that `job=` counts to, from 1."""
+    if not 1 <= job <= len(runs):
+        raise ConfigError(f"config key 'job': got {job}, allowed: 1 to {len(runs)}, the runs of this sweep")
+    return runs[job - 1]
+
+
+def tell(**facts: Any) -> None:
+    """Called in a run: what its sweep, if it is part of one, is to know."""
+    if path := os.environ.get(_REPORT):
+        with open(path, "a") as f:
+            f.write(json.dumps(facts) + "\n")
+
+
+class Sweep:
+    """Runs one after another; SIGINT, SIGTERM and SIGHUP go to the one under way and end the rest."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.outcomes = [Outcome(run) for run in runs]
+        self._signal: int | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """The exit status: 0 where all finished, 1 where one failed, 128 + a signal that ended the sweep."""
+        signals = [s for n in ("SIGINT", "SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None]
+        before = {s: signal.signal(s, self._stop) for s in signals}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for i, outcome in enumerate(self.outcomes):
+                    if self._signal is not None:
+                        break
+                    print(f"\nrun {i + 1} of {len(self.outcomes)}: {outcome.run.command}", flush=True)
+                    self._run(outcome, Path(folder) / str(i))
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+        if self._signal is not None:
+            return 128 + self._signal
+        return int(any(o.status for o in self.outcomes))
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Of every run: what makes it this one, how it ended, how long it took, and where or why."""
+        return [(o.run.label, *_summary(o)) for o in self.outcomes]
+
+    def _run(self, outcome: Outcome, report: Path) -> None:
+        start = time.monotonic()
+        # A process group of its own: Ctrl-C in a terminal reaches this process only, which passes it on once.
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tdmpc2_fast.train", "train", *outcome.run.words],
+            env={**os.environ, _REPORT: str(report)},
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+        )
+        if self._signal is not None:  # it came while the process was being made
+            self._child.send_signal(self._signal)
+        outcome.status = self._child.wait()
+        outcome.seconds = time.monotonic() - start
+        if report.exists():
+            for line in report.read_text().splitlines():
+                outcome.told.update(json.loads(line))
+        if self._signal is None:
+            self._signal = _STOPPED.get(outcome.status)  # someone else told the run to stop
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)
+
+
+def _summary(o: Outcome) -> tuple[str, str, str]:
+    if o.status is None:
+        return "not started", "", ""
+    seconds = int(o.seconds)
+    took = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    where = str(o.told.get("folder", ""))
+    if o.status == 0:
+        return f"return {o.told['mean_return']:.1f} ± {o.told['std_return']:.1f}", took, where
+    how = "interrupted" if o.status in _STOPPED else f"failed ({o.status})"
+    return how, took, "\n".join(filter(None, (where, o.told.get("error", ""))))
+
+
+def _choices(word: str, following: Sequence[str]) -> list[str]:
+    """The word once for each of its values."""
+    key, text = keys.pair(word, following)
+    if _HYDRA_SWEEP.match(text):
+        raise ConfigError(f"config key {key!r}: got {text!r}, allowed in a sweep: 1,2,3 or, both ends included, 1..3")
+    if text.startswith(("'", '"', "[")) or not ("," in text or _RANGE.fullmatch(text)):
+        return [word]
+    values = [v for part in text.split(",") for v in _range(part.strip())]
+    if "" in values:
+        raise ConfigError(f"config key {key!r}: got {text!r}, allowed in a sweep: a value between any two commas")
+    if len({*values}) < len(values):
+        raise ConfigError(f"config key {key!r}: got {text!r}, allowed in a sweep: every value once")
+    return [f"{key}={v}" for v in values]
+
+
+def _range(text: str) -> list[str]:
+    found = _RANGE.fullmatch(text)
+    if found is None:
+        return [text]
+    first, last = int(found[1]), int(found[2])
+    if first > last:
+        raise ConfigError(f"range {text!r}: allowed: the smaller number first")
+    return [str(n) for n in range(first, last + 1)]
+
+
+def _without(words: Sequence[str], key: str) -> list[str]:
+    return [w for w in words if w.partition("=")[0].lstrip("+") != key]
+
+
+def _name(word: str) -> str:
+    """A word as part of a folder's name."""
+    return re.sub(r"[^\w.+-]", "_", word.lstrip("+"))
