@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, tiny_config, tiny_multitask
+from conftest import GOLDEN, TINY, tiny_config, tiny_multitask
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.config import MODEL_SIZES
@@ -115,6 +116,7 @@ class TestGrammar:
         [
             (["task=walker-wlak"], "walker-walk"),
             (["horizn=3"], "Did you mean 'horizon'"),
+            (["horizn=3"], "horizon: an integer of at least 1."),
             (["tsak=dog-run"], "Did you mean 'task'"),
             (["horizon=0"], "got 0, allowed: an integer of at least 1"),
             (["horizon=three"], "got 'three', allowed: an integer of at least 1"),
@@ -123,7 +125,8 @@ class TestGrammar:
             (["episodic=maybe"], "true or false"),
             (["seed=1/0"], "seed"),
             (["steps"], "allowed: steps=VALUE"),
-            (["walker-walk"], "allowed: key=value"),
+            (["walker-walk"], "Did you mean task=walker-walk?"),
+            (["horizon:3"], "allowed: key=value. Did you mean 'horizon'"),
             (["steps=inf"], "steps"),
             (["obs=pixels"], "state, rgb"),
             (["preset=quik"], "Did you mean 'quick'"),
@@ -502,3 +505,49 @@ def test_the_grammar_needs_no_terminal_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "{'horizon': 4}\n", done.stderr
+
+
+class TestDocs:
+    def rows(self, *columns: str) -> dict[str, list[str]]:
+        """The cells behind the key, of all tables in docs/config.md with these columns."""
+        text = (ROOT / "docs/config.md").read_text()
+        found: dict[str, list[str]] = {}
+        for table in re.split(r"\n\n", text):
+            lines = [[c.strip().strip("`") for c in line.strip("|").split(" | ")] for line in table.splitlines()]
+            if tuple(c.strip() for c in lines[0][: len(columns)]) == columns:
+                assert not {r[0].strip() for r in lines[2:]} & set(found)
+                found |= {r[0].strip("` "): [c.strip("` ") for c in r[1:]] for r in lines[2:]}
+        return found
+
+    def test_every_official_key_is_there_and_accepted(self) -> None:
+        official = self.rows("key", "official default")
+        recorded = json.loads((GOLDEN / "single_5m.json").read_text())["config"]
+        older = {"disable_wandb", "terminated_coef", "cudagraphs"}
+        assert set(official) == {*recorded, *older} - {"get"}
+        for key, (default, status, *_) in official.items():
+            notes: list[str] = []
+            got = keys.parse([f"{key}={default}"], notes.append)
+            assert (status == "not needed") == (key in keys.NOT_NEEDED), key
+            if default != "???":
+                assert bool(notes) == (status == "not needed"), key
+            if status == "honoured":
+                assert Config.from_dict(got) == Config(), key
+            elif status == "differs" and default != "???" and key not in older:
+                assert getattr(Config(), key) != got[key], key
+
+    def test_every_key_here_is_there(self) -> None:
+        official, ours = self.rows("key", "official default"), self.rows("key", "default", "meaning")
+        assert {*official, *ours} >= {*Config.key_names(), *keys.OPTION_FIELDS}
+        assert not {*official} & {*ours}
+        for key, (default, _) in ours.items():
+            assert default == keys.default_text({**keys.CONFIG_FIELDS, **keys.OPTION_FIELDS}[key]), key
+
+    def test_every_command_is_there(self) -> None:
+        headings = re.findall(r"^## `(\w+)", (ROOT / "docs/commands.md").read_text(), re.MULTILINE)
+        assert {c.name for c in app.COMMANDS} <= set(headings)
+
+    def test_presets_are_those_of_the_makefile(self) -> None:
+        text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+        found = re.search(r"^TRAIN +\?= (.+)$", text, re.MULTILINE)
+        assert found is not None
+        assert keys.parse(found[1].split()) == keys.PRESETS["quick"]

@@ -45,7 +45,7 @@ def _failed(e: Exception, args: Sequence[str]) -> int:
     """Say what went wrong; where, too, if asked to."""
     from .sweep import tell
 
-    debug = os.environ.get("TDMPC2_DEBUG", "0") not in ("", "0") or "debug=true" in args
+    debug = os.environ.get("TDMPC2_DEBUG", "0") not in ("", "0") or "debug=true" in map(str.lower, args)
     if debug:
         traceback.print_exception(e)
     plain = isinstance(e, (*_MISTAKES, NonFiniteError, OSError))
@@ -55,7 +55,7 @@ def _failed(e: Exception, args: Sequence[str]) -> int:
     if isinstance(e, _MISTAKES):
         return 2
     if not debug:
-        print("TDMPC2_DEBUG=1 (or debug=true) shows where it was raised", file=sys.stderr)
+        print("with TDMPC2_DEBUG=1 in the environment it shows where that was raised", file=sys.stderr)
     return 1
 
 

@@ -38,7 +38,10 @@ def train(words: Sequence[str]) -> int:
         cfg = Config.from_dict(keys.parse(run.words, note=lambda _: None))
         suite_of(cfg.task)
     if options.job is not None:
-        runs = [sweep.pick(runs, options.job)]
+        run = sweep.pick(runs, options.job)
+        if not options.dry_run:
+            print(f"job {options.job} of {len(runs)}: {run.command}", flush=True)
+        runs = [run]
     if options.dry_run:
         print("\n".join(run.command for run in runs))
         return 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tdmpc2_fast.config import DEFAULT_DIMS, MODEL_SIZES, Config, describe_range
-from tdmpc2_fast.errors import ConfigError, did_you_mean
+from tdmpc2_fast.errors import ConfigError, did_you_mean, nearest
 
 _MULTI_TASK_BATCH = 1024
 PRESETS: dict[str, dict[str, Any]] = {
@@ -138,7 +138,7 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
         elif key in OPTION_FIELDS:
             raise ConfigError(f"config key {key!r}: belongs to the command train, and is not allowed here")
         else:
-            raise ConfigError(f"unknown config key {key!r}.{did_you_mean(key, _KNOWN)}")
+            raise ConfigError(f"unknown config key {key!r}.{did_you_mean(key, _KNOWN)}{_range_of_nearest(key)}")
     return {**preset, **values}
 
 
@@ -192,8 +192,10 @@ def pair(word: str, following: Sequence[str] = ()) -> tuple[str, str]:
             "(seed=1,2,3) are a sweep, and docs/sweeps.md has the recipe for SLURM"
         )
     if not equals:
-        allowed = f"{key}=VALUE" if key in _KNOWN else "key=value"
-        raise ConfigError(f"argument {word!r}: allowed: {allowed}.{'' if key in _KNOWN else did_you_mean(key, _KNOWN)}")
+        if key in _KNOWN:
+            raise ConfigError(f"argument {word!r}: allowed: {key}=VALUE")
+        hint = f" Did you mean task={word}?" if "-" in word else did_you_mean(key, _KNOWN)
+        raise ConfigError(f"argument {word!r}: allowed: key=value.{hint}")
     return key, text
 
 
@@ -217,6 +219,12 @@ def value_of(f: dataclasses.Field[Any], text: str) -> Any:
         close = did_you_mean(text, map(str, choices)) if choices and kind.startswith("str") else ""
         raise ConfigError(f"config key {f.name!r}: got {text!r}, allowed: {describe_range(f)}.{close}") from e
     return text
+
+
+def _range_of_nearest(key: str) -> str:
+    """What the key that was meant may hold."""
+    f = next((CONFIG_FIELDS.get(k) for k in nearest(key, _KNOWN, 1)), None)
+    return "" if f is None else f" {f.name}: {describe_range(f)}."
 
 
 def _number(text: str, whole: bool) -> int | float:
