@@ -19,6 +19,7 @@ import torch
 from conftest import GOLDEN, TINY, tiny_config, tiny_multitask
 
 from tdmpc2_fast import TDMPC2, Config
+from tdmpc2_fast.compat.state_dict import CRITICS, TARGETS, tensors_only
 from tdmpc2_fast.config import MODEL_SIZES
 from tdmpc2_fast.errors import ConfigError, NonFiniteError
 from tdmpc2_fast.train import keys, sweep
@@ -262,6 +263,19 @@ class TestCommands:
         assert "rho=" not in out
         assert ("current generation" in out) == (ending == ".pt")
 
+    def test_info_of_the_older_generation(self, empty_folder: Path, capsys: Capture) -> None:
+        state = tensors_only(TDMPC2(tiny_config()).model.state_dict())
+        leaves = ("weight", "bias", "ln.weight", "ln.bias")
+        for new, old in ((CRITICS, "_Qs.params."), (TARGETS, "_target_Qs.params.")):
+            for key in [k for k in state if k.startswith(new)]:
+                layer, leaf = key.removeprefix(new).split(".", 1)
+                state[f"{old}{4 * int(layer) + leaves.index(leaf)}"] = state.pop(key)
+        torch.save({"model": state}, "a.pt")
+        assert cli.main(["info", "a.pt"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "older generation" in out
+        assert f"{TDMPC2(tiny_config()).model.total_params:,} learnable" in out
+
     def test_info_of_pixels(self, empty_folder: Path, capsys: Capture) -> None:
         cfg = Config.from_dict(TINY | dict(obs="rgb", num_channels=4, latent_dim=64, device="cpu"))
         TDMPC2(cfg.with_env({"rgb": (9, 64, 64)}, 2, 50)).save(empty_folder / "a")
@@ -289,6 +303,17 @@ class TestCommands:
         given = ["planner", "--help", "size=1,5", "--", "-x"]
         assert cli.main(["bench", *given]) == 3
         assert got == given
+
+    def test_a_broken_plugin_leaves_the_help_whole(self, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+        class Entry:
+            name = "broken"
+
+            def load(self) -> None:
+                raise ImportError("no module named x")
+
+        monkeypatch.setattr(app, "entry_points", lambda name="broken", **_: [Entry()] if name == "broken" else [])
+        assert cli.main(["--help"]) == 0
+        assert "Cannot be loaded: no module named x" in capsys.readouterr().out
 
     def test_without_click_it_says_what_to_install(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "click", None)

@@ -80,7 +80,10 @@ class Plugin(click.Command):
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """The first sentence of its module."""
-        doc = sys.modules[self.entry.load().__module__].__doc__ or ""
+        try:
+            doc = sys.modules[self.entry.load().__module__].__doc__ or ""
+        except ImportError as e:
+            return f"Cannot be loaded: {e}"
         return doc.partition("\n")[0].partition(": ")[2].capitalize()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -89,8 +89,8 @@ def evaluate(words: Sequence[str]) -> int:
     """
     paths, words = keys.arguments(words)
     values = keys.parse(words, presets=False)
-    given = paths + [values[k] for k in ("checkpoint",) if values.get(k)]
-    path = find_checkpoint(_only(given, "eval CHECKPOINT [key=value ...]"))
+    paths += [values["checkpoint"]] if values.get("checkpoint") else []
+    path = find_checkpoint(_only(paths, "eval CHECKPOINT [key=value ...]"))
     _, saved = checkpoint.read(path)
     if saved is None and "task" not in values:
         raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")

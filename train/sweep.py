@@ -68,19 +68,20 @@ def expand(words: Sequence[str]) -> list[Run]:
     swept = [i for i, values in enumerate(choices) if len(values) > 1]
     if not swept:
         return [Run(tuple(words), "")]
+    swept_keys = {choices[i][0].partition("=")[0] for i in swept}
     runs = []
     for picked in itertools.product(*choices):
-        own = [_name(picked[i]) for i in swept if picked[i].partition("=")[0].lstrip("+") not in _IN_FOLDER_NAME]
-        named = list(picked)
+        own = [picked[i] for i in swept]
         given = keys.parse(picked, note=lambda _: None)
-        if "work_dir" in given:
-            if "work_dir" not in [picked[i].partition("=")[0].lstrip("+") for i in swept]:
-                folder = Path(given["work_dir"]) / "-".join(_name(picked[i]) for i in swept)
-                named = [*_without(picked, "work_dir"), f"work_dir={folder}"]
-        elif own:
-            name = "-".join([given.get("exp_name", Config.exp_name), *own])
+        named = list(picked)
+        if "work_dir" in given and "work_dir" not in swept_keys:
+            folder = Path(given["work_dir"]) / "-".join(map(_name, own))
+            named = [*_without(picked, "work_dir"), f"work_dir={folder}"]
+        elif "work_dir" not in given and swept_keys - {*_IN_FOLDER_NAME}:
+            extra = [_name(w) for w in own if w.partition("=")[0] not in _IN_FOLDER_NAME]
+            name = "-".join([given.get("exp_name", Config.exp_name), *extra])
             named = [*_without(picked, "exp_name"), f"exp_name={name}"]
-        runs.append(Run(tuple(named), " ".join(picked[i] for i in swept)))
+        runs.append(Run(tuple(named), " ".join(own)))
     return runs
 
 
@@ -196,4 +197,4 @@ def _without(words: Sequence[str], key: str) -> list[str]:
 
 def _name(word: str) -> str:
     """A word as part of a folder's name."""
-    return re.sub(r"[^\w.+-]", "_", word.lstrip("+"))
+    return re.sub(r"[^\w.+-]", "_", word)
