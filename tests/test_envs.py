@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.envs import SUITES, complete, dmcontrol, make_env
+from tdmpc2_fast.train.envs.base import Env, RenderError
 
 pytest.importorskip("dm_control")
+gymnasium = pytest.importorskip("gymnasium")
 # observation and action widths of the official environments
 SHAPES = {
     "acrobot-swingup": (6, 1),
@@ -113,16 +121,192 @@ def test_actions_are_rescaled_to_the_space() -> None:
     assert env.max_episode_steps == 200
 
 
-def test_mujoco_leaves_no_log_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    env = make_env(Config(task="HalfCheetah-v5"), 1)
-    env.reset()
-    import mujoco
+LEAVES_NOTHING = """
+import os, sys, threading
+from tdmpc2_fast import Config
+from tdmpc2_fast.train.envs import complete, make_env, suite_of
+from tdmpc2_fast.train.envs.workers import Workers
 
-    physics = env.env.unwrapped  # type: ignore[attr-defined]
+def upset(physics):
+    import mujoco
     physics.data.qvel[:] = 1e12  # an unstable state makes MuJoCo warn
-    mujoco.mj_step(physics.model, physics.data)
-    assert list(tmp_path.iterdir()) == []
+    mujoco.mj_step(getattr(physics.model, "ptr", physics.model), getattr(physics.data, "ptr", physics.data))
+
+def here(env):
+    env.reset()
+    physics = getattr(env.env, "physics", None) or env.env.unwrapped
+    upset(physics)
+    thread = threading.Thread(target=upset, args=(physics,))
+    thread.start()
+    thread.join()
+    try:
+        env.render()
+    except Exception as e:
+        print("no picture:", e)
+
+if __name__ == "__main__":
+    for task in ("HalfCheetah-v5", "walker-walk"):
+        cfg = Config(task=task, episodic=task.endswith("-v5"), num_envs=2)
+        env = make_env(cfg, 1)
+        if sys.argv[1] == "here":
+            here(env)
+        else:
+            workers = Workers(complete(cfg, env), suite_of(task).make, 1, print)
+            workers.reset([0, 1])
+            workers.close()
+        env.close()
+    print("left:", sorted(os.listdir()))
+"""
+
+
+@pytest.mark.parametrize("where", ["here", "worker"])
+def test_mujoco_leaves_no_log_behind(tmp_path: Path, where: str) -> None:
+    program, empty = tmp_path / "program.py", tmp_path / "empty"
+    program.write_text(LEAVES_NOTHING)
+    empty.mkdir()
+    command = [sys.executable, str(program), where]
+    done = subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["left: []"], done.stdout + done.stderr
+    assert list(empty.iterdir()) == []
+    assert "unstable" in done.stderr or where == "worker"  # it is told instead
+
+
+@pytest.mark.parametrize(
+    ("task", "frames"),
+    [("cartpole-swingup", 50), ("humanoid-run", 20), ("HalfCheetah-v5", 20), ("Hopper-v5", 125), ("Pendulum-v1", 20)],
+)
+def test_frames_per_second_are_decisions_of_simulated_time(task: str, frames: float) -> None:
+    env = make_env(Config(task=task, episodic=True), 1)
+    assert env.frames_per_second == pytest.approx(frames)
+    if task in dmcontrol.TASKS:  # the physics' own clock agrees
+        env.reset()
+        for _ in range(10):
+            env.step(np.zeros(env.action_dim, np.float32))
+        assert env.env.physics.time() == pytest.approx(10 / frames)  # type: ignore[attr-defined]
+
+
+def rendered(env: Env, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
+    try:
+        return env.render(width, height)
+    except RenderError as e:
+        pytest.skip(f"no renderer here: {e}")
+
+
+@pytest.mark.parametrize("task", ["walker-walk", "HalfCheetah-v5"])
+def test_pictures_change_no_number(task: str) -> None:
+    cfg = Config(task=task, episodic=True)
+    seen, unseen = make_env(cfg, 3), make_env(cfg, 3)
+    rng = np.random.default_rng(0)
+    pictures = []
+    np.testing.assert_array_equal(seen.reset(), unseen.reset())
+    for _ in range(8):
+        pictures.append(rendered(seen))
+        action = rng.uniform(-1, 1, seen.action_dim).astype(np.float32)
+        for a, b in zip(seen.step(action), unseen.step(action), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert all(p.shape == (384, 384, 3) and p.dtype == np.uint8 and p.std() > 1 for p in pictures)
+    assert not np.array_equal(pictures[0], pictures[-1])
+    assert rendered(seen, 64, 40).shape == (40, 64, 3)
+    seen.close()
+
+
+@pytest.mark.parametrize("task", ["walker-walk", "HalfCheetah-v5"])
+def test_environments_drawn_in_turns_do_not_mix(task: str) -> None:
+    cfg = Config(task=task, episodic=True)
+    one, two = make_env(cfg, 1), make_env(cfg, 2)
+    one.reset(), two.reset()
+    for _ in range(10):
+        two.step(np.ones(two.action_dim, np.float32))
+    first, second = rendered(one), rendered(two)
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(rendered(one), first)
+    np.testing.assert_array_equal(rendered(two), second)
+    two.close()
+    np.testing.assert_array_equal(rendered(one), first)
+    one.close()
+
+
+class Ball(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """Draws 100 wide and 50 high, white, where its modes have `rgb_array`."""
+
+    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def __init__(self, render_mode: str | None = None, breaks: bool = False) -> None:
+        assert render_mode in (None, *self.metadata["render_modes"])
+        self.render_mode, self.breaks = render_mode, breaks
+
+    def reset(self, seed: int | None = None, options: Any = None) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        return np.zeros(2, np.float32), {}
+
+    def render(self) -> Any:
+        if self.breaks:
+            raise gymnasium.error.DependencyNotInstalled("paint is not installed, run `pip install paint`")
+        return np.full((50, 100, 3), 255, np.uint8)
+
+
+class Seen(Ball):
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 12}
+
+
+class Unseen(Ball):
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"]}
+
+
+def test_pictures_of_any_gymnasium_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    gymnasium.register("Seen-v0", Seen, max_episode_steps=9)
+    gymnasium.register("Broken-v0", Seen, max_episode_steps=9, kwargs={"breaks": True})
+    gymnasium.register("Unseen-v0", Unseen, max_episode_steps=9)
+    seen, broken, unseen = (make_env(Config(task=f"{n}-v0"), 1) for n in ("Seen", "Broken", "Unseen"))
+    for env in (seen, broken, unseen):
+        env.reset()
+    assert seen.frames_per_second == 12
+    picture = seen.render(80, 80)  # its shape is kept: 80x40 in the middle
+    assert picture.shape == (80, 80, 3)
+    assert (picture[22:58] == 255).all()
+    assert (picture[:18] == 0).all()
+    assert (picture[62:] == 0).all()
+    with pytest.raises(RenderError, match=r"Broken-v0: no pictures.*pip install paint"):
+        broken.render()
+    with pytest.raises(RenderError, match=r"Unseen-v0.*\['ansi'\], not 'rgb_array'"):
+        unseen.render()
+
+
+WITHOUT = """
+from tdmpc2_fast import Config
+from tdmpc2_fast.train.envs import make_env
+from tdmpc2_fast.train.envs.base import RenderError
+for task in ("cartpole-balance", "HalfCheetah-v5"):
+    try:
+        env = make_env(Config(task=task, episodic=task[0] == "H"), 1)
+        print("state", env.reset().shape)
+        env.render()
+    except RenderError as e:
+        print("RenderError", e)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        # the library without a driver, as in many containers
+        ({"__EGL_VENDOR_LIBRARY_FILENAMES": "/nowhere"}, ["state", "RenderError"] * 2),
+        ({"MUJOCO_GL": "disable"}, ["state", "RenderError"] * 2),
+        # dm_control refuses to be imported with what is named and cannot be had; MuJoCo with what it does not know
+        ({"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "egl"}, ["RenderError", "state", "RenderError"]),
+        ({"MUJOCO_GL": "nonsense"}, ["RenderError"] * 2),
+    ],
+)
+def test_without_a_renderer_states_go_on_and_pictures_say_why(variables: dict[str, str], said: list[str]) -> None:
+    if ctypes.util.find_library("OSMesa") and "MUJOCO_GL" not in variables:
+        pytest.skip("OSMesa draws here where EGL cannot")
+    env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")} | variables
+    command = [sys.executable, "-P", "-c", WITHOUT]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == said, done.stdout + done.stderr
+    for words in ("MUJOCO_GL=egl", "libegl1", "libosmesa6", "MUJOCO_GL=disable"):
+        assert all(words in line for line in lines if line.startswith("RenderError"))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import BackendError
 from tdmpc2_fast.rng import stream_seed
 
 Array = NDArray[np.float32] | NDArray[np.uint8]
 Actions = NDArray[np.float32]  # (A,), or more in front
+
+
+class RenderError(BackendError):
+    """A picture or video that cannot be made here; the message says what to install or set."""
 
 
 class Env(Protocol):
@@ -22,6 +27,7 @@ class Env(Protocol):
     action_dim: int
     max_episode_steps: int  # decisions
     action_repeat: int  # environment steps per decision
+    frames_per_second: float  # decisions per second of simulated time
 
     def reset(self) -> Array:
         """Start an episode; returns the observation, float32 (or uint8 pixels)."""
@@ -32,7 +38,11 @@ class Env(Protocol):
         ...
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
-        """An RGB picture (height, width, 3)."""
+        """An RGB picture (height, width, 3), uint8; drawing it changes nothing in the environment.
+
+        Raises:
+            RenderError: the task has no pictures, or nothing here can draw them.
+        """
         ...
 
     def overrides(self, cfg: Config) -> Config:

@@ -7,10 +7,6 @@ are cut after 500 decisions and never terminate.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes.util
-import os
-import sys
 from collections import deque
 from typing import Any
 
@@ -20,7 +16,8 @@ from numpy.typing import NDArray
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-from .base import Array, Env
+from .base import Array, Env, RenderError
+from .mujoco_setup import cannot_render, prepare_rendering
 
 TASKS = (
     "acrobot-swingup",
@@ -64,10 +61,7 @@ class DMControl:
     max_episode_steps = _DECISIONS
 
     def __init__(self, task: str, seed: int) -> None:
-        _load_triton_first()
-        _choose_renderer()
-        from dm_control import suite
-        from dm_control.suite.wrappers import action_scale
+        suite, action_scale = _import_suite()
 
         domain, name = task.replace("-", "_").split("_", 1)
         domain = _DOMAINS.get(domain, domain)
@@ -77,6 +71,8 @@ class DMControl:
         size = sum(int(np.prod(v.shape)) for v in self.env.observation_spec().values())
         self.obs_shape: tuple[int, ...] = (size,)
         self.action_dim = int(self.env.action_spec().shape[0])
+        self.frames_per_second = 1 / (_ACTION_REPEAT * raw.control_timestep())
+        self.task = task
         self._decisions = 0
 
     def reset(self) -> Array:
@@ -96,7 +92,10 @@ class DMControl:
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """The official camera's picture."""
-        picture: NDArray[np.uint8] = self.env.physics.render(height, width, self.camera_id)
+        try:
+            picture: NDArray[np.uint8] = self.env.physics.render(height, width, self.camera_id)
+        except Exception as e:  # whatever the OpenGL driver at hand raises
+            raise cannot_render(self.task, e) from e
         return picture
 
     def overrides(self, cfg: Config) -> Config:
@@ -125,6 +124,7 @@ class Pixels:
         self.obs_shape: tuple[int, ...] = (3 * num_frames, size, size)
         self.action_dim = env.action_dim
         self.action_repeat, self.max_episode_steps = env.action_repeat, env.max_episode_steps
+        self.frames_per_second = env.frames_per_second
         self._frames: deque[NDArray[np.uint8]] = deque(maxlen=num_frames)
 
     def _observe(self, count: int) -> Array:
@@ -170,30 +170,22 @@ def make(cfg: Config, seed: int) -> Env:
         return env
     try:
         env.render(8, 8)
-    except Exception as e:  # whatever the OpenGL driver at hand raises
-        raise ConfigError(f"config key 'obs': 'rgb' needs a headless renderer (MUJOCO_GL=egl or osmesa): {e}") from e
+    except RenderError as e:
+        raise ConfigError(f"config key 'obs': 'rgb' needs a renderer; {e}") from e
     return Pixels(env)
 
 
-def _load_triton_first() -> None:
-    """Import triton, if installed, before dm_control brings in an OpenGL driver.
-
-    Mesa's driver and triton each carry an LLVM. Whichever loads second finds the other's
-    symbols; triton second crashes the process, Mesa second does not. torch imports triton
-    by itself at the first optimiser step.
-    """
-    with contextlib.suppress(ImportError):
-        import triton  # noqa: F401
-
-
-def _choose_renderer() -> None:
-    """Headless rendering where the machine has it; left to dm_control elsewhere.
-
-    dm_control decides once, when it is imported, and refuses to be imported with a renderer
-    that is named and missing.
-    """
-    if sys.platform == "linux" and ctypes.util.find_library("EGL"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
+def _import_suite() -> tuple[Any, Any]:
+    """`dm_control.suite` and its action scaling; the import takes or refuses the renderer that MUJOCO_GL names."""
+    prepare_rendering()
+    try:
+        from dm_control import suite
+        from dm_control.suite.wrappers import action_scale
+    except ModuleNotFoundError:
+        raise
+    except Exception as e:  # of the OpenGL driver: also AttributeError, RuntimeError
+        raise cannot_render("dm_control", e) from e
+    return suite, action_scale
 
 
 def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:

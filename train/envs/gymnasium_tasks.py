@@ -7,7 +7,6 @@ bounds (for the official tasks these are the same). Tasks that can terminate nee
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, did_you_mean
 
-from .base import Array, Env
+from .base import Array, Env, RenderError
+from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 
 # Official name: Gymnasium id, decisions per episode, keyword arguments
 OFFICIAL: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -28,8 +28,6 @@ OFFICIAL: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 _SUCCESS_RETURN = {"lunarlander-continuous": 200.0}
 _OFFICIAL_OVERRIDES = dict(discount_max=0.99, rho=0.7)
-
-_log = logging.getLogger(__name__)
 
 
 def names() -> tuple[str, ...]:
@@ -63,14 +61,15 @@ class GymnasiumTask:
     def __init__(self, cfg: Config, seed: int) -> None:
         import gymnasium
 
-        _keep_mujoco_log_out_of_the_way()
+        keep_log_out_of_the_way()
         if cfg.obs != "state":
             raise ConfigError(f"config key 'obs': got {cfg.obs!r}, allowed: 'state' for {cfg.task!r}")
         name, length, kwargs = OFFICIAL.get(cfg.task, (cfg.task, 0, {}))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                env = gymnasium.make(name, render_mode=None, max_episode_steps=length or cfg.episode_length, **kwargs)
+                mode = _render_mode(name)
+                env = gymnasium.make(name, render_mode=mode, max_episode_steps=length or cfg.episode_length, **kwargs)
         except gymnasium.error.DependencyNotInstalled as e:
             raise ConfigError(f"config key 'task': {cfg.task!r} cannot be made: {e}") from e
         except gymnasium.error.Error as e:
@@ -92,6 +91,7 @@ class GymnasiumTask:
         self.max_episode_steps = int(steps)
         self.obs_shape: tuple[int, ...] = tuple(env.observation_space.shape or ())
         self.action_dim = int(np.prod(env.action_space.shape or ()))
+        self.frames_per_second = _frames_per_second(env)
         self._seed: int | None = seed
         self._return = 0.0
 
@@ -113,8 +113,22 @@ class GymnasiumTask:
         return np.array(obs, dtype=np.float32), float(reward), bool(terminated), bool(truncated), info
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
-        """A picture by the environment's own renderer."""
-        raise NotImplementedError(f"{self.name}: pictures of Gymnasium tasks are not supported in this version")
+        """A picture by the environment's own renderer, in its own size and then fitted into this one."""
+        from PIL import Image, ImageOps  # of imageio and matplotlib, both in the extra [train]
+
+        if self.env.render_mode != "rgb_array":
+            modes = self.env.metadata.get("render_modes")
+            raise RenderError(f"{self.name}: no pictures: its render modes are {modes}, not 'rgb_array'")
+        mujoco = getattr(self.env.unwrapped, "mujoco_renderer", None)
+        if mujoco is not None:
+            prepare_rendering()
+            if mujoco.viewer is not None:
+                mujoco.viewer.make_context_current()  # another environment's may be
+        try:
+            picture = Image.fromarray(np.asarray(self.env.render(), np.uint8))
+        except Exception as e:  # of OpenGL, or of a package that is missing
+            raise cannot_render(self.name, e) if mujoco else RenderError(f"{self.name}: no pictures: {e}") from e
+        return np.asarray(picture if picture.size == (width, height) else ImageOps.pad(picture, (width, height)))
 
     def overrides(self, cfg: Config) -> Config:
         """The official code fixes discount_max and rho for its named Gymnasium tasks."""
@@ -139,10 +153,18 @@ def make(cfg: Config, seed: int) -> Env:
     return GymnasiumTask(cfg, seed)
 
 
-def _keep_mujoco_log_out_of_the_way() -> None:
-    """MuJoCo writes warnings to MUJOCO_LOG.TXT in the working directory; log them instead."""
-    try:
-        import mujoco
-    except ImportError:
-        return
-    mujoco.set_mju_user_warning(lambda message: _log.warning("MuJoCo: %s", message))
+def _render_mode(name: str) -> str | None:
+    """Pictures, where the environment has them: MuJoCo's, Box2D's and Gymnasium's own draw only when asked to."""
+    import gymnasium
+    from gymnasium.envs.registration import load_env_creator
+
+    entry = gymnasium.spec(name).entry_point
+    metadata = getattr(load_env_creator(entry) if isinstance(entry, str) else entry, "metadata", None)
+    modes = metadata.get("render_modes") if isinstance(metadata, dict) else None
+    return "rgb_array" if modes is None or "rgb_array" in modes else None
+
+
+def _frames_per_second(env: Any) -> float:
+    """Of simulated time where the environment tells its time step; else as it wants to be shown."""
+    dt = getattr(env.unwrapped, "dt", None)
+    return 1 / float(dt) if isinstance(dt, float) and dt > 0 else float(env.metadata.get("render_fps", 30))
