@@ -1,0 +1,125 @@
+"""Videos: RGB frames streamed into an mp4 that browsers and QuickTime play."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tdmpc2_fast.errors import InputError
+
+from .envs.base import RenderError
+
+_NEEDS = "pip install 'tdmpc2-fast[train]' brings an ffmpeg with libx264; IMAGEIO_FFMPEG_EXE names another one"
+
+
+class VideoWriter:
+    """An mp4 (H.264, yuv420p) that is there when it is complete, and not before.
+
+        with VideoWriter(path, env.frames_per_second) as video:
+            video.add(env.render(), "walker-walk")
+
+    Frames go to `NAME.partial.mp4` beside it, which gets its name when the block ends and is
+    removed when an exception ends it. Encoding runs in a process of its own.
+
+    Args:
+        path: a name ending in `.mp4`; folders are made.
+        frames_per_second: `Env.frames_per_second` shows simulated time at its true speed.
+        overwrite: whether a file of this name may be replaced.
+
+    Raises:
+        InputError: a name that is taken or no mp4; on leaving the block, that no frame was added.
+        RenderError: no package, ffmpeg or encoder to write it with.
+    """
+
+    def __init__(self, path: str | Path, frames_per_second: float, overwrite: bool = False) -> None:
+        self.path, self.frames_per_second = Path(path), frames_per_second
+        if self.path.suffix != ".mp4":
+            raise InputError(f"path: got {str(path)!r}, allowed: a name ending in '.mp4'")
+        if not 0 < frames_per_second < float("inf"):
+            raise InputError(f"frames_per_second: got {frames_per_second}, allowed: above 0")
+        if self.path.exists() and not overwrite:
+            raise InputError(f"path: {str(path)!r} is taken; allowed: a new name, or overwrite=True")
+        self._partial = self.path.with_name(f"{self.path.stem}.partial.mp4")
+        self._writer: Any = None
+        self._shape: tuple[int, ...] | None = None
+        self.frames = 0
+
+    def __enter__(self) -> VideoWriter:
+        """Find the encoder; the file is begun by the first frame."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            from imageio.v2 import get_writer
+
+            # macro_block_size: sizes are even already; the default rounds them to 16
+            self._writer = get_writer(
+                self._partial,
+                format="FFMPEG",  # type: ignore[arg-type]
+                fps=self.frames_per_second,
+                codec="libx264",
+                pixelformat="yuv420p",
+                quality=None,
+                macro_block_size=2,
+                ffmpeg_log_level="error",
+                output_params=["-movflags", "+faststart"],
+            )
+        except ModuleNotFoundError as e:
+            raise RenderError(f"videos need {e.name}; {_NEEDS}") from e
+        except (ImportError, RuntimeError) as e:
+            raise RenderError(f"videos need ffmpeg: {e}; {_NEEDS}") from e
+        return self
+
+    def add(self, frame: NDArray[np.uint8], caption: str = "") -> None:
+        """Append a frame (height, width, 3), uint8; all have one size. An odd size is rounded up by an edge.
+
+        caption: drawn small along the lower edge, where given.
+        """
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+            raise InputError(f"frame: got {frame.dtype} {frame.shape}, allowed: uint8 (height, width, 3)")
+        if self._shape not in (None, frame.shape):
+            raise InputError(f"frame: got {frame.shape}, allowed: {self._shape}, as the first one")
+        self._shape = frame.shape
+        height, width, _ = frame.shape
+        frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        try:
+            self._writer.append_data(_captioned(frame, caption) if caption else frame)
+        except (OSError, RuntimeError) as e:
+            raise RenderError(f"{self.path}: ffmpeg ended: {e}; {_NEEDS}") from e
+        self.frames += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Complete the file, or leave none where an exception ended the block."""
+        try:
+            self._writer.close()
+            if error is None:
+                if not self.frames:
+                    raise InputError(f"{self.path}: no video without a frame")
+                if not self._partial.exists() or not self._partial.stat().st_size:
+                    raise RenderError(f"{self.path}: ffmpeg wrote nothing; {_NEEDS}")
+                os.replace(self._partial, self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+def _captioned(frame: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    """The frame with a line of text in its lower left corner, legible on any ground."""
+    from PIL import Image, ImageDraw, ImageFont  # imageio's own dependency
+
+    picture = Image.fromarray(frame)
+    size = max(9, picture.height // 28)
+    ImageDraw.Draw(picture).text(
+        (size // 2, picture.height - size // 2),
+        text,
+        anchor="ls",
+        font=ImageFont.load_default(size),
+        fill="white",
+        stroke_width=max(1, size // 9),
+        stroke_fill="black",
+    )
+    return np.asarray(picture)
