@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tdmpc2_fast import Config
-from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.errors import ConfigError, InputError
 from tdmpc2_fast.train.envs import SUITES, complete, dmcontrol, make_env
 from tdmpc2_fast.train.envs.base import Env, RenderError
 
@@ -208,6 +208,14 @@ def test_pictures_change_no_number(task: str) -> None:
     assert not np.array_equal(pictures[0], pictures[-1])
     assert rendered(seen, 64, 40).shape == (40, 64, 3)
     seen.close()
+
+
+def test_a_picture_larger_than_its_buffer_is_refused() -> None:
+    env = make_env(Config(task="walker-walk"), 1)
+    env.reset()
+    rendered(env)
+    with pytest.raises(InputError, match="width, height: got 2000, 100"):
+        env.render(2000, 100)
 
 
 @pytest.mark.parametrize("task", ["walker-walk", "HalfCheetah-v5"])

@@ -119,22 +119,24 @@ def plan_figure(
     """The figure of a trace of `planner`; arguments as for `plan_picture`."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
         raise ConfigError("pictures of plans need matplotlib; pip install 'tdmpc2-fast[train]'") from e
-    cfg, e = planner.cfg, env_index
+    cfg = planner.cfg
     width = cfg._require("action_dim")
-    if not 0 <= e < planner.num_envs:
-        raise InputError(f"env_index: got {e}, allowed: 0 to {planner.num_envs - 1}")
+    if not 0 <= env_index < planner.num_envs:
+        raise InputError(f"env_index: got {env_index}, allowed: 0 to {planner.num_envs - 1}")
     shown = list(range(min(width, _MOST_DIMS))) if dims is None else list(dims)
     if not shown or not all(0 <= a < width for a in shown):
         raise InputError(f"dims: got {shown}, allowed: some of 0 to {width - 1}")
 
-    plan = _Plan(trace, e, cfg.num_pi_trajs)
+    plan = _Plan(trace, env_index, cfg.num_pi_trajs)
     heights = (1.55 * len(shown) + 0.95 if len(shown) > 1 else 2.7, 3.1)
-    figure = Figure(figsize=(12.4, sum(heights) + 0.4), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.04)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04)
+    figure = Figure(figsize=(12.4, sum(heights) + 0.4), layout=layout)
     figure.suptitle(f"{title}: the chosen plan is worth {plan.worth:.2f}", fontsize=12, fontweight="bold")
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+    above, below = parts
     _draw_sequences(above, plan, shown, width)
     panels = below.subplots(1, 2 if frame is None else 3, width_ratios=[2.6, 1.6, 1][: 2 if frame is None else 3])
     _draw_values(panels[0], plan)
@@ -185,7 +187,9 @@ def _draw_sequences(figure: Any, plan: _Plan, shown: list[int], width: int) -> N
             for sequences, color, alpha, thick in kinds:
                 # rasterized: thousands of lines make an SVG of many megabytes
                 ax.add_collection(
-                    LineCollection(_paths(sequences), colors=color, alpha=alpha, linewidths=thick, rasterized=True)
+                    LineCollection(
+                        list(_paths(sequences)), colors=color, alpha=alpha, linewidths=thick, rasterized=True
+                    )
                 )
             (mean,), (std,) = _paths(plan.means[i, :, a : a + 1]), _paths(plan.stds[i, :, a : a + 1])
             ax.fill_between(mean[:, 0], mean[:, 1] - std[:, 1], mean[:, 1] + std[:, 1], color=_MEAN, alpha=0.13, lw=0)

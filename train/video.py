@@ -58,7 +58,7 @@ class VideoWriter:
             # macro_block_size: sizes are even already; the default rounds them to 16
             self._writer = get_writer(
                 self._partial,
-                format="FFMPEG",  # type: ignore[arg-type]
+                format="FFMPEG",
                 fps=self.frames_per_second,
                 codec="libx264",
                 pixelformat="yuv420p",

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.errors import ConfigError, InputError
 
 from .base import Array, Env, RenderError
 from .mujoco_setup import cannot_render, prepare_rendering
@@ -94,6 +94,8 @@ class DMControl:
         """The official camera's picture."""
         try:
             picture: NDArray[np.uint8] = self.env.physics.render(height, width, self.camera_id)
+        except ValueError as e:  # larger than the model's own buffer, which most leave at 640x480
+            raise InputError(f"width, height: got {width}, {height}: {e}") from e
         except Exception as e:  # whatever the OpenGL driver at hand raises
             raise cannot_render(self.task, e) from e
         return picture

@@ -113,22 +113,25 @@ class GymnasiumTask:
         return np.array(obs, dtype=np.float32), float(reward), bool(terminated), bool(truncated), info
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
-        """A picture by the environment's own renderer, in its own size and then fitted into this one."""
+        """A picture by the environment's own renderer; one that draws in another shape is fitted into this one."""
         from PIL import Image, ImageOps  # of imageio and matplotlib, both in the extra [train]
 
         if self.env.render_mode != "rgb_array":
             modes = self.env.metadata.get("render_modes")
             raise RenderError(f"{self.name}: no pictures: its render modes are {modes}, not 'rgb_array'")
         mujoco = getattr(self.env.unwrapped, "mujoco_renderer", None)
-        if mujoco is not None:
+        if mujoco is not None and mujoco.viewer is None:
             prepare_rendering()
-            if mujoco.viewer is not None:
-                mujoco.viewer.make_context_current()  # another environment's may be
+            mujoco.width, mujoco.height = width, height  # of the first picture, and then for good
+            buffer = mujoco.model.vis.global_
+            buffer.offwidth, buffer.offheight = max(buffer.offwidth, width), max(buffer.offheight, height)
+        elif mujoco is not None:
+            mujoco.viewer.make_context_current()  # another environment's may be
         try:
             picture = Image.fromarray(np.asarray(self.env.render(), np.uint8))
         except Exception as e:  # of OpenGL, or of a package that is missing
             raise cannot_render(self.name, e) if mujoco else RenderError(f"{self.name}: no pictures: {e}") from e
-        return np.asarray(picture if picture.size == (width, height) else ImageOps.pad(picture, (width, height)))
+        return np.array(picture if picture.size == (width, height) else ImageOps.pad(picture, (width, height)))
 
     def overrides(self, cfg: Config) -> Config:
         """The official code fixes discount_max and rho for its named Gymnasium tasks."""
