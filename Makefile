@@ -5,9 +5,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-# A quick look: a quarter of the samples and half the batch of the official settings.
-TRAIN  ?= task=cheetah-run model_size=1 num_samples=128 num_elites=16 batch_size=128 seed_steps=1000 steps=3500 \
-          eval_freq=10000 eval_episodes=2 exp_name=quick
+TRAIN  ?= preset=quick
 
 # Suites and keys of `tdmpc2-fast bench`, and checkouts of the official code and the JAX port to measure beside ours.
 BENCH  ?= planner update
@@ -33,7 +31,7 @@ $(READY): pyproject.toml
 
 setup: $(READY)  ## install everything into .venv
 
-train: setup     ## train a real task, evaluate before and after (under 20 minutes on two CPU cores)
+train: setup     ## train a real task; ends with its curve and a video (under 20 minutes on two CPU cores)
 	$(BIN)/tdmpc2-fast train $(TRAIN)
 
 test: setup      ## run the tests, a process per core

@@ -23,6 +23,7 @@ class StandIn:
 
     obs_shape: tuple[int, ...] = (OBS_DIM,)
     action_repeat = 1
+    frames_per_second = 50.0
 
     def __init__(self, action_dim: int, decisions: int, seed: int) -> None:
         self.action_dim, self.max_episode_steps = action_dim, decisions

@@ -22,6 +22,7 @@ class Scripted:
     action_dim = 2
     max_episode_steps = 5
     action_repeat = 1
+    frames_per_second = 10.0
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 from conftest import TINY
 
 from tdmpc2_fast.files import read_tensors
-from tdmpc2_fast.train.checkpoints import Checkpoints
 
 pytest.importorskip("gymnasium")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,7 +18,7 @@ from click.shell_completion import CompletionItem
 from tdmpc2_fast import __version__
 from tdmpc2_fast.errors import did_you_mean
 
-from . import commands, completion, tables
+from . import commands, completion, keys, tables
 
 Body = Callable[[Sequence[str]], int]
 _EXAMPLES = """\b
@@ -25,6 +26,7 @@ Examples:
   tdmpc2-fast train task=walker-walk
   tdmpc2-fast train task=dog-run seed=1,2,3        a sweep: three runs
   tdmpc2-fast train preset=quick                   minutes on a laptop
+  tdmpc2-fast resume runs/walker-walk/default/1    goes on where it was stopped
   tdmpc2-fast eval runs/walker-walk/default/1      a run's best checkpoint
 
 Without a command, key=value words mean train, as in the official code."""
@@ -37,13 +39,13 @@ class Words(click.Command):
         name: what a person types.
         body: what it does with the words behind the name; its docstring is the help.
         usage: these words, in the line of usage.
-        keys: whether it takes config keys, which its help then lists and a shell completes.
-        options: whether it takes the keys of `train` itself, too (`keys.Options`).
+        config: whether it takes config keys, which its help then lists and a shell completes.
+        own: the class of the keys it takes besides.
     """
 
-    def __init__(self, name: str, body: Body, usage: str, keys: bool = False, options: bool = False) -> None:
+    def __init__(self, name: str, body: Body, usage: str, config: bool = False, own: type[Any] | None = None) -> None:
         super().__init__(name, callback=body, help=body.__doc__, short_help=(body.__doc__ or "").partition("\n")[0])
-        self.body, self.usage, self.keys, self.options = body, usage, keys, options
+        self.body, self.usage, self.config, self.own = body, usage, config, own
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         """What follows the name."""
@@ -59,8 +61,8 @@ class Words(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The keys, as wide as the terminal is."""
-        if self.keys:
-            formatter.write("\n" + tables.rendered(tables.key_tables(self.options)) + "\n")
+        if self.config or self.own:
+            formatter.write("\n" + tables.rendered(tables.key_tables(self.own, self.config)) + "\n")
 
     def invoke(self, ctx: click.Context) -> int:
         """Run it."""
@@ -68,7 +70,7 @@ class Words(click.Command):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Keys, and their values."""
-        return completion.complete(ctx.args, incomplete, self.keys, self.options)
+        return completion.complete(ctx.args, incomplete, self.own, self.config)
 
 
 class Plugin(click.Command):
@@ -129,12 +131,15 @@ class App(click.Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Commands; and keys, once a letter is there."""
         found = super().shell_complete(ctx, incomplete)
-        return found + (completion.complete([], incomplete, True, True) if incomplete else [])
+        return found + (completion.complete([], incomplete, keys.Options, True) if incomplete else [])
 
 
 COMMANDS = (
-    Words("train", commands.train, "[key=value ...]", keys=True, options=True),
-    Words("eval", commands.evaluate, "CHECKPOINT [key=value ...]", keys=True),
+    Words("train", commands.train, "[key=value ...]", config=True, own=keys.Options),
+    Words("resume", commands.resume, "RUN [key=value ...]", config=True),
+    Words("eval", commands.evaluate, "CHECKPOINT [key=value ...]", config=True),
+    Words("plot", commands.plot, "RUN ... [key=value ...]", own=keys.PlotOptions),
+    Words("plan", commands.plan, "CHECKPOINT [key=value ...]", config=True, own=keys.PlanOptions),
     Words("tasks", commands.tasks, "[TEXT]"),
     Words("info", commands.info, "CHECKPOINT"),
 )

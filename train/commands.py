@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensor
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, did_you_mean
 
-from . import keys, sweep, tables
+from . import keys, runs, sweep, tables
 from .envs import SUITES, complete, make_env, suite_of
 from .envs.catalogue import PLANNED
 from .evaluate import Evaluator
-from .online import OnlineTrainer
-from .run_log import run_folder
+from .plan_picture import draw_plan
+from .plots import plot_runs
 from .threads import choose_threads
 
 _PACKAGES = {"DMControl": "dm_control", "Gymnasium": "gymnasium"}
@@ -32,52 +33,73 @@ def train(words: Sequence[str]) -> int:
 
     Several values, as in seed=1,2,3 or seed=1..3, run one after another.
     """
-    options, words = keys.options(words)
-    runs = sweep.expand(words)
-    for run in runs:  # all mistakes are answered before the first run starts
+    options, words = keys.options(words, keys.Options)
+    each = sweep.expand(words)
+    for run in each:  # all mistakes are answered before the first run starts
         cfg = Config.from_dict(keys.parse(run.words, note=lambda _: None))
         suite_of(cfg.task)
     if options.job is not None:
-        run = sweep.pick(runs, options.job)
+        run = sweep.pick(each, options.job)
         if not options.dry_run:
-            print(f"job {options.job} of {len(runs)}: {run.command}", flush=True)
-        runs = [run]
+            print(f"job {options.job} of {len(each)}: {run.command}", flush=True)
+        each = [run]
     if options.dry_run:
-        print("\n".join(run.command for run in runs))
+        print("\n".join(run.command for run in each))
         return 0
-    if len(runs) == 1:
-        return _train(keys.parse(runs[0].words))
-    several = sweep.Sweep(runs)
+    if len(each) == 1:
+        return runs.start(keys.parse(each[0].words), sweep.tell)
+    several = sweep.Sweep(each)
     status = several.run()
     print(tables.rendered(tables.section("sweep", tables.grid(several.rows(), ("run", "result", "took", "where")))))
     return status
 
 
-def _train(values: dict[str, Any]) -> int:
-    cfg = Config.from_dict(values)
-    probe = make_env(cfg, cfg.seed)  # errors before a folder is made
-    complete(cfg, probe)
-    probe.close()
-    cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
-    folder = run_folder(cfg)
-    sweep.tell(folder=str(folder))
-    trainer = OnlineTrainer(cfg, folder)
-    agent = trainer.agent
-    print(
-        f"task {cfg.task}  model {agent.model.total_params:,} parameters  device {agent.device}  "
-        f"backend {agent.backend.name} ({agent.backend.why})  threads {cfg.num_threads}  seed {cfg.seed}\n"
-        f"run folder {folder}",
-        flush=True,
-    )
-    for key in ("save_video", "enable_wandb", "data_dir"):
-        if getattr(cfg, key):
-            keys.to_stderr(f"{key} has no effect in this version")
-    for key in values:
-        if getattr(trainer.cfg, key) != getattr(cfg, key):
-            keys.to_stderr(f"{key}={getattr(trainer.cfg, key)}, fixed by the task {cfg.task}")
-    found = trainer.run()
-    sweep.tell(mean_return=found.mean_return, std_return=found.std_return)
-    print(f"done: return {found.mean_return:.1f} ± {found.std_return:.1f}; files in {folder}")
+def resume(words: Sequence[str]) -> int:
+    """Go on with a run that was stopped.
+
+    RUN is its folder. It goes on from its newest checkpoint, bit for bit as if it had not been
+    stopped; keys say how far, where and what is shown, as in steps=2_000_000 or device=cuda.
+    """
+    paths, words = keys.arguments(words)
+    return runs.resume(_only(paths, "resume RUN [key=value ...]"), keys.parse(words, presets=False), sweep.tell)
+
+
+def plot(words: Sequence[str]) -> int:
+    """Draw the learning curves of runs.
+
+    RUN is a run's folder, a folder with runs anywhere in it, or a csv file with the columns of
+    eval.csv. Runs of one task and exp_name are one line, with the band of their seeds.
+    """
+    options, words = keys.options(words, keys.PlotOptions)
+    paths, others = keys.arguments(words)
+    if others or not paths:
+        close = did_you_mean(others[0].partition("=")[0], keys.names(keys.PlotOptions)) if others else ""
+        got = f"got {others[0]!r}" if others else "no run given"
+        raise ConfigError(
+            f"{got}, allowed: tdmpc2-fast plot RUN... [{'=] ['.join(keys.names(keys.PlotOptions))}=].{close}"
+        )
+    out, reference = (None if x is None else Path(x).expanduser() for x in (options.out, options.reference))
+    for path in plot_runs([Path(p) for p in paths], out, reference, options.max_step):
+        print(path)
+    return 0
+
+
+def plan(words: Sequence[str]) -> int:
+    """Draw one decision of the planner.
+
+    CHECKPOINT is a file or a run folder. The picture shows the action sequences that were tried and
+    kept in each iteration, and how their values went.
+    """
+    options, words = keys.options(words, keys.PlanOptions)
+    paths, words = keys.arguments(words)
+    path = find_checkpoint(_only(paths, "plan CHECKPOINT [decision=N] [out=FILE] [key=value ...]"))
+    agent = _agent(path, keys.parse(words, presets=False))
+    env = make_env(agent.cfg, agent.cfg.seed)
+    try:
+        out = Path(options.out).expanduser() if options.out else path.with_name(f"{path.stem}-plan.png")
+        print(draw_plan(agent, env, options.decision, out))
+    finally:
+        env.close()
     return 0
 
 
@@ -85,29 +107,24 @@ def evaluate(words: Sequence[str]) -> int:
     """Play episodes with a checkpoint.
 
     CHECKPOINT is a file or a run folder, of which it takes the best one (checkpoint=PATH says the
-    same). Keys given here win over those in the checkpoint.
+    same). Keys given here win over those in the checkpoint; save_video=true films the first episode.
     """
     paths, words = keys.arguments(words)
     values = keys.parse(words, presets=False)
     paths += [values["checkpoint"]] if values.get("checkpoint") else []
     path = find_checkpoint(_only(paths, "eval CHECKPOINT [key=value ...]"))
-    _, saved = checkpoint.read(path)
-    if saved is None and "task" not in values:
-        raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
-    kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
-    cfg = Config.from_dict(kept).replace(**{**values, "checkpoint": str(path)})
-    env = make_env(cfg, cfg.seed)
-    cfg = complete(cfg, env)
-    env.close()
-    choose_threads(cfg)
-    agent = TDMPC2(cfg)
-    agent.load(path)
+    agent = _agent(path, values)
     evaluator = Evaluator(agent)
-    found = evaluator.run()
-    evaluator.close()
+    video = _free(path.with_suffix(".mp4")) if agent.cfg.save_video else None
+    try:
+        found = evaluator.run(video=video, warn=keys.to_stderr)
+    finally:
+        evaluator.close()
     for i, (value, length) in enumerate(zip(found.returns, found.lengths, strict=True)):
         print(f"episode {i:3}  return {value:8.1f}  decisions {length}")
-    print(f"{cfg.task}: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes")
+    print(f"{agent.cfg.task}: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes")
+    if video is not None and video.exists():
+        print(video)
     return 0
 
 
@@ -178,6 +195,28 @@ def find_checkpoint(path: str) -> Path:
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
     raise CheckpointError(f"checkpoint {path!r}: a folder without checkpoints/best or checkpoints/latest in it")
+
+
+def _agent(path: Path, values: dict[str, Any]) -> TDMPC2:
+    """The agent of a checkpoint; values given win over those it was made with."""
+    _, saved = checkpoint.read(path)
+    if saved is None and "task" not in values:
+        raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
+    kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
+    cfg = Config.from_dict(kept).replace(**{**values, "checkpoint": str(path)})
+    env = make_env(cfg, cfg.seed)
+    cfg = complete(cfg, env)
+    env.close()
+    choose_threads(cfg)
+    agent = TDMPC2(cfg)
+    agent.load(path)
+    return agent
+
+
+def _free(path: Path) -> Path:
+    """The name, with a number behind it where it is taken."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2)))
+    return next(p for p in names if not p.exists())
 
 
 def _only(given: Sequence[str], usage: str) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from . import keys
 from .envs import SUITES
 
-_FILES = ("checkpoint", "work_dir", "data_dir")
+_FILES = ("checkpoint", "work_dir", "data_dir", "out", "reference")
 
 
-def complete(words: Sequence[str], incomplete: str, takes_keys: bool, options: bool) -> list[CompletionItem]:
-    """What the last word can become; `words` are those before it."""
-    known = {**(keys.OPTION_FIELDS if options else {}), **keys.CONFIG_FIELDS} if takes_keys else {}
+def complete(words: Sequence[str], incomplete: str, own: type[Any] | None, config: bool) -> list[CompletionItem]:
+    """What the last word can become; `words` are those before it, the rest as for `keys.groups`."""
+    known = {f.name: f for fields in keys.groups(own, config).values() for f in fields}
     # bash breaks words at "=", click drops one that stands alone; other shells keep key=value whole.
     before = [w for w in words if w != "="]
     if "=" in incomplete:
@@ -24,11 +26,11 @@ def complete(words: Sequence[str], incomplete: str, takes_keys: bool, options: b
         key, text, prefix = before[-1], incomplete, ""
     else:
         names = [CompletionItem(f"{k}=") for k in known if k.startswith(incomplete) and k not in _keys_of(before)]
-        return names if names or options else [CompletionItem(incomplete, type="file")]
+        return names if names or own is keys.Options else [CompletionItem(incomplete, type="file")]
     if key in _FILES:
         return [CompletionItem(text, type="file")]
     done, comma, last = text.rpartition(",")  # of a sweep
-    return [CompletionItem(f"{prefix}{done}{comma}{v}") for v in _values(key) if v.startswith(last)]
+    return [CompletionItem(f"{prefix}{done}{comma}{v}") for v in _values(key, known.get(key)) if v.startswith(last)]
 
 
 def register() -> None:
@@ -48,8 +50,7 @@ def _keys_of(words: Sequence[str]) -> list[str]:
     return [w.partition("=")[0].lstrip("+") for w in words]
 
 
-def _values(key: str) -> list[str]:
-    f = {**keys.OPTION_FIELDS, **keys.CONFIG_FIELDS}.get(key)
+def _values(key: str, f: dataclasses.Field[Any] | None) -> list[str]:
     if key == "task":
         return [n for s in SUITES.values() for n in s.names]
     if key == "device":

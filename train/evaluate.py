@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tdmpc2_fast.rng import stream_seed
 from .envs import make_env
 from .envs.base import Env
 from .stop import Stop
+from .video import Film
 
 _MOST_SIDE_BY_SIDE = 16
 
@@ -55,32 +57,46 @@ class Evaluator:
         self.envs: list[Env] = [make_env(cfg, s) for s in seeds]
         self.planner = Planner(agent.model, width, seed=stream_seed(cfg.seed, "eval"))
 
-    def run(self, stop: Stop | None = None, busy: Callable[[int, int], None] = lambda done, total: None) -> Evaluation:
+    def run(
+        self,
+        stop: Stop | None = None,
+        busy: Callable[[int, int], None] = lambda done, total: None,
+        video: Path | None = None,
+        warn: Callable[[str], None] = print,
+    ) -> Evaluation:
         """Play the episodes; more than fit side by side are played in rounds.
 
         Args:
             stop: asked after every decision.
             busy: told, after every decision, how many have been made and will be at most.
+            video: an mp4 of the first episode, where given.
+            warn: told where there is none.
 
         Raises:
-            Stopped: `stop` said so; the environments and the planner stand where they stood then.
+            Stopped: `stop` said so; environments and planner stand where they stood then.
         """
-        rounds = -(-self.cfg.eval_episodes // len(self.envs))
         found: list[tuple[float, float, int]] = []
+        rounds, length = -(-self.cfg.eval_episodes // len(self.envs)), self.envs[0].max_episode_steps
         for i in range(rounds):
-            length = self.envs[0].max_episode_steps
-            found += self._round(stop or Stop(), lambda done, i=i, n=length: busy(i * n + done, rounds * n))  # type: ignore[misc]
+            with Film(None if i else video, self.envs[0], warn) as film:
+                for done in self._round(film, found):
+                    busy(i * length + done, rounds * length)
+                    if stop is not None:
+                        stop.check()
         kept = found[: self.cfg.eval_episodes]
         returns, successes, lengths = (list(x) for x in zip(*kept, strict=True))
         return Evaluation(returns, successes, lengths)
 
-    def _round(self, stop: Stop, busy: Callable[[int], None]) -> list[tuple[float, float, int]]:
+    def _round(self, film: Film, found: list[tuple[float, float, int]]) -> Iterator[int]:
+        """An episode in every environment, added to `found` when all have ended; yields the decisions made."""
         count = len(self.envs)
         obs = [env.reset() for env in self.envs]
         total, success, length = [0.0] * count, [0.0] * count, [0] * count
         running, t0 = [True] * count, True
         while any(running):
-            stop.check()
+            was_running = running[0]
+            if was_running:
+                film.add(self._caption(total[0], length[0]))
             actions = self._act(np.stack(obs), t0)
             t0 = False
             for i in (i for i in range(count) if running[i]):
@@ -89,8 +105,13 @@ class Evaluator:
                 length[i] += 1
                 success[i] = info["success"]
                 running[i] = not (terminated or truncated)
-            busy(max(length))
-        return list(zip(total, success, length, strict=True))
+            if was_running and not running[0]:
+                film.add(self._caption(total[0], length[0]))
+            yield max(length)
+        found += zip(total, success, length, strict=True)
+
+    def _caption(self, total: float, decisions: int) -> str:
+        return f"{self.cfg.task}   return {total:.1f}   decision {decisions}"
 
     def states(self) -> list[Any]:
         """Random states of the environments between two evaluations."""

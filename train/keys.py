@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tdmpc2_fast.config import DEFAULT_DIMS, MODEL_SIZES, Config, describe_range
 from tdmpc2_fast.errors import ConfigError, did_you_mean, nearest
@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_freq=10_000,
         eval_episodes=2,
         exp_name="quick",
+        save_video=True,
     ),
     **{
         f"{size}m": dict(model_size=size) | (dict(batch_size=_MULTI_TASK_BATCH) if size >= 19 else {})
@@ -100,6 +101,23 @@ class Options:
     debug: bool = _option(False, "show where an error came from, as TDMPC2_DEBUG=1 does for every command")
 
 
+@dataclass(frozen=True)
+class PlotOptions:
+    """Keys of the command `plot`."""
+
+    out: str | None = _option(None, "the picture, .png or .svg; none writes both: RUN/curve.*, for several curves.*")
+    reference: str | None = _option(None, "folder of published curves to draw beside them: METHOD/TASK.csv")
+    max_step: float | None = _option(None, "environment steps at which the axis ends", low=1)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Keys of the command `plan`, beside those of a config."""
+
+    decision: int = _option(50, "decisions of the episode that come before the one drawn", low=0)
+    out: str | None = _option(None, "the picture, .png or .svg; none writes CHECKPOINT-plan.png")
+
+
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in FILLED_IN}
 OPTION_FIELDS = {f.name: f for f in dataclasses.fields(Options)}
 _KNOWN = [*CONFIG_FIELDS, *OPTION_FIELDS, *RENAMED, "disable_wandb", *NOT_NEEDED]
@@ -142,23 +160,35 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
     return {**preset, **values}
 
 
-def options(words: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options among the words, and the words that are left.
+def names(kind: type[Options] | type[PlotOptions] | type[PlanOptions]) -> list[str]:
+    """Of the keys of a command."""
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+T = TypeVar("T", Options, PlotOptions, PlanOptions)
+
+
+def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
+    """The options of a command among the words, and the words that are left.
 
     `preset` stays, since a sweep may go over it. Hydra's `--multirun` is left out: several values
     are a sweep here as they are.
     """
+    known = {f.name: f for f in dataclasses.fields(kind) if f.name != "preset"}
     found: dict[str, Any] = {}
     rest = []
     for word in words:
-        key, _, text = word.partition("=")
-        if key in OPTION_FIELDS and key != "preset" and "=" in word:
+        key, equals, text = word.partition("=")
+        if key in known and equals:
             if key in found:
                 raise ConfigError(f"config key {key!r}: given twice, allowed: once")
-            found[key] = value_of(OPTION_FIELDS[key], text)
+            found[key] = value_of(known[key], text)
+            low = known[key].metadata["low"]
+            if low is not None and found[key] is not None and not found[key] >= low:
+                raise ConfigError(f"config key {key!r}: got {text!r}, allowed: {describe_range(known[key])}")
         elif word not in ("-m", "--multirun"):
             rest.append(word)
-    return Options(**found), rest
+    return kind(**found), rest
 
 
 def arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -234,11 +264,13 @@ def _number(text: str, whole: bool) -> int | float:
     return int(text) if whole and text.lstrip("+-").replace("_", "").isdigit() else float(text)
 
 
-def groups(command_line: bool = True) -> dict[str, list[dataclasses.Field[Any]]]:
-    """The keys a person can set, under the headings of `Config`; first those of `train` itself."""
-    found: dict[str, list[dataclasses.Field[Any]]] = {"command line": [*OPTION_FIELDS.values()]} if command_line else {}
+def groups(own: type[Any] | None, config: bool = True) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The keys a command takes: its own, then those of `Config` that a person can set, under its headings."""
+    found: dict[str, list[dataclasses.Field[Any]]] = {}
+    if own is not None:
+        found["command line"] = list(dataclasses.fields(own))
     heading = ""
-    for f in dataclasses.fields(Config):
+    for f in dataclasses.fields(Config) if config else ():
         heading = _GROUPS.get(f.name, heading)
         if f.name not in FILLED_IN:
             found.setdefault(heading, []).append(f)

@@ -237,7 +237,10 @@ class OnlineTrainer:
         self._take_in()
         saved = self._save()
         with self.log.clock.part("evaluation"):
-            found = self.evaluator.run(self.stop, functools.partial(self.log.busy, "evaluating"))
+            step = self._decisions * self.evaluator.envs[0].action_repeat
+            video = self.folder / "videos" / f"{step}.mp4" if self.cfg.save_video else None
+            busy = functools.partial(self.log.busy, "evaluating")
+            found = self.evaluator.run(self.stop, busy, video, self.log.warn)
         self._evaluated_at = self._decisions
         success = float(np.mean(found.successes))
         self.log.evaluation(self._decisions, found.mean_return, found.std_return, len(found.returns), success)

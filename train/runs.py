@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import CheckpointError, ConfigError
+from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 
 from .checkpoints import Checkpoints, Saved
 from .envs import complete, make_env
 from .online import OnlineTrainer
+from .plots import plot_runs
 from .run_folder import discard, home, locked, new_folder
 from .stop import Stop, Stopped
 from .threads import choose_threads
@@ -112,11 +113,25 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
             tell(mean_return=found.mean_return, std_return=found.std_return)
             summary = [
                 f"done: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes",
-                f"files in {folder}",
+                *_files(folder),
             ]
             return 0
         finally:
             trainer.log.close(summary)
+
+
+def _files(folder: Path) -> list[str]:
+    """What lies where, the learning curve among it, which is drawn now."""
+    try:
+        curve = str(plot_runs([folder])[0])
+    except (ConfigError, InputError, OSError) as e:
+        curve = f"not drawn: {e}"
+    found = [("numbers", f"{folder / 'eval.csv'}, train.csv"), ("curve", curve)]
+    videos = sorted((folder / "videos").glob("*.mp4"), key=lambda p: int(p.stem))
+    found += [("video", str(p)) for p in videos[-1:]]
+    found.append(("weights", f"{folder / 'checkpoints'}: best, latest"))
+    found.append(("events", f"tensorboard --logdir {folder / 'tensorboard'}"))
+    return [f"  {name:8} {text}" for name, text in found if Path(text.split(", ")[0].split(": ")[0]).exists() or name in ("curve", "events")]
 
 
 def _how_to_go_on(cfg: Config, folder: Path) -> list[str]:

@@ -44,10 +44,10 @@ def section(title: str, body: RenderableType) -> Group:
     return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 2)))
 
 
-def key_tables(command_line: bool) -> Group:
-    """Every key with its default, range and meaning, group by group; model sizes and presets."""
+def key_tables(own: type[Any] | None, config: bool) -> Group:
+    """Every key of a command with its default, range and meaning, group by group; model sizes and presets."""
     rows: list[tuple[str, ...]] = []
-    for name, fields in keys.groups(command_line).items():
+    for name, fields in keys.groups(own, config).items():
         rows.append(("", "", ""))
         rows.append((name, "", ""))
         rows += [(f"  {f.name}={keys.default_text(f)}", _allowed(f), f.metadata["help"]) for f in fields]
@@ -55,9 +55,10 @@ def key_tables(command_line: bool) -> Group:
     if Console().width < _WIDE:
         table.columns[1].max_width = _NARROW_RANGE
     parts: list[RenderableType] = [table]
-    sizes = [(f"model_size={n}", _words(dims)) for n, dims in MODEL_SIZES.items()]
-    parts.append(section("model sizes, in millions of parameters", grid(sizes)))
-    if command_line:
+    if config:
+        sizes = [(f"model_size={n}", _words(dims)) for n, dims in MODEL_SIZES.items()]
+        parts.append(section("model sizes, in millions of parameters", grid(sizes)))
+    if own is keys.Options:
         presets = [(f"preset={name}", _words(values)) for name, values in keys.PRESETS.items()]
         parts.append(section("presets", grid(presets)))
     return Group(*parts)

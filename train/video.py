@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from tdmpc2_fast.errors import InputError
 
-from .envs.base import RenderError
+from .envs.base import Env, RenderError
 
 _NEEDS = "pip install 'tdmpc2-fast[train]' brings an ffmpeg with libx264; IMAGEIO_FFMPEG_EXE names another one"
 
@@ -105,6 +106,55 @@ class VideoWriter:
                 os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
+
+
+class Film:
+    """A video of an environment that is no reason to end a run: where it fails, `warn` is told once.
+
+    Args:
+        path: as of `VideoWriter`, replaced if taken; None films nothing.
+        env: the environment.
+        warn: told why there is no video.
+    """
+
+    def __init__(self, path: Path | None, env: Env, warn: Callable[[str], None]) -> None:
+        self._env, self._warn = env, warn
+        self._video: VideoWriter | None = None
+        if path is not None:
+            self._video = VideoWriter(path, env.frames_per_second, overwrite=True)
+
+    def __enter__(self) -> Film:
+        """Begin."""
+        if self._video is not None:
+            try:
+                self._video.__enter__()
+            except (RenderError, OSError) as e:
+                self._video = None
+                self._warn(f"no video: {e}")
+        return self
+
+    def add(self, caption: str) -> None:
+        """A frame of the environment as it is now."""
+        if self._video is not None:
+            try:
+                self._video.add(self._env.render(), caption)
+            except (RenderError, OSError) as e:
+                self._end(type(e), e, e.__traceback__)
+                self._warn(f"no video: {e}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Complete the video, or leave none where an exception ended the block."""
+        try:
+            self._end(kind, error, trace)
+        except (RenderError, OSError) as e:
+            self._warn(f"no video: {e}")
+
+    def _end(self, *error: Any) -> None:
+        video, self._video = self._video, None
+        if video is not None:
+            video.__exit__(*error)
 
 
 def _captioned(frame: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
