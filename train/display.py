@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import textwrap
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,14 +20,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live as RichLive
     from rich.panel import Panel
-    from rich.text import Text
 
 _RATE_SECONDS = 60.0
 _FIRST_LINE, _BETWEEN_LINES = 5.0, 30.0
 _BETWEEN_REFRESHES = 0.5
 _REFRESH_SHARE = 200  # a refresh waits for at least this many times its own duration
 _NOTES = 8
-_WIDEST, _LABEL, _GAP = 120, 9, "   "
 _KEPT = ("decisions", "replay", "last_eval", "best_eval", "eval_seconds")
 _LOSSES = ("consistency", "reward", "value", "pi", "termination")
 
@@ -64,7 +61,7 @@ class Status:
         self.doing: tuple[str, int, int] | None = None
         self.over = False
         self.before = 0.0  # seconds of earlier sessions
-        self._start = self._last_step = perf_counter()
+        self._start = self._last_step = self._began = perf_counter()
         self._aside = 0.0
         self._long = False
         self._samples: deque[tuple[float, int]] = deque()
@@ -83,12 +80,15 @@ class Status:
 
     def busy(self, what: str, done: int, total: int) -> float:
         """A long stretch goes on; returns the time."""
+        now = perf_counter()
+        if self.doing is None or self.doing[0] != what:
+            self._began = now
         self.doing, self._long = (what, done, total), True
-        return perf_counter()
+        return now
 
     def evaluated(self, mean: float) -> None:
         """An evaluation has ended."""
-        self.eval_seconds = perf_counter() - self._last_step
+        self.eval_seconds = perf_counter() - (self._last_step if self.doing is None else self._began)
         self.last_eval = mean
         self.best_eval = mean if self.best_eval is None else max(mean, self.best_eval)
         self.doing, self._long = None, True
@@ -151,6 +151,11 @@ def hms(seconds: float | None) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
+def percent(s: Status) -> str:
+    """Decisions made, as a share of all."""
+    return f"{100 * s.decisions // s.cfg.steps:3}%"
+
+
 class Quiet:
     """Shows warnings only, and what is said when all is over."""
 
@@ -188,7 +193,7 @@ class Lines(Quiet):
         """A line about training, or about the long stretch it is in."""
         s = self.status
         self.due = now + _BETWEEN_LINES
-        head = f"train  step {s.decisions * s.action_repeat:>9,}  {_percent(s)}"
+        head = f"train  step {s.decisions * s.action_repeat:>9,}  {percent(s)}"
         if s.doing is not None:
             what, done, total = s.doing
             _print(f"{head}  {what} {done:,} of {total:,}  {hms(s.elapsed)}")
@@ -248,6 +253,8 @@ class Live(Quiet):
         return live
 
     def _table(self) -> Panel:
+        from .table import table
+
         return table(self.status, self.console.width, self.console.height)
 
     def note(self, text: str) -> None:
@@ -297,115 +304,6 @@ def choose(status: Status) -> Quiet:
     if kind == "auto" and terminal:
         lines.note("a live table takes the package rich: pip install 'tdmpc2-fast[train]'")
     return lines
-
-
-def table(s: Status, width: int, height: int) -> Panel:
-    """The live table, at most `width` columns wide; of the notes, as many as fit `height` rows."""
-    from rich.box import ROUNDED
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    width = min(width, _WIDEST)
-    inner = width - 4  # the frame
-    room = inner - _LABEL
-
-    def item(name: str, value: str, after: str = "") -> Text:
-        return Text.assemble(
-            (f"{name} " if name else "", "dim"), (value, "bold"), (f" {after}" if after else "", "dim")
-        )
-
-    def number(name: str, value: float | None, form: str = ".1f") -> Text:
-        return item(name, "-" if value is None else format(value, form))
-
-    def metric(name: str, key: str) -> Text:
-        return number(name, s.row.get(key), ".3f")
-
-    if s.doing is not None:
-        what, done, total = s.doing
-        now = item(what, f"{done:,}", f"of {total:,}")
-    elif s.over:
-        now = Text("ended")
-    else:
-        now = Text("random actions" if s.decisions <= (s.cfg.seed_steps or 0) else "training")
-    elapsed = s.elapsed
-    shares = {name: seconds / max(elapsed, 1e-9) for name, seconds in s.clock.seconds.items()}
-    shares["other"] = max(0.0, 1 - sum(shares.values()))
-    rows: list[tuple[str, list[Text]]] = [
-        ("now", [now]),
-        (
-            "speed",
-            [
-                item("", "-" if s.rate is None else f"{s.rate:.1f}", "decisions/s"),
-                item("elapsed", hms(elapsed)),
-                item("left", hms(s.left)),
-            ],
-        ),
-        (
-            "return",
-            [
-                number("episode", s.row.get("episode_reward")),
-                number("evaluation", s.last_eval),
-                number("best", s.best_eval),
-            ],
-        ),
-        ("losses", [number(name, value, ".3f") for name, value in s.losses] or [Text("-")]),
-        ("gradient", [metric("norm", "grad_norm"), metric("policy norm", "pi_grad_norm")]),
-        ("replay", [item("", f"{s.replay:.0%}", "full")]),
-        ("time", [item(name, f"{share:.0%}") for name, share in shares.items()]),
-        ("about", [t for k, v in s.about.items() for t in _fold(f"{k} {v}", room, Text)]),
-        ("files", _fold(str(s.folder), room, Text)),
-    ]
-    grid = Table.grid(padding=0)
-    grid.add_column(width=_LABEL, no_wrap=True, style="cyan")
-    grid.add_column(width=room, no_wrap=True)
-    used = 3  # the frame and the bar
-    for label, items in rows:
-        for i, line in enumerate(_flow(items, room, Text)):
-            grid.add_row("" if i else label, line)
-            used += 1
-    for i, line in enumerate(_recent(s, room, 1000 if s.over else height - 1 - used, Text)):
-        grid.add_row("" if i else "notes", line)
-    count = Text(f"{s.decisions:,} / {s.cfg.steps:,} decisions {_percent(s)}", "bold")
-    bar = Table.grid(padding=(0, 2, 0, 0))
-    bar.add_column(width=max(inner - count.cell_len - 2, 1))
-    bar.add_column(no_wrap=True)
-    bar.add_row(ProgressBar(s.cfg.steps, min(s.decisions, s.cfg.steps)), count)
-    title = Text(f"{s.cfg.task} · {s.cfg.exp_name} · seed {s.cfg.seed}", "bold")
-    return Panel(Group(bar, grid), box=ROUNDED, title=title, title_align="left", width=width)
-
-
-def _flow(items: Sequence[Text], width: int, text: type[Text]) -> list[Text]:
-    """Items side by side, on a new line where the next one does not fit: none is broken."""
-    lines: list[Text] = []
-    for item in items:
-        if lines and lines[-1].cell_len + len(_GAP) + item.cell_len <= width:
-            lines[-1] = text.assemble(lines[-1], _GAP, item)
-        else:
-            lines.append(item)
-    return lines
-
-
-def _fold(words: str, width: int, text: type[Text], style: str = "") -> list[Text]:
-    return [text(line, style) for line in textwrap.wrap(words, width, break_on_hyphens=False)]
-
-
-def _recent(s: Status, width: int, most: int, text: type[Text]) -> list[Text]:
-    """The newest notes that fit in `most` lines, in the order they came; the newest always shows."""
-    lines: list[Text] = []
-    for when, what, warning in reversed(list(s.notes)):
-        words = f"{when} {'warning: ' * warning}{' '.join(what.split())}"
-        folded = _fold(words, width, text, "yellow" if warning else "")
-        if len(lines) + len(folded) > most:
-            return lines or folded[: max(most, 1)]
-        lines = folded + lines
-    return lines
-
-
-def _percent(s: Status) -> str:
-    return f"{100 * s.decisions // s.cfg.steps:3}%"
 
 
 def _print(text: str, error: bool = False) -> None:

@@ -47,7 +47,7 @@ class Disk:
         if path in self._failing:
             self._failing.remove(path)
             if not self._failing:
-                self._note(f"{path.name} is written again, with all that was kept")
+                self._note("the files are written again, with all that was kept")
 
 
 class Records:
@@ -120,6 +120,11 @@ def cut(path: Path, size: int, warn: Callable[[str], None]) -> None:
             tmp.write_bytes(kept[:size])
 
 
+def _rows(file: Records) -> str:
+    count = len(file.waiting)
+    return f"{count:,} row{'s' * (count != 1)}"
+
+
 class Sink(Protocol):
     """Takes rows of numbers at environment steps."""
 
@@ -175,8 +180,7 @@ class Csv:
         for f in self._files.values():
             if f.waiting:
                 f.flush()
-        unwritten = [f"{len(f.waiting):,} rows of {f.path.name}" for f in self._files.values() if f.waiting]
-        return " and ".join(unwritten) or None
+        return ", ".join(f"{_rows(f)} of {f.path.name}" for f in self._files.values() if f.waiting) or None
 
 
 def _line(cells: Sequence[Any]) -> bytes:
@@ -237,7 +241,7 @@ class TensorBoard:
         """Write what waits."""
         if self._file.waiting:
             self._file.flush()
-        return f"{len(self._file.waiting):,} rows for TensorBoard" if self._file.waiting else None
+        return f"{_rows(self._file)} of TensorBoard" if self._file.waiting else None
 
 
 class WandB:
@@ -289,13 +293,12 @@ class WandB:
             self._run: Any = start(mode)
         except wandb.errors.Error as e:
             reason = str(e).splitlines()[0]
-            warn(f"Weights & Biases cannot be reached ({reason}): the run is logged offline; wandb sync sends it later")
+            warn(f"Weights & Biases cannot be reached: {reason}")
             self._run = start("offline")
         self._id = self._run.id
         if self._run.offline:
-            why = "no account found (WANDB_API_KEY, or wandb login), so it" if mode == "offline" else "it"
-            where = Path(self._run.settings.sync_dir)
-            text = f"Weights & Biases: {why} logs offline; to send it: wandb sync {where}"
+            why = " for want of an account (WANDB_API_KEY or wandb login)" if mode == "offline" else ""
+            text = f"Weights & Biases: offline{why}; to send the run later: wandb sync {self._run.settings.sync_dir}"
         else:
             text = f"Weights & Biases: {self._run.url}"
         if not cfg.wandb_silent:
