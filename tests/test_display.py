@@ -34,7 +34,7 @@ ROW = dict(
     reward_loss=1.2345,
     value_loss=123.4567,
     pi_loss=-4.5678,
-    termination_loss=None,
+    termination_loss=0.0,  # as it is where tasks do not terminate
     grad_norm=12.3456,
     pi_grad_norm=0.0456,
 )
@@ -110,7 +110,7 @@ def test_the_table_fits_and_breaks_no_number(width: int, height: int) -> None:
     )
     for words in whole:
         assert any(words in line for line in lines), words
-    assert not any("…" in line for line in lines)
+    assert not any("…" in line or "termination" in line for line in lines)
 
 
 def test_the_newest_note_shows_in_the_lowest_terminal() -> None:
@@ -282,6 +282,9 @@ def test_a_clock_adds_up(clock: Time) -> None:
         clock.now += 0.25
         raise KeyError
     assert parts.seconds == {"plan": 1.5, "update": 0.25}
+    with parts.part("environment"):
+        clock.now += 2.0
+        assert list(parts.so_far().items()) == [("environment", 2.0), ("plan", 1.5), ("update", 0.25)]
 
 
 @pytest.mark.parametrize(

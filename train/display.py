@@ -26,6 +26,7 @@ _FIRST_LINE, _BETWEEN_LINES = 5.0, 30.0
 _BETWEEN_REFRESHES = 0.5
 _REFRESH_SHARE = 200  # a refresh waits for at least this many times its own duration
 _NOTES = 8
+_PARTS = ("environment", "plan", "update", "evaluation")
 _KEPT = ("decisions", "replay", "last_eval", "best_eval", "eval_seconds")
 _LOSSES = ("consistency", "reward", "value", "pi", "termination")
 
@@ -35,15 +36,25 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._since: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """`with clock.part("plan"):` adds the time inside to `seconds["plan"]`."""
-        start = perf_counter()
+        start = self._since[name] = perf_counter()
         try:
             yield
         finally:
+            self._since.pop(name, None)
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+    def so_far(self) -> dict[str, float]:
+        """`seconds`, with what the parts that are under way took until now."""
+        now, total = perf_counter(), dict(self.seconds)
+        for name, start in list(self._since.items()):
+            total[name] = total.get(name, 0.0) + now - start
+        first = [name for name in _PARTS if name in total]
+        return {name: total[name] for name in dict.fromkeys([*first, *total])}
 
 
 class Status:
@@ -140,7 +151,8 @@ class Status:
     @property
     def losses(self) -> list[tuple[str, float]]:
         """Losses of the last training episode's last update, by short name."""
-        found = ((name, self.row.get(f"{name}_loss")) for name in _LOSSES)
+        names = _LOSSES if self.cfg.episodic else _LOSSES[:-1]
+        found = ((name, self.row.get(f"{name}_loss")) for name in names)
         return [(name, value) for name, value in found if value is not None]
 
 

@@ -93,7 +93,7 @@ class RunLog:
         succeeded = f"  success {success:.2f}" if success else ""
         self._display.note(
             f"eval   step {decisions * self.action_repeat:>9,}  return {mean:8.1f} ± {std:.1f}{succeeded}"
-            f"  ({episodes} episodes)"
+            f"  ({episodes} episode{'s' * (episodes != 1)})"
         )
 
     def _write(self, kind: str, decisions: int, values: Mapping[str, Any]) -> None:

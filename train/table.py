@@ -40,14 +40,14 @@ def table(s: Status, width: int, height: int) -> Panel:
     else:
         now = Text("random actions" if s.decisions <= (s.cfg.seed_steps or 0) else "training")
     elapsed = s.elapsed
-    shares = {name: seconds / max(elapsed, 1e-9) for name, seconds in s.clock.seconds.items()}
+    shares = {name: seconds / max(elapsed, 1e-9) for name, seconds in s.clock.so_far().items()}
     shares["other"] = max(0.0, 1 - sum(shares.values()))
     rows: list[tuple[str, list[Text]]] = [
         ("now", [now]),
         (
             "speed",
             [
-                item("", "-" if s.rate is None else f"{s.rate:.1f}", "decisions/s"),
+                item("", "-" if s.rate is None else f"{s.rate:,.1f}", "decisions/s"),
                 item("elapsed", hms(elapsed)),
                 item("left", hms(s.left)),
             ],
