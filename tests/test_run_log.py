@@ -208,6 +208,25 @@ def test_a_full_disk_delays_rows_and_loses_none(
     assert scalars(tmp_path / "full") == scalars(tmp_path / "whole")
 
 
+def test_a_half_row_that_could_not_be_taken_back_is_so_later(
+    tmp_path: Path, disk: FullDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    log = RunLog(config(), tmp_path, REPEAT, {})
+    stretch(log, 1, 1)
+    before = files(tmp_path)["train.csv"]
+    disk.full = True
+    with monkeypatch.context() as m:
+        m.setattr(os, "truncate", fails)
+        log.episode(20, row(2))
+        assert log.state()["csv"]["train"]["bytes"] == len(before) < len(files(tmp_path)["train.csv"])
+    disk.full = False
+    log.episode(30, row(3))
+    assert files(tmp_path)["train.csv"] == before + "40,20,2,2.25,0.0,0.25\n60,30,3,3.25,0.0,0.375\n"
+
+
 def test_rows_never_written_are_counted(tmp_path: Path, disk: FullDisk, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(config(), tmp_path, REPEAT, {})
     disk.full = True
