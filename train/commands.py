@@ -122,7 +122,9 @@ def evaluate(words: Sequence[str]) -> int:
         evaluator.close()
     for i, (value, length) in enumerate(zip(found.returns, found.lengths, strict=True)):
         print(f"episode {i:3}  return {value:8.1f}  decisions {length}")
-    print(f"{agent.cfg.task}: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes")
+    print(
+        f"{agent.cfg.task}: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes"
+    )
     if video is not None and video.exists():
         print(video)
     return 0

@@ -205,7 +205,7 @@ def mean_over_seeds(curves: Sequence[Curve]) -> Band:
     mean, n = returns.mean(axis=0), len(curves)
     if n < FEWEST_SEEDS:
         return Band(steps, mean, None, None)
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     half = t.ppf((1 + CONFIDENCE) / 2, n - 1) * returns.std(axis=0, ddof=1) / math.sqrt(n)
     return Band(steps, mean, mean - half, mean + half)

@@ -110,7 +110,7 @@ def plot_runs(
         targets = [Path(f"curves.{kind}") for kind in ("png", "svg")]
     try:
         import matplotlib
-        import scipy.stats  # type: ignore[import-untyped]  # noqa: F401
+        import scipy.stats  # noqa: F401
     except ImportError as e:
         raise ConfigError(f"plots need {e.name}; pip install 'tdmpc2-fast[train]'") from e
     with matplotlib.rc_context():

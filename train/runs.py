@@ -121,17 +121,16 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
 
 
 def _files(folder: Path) -> list[str]:
-    """What lies where, the learning curve among it, which is drawn now."""
+    """What lies where; the learning curve among it is drawn now."""
     try:
         curve = str(plot_runs([folder])[0])
     except (ConfigError, InputError, OSError) as e:
         curve = f"not drawn: {e}"
-    found = [("numbers", f"{folder / 'eval.csv'}, train.csv"), ("curve", curve)]
     videos = sorted((folder / "videos").glob("*.mp4"), key=lambda p: int(p.stem))
-    found += [("video", str(p)) for p in videos[-1:]]
-    found.append(("weights", f"{folder / 'checkpoints'}: best, latest"))
-    found.append(("events", f"tensorboard --logdir {folder / 'tensorboard'}"))
-    return [f"  {name:8} {text}" for name, text in found if Path(text.split(", ")[0].split(": ")[0]).exists() or name in ("curve", "events")]
+    places = [("numbers", folder / "eval.csv"), ("numbers", folder / "train.csv"), *(("video", p) for p in videos[-1:])]
+    places += [("weights", folder / "checkpoints" / "best.safetensors"), ("TensorBoard", folder / "tensorboard")]
+    found = [("curve", curve), *((name, str(path)) for name, path in places if path.exists())]
+    return [f"  {name:12} {text}" for name, text in found]
 
 
 def _how_to_go_on(cfg: Config, folder: Path) -> list[str]:
