@@ -185,7 +185,7 @@ def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
             found[key] = value_of(known[key], text)
             low = known[key].metadata["low"]
             if low is not None and found[key] is not None and not found[key] >= low:
-                raise ConfigError(f"config key {key!r}: got {text!r}, allowed: {describe_range(known[key])}")
+                raise ConfigError(f"config key {key!r}: got {found[key]!r}, allowed: {describe_range(known[key])}")
         elif word not in ("-m", "--multirun"):
             rest.append(word)
     return kind(**found), rest
