@@ -34,14 +34,40 @@ QUICK = dict(
 )
 
 
+# Interpreted, an update takes seconds.
+SMALLER = dict(
+    latent_dim=8,
+    mlp_dim=8,
+    enc_dim=8,
+    num_q=2,
+    num_bins=11,
+    horizon=1,
+    num_samples=8,
+    num_elites=2,
+    num_pi_trajs=2,
+    batch_size=4,
+    episode_length=3,
+    eval_freq=100,
+    utd=0.35,
+)
+
+
+def keys_of(backend: str, num_envs: int) -> dict[str, Any]:
+    keys = QUICK | dict(backend=backend)
+    if backend == "triton":
+        keys |= SMALLER | dict(seed_steps=3 * num_envs, steps=7 * num_envs)
+    return keys | (dict(num_envs=num_envs, env_workers=2) if num_envs > 1 else {})
+
+
 def words(**values: Any) -> list[str]:
     return [f"{k}={v}" for k, v in values.items()]
 
 
-def command(args: list[str], stopped: tuple[int, str, int] | None = None) -> subprocess.CompletedProcess[str]:
-    """The command line in a fresh process."""
-    signals = [] if stopped is None else [str(int(x)) if not isinstance(x, str) else x for x in stopped]
-    program = [sys.executable, str(HERE / "stopping_run.py"), *(signals or [str(int(signal.SIGTERM)), "step", "0"])]
+def command(
+    args: list[str], number: int = signal.SIGTERM, where: str = "step", nth: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """The command line in a fresh process, which gets a signal at the n-th of something (0: never)."""
+    program = [sys.executable, str(HERE / "stopping_run.py"), str(int(number)), where, str(nth)]
     return subprocess.run([*program, *args], capture_output=True, text=True, start_new_session=True, check=False)
 
 
@@ -80,12 +106,6 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert [k for k in a if a[k] != b[k]] == []
 
 
-def keys_of(backend: str, num_envs: int) -> dict[str, Any]:
-    workers = dict(num_envs=num_envs, env_workers=2) if num_envs > 1 else {}
-    small = dict(episode_length=6, seed_steps=13, steps=28, eval_freq=14, utd=0.5) if backend == "triton" else {}
-    return QUICK | small | workers | dict(backend=backend)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[tuple[str, int], dict[str, Any]] = {}
@@ -109,15 +129,15 @@ def test_stopped_and_gone_on_with_is_as_never_stopped(
 ) -> None:
     folder, keys = tmp_path / "run", keys_of(backend, num_envs)
     expected = uninterrupted(backend, num_envs)
-    if number == signal.SIGKILL:  # somewhere in the writing of a checkpoint
-        where, nth = "flush", random.randint(25, 120)
+    if number == signal.SIGKILL:  # somewhere in the writing of a checkpoint, not the first
+        where, nth = "flush", random.randint(25, 50)
         keys = keys | dict(checkpoint_minutes=0)
     else:
         most = dict(step=keys["steps"] // num_envs, update=keys["seed_steps"], plan=keys["episode_length"])
         where = random.choice(list(most))
         nth = random.randint(1, most[where])
     print(f"{number.name} at {where} {nth}")
-    first = command(["train", *words(**keys, work_dir=folder)], (number, where, nth))
+    first = command(["train", *words(**keys, work_dir=folder)], number, where, nth)
     if number == signal.SIGKILL:
         assert first.returncode == -signal.SIGKILL, first.stdout + first.stderr
     else:
