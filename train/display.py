@@ -265,7 +265,7 @@ class Live(Quiet):
         return live
 
     def _table(self) -> Panel:
-        from .table import table
+        from .live_table import table
 
         return table(self.status, self.console.width, self.console.height)
 
