@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 import time
 from collections import defaultdict
@@ -110,21 +108,19 @@ class Loop:
 
     def __init__(self, cfg: Config, wrap: Callable[[TDMPC2], Any] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tdmpc2-loop-")
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.trainer = OnlineTrainer(cfg, Path(self._folder.name))
-            self.product = self.trainer.agent
-            self.agent = _Timed(self.product, wrap(self.product) if wrap else self.product)
-            self.trainer.agent = self.agent  # type: ignore[assignment]
-            while not self.trainer._seeded:
-                self.trainer.step()
+        self.trainer = OnlineTrainer(cfg, Path(self._folder.name))
+        self.product = self.trainer.agent
+        self.agent = _Timed(self.product, wrap(self.product) if wrap else self.product)
+        self.trainer.agent = self.agent  # type: ignore[assignment]
+        while not self.trainer._seeded:
+            self.trainer.step()
         self.first_update = numbers(self.trainer._metrics)
         step = self.trainer.envs.step_wait
         self.trainer.envs.step_wait = lambda: self.agent.timed("environment", step)  # type: ignore[method-assign]
 
     def step(self) -> None:
         """One decision, and the update due after it."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.trainer.step()
+        self.trainer.step()
 
     def split(self) -> dict[str, float]:
         """Milliseconds of a decision by part, each part waited for."""
@@ -168,6 +164,8 @@ def case(options: Options, size: int, precision: str) -> Case:
             buffer_size=20_000,
             eval_episodes=1,
             save_agent=False,
+            tensorboard=False,
+            display="none",
         )
     )
     try:

@@ -39,6 +39,27 @@ print("fine")
     assert done.stdout.strip() == "fine", done.stderr
 
 
+def test_training_and_measuring_need_no_package_for_people_to_look_at() -> None:
+    absent = ["click", "rich", "tensorboard", "matplotlib", "imageio", "wandb", "scipy", "mujoco", "dm_control"]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+import tempfile, pathlib
+import tdmpc2_fast.benchmarks.gpu, tdmpc2_fast.benchmarks.run
+from tdmpc2_fast.benchmarks import stand_in
+from tdmpc2_fast.train.online import OnlineTrainer
+from tdmpc2_fast.config import Config
+stand_in.install(2)
+cfg = Config(task=stand_in.NAME, latent_dim=16, mlp_dim=16, enc_dim=16, device="cpu", steps=5, num_threads=1)
+trainer = OnlineTrainer(cfg, pathlib.Path(tempfile.mkdtemp()))
+trainer.step()
+trainer.close()
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
 ALLOWED = {
     "kernels": {"torch", "triton"},
     "tdmpc2_fast": {"torch", "triton", "numpy", "safetensors", "nvtx", "tdmpc2_fast.kernels"},
