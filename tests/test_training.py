@@ -120,6 +120,34 @@ def test_what_was_learned_survives_a_crash(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(v, saved[k]) for k, v in weights(trainer).items())
 
 
+@pytest.mark.parametrize("display", ["lines", "live"])
+def test_what_is_shown_and_kept_reads_no_tensor_between_episodes(
+    display: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading one would make the host wait for a GPU at every decision."""
+    trainer = OnlineTrainer(Config.from_dict(dict(QUICK, display=display)), tmp_path)
+    while not trainer._metrics or len(trainer._running()[0]) > 20:
+        trainer.step()
+    show, shown, reads = type(trainer.log._display).show, [], []
+    monkeypatch.setattr(type(trainer.log._display), "show", lambda self, now: (shown.append(now), show(self, now)))
+    trainer.log._display.due = 0.0
+    step = trainer.log.step
+
+    def watched(*args: Any) -> None:
+        with monkeypatch.context() as m:
+            for name in ("item", "tolist", "cpu", "numpy", "to", "__float__", "__bool__", "__int__"):
+                m.setattr(torch.Tensor, name, lambda *args: reads.append(args))
+            step(*args)
+
+    monkeypatch.setattr(trainer.log, "step", watched)
+    for _ in range(5):
+        trainer.step()
+    trainer.close()
+    trainer.log.close()
+    assert shown
+    assert not reads
+
+
 def test_evaluation_plays_every_episode_once(tmp_path: Path) -> None:
     from tdmpc2_fast.train.evaluate import Evaluator
 

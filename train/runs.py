@@ -41,6 +41,8 @@ def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts:
     notes = [
         f"{k}={getattr(fixed, k)}, fixed by the task {cfg.task}" for k in values if getattr(fixed, k) != getattr(cfg, k)
     ]
+    if cfg.data_dir:
+        notes.append("data_dir has no effect: training from data sets is not in this version")
     with locked(folder):
         try:
             return _run(cfg, folder, None, notes, tell)
