@@ -17,7 +17,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError
 
 from .base import Array, Env, RenderError
-from .mujoco_setup import cannot_render, prepare_rendering
+from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 
 TASKS = (
     "acrobot-swingup",
@@ -187,6 +187,7 @@ def _import_suite() -> tuple[Any, Any]:
         raise
     except Exception as e:  # of the OpenGL driver: also AttributeError, RuntimeError
         raise cannot_render("dm_control", e) from e
+    keep_log_out_of_the_way()
     return suite, action_scale
 
 

@@ -31,10 +31,10 @@ def prepare_rendering() -> None:
 
 
 def keep_log_out_of_the_way() -> None:
-    """MuJoCo writes warnings to MUJOCO_LOG.TXT in the working directory; log them instead.
+    """MuJoCo writes warnings to MUJOCO_LOG.TXT in the working directory; log them instead, each once.
 
-    To be called before a model is loaded: loading warns, too. dm_control does the same when
-    it is imported.
+    To be called before a model is loaded: loading warns, too. And after dm_control was imported,
+    which then logs them as often as they come.
     """
     try:
         import mujoco
@@ -48,7 +48,8 @@ def keep_log_out_of_the_way() -> None:
 @functools.lru_cache(maxsize=256)
 def _say_once(message: str) -> None:
     """Every environment made repeats what the file of its model is warned about."""
-    _log.warning("MuJoCo: %s", message)
+    # What a simulator's own model files should be written like one day is nothing its user can act on.
+    _log.log(logging.INFO if "deprecated" in message else logging.WARNING, "MuJoCo: %s", message)
 
 
 def _load_triton_first() -> None:
