@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plan_oracle
 import pytest
 import torch
 from conftest import ON_GPU, TINY, random_episode, tiny_config, tiny_multitask
 from loop_oracle import everything
 from plan_oracle import first_values
+from test_state import check_goes_on
 from update_oracle import check_gradients, random_batch
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
@@ -349,6 +351,14 @@ def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precis
     update = agent.updater._update
     assert isinstance(update, FusedUpdater)
     assert (update.fused.inputs.obs[0, ..., 0] == 999).any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("name", ["small", "episodic", "multitask"])
+def test_an_agent_goes_on_as_if_it_had_not_been_kept(name: str, backend: str) -> None:
+    """Its generators, moments and warm start live on the device; they are kept on the host."""
+    cfg = CONFIGS[name](device="cuda", backend=backend, seed=int(np.random.default_rng().integers(2**31)))
+    check_goes_on(cfg, lambda tensors: {k: v.detach().cpu().clone() for k, v in tensors.items()})
 
 
 def test_a_failure_on_the_device_is_raised_by_a_later_call(livened: Liven) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,44 +32,49 @@ def learn(agent: TDMPC2, buffer: ReplayBuffer, updates: int) -> list[float]:
     return [*torch.stack(metrics).tolist(), *agent.act(torch.ones(5), task=task).tolist()]
 
 
-def through_a_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    write_tensors(path, tensors)
-    return read_tensors(path)[0]
-
-
 def everything(agent: TDMPC2) -> dict[str, bytes]:
     found = tensors_only(agent.model.state_dict()) | agent.updater.state()
     found |= {f"planner {k}": v for k, v in agent.planner.state().items()}
-    return {k: v.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() for k, v in found.items()}
+    found = {k: v.detach().cpu().contiguous() for k, v in found.items()}
+    return {k: v.flatten().view(torch.uint8).numpy().tobytes() for k, v in found.items()}
+
+
+def replay(agent: TDMPC2) -> ReplayBuffer:
+    return ReplayBuffer(agent.cfg, agent.device)
+
+
+def check_goes_on(cfg: Config, keep: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """An agent and its replay, kept and taken up by others, do what they themselves do from there."""
+    agent = TDMPC2(cfg)
+    buffer = replay(agent)
+    for i in range(4):
+        buffer.add(random_episode(cfg, 20, seed=i, task=i % len(cfg.tasks) if cfg.multitask else None))
+    learn(agent, buffer, 2)
+    weights = {k: v.clone() for k, v in agent.model.state_dict().items() if isinstance(v, torch.Tensor)}
+    updater, planner, steps = keep(agent.updater.state()), keep(agent.planner.state()), keep(buffer.state())
+    chunk = buffer.steps(0, buffer.written)
+
+    other = TDMPC2(cfg.replace(seed=5))
+    other_buffer = replay(agent)
+    other.load(weights)
+    other.updater.load_state(updater)
+    other.planner.load_state(planner)
+    other_buffer.restore(steps, [(0, chunk)])
+    assert everything(other) == everything(agent)
+    assert other.updater.steps == 2
+    assert learn(other, other_buffer, 2) == learn(agent, buffer, 2)
+    assert everything(other) == everything(agent)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_an_agent_goes_on_as_if_it_had_not_been_kept(kind: str, backend: str, tmp_path: Path) -> None:
-    cfg = CONFIGS[kind](**SMALLER, backend=backend, seed=int(np.random.default_rng().integers(2**31)))
-    agent, buffer = TDMPC2(cfg), filled_buffer(cfg)
-    learn(agent, buffer, 2)
-    weights = {k: v.clone() for k, v in agent.model.state_dict().items() if isinstance(v, torch.Tensor)}
-    parts = {
-        name: through_a_file(tmp_path / name, state)
-        for name, state in (
-            ("updater", agent.updater.state()),
-            ("planner", agent.planner.state()),
-            ("buffer", buffer.state()),
-        )
-    }
-    steps = buffer.steps(0, buffer.written)
+    def through_a_file(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        write_tensors(tmp_path / "state", tensors)
+        return read_tensors(tmp_path / "state")[0]
 
-    other = TDMPC2(cfg.replace(seed=5))
-    other_buffer = ReplayBuffer(cfg)
-    other.load(weights)
-    other.updater.load_state(parts["updater"])
-    other.planner.load_state(parts["planner"])
-    other_buffer.restore(parts["buffer"], [(0, steps)])
-    assert everything(other) == everything(agent)
-    assert other.updater.steps == 2
-    assert learn(other, other_buffer, 2) == learn(agent, buffer, 2)
-    assert everything(other) == everything(agent)
+    seed = int(np.random.default_rng().integers(2**31))
+    check_goes_on(CONFIGS[kind](**SMALLER, backend=backend, seed=seed), through_a_file)
 
 
 @pytest.mark.parametrize(("before", "after"), [("torch", "triton"), ("triton", "torch")])
