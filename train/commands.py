@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 from torch import Tensor
 
 from tdmpc2_fast import checkpoint
@@ -115,9 +117,15 @@ def evaluate(words: Sequence[str]) -> int:
     path = find_checkpoint(_only(paths, "eval CHECKPOINT [key=value ...]"))
     agent = _agent(path, values)
     evaluator = Evaluator(agent)
-    video = _free(path.with_suffix(".mp4")) if agent.cfg.save_video else None
+    video = _free(path.with_suffix(".mp4")) if values.get("save_video") else None
     try:
-        found = evaluator.run(video=video, warn=keys.to_stderr)
+        with click.progressbar(length=0, label="decisions", file=sys.stderr, show_pos=True) as bar:
+
+            def busy(done: int, total: int) -> None:
+                bar.length = total
+                bar.update(done - bar.pos)
+
+            found = evaluator.run(busy=busy, video=video, warn=keys.to_stderr)
     finally:
         evaluator.close()
     for i, (value, length) in enumerate(zip(found.returns, found.lengths, strict=True)):
