@@ -90,11 +90,6 @@ class OnlineTrainer:
         """Made when it is first needed."""
         return Evaluator(self.agent)
 
-    @property
-    def finished(self) -> bool:
-        """Whether all decisions are made and evaluated."""
-        return self._evaluated_at >= self.cfg.steps
-
     def run(self) -> Evaluation:
         """Train for `steps` decisions; returns the last evaluation.
 
@@ -244,19 +239,21 @@ class OnlineTrainer:
         self._evaluated_at = self._decisions
         success = float(np.mean(found.successes))
         self.log.evaluation(self._decisions, found.mean_return, found.std_return, len(found.returns), success)
-        if found.mean_return > self._best:
-            self._best = found.mean_return
-            if saved:
+        if saved and found.mean_return > self._best:
+            try:
                 self.checkpoints.mark_best()
+                self._best = found.mean_return
+            except OSError as e:
+                self.log.warn(f"checkpoints/best stays what it was: {e}")
         return found
 
     # ---- stopping and going on
 
     @property
     def _evaluation_due(self) -> bool:
-        return (
-            self._evaluated_at < 0 or self._decisions // self.cfg.eval_freq > self._evaluated_at // self.cfg.eval_freq
-        )
+        """Whether a multiple of `eval_freq` decisions was passed since the last evaluation."""
+        period = self.cfg.eval_freq
+        return self._evaluated_at < 0 or self._decisions // period > self._evaluated_at // period
 
     def _stop_or_save(self) -> None:
         """Between two steps: end if that is wished, write a checkpoint if it is time."""
