@@ -75,7 +75,7 @@ class StandIn:
 def install(action_dim: int) -> None:
     """Make the task known by its name."""
     make = partial(_make, action_dim, _DECISIONS)  # picklable: worker processes make it, too
-    SUITES[NAME] = Suite((NAME,), "train", lambda n: n == NAME, make)
+    SUITES[NAME] = Suite((NAME,), "numpy", "train", lambda n: n == NAME, make)
 
 
 def _make(action_dim: int, decisions: int, cfg: Config, seed: int) -> Env:

@@ -29,8 +29,7 @@ pytest.importorskip("click")
 pytest.importorskip("rich")
 from click.shell_completion import ShellComplete
 
-from tdmpc2_fast.train import app, cli, commands, tables
-from tdmpc2_fast.train.envs import SUITES
+from tdmpc2_fast.train import app, cli, tables
 
 ROOT = Path(__file__).parents[1]
 QUICK = dict(
@@ -216,6 +215,16 @@ class TestCommands:
             (["eval", "a.pt", "preset=quick"], "belongs to the command train"),
             (["info"], "info CHECKPOINT"),
             (["info", "b.pt"], "no TD-MPC2 model"),
+            (["resume"], "resume RUN"),
+            (["resume", "nowhere"], "no checkpoints in it"),
+            (["resume", ".", "seed=1,2"], "config key 'seed'"),
+            (["plot"], "got no run"),
+            (["plot", "nowhere"], "nowhere"),
+            (["plot", ".", "refrence=x"], "Did you mean 'reference'"),
+            (["plot", ".", "max_step=0"], "a number of at least 1"),
+            (["plan"], "plan CHECKPOINT"),
+            (["plan", "a", "decision=-1"], "got -1, allowed: an integer of at least 0"),
+            (["plan", "a", "horizn=3"], "Did you mean 'horizon'"),
             (["tasks", "humnoid"], "Did you mean"),
             (["tasks", "a", "b"], "tasks [TEXT]"),
             (["trian"], "Did you mean 'train'"),
@@ -230,8 +239,20 @@ class TestCommands:
         assert message in captured.err
         assert "Traceback" not in captured.err
 
+    def test_a_run_is_drawn(self, empty_folder: Path, capsys: Capture) -> None:
+        assert cli.main(["train", *words(work_dir="run", steps=60)]) == 0
+        assert "run/curve.png" in capsys.readouterr().out
+        (empty_folder / "published/sac").mkdir(parents=True)
+        (empty_folder / "published/sac/Pendulum-v1.csv").write_text("step,reward,seed\n0,-900,1\n60,-800,1\n")
+        assert cli.main(["plot", "run", "reference=published", "out=both.svg"]) == 0
+        assert capsys.readouterr().out.strip() == "both.svg"
+        assert "sac" in Path("both.svg").read_text()
+        assert cli.main(["plan", "run", "decision=3", "out=plan.png"]) == 0
+        assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+        assert cli.main(["plan", "run", "decision=3"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "run/checkpoints/best-plan.png"
+
     def test_tasks(self, capsys: Capture) -> None:
-        assert set(SUITES) == set(commands._PACKAGES)
         assert cli.main(["tasks"]) == 0
         names = capsys.readouterr().out.split()
         assert {"dog-run", "Hopper-v5", "mw-reach", "mt30", "bipedal-walker"} <= set(names)
@@ -328,7 +349,7 @@ class TestFailures:
             (RuntimeError("the simulator broke"), 1, "error: RuntimeError: the simulator broke"),
             (NonFiniteError("loss is NaN"), 1, "error: loss is NaN"),
             (OSError(28, "No space left on device"), 1, "No space left"),
-            (KeyboardInterrupt(), 130, "interrupted"),
+            (KeyboardInterrupt(), 130, "to go on: tdmpc2-fast resume"),
         ],
     )
     def test_exit_status(
@@ -344,8 +365,8 @@ class TestFailures:
 
         monkeypatch.setattr("tdmpc2_fast.train.envs.gymnasium_tasks.GymnasiumTask.step", fail)
         assert cli.main(["train", *words()]) == status
-        err = capsys.readouterr().err
-        assert message in err
+        out, err = capsys.readouterr()
+        assert message in out + err
         assert "Traceback" not in err
         if status == 1:
             assert "TDMPC2_DEBUG=1" in err
@@ -360,7 +381,7 @@ class TestHelp:
     def test_short_help(self, capsys: Capture) -> None:
         assert cli.main(["--help"]) == 0
         out = capsys.readouterr().out
-        for command in ("train", "eval", "tasks", "info", "bench"):
+        for command in ("train", "resume", "eval", "plot", "plan", "tasks", "info", "bench"):
             assert re.search(rf"^  {command} +[A-Z]", out, re.MULTILINE)
         assert "..." not in out.partition("Commands:")[2].partition("Examples")[0]
         assert len(out.splitlines()) < 30
@@ -398,8 +419,9 @@ class TestHelp:
             assert first == key
             assert name in heading
 
-    def test_defaults_can_be_typed(self) -> None:
-        for fields in keys.groups().values():
+    @pytest.mark.parametrize("own", [keys.Options, keys.PlotOptions, keys.PlanOptions])
+    def test_defaults_can_be_typed(self, own: type[Any]) -> None:
+        for fields in keys.groups(own).values():
             for f in fields:
                 default = Config.__dict__.get(f.name, f.default)
                 got = keys.value_of(f, keys.default_text(f))
@@ -466,13 +488,13 @@ class TestSweeps:
         while not (folder / "1/train.csv").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         done.send_signal(number)
-        out, err = done.communicate(timeout=60)
+        out, _err = done.communicate(timeout=60)
         assert done.returncode == status
         assert re.search(r"seed=1 +interrupted", out)
         assert re.search(r"seed=2 +not started", out)
         assert not (folder / "2").exists()
         if number == signal.SIGINT:
-            assert err.count("interrupted") == 1
+            assert out.count("stopped by SIGINT") == 1
             assert (folder / "1/checkpoints/latest.safetensors").exists()
 
 
@@ -487,7 +509,9 @@ class TestCompletion:
     @pytest.mark.parametrize(
         ("args", "found"),
         [
-            (("",), ["train", "eval", "tasks", "info", "bench"]),
+            (("",), ["train", "resume", "eval", "plot", "plan", "tasks", "info", "bench"]),
+            (("plot", "ref"), ["reference="]),
+            (("plan", "deci"), ["decision="]),
             (("tr",), ["train"]),
             (("train", "hor"), ["horizon="]),
             (("train", "preset=1"), ["preset=1m", "preset=19m"]),

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(app.main(args, prog_name="tdmpc2-fast", standalone_mode=False) or 0)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted; a run's weights are in checkpoints/latest of its folder", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except click.UsageError as e:
         print(f"error: {e.format_message()}\ntdmpc2-fast --help lists the commands", file=sys.stderr)

@@ -26,7 +26,6 @@ from .plan_picture import draw_plan
 from .plots import plot_runs
 from .threads import choose_threads
 
-_PACKAGES = {"DMControl": "dm_control", "Gymnasium": "gymnasium"}
 _BOX2D = ("bipedal-walker", "lunarlander-continuous", "BipedalWalker", "LunarLander", "CarRacing")
 
 
@@ -145,7 +144,7 @@ def tasks(words: Sequence[str]) -> int:
     known: list[str] = []
     for name, suite in SUITES.items():
         known += suite.names
-        there = importlib.util.find_spec(_PACKAGES[name]) is not None
+        there = importlib.util.find_spec(suite.package) is not None
         state = "installed" if there else f"needs pip install 'tdmpc2-fast[{suite.extra}]'"
         parts += _listed(f"{name}: {state}", [n for n in suite.names if text in n.lower() and not _lacks_box2d(n)])
     lacking = [n for n in known if text in n.lower() and _lacks_box2d(n)]

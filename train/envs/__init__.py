@@ -15,17 +15,18 @@ from .catalogue import PLANNED
 
 @dataclass(frozen=True)
 class Suite:
-    """A family of tasks: its names, what installs it, how to make one."""
+    """A family of tasks: its names, the package it needs and the extra that installs it, how to make one."""
 
     names: tuple[str, ...]
+    package: str
     extra: str
     accepts: Callable[[str], bool]
     make: Callable[[Config, int], Env]
 
 
 SUITES: dict[str, Suite] = {
-    "DMControl": Suite(dmcontrol.TASKS, "train", lambda n: n in dmcontrol.TASKS, dmcontrol.make),
-    "Gymnasium": Suite(gymnasium_tasks.names(), "train", gymnasium_tasks.accepts, gymnasium_tasks.make),
+    "DMControl": Suite(dmcontrol.TASKS, "dm_control", "train", lambda n: n in dmcontrol.TASKS, dmcontrol.make),
+    "Gymnasium": Suite(gymnasium_tasks.names(), "gymnasium", "train", gymnasium_tasks.accepts, gymnasium_tasks.make),
 }
 
 
