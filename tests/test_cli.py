@@ -218,7 +218,7 @@ class TestCommands:
             (["resume"], "resume RUN"),
             (["resume", "nowhere"], "no checkpoints in it"),
             (["resume", ".", "seed=1,2"], "config key 'seed'"),
-            (["plot"], "got no run"),
+            (["plot"], "no run given"),
             (["plot", "nowhere"], "nowhere"),
             (["plot", ".", "refrence=x"], "Did you mean 'reference'"),
             (["plot", ".", "max_step=0"], "a number of at least 1"),
