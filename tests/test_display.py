@@ -104,8 +104,8 @@ def test_the_table_fits_and_breaks_no_number(width: int, height: int) -> None:
     assert len(lines) < height or width == 60
     whole = (
         *("123,456 / 1,000,000 decisions", "12%", "evaluating 3 of 10", "elapsed 12:34:56", "walker-walk · default"),
-        *("episode 812.3", "evaluation 823.2", "best 850.3", "consistency 0.012", "reward 1.234", "value 123.457"),
-        *("pi -4.568", "norm 12.346", "policy norm 0.046", "environment 10%", "plan 50%", "update 30%", "other 7%"),
+        *("episode 812.3", "evaluation 823.2", "best 850.3", "consistency 0.0123", "reward 1.234", "value 123.5"),
+        *("pi -4.568", "norm 12.35", "policy norm 0.0456", "environment 10%", "plan 50%", "update 30%", "other 7%"),
         *("12% full", "device cuda:0", "model 5,012,345 parameters", "0:07:00 warning: worker 7 died"),
     )
     for words in whole:
@@ -196,7 +196,7 @@ def test_lines_for_a_log(
     clock.now += 40
     log.step(1001, 0.5)
     line = capsys.readouterr().out
-    for words in ("step     2,002", "  1%", "return    812.3", "decisions/s", "value 123.457", "0:02:45", "left "):
+    for words in ("step     2,002", "  1%", "return    812.3", "decisions/s", "value 123.5", "0:02:45", "left "):
         assert words in line, words
     assert "\x1b" not in head + line
     log.evaluation(1001, 12.34, 5.0, 10, success=0.4)

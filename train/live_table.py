@@ -30,7 +30,7 @@ def table(s: Status, width: int, height: int) -> Panel:
         return item(name, "-" if value is None else format(value, form))
 
     def metric(name: str, key: str) -> Text:
-        return number(name, s.row.get(key), ".3f")
+        return number(name, s.row.get(key), ".4g")
 
     if s.doing is not None:
         what, done, total = s.doing
@@ -60,7 +60,7 @@ def table(s: Status, width: int, height: int) -> Panel:
                 number("best", s.best_eval),
             ],
         ),
-        ("losses", [number(name, value, ".3f") for name, value in s.losses] or [Text("-")]),
+        ("losses", [number(name, value, ".4g") for name, value in s.losses] or [Text("-")]),
         ("gradient", [metric("norm", "grad_norm"), metric("policy norm", "pi_grad_norm")]),
         ("replay", [item("", f"{s.replay:.0%}", "full")]),
         ("time", [item(name, f"{share:.0%}") for name, share in shares.items()]),
