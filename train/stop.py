@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(Exception):
@@ -44,7 +44,7 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
             yield
             return
-        taken = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        taken = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         before = {s: signal.signal(s, self._ask) for s in taken}
         try:
             yield

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
 
+from ..stop import SIGNALS
 from .base import Actions, Array, Env, EnvState, Step, env_seed, restore, step
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
@@ -276,8 +277,8 @@ def _work(
     pipe: Connection,
 ) -> None:
     """What a process does: answer each command with a traceback or None, and what the command returns."""
-    # Ctrl-C, and what ends a job on a cluster, reach all processes; the trainer says when to end.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # Ctrl-C, a closed terminal and what ends a job on a cluster reach all processes; the trainer says when to end.
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the cores are the other environments'
