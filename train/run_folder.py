@@ -17,6 +17,7 @@ except ImportError:  # not on Windows, where nothing keeps two processes apart
     fcntl = None  # type: ignore[assignment]
 
 _LOCK = "run.lock"
+_FIRST = {_LOCK, "config.json"}  # there before anything came of a run
 
 
 def home(cfg: Config) -> Path:
@@ -56,14 +57,21 @@ def new_folder(cfg: Config) -> Path:
 
 
 def _untouched(folder: Path) -> bool:
-    """Whether no run has left more there than its wish to begin."""
-    return {p.name for p in folder.iterdir()} <= {_LOCK, "config.json"}
+    """Whether no run has left more there than its wish to begin: no checkpoint, no number."""
+    return {p.name for p in folder.iterdir() if not _unfinished(p)} <= _FIRST
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether this is of a first checkpoint in whose writing a run was killed."""
+    if path.is_dir() and path.name in ("checkpoints", "replay"):
+        return all(map(_unfinished, path.iterdir()))
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def discard(folder: Path) -> None:
     """Remove the folder of a run that could not begin."""
     with contextlib.suppress(OSError):
-        if _untouched(folder):
+        if {p.name for p in folder.iterdir()} <= _FIRST:
             for path in folder.iterdir():
                 path.unlink()
             folder.rmdir()

@@ -31,11 +31,12 @@ def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts:
     tell: told `folder`, and `mean_return` and `std_return` of the last evaluation.
     """
     cfg = Config.from_dict(values)
-    if cfg.resume == "auto" and any((home(cfg) / "checkpoints").glob("*-at-*")):
-        return resume(home(cfg), {k: v for k, v in values.items() if k not in ("resume", "work_dir")}, tell)
     probe = make_env(cfg, cfg.seed)  # errors before a folder is made
     fixed = complete(cfg, probe)
     probe.close()
+    if cfg.resume == "auto" and any((home(cfg) / "checkpoints").glob("[!.]*-at-*")):
+        as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
+        return resume(home(cfg), as_begun, tell)
     cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
     folder = new_folder(cfg)
     notes = [
