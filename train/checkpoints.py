@@ -12,6 +12,7 @@ killed while it writes one leaves those before as they were.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -75,6 +76,8 @@ class Checkpoints:
         folder = self.folder / f"{number:04d}-at-{values['decisions']}"
         tmp = self.folder / f".{folder.name}.tmp"
         try:
+            if tmp.exists():  # of a run that was killed while it wrote the same one
+                shutil.rmtree(tmp)
             tmp.mkdir()
             chunks = self.replay.save(buffer)
             checkpoint.save(model, tmp / _WEIGHTS)
@@ -88,7 +91,8 @@ class Checkpoints:
             with replacing(tmp / "manifest.json") as path:
                 path.write_text(json.dumps(manifest, indent=1) + "\n")
             tmp.rename(folder)
-            flush(self.folder)
+            for changed in (self.folder, self.folder.parent):  # the latter by the first checkpoint
+                flush(changed)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
@@ -103,27 +107,37 @@ class Checkpoints:
     def newest(self, note: Callable[[str], None]) -> Saved | None:
         """The newest checkpoint that is whole; None where there is none at all.
 
-        Damaged ones are set aside, and `note` is told.
+        Damaged ones after it are set aside, and `note` is told.
 
         Raises:
-            CheckpointError: all are damaged, or of another version.
+            CheckpointError: all are damaged, or one is of another version.
+            PermissionError: one may not be read.
         """
-        damaged = []
+        damaged: list[tuple[Path, Exception]] = []
         for _, folder in sorted(self._present(), reverse=True):
             try:
                 manifest = json.loads((folder / "manifest.json").read_text())
                 if manifest["format"] == FORMAT:
-                    return self._read(folder, manifest)
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                aside = folder.with_name(f"damaged-{folder.name}")
-                damaged.append(f"{folder}: {e}")
-                note(f"checkpoint {folder} is damaged ({e}); it is kept as {aside.name}, the one before is taken")
-                folder.rename(aside)
+                    saved = self._read(folder, manifest)
+                    break
+            except PermissionError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+                damaged.append((folder, e))
                 continue
             raise CheckpointError(f"checkpoint {folder}: format {manifest['format']!r}, allowed: {FORMAT!r}")
-        if damaged:
-            raise CheckpointError("no checkpoint of this run is whole: " + "; ".join(damaged))
-        return None
+        else:
+            if damaged:
+                raise CheckpointError(
+                    "no checkpoint of this run is whole: " + "; ".join(f"{p}: {e}" for p, e in damaged)
+                )
+            return None
+        for folder, e in damaged:
+            names = (folder.with_name(f"damaged-{'again-' * n}{folder.name}") for n in itertools.count())
+            aside = next(p for p in names if not p.exists())
+            note(f"checkpoint {folder} is damaged ({e}); it is kept as {aside.name}, the one before is taken")
+            folder.rename(aside)
+        return saved
 
     def _read(self, folder: Path, manifest: dict[str, Any]) -> Saved:
         chunks = [Chunk(**entry) for entry in manifest["replay"]]
@@ -156,7 +170,9 @@ class Checkpoints:
         kept = [p for _, p in sorted(self._present())[-self.keep :]]
         for path in self.folder.iterdir():
             whole = _NAME.fullmatch(path.name) and path not in kept
-            if whole or (path.is_dir() and path.suffix == ".tmp"):
+            if path.suffix == ".tmp" and not path.is_dir():
+                path.unlink()
+            elif whole or path.suffix == ".tmp":
                 (path / "manifest.json").unlink(missing_ok=True)  # first: without it, it is none
                 shutil.rmtree(path)
         needed = {c["file"] for p in kept for c in json.loads((p / "manifest.json").read_text())["replay"]}
