@@ -139,6 +139,10 @@ class Checkpoints:
             folder.rename(aside)
         return saved
 
+    def last(self) -> Path | None:
+        """The folder of the newest, read by nobody yet."""
+        return max(self._present(), default=(0, None))[1]
+
     def _read(self, folder: Path, manifest: dict[str, Any]) -> Saved:
         chunks = [Chunk(**entry) for entry in manifest["replay"]]
         sums = [(folder / name, expected) for name, expected in manifest["files"].items()]

@@ -65,7 +65,7 @@ def _unfinished(path: Path) -> bool:
     """Whether this is of a first checkpoint in whose writing a run was killed."""
     if path.is_dir() and path.name in ("checkpoints", "replay"):
         return all(map(_unfinished, path.iterdir()))
-    return path.name.startswith(".") and path.suffix == ".tmp"
+    return path.name.startswith(".") and ".tmp" in path.name
 
 
 def discard(folder: Path) -> None:

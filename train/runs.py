@@ -114,10 +114,16 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
             raise
         else:
             tell(mean_return=found.mean_return, std_return=found.std_return)
-            summary = [
-                f"done: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes",
-                *_files(folder),
-            ]
+            result = f"return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes"
+            summary = [f"done: {result}", *_files(folder)]
+            last = Checkpoints(folder, cfg.keep_checkpoints).last()
+            if cfg.save_agent and (last is None or int(last.name.rpartition("-")[2]) < cfg.steps):
+                tell(error="the weights of the end could not be written")
+                summary = [
+                    f"done, but the weights of the end could not be written: {result}",
+                    *_how_to_go_on(cfg, folder),
+                ]
+                return 1
             return 0
         finally:
             trainer.log.close(summary)
@@ -137,7 +143,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _how_to_go_on(cfg: Config, folder: Path) -> list[str]:
-    whole = sorted(p.name for p in (folder / "checkpoints").glob("*-at-*") if p.name[0].isdigit())
-    if not whole:
+    last = Checkpoints(folder, cfg.keep_checkpoints).last()
+    if last is None:
         return [f"no checkpoint was written{'' if cfg.save_agent else ' (save_agent=false)'}"]
-    return [f"last checkpoint: {folder / 'checkpoints' / whole[-1]}", f"to go on: tdmpc2-fast resume {folder}"]
+    return [f"last checkpoint: {last}", f"to go on: tdmpc2-fast resume {folder}"]
