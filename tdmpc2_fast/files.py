@@ -28,7 +28,9 @@ class replacing:
         self.mode = self.tmp.stat().st_mode
         return self.tmp
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(self.path)  # a full disk does not say which
         try:
             if kind is None:
                 os.chmod(self.tmp, self.mode)  # safetensors makes files private; the umask is the user's word on that
