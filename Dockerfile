@@ -1,6 +1,6 @@
 # Two images of one file:
-#   docker build -t tdmpc2-fast .                                                                   for CPUs
-#   docker build -t tdmpc2-fast:cuda --build-arg INDEX=ADDRESS .                    for NVIDIA GPUs
+#   docker build -t tdmpc2 .                                                                   for CPUs
+#   docker build -t tdmpc2:cuda --build-arg INDEX=ADDRESS .                    for NVIDIA GPUs
 #
 # PyPI's wheels of torch for Linux bring their own CUDA: the host needs a driver and NVIDIA's container toolkit, nothing else.
 FROM python:3.12-slim-bookworm

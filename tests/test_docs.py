@@ -87,7 +87,7 @@ def test_commands_shown_are_understood(page: Path) -> None:
 
 def run(folder: Path, *words: str) -> str:
     """A program of the page's in a process of its own; what it printed."""
-    env = {**os.environ, "MUJOCO_GL": "disable"}
+    env = {**os.environ, "MUJOCO_GL": "disable", "PYTHONSAFEPATH": ""}  # a program sees those beside it
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300
     )
@@ -101,8 +101,8 @@ def test_the_environment_of_the_page(tmp_path: Path) -> None:
     (tmp_path / "dot.py").write_text(programs[0])
     (tmp_path / "try_it.py").write_text(programs[1])
     run(tmp_path, "try_it.py")
-    keys = [*SMALL.split(), "task=dot-reach", "num_envs=2", "seed_steps=60", "eval_freq=75", "eval_episodes=1"]
-    shown = run(tmp_path, "dot.py", "train", *keys, "work_dir=whole", "steps=150", "save_video=true")
+    keys = [*SMALL.split(), "task=dot-reach", "num_envs=2", "seed_steps=60", "eval_episodes=1"]
+    shown = run(tmp_path, "dot.py", "train", *keys, "work_dir=whole", "steps=150", "eval_freq=75", "save_video=true")
     assert "done: return" in shown
     assert len([*(tmp_path / "whole" / "videos").glob("*.mp4")]) == 3
     run(tmp_path, "dot.py", "train", *keys, "work_dir=halves", "steps=74", "eval_freq=1000")
