@@ -132,10 +132,10 @@ class Checkpoints:
                     "no checkpoint of this run is whole: " + "; ".join(f"{p}: {e}" for p, e in damaged)
                 )
             return None
-        for folder, e in damaged:
+        for folder, why in damaged:
             names = (folder.with_name(f"damaged-{'again-' * n}{folder.name}") for n in itertools.count())
             aside = next(p for p in names if not p.exists())
-            note(f"checkpoint {folder} is damaged ({e}); it is kept as {aside.name}, the one before is taken")
+            note(f"checkpoint {folder} is damaged ({why}); it is kept as {aside.name}, the one before is taken")
             folder.rename(aside)
         return saved
 
