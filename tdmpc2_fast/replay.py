@@ -177,7 +177,7 @@ class ReplayBuffer:
             self._append(start, length)
         self._drop_overwritten()
         self._stale = True
-        if self._store:
+        if self._store and any(name.startswith("rng.") for name in state):  # else kernels drew, or nothing did
             self._generator = generator(self.cfg.seed, "replay", self._device)
             set_generator(self._generator, state)
 

@@ -60,6 +60,7 @@ def check_goes_on(cfg: Config, keep: Callable[[dict[str, torch.Tensor]], dict[st
     other.updater.load_state(updater)
     other.planner.load_state(planner)
     other_buffer.restore(steps, [(0, chunk)])
+    assert other_buffer.state().keys() == buffer.state().keys()
     assert everything(other) == everything(agent)
     assert other.updater.steps == 2
     assert learn(other, other_buffer, 2) == learn(agent, buffer, 2)

@@ -362,7 +362,12 @@ class OnlineTrainer:
         agent = self.agent
         name = torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else "cpu"
         return dict(
-            device=name, backend=agent.backend.name, torch=torch.__version__, threads=str(torch.get_num_threads())
+            device=name,
+            backend=agent.backend.name,
+            precision=self.cfg.precision,
+            compile=str(self.cfg.compile).lower(),
+            torch=torch.__version__,
+            threads=str(torch.get_num_threads()),
         )
 
     def _about(self) -> dict[str, str]:

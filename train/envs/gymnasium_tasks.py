@@ -7,6 +7,7 @@ bounds (for the official tasks these are the same). Tasks that can terminate nee
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -74,7 +75,7 @@ class GymnasiumTask:
             raise ConfigError(f"config key 'task': {cfg.task!r} cannot be made: {e}") from e
         except gymnasium.error.Error as e:
             hint = did_you_mean(name, _registered())
-            raise ConfigError(f"config key 'task': Gymnasium cannot make {name!r}: {e}.{hint}") from e
+            raise ConfigError(f"config key 'task': Gymnasium cannot make {name!r}: {str(e).rstrip('.')}.{hint}") from e
         if not isinstance(env.action_space, gymnasium.spaces.Box) or len(env.action_space.shape) != 1:
             raise ConfigError(
                 f"config key 'task': {name!r} has action space {env.action_space}, allowed: a Box of one dimension"
@@ -161,7 +162,10 @@ def _render_mode(name: str) -> str | None:
     import gymnasium
     from gymnasium.envs.registration import load_env_creator
 
-    entry = gymnasium.spec(name).entry_point
+    module, _, registered = name.rpartition(":")
+    if module:  # of which the import registers the id
+        importlib.import_module(module)
+    entry = gymnasium.spec(registered).entry_point
     metadata = getattr(load_env_creator(entry) if isinstance(entry, str) else entry, "metadata", None)
     modes = metadata.get("render_modes") if isinstance(metadata, dict) else None
     return "rgb_array" if modes is None or "rgb_array" in modes else None
