@@ -72,7 +72,8 @@ class Checkpoints:
             OSError: it cannot be written; those before are as they were.
         """
         self.folder.mkdir(exist_ok=True)
-        number = max((n for n, _ in self._present()), default=0) + 1
+        taken = (_NAME.fullmatch(p.name) for p in self.folder.iterdir())  # also by one that lost its manifest
+        number = max((int(match[1]) for match in taken if match), default=0) + 1
         folder = self.folder / f"{number:04d}-at-{values['decisions']}"
         tmp = self.folder / f".{folder.name}.tmp"
         try:
