@@ -209,6 +209,16 @@ def test_close_does_not_wait_for_a_process_that_hangs(made: Made, monkeypatch: p
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_is_the_trainers_to_answer(number: signal.Signals, made: Made) -> None:
+    envs = made(2, 2)
+    envs.reset([0, 1])
+    for pid in pids_of(envs):
+        os.kill(pid, number)
+    assert [s.obs[2] for s in act(envs, NORMAL, NORMAL)] == [1, 1]
+    assert made.notes == []
+
+
 ORPHANS = """
 import signal, sys
 import numpy as np, scripted_env
