@@ -354,3 +354,11 @@ def test_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     after, *_ = env.step(np.ones(1, np.float32))
     assert np.array_equal(after[:6], obs[3:])
     assert obs.std() > 1
+
+
+def test_an_id_may_name_the_module_that_registers_it() -> None:
+    env = make_env(Config(task="gymnasium.envs:Pendulum-v1"), 1)
+    assert env.reset().shape == (3,)
+    env.close()
+    with pytest.raises(ConfigError, match="needs nowhere_at_all"):
+        make_env(Config(task="nowhere_at_all:Pendulum-v1"), 1)
