@@ -1,8 +1,9 @@
 # Two images of one file:
-#   docker build -t tdmpc2 .                                                                   for CPUs
-#   docker build -t tdmpc2:cuda --build-arg INDEX=ADDRESS .                    for NVIDIA GPUs
+#   docker build -t tdmpc2:cuda .                                              for NVIDIA GPUs
+#   docker build -t tdmpc2 --build-arg TORCH_INDEX=ADDRESS .                   for CPUs
 #
-# PyPI's wheels of torch for Linux bring their own CUDA: the host needs a driver and NVIDIA's container toolkit, nothing else.
+# ADDRESS is that of PyTorch's CPU wheels, which its installation page names. The default wheels for Linux bring
+# their own CUDA: the host needs a driver and NVIDIA's container toolkit, nothing else.
 FROM python:3.12-slim-bookworm
 
 # libegl1 with Mesa's driver draws without a screen, and without a GPU; gcc is what Triton builds its launchers with.
@@ -11,8 +12,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 ARG TORCH=torch==2.13.0
-ARG INDEX=ADDRESS
-RUN pip install --no-cache-dir --index-url "$INDEX" "$TORCH"
+ARG TORCH_INDEX=
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
 
 COPY . /src
 RUN pip install --no-cache-dir "/src[train,wandb]" && rm -rf /src
