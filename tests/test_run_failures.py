@@ -49,10 +49,13 @@ def killed_at(nth: int) -> Iterator[list[str]]:
         yield made
 
 
+SMALL: dict[str, Any] = dict(obs_dim=2, latent_dim=8, enc_dim=8, mlp_dim=8, steps=1000)
+
+
 @functools.cache
-def model_of(cfg: Config) -> WorldModel:
+def the_model() -> WorldModel:
     """One for all runs: each fills it with its age, or loads it."""
-    return WorldModel(cfg)
+    return WorldModel(tiny_config(**SMALL))
 
 
 class Run:
@@ -61,8 +64,8 @@ class Run:
     def __init__(self, folder: Path, keep: int = 2, **changes: Any) -> None:
         self.folder, self.keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
-        self.cfg = tiny_config(obs_dim=2, latent_dim=8, enc_dim=8, mlp_dim=8, steps=1000, **changes)
-        self.model = model_of(self.cfg)
+        self.cfg = tiny_config(**SMALL, **changes)
+        self.model = the_model()
         self.buffer = ReplayBuffer(self.cfg)
         self.checkpoints = Checkpoints(folder, keep)
         self.age = 0
