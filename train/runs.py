@@ -74,7 +74,8 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
         cfg = _changed(saved.cfg, values, folder)
         done = saved.values["decisions"]
         if saved.values["evaluated_at"] >= cfg.steps:
-            print(f"finished at {done:,} decisions; to go on: tdmpc2-fast resume {folder} steps={2 * cfg.steps}")
+            more = 2 * max(cfg.steps, done)
+            print(f"finished at {done:,} decisions; to go on: tdmpc2-fast resume {folder} steps={more}")
             return 0
         choose_threads(cfg)
         return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], tell)
