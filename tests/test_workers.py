@@ -352,3 +352,38 @@ def test_the_episode_of_a_killed_process_never_reaches_the_replay(
     assert len(episode) == 14
     assert "environment 1: the process died (exit code -9)" in capsys.readouterr().err
     assert len((tmp_path / "run/train.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_a_process_lost_while_its_state_is_asked_is_started_anew(made: Made) -> None:
+    there = made(3, 2)
+    before = there.reset([0, 1, 2])
+    there.step_async(np.zeros((3, 2), np.float32))
+    there.step_wait()
+    os.kill(pids_of(there)[1], signal.SIGKILL)
+    states = there.states()
+    assert [state is None for state in states] == [False, False, True]
+    assert there.restarts == 1
+    assert "died" in made.notes[0]
+    again = there.reset([2])
+    assert again[2][1] == 1  # its first episode
+    assert set(again) == {2}
+    assert before.keys() == {0, 1, 2}
+
+
+@pytest.mark.parametrize("what", ["obs", "reward"])
+def test_numbers_that_are_none_end_the_run_and_name_the_environment(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.install(2)
+    step = stand_in.StandIn.step
+
+    def broken(self: stand_in.StandIn, action: Any) -> Any:
+        obs, reward, *rest = step(self, action)
+        return (obs * np.nan, reward, *rest) if what == "obs" else (obs, np.nan, *rest)
+
+    monkeypatch.setattr(stand_in.StandIn, "step", broken)
+    trainer = train(tmp_path / "run", env_workers=0)
+    with pytest.raises(EnvError, match=f"{stand_in.NAME}, environment 0: got a NaN"):
+        trainer.run()  # already in the first evaluation
+    saved = [p.name for p in (tmp_path / "run/checkpoints").glob("0*")]
+    assert saved == ["0001-at-0"]  # it is the one before the evaluation, with all that belongs to it

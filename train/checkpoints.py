@@ -12,6 +12,7 @@ killed while it writes one leaves those before as they were.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -89,6 +90,7 @@ class Checkpoints:
                 files={p.name: sha256(p) for p in sorted(tmp.iterdir())},
                 replay=[c._asdict() for c in chunks],
             )
+            manifest["sha256"] = _digest(manifest)
             with replacing(tmp / "manifest.json") as path:
                 path.write_text(json.dumps(manifest, indent=1) + "\n")
             tmp.rename(folder)
@@ -145,6 +147,8 @@ class Checkpoints:
         return max(self._present(), default=(0, None))[1]
 
     def _read(self, folder: Path, manifest: dict[str, Any]) -> Saved:
+        if _digest(manifest) != manifest["sha256"]:
+            raise CheckpointError("the checksum of manifest.json differs from what it holds")
         chunks = [Chunk(**entry) for entry in manifest["replay"]]
         sums = [(folder / name, expected) for name, expected in manifest["files"].items()]
         for path, expected in sums + [(self.replay.folder / c.file, c.sha256) for c in chunks]:
@@ -182,3 +186,9 @@ class Checkpoints:
                 shutil.rmtree(path)
         needed = {c["file"] for p in kept for c in json.loads((p / "manifest.json").read_text())["replay"]}
         self.replay.prune(needed)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over all of it but this."""
+    held = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.rng import stream_seed
 
 from .envs import make_env
-from .envs.base import Env
+from .envs.base import Env, checked, step
 from .stop import Stop
 from .video import Film
 
@@ -100,11 +100,12 @@ class Evaluator:
             actions = self._act(np.stack(obs), t0)
             t0 = False
             for i in (i for i in range(count) if running[i]):
-                obs[i], reward, terminated, truncated, info = self.envs[i].step(actions[i])
-                total[i] += reward
+                now = checked(step(self.envs[i], actions[i]), self.cfg.task, i)
+                obs[i] = now.obs
+                total[i] += now.reward
                 length[i] += 1
-                success[i] = info["success"]
-                running[i] = not (terminated or truncated)
+                success[i] = now.success
+                running[i] = not (now.terminated or now.truncated)
             if was_running and not running[0]:
                 film.add(self._caption(total[0], length[0]))
             yield max(length)

@@ -32,7 +32,7 @@ from tdmpc2_fast.rng import stream_seed
 
 from .checkpoints import Checkpoints, Saved
 from .envs import complete, make_env
-from .envs.base import Actions, EnvState, env_seed
+from .envs.base import Actions, EnvState, checked, env_seed
 from .envs.together import environments
 from .episode import Episode
 from .evaluate import Evaluation, Evaluator
@@ -79,6 +79,7 @@ class OnlineTrainer:
         self._updates_due = 0.0
         self._seeded = False
         self._evaluated_at = -1  # decisions
+        self._evaluating = False
         self._best = -np.inf
         self._saved_at = time.monotonic()
         self.envs = environments(cfg, first, self.log.warn, restarts)  # last: what fails before leaves no process
@@ -109,9 +110,10 @@ class OnlineTrainer:
             return found
         except Stopped:
             raise
-        except BaseException:
+        except BaseException as e:
             self._updates.close()  # those under way end, so that the weights saved are of whole updates
-            if not self.stop.asked:  # else someone is in a hurry
+            in_a_hurry = isinstance(e, KeyboardInterrupt) and self.stop.asked
+            if not in_a_hurry and not self._evaluating:  # an evaluation begins with a checkpoint
                 self._save(whole=False)
             raise
         finally:
@@ -205,7 +207,7 @@ class OnlineTrainer:
                 continue
             if step.terminated and not self.cfg.episodic:
                 raise ConfigError(f"config key 'episodic': {self.cfg.task} terminated an episode; set episodic=true")
-            episode.append(actions[i], step)
+            episode.append(actions[i], checked(step, self.cfg.task, i))
 
     def _running(self) -> list[Episode]:
         return [e for e in self._episodes if e is not None]
@@ -235,7 +237,9 @@ class OnlineTrainer:
             step = self._decisions * self.evaluator.envs[0].action_repeat
             video = self.folder / "videos" / f"{step}.mp4" if self.cfg.save_video else None
             busy = functools.partial(self.log.busy, "evaluating")
+            self._evaluating = saved
             found = self.evaluator.run(self.stop, busy, video, self.log.warn)
+            self._evaluating = False
         self._evaluated_at = self._decisions
         success = float(np.mean(found.successes))
         self.log.evaluation(self._decisions, found.mean_return, found.std_return, len(found.returns), success)
@@ -281,8 +285,8 @@ class OnlineTrainer:
             return True
         except OSError as e:
             self.log.warn(
-                f"no checkpoint: {e}. The last one is whole. Make room or mend the disk: the next is tried "
-                f"in {self.cfg.checkpoint_minutes or 0:g} minutes or at the next evaluation"
+                f"no checkpoint could be written: {e}. What was written before is whole. Make room or mend the disk; "
+                "the next checkpoint is tried when it is due"
             )
         except Exception as e:
             if whole:
@@ -301,6 +305,10 @@ class OnlineTrainer:
         evaluating = "evaluator" in self.__dict__
         if evaluating:
             parts["evaluation"] = self.evaluator.planner.state()
+        envs = self.envs.states() if whole else None
+        for i, state in enumerate(envs or ()):
+            if state is None:  # made anew just now
+                self._episodes[i] = None
         for i, episode in enumerate(self._episodes):
             if episode is not None and whole:
                 parts[f"episode {i}"] = episode.tensors()
@@ -311,7 +319,7 @@ class OnlineTrainer:
             evaluated_at=self._evaluated_at,
             best=self._best if np.isfinite(self._best) else None,
             random=self._random.bit_generator.state,
-            envs=self.envs.states() if whole else None,
+            envs=envs,
             restarts=self.envs.restarts,
             evaluation=self.evaluator.states() if evaluating else None,
             log=self.log.state(),
@@ -337,7 +345,7 @@ class OnlineTrainer:
         if values["envs"] is None:
             self.log.note("the episodes under way are not in the checkpoint: new ones are begun")
         else:
-            self._restore_episodes([EnvState(*state) for state in values["envs"]], parts)
+            self._restore_episodes([EnvState(*(state or (None, None))) for state in values["envs"]], parts)
         before, now = values["made_by"], self._made_by()
         changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
         if changed:

@@ -138,8 +138,8 @@ class Film:
         if self._video is not None:
             try:
                 self._video.add(self._env.render(), caption)
-            except (RenderError, OSError) as e:
-                self._end(type(e), e, e.__traceback__)
+            except Exception as e:  # drivers raise what they like
+                self.__exit__(type(e), e, e.__traceback__)
                 self._warn(f"no video: {e}")
 
     def __exit__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -72,6 +73,10 @@ class Step(NamedTuple):
     success: float
 
 
+class EnvError(RuntimeError):
+    """An environment failed; the message says how."""
+
+
 class EnvState(NamedTuple):
     """Where an environment stands, JSON-ready: its random state now, and when its episode began."""
 
@@ -104,8 +109,8 @@ class Environments(Protocol):
         """What came of it; None where the environment had to be made anew and its episode is lost."""
         ...
 
-    def states(self) -> list[EnvState]:
-        """Where each stands between two steps."""
+    def states(self) -> list[EnvState | None]:
+        """Where each stands between two steps; None where it had to be made anew and its episode is lost."""
         ...
 
     def restore(self, states: Sequence[EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
@@ -147,3 +152,14 @@ def env_seed(seed: int, index: int, restart: int = 0) -> int:
     if index == restart == 0:
         return seed
     return stream_seed(seed, f"env {index}" + (f" restart {restart}" if restart else "")) % 2**31
+
+
+def checked(step: Step, task: str, index: int) -> Step:
+    """The step, unless it holds what no number can be learned from.
+
+    Raises:
+        EnvError: an observation or reward is NaN or infinite.
+    """
+    if not (math.isfinite(step.reward) and (step.obs.dtype == np.uint8 or np.isfinite(step.obs).all())):
+        raise EnvError(f"{task}, environment {index}: got a NaN or infinite observation or reward, allowed: numbers")
+    return step

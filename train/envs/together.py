@@ -46,7 +46,7 @@ class InProcess:
         assert self._actions is not None, "step_async comes first"
         return [step(env, action) for env, action in zip(self.envs, self._actions, strict=True)]
 
-    def states(self) -> list[EnvState]:
+    def states(self) -> list[EnvState | None]:
         """As `Environments.states`."""
         return [EnvState(env.random_state(), origin) for env, origin in zip(self.envs, self._origins, strict=True)]
 

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from tdmpc2_fast.config import Config
 
 from ..stop import SIGNALS
-from .base import Actions, Array, Env, EnvState, Step, env_seed, restore, step
+from .base import Actions, Array, Env, EnvError, EnvState, Step, env_seed, restore, step
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
 START_SECONDS = 300.0  # the first answer includes the imports and making the environments
@@ -44,10 +44,6 @@ MOST_RESTARTS = 10  # a run
 _CLOSE_SECONDS = 5.0
 
 _spawn = multiprocessing.get_context("spawn")
-
-
-class EnvError(RuntimeError):
-    """An environment in a worker process failed; the message says how."""
 
 
 @dataclass
@@ -142,15 +138,11 @@ class Workers:
             found += [self._result(i) if answered else None for i in self._workers[k].indices]
         return found
 
-    def states(self) -> list[EnvState]:
-        """As `Environments.states`.
-
-        Raises:
-            EnvError: a process did not answer.
-        """
+    def states(self) -> list[EnvState | None]:
+        """As `Environments.states`."""
         found: dict[int, EnvState] = {}
-        for part in self._ask_all(lambda worker: ("states",)):
-            found.update(part)
+        for worker, answer in self._ask_all(lambda worker: ("states",)):
+            found.update(answer or dict.fromkeys(worker.indices))
         return [found[i] for i in range(self.cfg.num_envs)]
 
     def restore(self, states: Sequence[EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
@@ -165,19 +157,19 @@ class Workers:
             return "restore", mine, {i: a for i, a in actions.items() if i in mine}
 
         found: dict[int, list[Step]] = {}
-        for part in self._ask_all(command):
-            found.update(part)
+        for worker, answer in self._ask_all(command):
+            if answer is None:
+                raise EnvError(f"{self._name(worker)}: the process was lost while it was to play its episodes again")
+            found.update(answer)
         return found
 
-    def _ask_all(self, command: Callable[[_Worker], tuple[Any, ...]]) -> list[Any]:
-        """Answers of all processes to a command between two steps; none of them may be lost."""
+    def _ask_all(self, command: Callable[[_Worker], tuple[Any, ...]]) -> list[tuple[_Worker, Any]]:
+        """Answers of all processes to a command between two steps; None of one that was started anew instead."""
         for worker in self._workers:
             worker.tell(*command(worker))
         start, found = time.monotonic(), []
-        for k in range(len(self._workers)):
-            if not self._answered(k, start):
-                raise EnvError(f"{self._name(self._workers[k])}: the process was lost while it was asked for its state")
-            found.append(self._workers[k].answer)
+        for k, worker in enumerate(list(self._workers)):
+            found.append((worker, worker.answer if self._answered(k, start) else None))
         return found
 
     def close(self) -> None:
