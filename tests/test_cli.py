@@ -222,6 +222,8 @@ class TestCommands:
             (["plot", "nowhere"], "nowhere"),
             (["plot", ".", "refrence=x"], "Did you mean 'reference'"),
             (["plot", ".", "max_step=0"], "a number of at least 1"),
+            (["plot", ".", "--reference"], "--reference VALUE"),
+            (["plot", ".", "--refrence", "x"], "Did you mean 'reference'"),
             (["plan"], "plan CHECKPOINT"),
             (["plan", "a", "decision=-1"], "got -1, allowed: an integer of at least 0"),
             (["plan", "a", "horizn=3"], "Did you mean 'horizon'"),
@@ -247,6 +249,8 @@ class TestCommands:
         assert cli.main(["plot", "run", "reference=published", "out=both.svg"]) == 0
         assert capsys.readouterr().out.strip() == "both.svg"
         assert "sac" in Path("both.svg").read_text()
+        assert cli.main(["plot", "run", "--reference", "published", "--out=again.svg", "--max-step", "50"]) == 0
+        assert "sac" in Path("again.svg").read_text()
         assert cli.main(["plan", "run", "decision=3", "out=plan.png"]) == 0
         assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
         assert cli.main(["plan", "run", "decision=3"]) == 0

@@ -10,7 +10,7 @@ import dataclasses
 import operator
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -171,13 +171,13 @@ T = TypeVar("T", Options, PlotOptions, PlanOptions)
 def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
     """The options of a command among the words, and the words that are left.
 
-    `preset` stays, since a sweep may go over it. Hydra's `--multirun` is left out: several values
-    are a sweep here as they are.
+    `plot` and `plan` take theirs with dashes, too: `--reference DIR`. `preset` stays, since a sweep
+    may go over it. Hydra's `--multirun` is left out: several values are a sweep here as they are.
     """
     known = {f.name: f for f in dataclasses.fields(kind) if f.name != "preset"}
     found: dict[str, Any] = {}
     rest = []
-    for word in words:
+    for word in words if kind is Options else _undashed(words, known):
         key, equals, text = word.partition("=")
         if key in known and equals:
             if key in found:
@@ -189,6 +189,21 @@ def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
         elif word not in ("-m", "--multirun"):
             rest.append(word)
     return kind(**found), rest
+
+
+def _undashed(words: Sequence[str], known: Collection[str]) -> Iterator[str]:
+    """`--out FILE` and `--out=FILE` as `out=FILE`, for options that are no keys of a config."""
+    left = iter(words)
+    for word in left:
+        name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in known:
+            yield word
+            continue
+        value = text if equals else next(left, None)
+        if value is None:
+            raise ConfigError(f"argument {word!r}: allowed: {name}=VALUE, or {word} VALUE")
+        yield f"{name}={value}"
 
 
 def arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
