@@ -81,7 +81,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     for entry in manifest["replay"]:
         for name, x in read_tensors(folder / "replay" / entry["file"])[0].items():
             steps.setdefault(name, []).append(x)
-    tensors = {f"replay {k}": torch.cat(v) for k, v in steps.items()}
+    cfg = json.loads((folder / "config.json").read_text())
+    held = min(cfg["buffer_size"], cfg["steps"])  # the oldest file may begin with steps the ring has overwritten
+    tensors = {f"replay {k}": torch.cat(v)[-held:] for k, v in steps.items()}
     for part in ("agent", "training"):
         tensors |= {f"{part} {k}": v for k, v in read_tensors(newest / f"{part}.safetensors")[0].items()}
     found: dict[str, Any] = {k: v.flatten().view(torch.uint8).numpy().tobytes() for k, v in tensors.items()}
