@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.backend import torch_products
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
 from tdmpc2_fast.update import Batch
 
-from .agents import agent_of, exact_products, numbers, within
+from .agents import agent_of, numbers, within
 from .harness import CannotMeasureError, Gate, Variant
 
 _MODULES = ("tdmpc2", "common")
@@ -115,7 +116,7 @@ def official_plan(
         plain = official_agent(checkout, agent, compiled=False)
         ours = TDMPC2(agent.cfg.replace(precision="float32", backend="torch"), 1)
         ours.load(agent.model.state_dict())
-        with exact_products():
+        with torch_products(tf32=False):
             with _Draws(plan_draws(noise)), torch.no_grad():
                 wanted = plain.act(obs)
             got = ours.planner.plan(obs.unsqueeze(0), False, False, None, noise)[0].cpu()
@@ -134,7 +135,7 @@ def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
         ours = agent_of(cfg)
         plain = official_agent(checkout, ours, compiled=False)
         noise = UpdateNoise.draw(cfg, generator(cfg.seed, "benchmark", agent.device))
-        with exact_products():
+        with torch_products(tf32=False):
             got = ours.updater.step(batch, noise)
             with _Draws(update_draws(noise)):
                 wanted = plain.update(buffer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -105,16 +105,41 @@ def matmul_precision(cfg: Config, device: torch.device) -> Iterator[None]:
     """Within: float32 products and convolutions of torch as the config asks.
 
     tf32 on a GPU, or exact. `bfloat16` is for kernels: what torch computes beside them is tf32.
+    Gradients of convolutions repeat bit for bit.
     """
-    tf32 = cfg.precision != "float32"
     if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.deterministic
+    cudnn.deterministic = True
+    try:
+        with torch_products(tf32=cfg.precision != "float32"):
+            yield
+    finally:
+        cudnn.deterministic = before
+
+
+@contextlib.contextmanager
+def torch_products(tf32: bool) -> Iterator[None]:
+    """Within: torch's float32 products and convolutions in tf32 where a device has it, or IEEE; as before after it.
+
+    torch keeps this twice, by `set_float32_matmul_precision` and `allow_tf32`, and for each kind of op by
+    `fp32_precision`; it refuses to read the first where they disagree, and code that mixes them is common.
+    """
+    backends: Any = torch.backends
+    ops = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    before = [op.fp32_precision for op in ops]
+    try:
+        named = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        named = "high" if before[0] == "tf32" else "highest"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(named)
+        backends.cudnn.allow_tf32 = before[2] == "tf32"
+        for op, precision in zip(ops, before, strict=True):
+            op.fp32_precision = precision

@@ -85,9 +85,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def tf32_where_the_test_says_so(request: pytest.FixtureRequest) -> Iterator[None]:
     """On a GPU plain torch, too, computes in tf32 in tests of it."""
-    torch.backends.cuda.matmul.allow_tf32 = "tf32" in request.node.name
+    torch.set_float32_matmul_precision("high" if "tf32" in request.node.name else "highest")
     yield
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
