@@ -204,7 +204,8 @@ class FusedUpdater:
             u.encoder_gradients()
         else:
             u.world.grad[u.layout.pixels : u.layout.encoder_end].zero_()
-            z0.backward(u.state.d_x[0, 0, :, : self.cfg.latent_dim])
+            with matmul_precision(self.cfg, z0.device):
+                z0.backward(u.state.d_x[0, 0, :, : self.cfg.latent_dim])
         if self._task is not None:
             self._world_gradient_of_tasks(trace)
         if self.cfg.episodic:
