@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch.utils._triton import has_triton
 
 
 def can_compile(device: torch.device) -> bool:
@@ -25,7 +26,7 @@ def why_not_compiled(device: torch.device) -> str | None:
     On a CPU it needs a C++ compiler, and is slow where it finds no vector instructions.
     """
     if device.type != "cpu":
-        return None if torch.utils._triton.has_triton() else "torch.compile needs a working Triton on a GPU"
+        return None if has_triton() else "torch.compile needs a working Triton on a GPU"
     try:
         from torch._inductor.cpu_vec_isa import pick_vec_isa
 
