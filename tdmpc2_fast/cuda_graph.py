@@ -7,6 +7,7 @@ replays copies inputs in before and results out after, on the same stream.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 
@@ -36,6 +37,7 @@ class GraphedFunction:
             try:
                 self._graph = self._capture(side)
             except RuntimeError as e:
+                self._end_failed_capture(side, device)
                 self.why_eager = f"capture failed: {e}"
                 text = f"{name}: {self.why_eager}; running eagerly, which is slower"
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -63,6 +65,20 @@ class GraphedFunction:
         with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             self._fn()
         return graph
+
+    @staticmethod
+    def _end_failed_capture(side: torch.cuda.Stream, device: torch.device) -> None:
+        """Torch's default generator stays in capture mode until a capture ends well: let one."""
+        x = torch.zeros((), device=device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        graph = torch.cuda.CUDAGraph()
+        # Where this one fails, too, the warning about the first says all there is to say.
+        with (
+            contextlib.suppress(RuntimeError),
+            torch.cuda.stream(side),
+            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+        ):
+            x.add_(1)
 
     def __call__(self) -> None:
         """Run on the current stream, without waiting for it."""
