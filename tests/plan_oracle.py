@@ -31,7 +31,10 @@ def draw(cfg: Config, count: int, device: torch.device = CPU) -> PlanNoise:
 
 
 def observation(cfg: Config, count: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(count, dict(cfg.obs_shape or {})["state"][0], device=device)
+    size = count, *dict(cfg.obs_shape or {})[cfg.obs]
+    if cfg.obs == "rgb":
+        return torch.randint(256, size, dtype=torch.uint8, device=device)
+    return torch.randn(size, device=device)
 
 
 def task_of(cfg: Config, count: int, device: torch.device) -> torch.Tensor | None:

@@ -40,6 +40,7 @@ CONFIGS: dict[str, Callable[..., Config]] = dict(
     odd=lambda **k: tiny_config(latent_dim=40, mlp_dim=51, enc_dim=37, simnorm_dim=4, num_samples=61, **k),
     episodic=lambda **k: tiny_config(episodic=True, **k),
     multitask=lambda **k: tiny_multitask(**k),
+    pixels=lambda **k: of_pixels(**k),
     model_1=lambda **k: published(1, 6, **k),
     model_5=lambda **k: published(5, 6, **k),
     model_5_dog=lambda **k: published(5, 38, **k),
@@ -49,6 +50,11 @@ CONFIGS: dict[str, Callable[..., Config]] = dict(
 
 def published(size: int, action_dim: int, **changes: Any) -> Config:
     return Config.from_dict({"model_size": size, **changes}).with_env({"state": (24,)}, action_dim, 500)
+
+
+def of_pixels(**changes: Any) -> Config:
+    keys = dict(TINY, obs="rgb", num_channels=4, latent_dim=64)
+    return Config.from_dict({**keys, **changes}).with_env({"rgb": (9, 64, 64)}, 2, 50)
 
 
 def fused_agent(name: str, livened: Liven, count: int = 1, **changes: Any) -> TDMPC2:
@@ -84,7 +90,7 @@ def test_values_are_as_exact_as_torch_at_the_same_precision(
 
 
 @pytest.mark.parametrize("count", [1, 7])
-@pytest.mark.parametrize("name", ["small", "episodic", "multitask", "model_5"])
+@pytest.mark.parametrize("name", ["small", "episodic", "multitask", "pixels", "model_5"])
 def test_a_replay_is_bitwise_an_eager_plan(name: str, count: int, livened: Liven) -> None:
     agent = fused_agent(name, livened, count)
     plan = agent.planner._plan
@@ -279,7 +285,7 @@ def first_update(name: str, livened: Liven, **changes: Any) -> tuple[TDMPC2, Fus
     return agent, update
 
 
-@pytest.mark.parametrize("name", ["small", "odd", "episodic", "multitask", "model_5"])
+@pytest.mark.parametrize("name", ["small", "odd", "episodic", "multitask", "pixels", "model_5"])
 def test_a_replayed_update_is_bitwise_an_eager_one(name: str, livened: Liven) -> None:
     check_replay(name, livened)
 
@@ -339,6 +345,7 @@ def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precis
             episode = random_episode(cfg, 101, seed=i)
             episode["obs"][:] = i
             buffer.add(episode)
+            buffer.on_device()  # waits, to copy its table
         torch.cuda.set_sync_debug_mode("error")
         try:
             losses.append(agent.update(buffer)["total_loss"])

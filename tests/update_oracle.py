@@ -22,11 +22,12 @@ Liven = Callable[[TDMPC2], TDMPC2]
 
 
 def random_batch(cfg: Config, device: torch.device, seed: int = 0) -> Batch:
-    """A batch of any config of states."""
+    """A batch of any config."""
     g = torch.Generator().manual_seed(seed)
-    h, b, (obs,) = cfg.horizon, cfg.batch_size, dict(cfg._require("obs_shape"))["state"]
+    h, b, shape = cfg.horizon, cfg.batch_size, dict(cfg._require("obs_shape"))[cfg.obs]
+    size, pixels = (h + 1, b, *shape), cfg.obs == "rgb"
     batch = Batch(
-        obs=torch.randn(h + 1, b, obs, generator=g),
+        obs=torch.randint(256, size, generator=g, dtype=torch.uint8) if pixels else torch.randn(size, generator=g),
         action=2 * torch.rand(h, b, cfg._require("action_dim"), generator=g) - 1,
         reward=torch.rand(h, b, 1, generator=g),
         terminated=(torch.rand(h, b, 1, generator=g) < 0.2).float() if cfg.episodic else torch.zeros(h, b, 1),
