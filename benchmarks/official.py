@@ -13,6 +13,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import io
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from .agents import agent_of, numbers, within
 from .harness import CannotMeasureError, Gate, Variant
 
 _MODULES = ("tdmpc2", "common")
+_LOADS = itertools.count()
 
 
 class _Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -65,6 +67,9 @@ class _Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def load_official(checkout: str, device: torch.device) -> ModuleType:
     """The official module `tdmpc2`, for a device; other modules of these names are left alone.
 
+    Its modules are kept under names of their own, because torch.compile imports those whose functions it
+    traces by name.
+
     Raises:
         CannotMeasureError: a package it needs is missing.
     """
@@ -77,8 +82,11 @@ def load_official(checkout: str, device: torch.device) -> ModuleType:
         raise CannotMeasureError(f"the official code needs {e.name}, which is not installed") from e
     finally:
         sys.meta_path.remove(finder)
+        prefix = f"official{next(_LOADS)}"
         for name in [n for n in sys.modules if n.split(".")[0] in _MODULES]:
-            del sys.modules[name]
+            module = sys.modules.pop(name)
+            module.__name__ = f"{prefix}.{name}"
+            sys.modules[module.__name__] = module
         sys.modules |= ours
 
 
