@@ -11,10 +11,15 @@ TRAIN  ?= preset=quick
 BENCH  ?= planner update
 OFFICIAL ?=
 JAX    ?=
+# Packages for a GPU machine without network: the folder to use there; its Python, the folder to fetch into, what it has.
+WHEELS ?=
+FOR    ?= 3.12
+INTO   ?= build/wheels
+HAS    ?=
 THEIRS  = $(if $(OFFICIAL),official=$(abspath $(OFFICIAL))) $(if $(JAX),jax=$(abspath $(JAX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test gpu report lint typecheck golden bench bench-report results clean
+.PHONY: help setup train test gpu wheels report lint typecheck golden bench bench-report results clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -52,11 +57,14 @@ golden: setup    ## parity with the recorded official numbers, array by array
 	$(BIN)/python tests/golden_check.py tests/golden --implementation torch
 	TRITON_INTERPRET=1 $(BIN)/python tests/golden_check.py tests/golden --implementation triton
 
-gpu:             ## all a GPU has to show, with the torch and triton of PYTHON; installs nothing; PARTS="tests planner"
+gpu:             ## all a GPU has to show, with the torch and triton of PYTHON; installs nothing; PARTS="tests planner" WHEELS=
 	@rm -rf build/gpu && mkdir -p build/gpu/tdmpc2_fast
 	@ln -s $(CURDIR)/tdmpc2_fast/* build/gpu/tdmpc2_fast/
 	@ln -s $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/gpu/tdmpc2_fast/
-	@PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P benchmarks/gpu.py $(PARTS) $(THEIRS)
+	@PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P benchmarks/gpu.py $(PARTS) $(THEIRS) $(if $(WHEELS),wheels=$(abspath $(WHEELS)))
+
+wheels:          ## fetch what a GPU machine without network lacks, for `make gpu WHEELS=`; FOR=3.12 INTO= HAS="lxml"
+	@$(PYTHON) -P benchmarks/wheels.py for=$(FOR) into=$(INTO) "has=$(HAS)"
 
 report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.kernels.report

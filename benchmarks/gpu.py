@@ -1,8 +1,9 @@
 """`make gpu`: everything a GPU has to show, in one command of under ten minutes.
 
-    python benchmarks/gpu.py [PART ...] [out=FOLDER] [minutes=9.5] [official=CHECKOUT] [jax=CHECKOUT]
+    python benchmarks/gpu.py [PART ...] [out=FOLDER] [minutes=9.5] [official=CHECKOUT] [jax=CHECKOUT] [wheels=FOLDER]
 
-Needs torch, triton, numpy and pytest (for the tests), and no network. Every part is a process of its
+Needs torch, triton, numpy and pytest (for the tests), and no network; what else `make wheels` put into a
+folder is unpacked and used where the machine lacks it. Every part is a process of its
 own with its own time; one that fails or takes too long does not stop the others. A short table comes
 last. Rows of all parts go to one file in `out`, by default `benchmarks/results`, and `RESULTS.md` and
 the README's table are made anew. Exit status: 1 where a part failed, 2 where nothing could be tried.
@@ -26,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu-logs"
+SITE = ROOT / "build" / "gpu-site"  # what is unpacked from wheels
 TESTS = ("_gpu", "_kernel", "_kernels")  # how the names of files with GPU tests end
 THREADS = min(8, os.cpu_count() or 1)  # of torch on the host: the same in every run
 RESERVE = 15.0  # seconds for the results at the end
@@ -54,8 +56,11 @@ class Outcome:
     tails: list[str] = field(default_factory=list)
 
 
-def parts(theirs: Sequence[str] = ()) -> list[Part]:
-    """All parts, the most telling first, for the time may end before the last; `theirs`: keys of checkouts."""
+def parts(theirs: Sequence[str] = (), wheels: bool = False) -> list[Part]:
+    """All parts, the most telling first, for the time may end before the last; `theirs`: keys of checkouts.
+
+    `wheels`: the loop's physics will come from wheels where the machine has none.
+    """
     python = (sys.executable, "-P")
     # Side by side, because most of their time is compilation; nothing is timed meanwhile.
     files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*")) if p.stem.endswith(TESTS)]
@@ -89,7 +94,7 @@ def parts(theirs: Sequence[str] = ()) -> list[Part]:
         bench("planner-sizes", 90, "planner", "size=1,19,48,317", *quick),
         bench("kernels", 40, "kernels", "envs=1,64", "compiled=false", "repeats=30", "budget=0.5"),
         bench("update-kernels", 40, "update-kernels", "batch=256,1024", "compiled=false", "repeats=30", "budget=0.5"),
-        bench("loop", 40, "loop", f"task={_task()}", "repeats=100", "budget=5", *theirs),
+        bench("loop", 40, "loop", f"task={_task(wheels)}", "repeats=100", "budget=5", *theirs),
         bench("update-bfloat16", 30, "update", "precision=bfloat16", *quick),
         bench("update-sizes", 90, "update", "size=1,5,19,48,317", "batch=1024", "precision=tf32,bfloat16", *quick),
         bench("planner-38", 20, "planner", "actions=38", *quick),
@@ -98,9 +103,9 @@ def parts(theirs: Sequence[str] = ()) -> list[Part]:
     ]
 
 
-def _task() -> str:
-    """walker-walk where its simulator is installed, else the environment without physics."""
-    return "walker-walk" if find_spec("dm_control") else "stand-in"
+def _task(wheels: bool) -> str:
+    """walker-walk where there is its simulator, else the environment without physics."""
+    return "walker-walk" if wheels or find_spec("dm_control") else "stand-in"
 
 
 def _sanitizer(python: tuple[str, ...]) -> Iterator[Part]:
@@ -134,6 +139,19 @@ def why_not_here() -> list[str]:
 
     reason = why_not(torch.device("cuda"))
     return [] if reason is None else [f"the kernels cannot run: {reason}"]
+
+
+def _use(wheels: Path) -> str:
+    """Put what the machine lacks on the path of every part; returns why that is impossible, or nothing."""
+    from tdmpc2_fast.benchmarks.wheels import WheelsError, unpack
+
+    try:
+        names = unpack(wheels, SITE)
+    except (WheelsError, OSError) as e:
+        return str(e)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(SITE))))
+    print(f"from {wheels}: {', '.join(names) or 'nothing, the machine has all of it'}", flush=True)
+    return ""
 
 
 def run(part: Part, seconds: float) -> Outcome:
@@ -201,7 +219,7 @@ def gather(out: Path) -> tuple[Path | None, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    options = dict(out=str(ROOT / "benchmarks" / "results"), minutes="9.5", official="", jax="")
+    options = dict(out=str(ROOT / "benchmarks" / "results"), minutes="9.5", official="", jax="", wheels="")
     names = []
     for word in words:
         name, equals, value = word.partition("=")
@@ -212,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         else:
             names.append(word)
-    all_parts = parts([f"{k}={options[k]}" for k in ("official", "jax") if options[k]])
+    all_parts = parts([f"{k}={options[k]}" for k in ("official", "jax") if options[k]], bool(options["wheels"]))
     unknown = [n for n in names if n not in [p.name for p in all_parts]]
     if unknown:
         print(f"unknown part {unknown[0]!r}, allowed: {', '.join(p.name for p in all_parts)}", file=sys.stderr)
@@ -224,6 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if reasons := why_not_here():
         print("make gpu: this machine cannot do it", *(f"- {r}" for r in reasons), sep="\n", file=sys.stderr)
+        return 2
+    if options["wheels"] and (why := _use(Path(options["wheels"]))):
+        print(f"make gpu: {why}", file=sys.stderr)
         return 2
     shutil.rmtree(LOGS, ignore_errors=True)
     outcomes = []
