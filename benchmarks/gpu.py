@@ -1,4 +1,4 @@
-"""`make gpu`: everything a GPU has to show, in one command of under ten minutes.
+"""`make gpu`: what a GPU has to show, in one command of under ten minutes.
 
     python benchmarks/gpu.py [PART ...] [out=FOLDER] [minutes=9.5] [official=CHECKOUT] [jax=CHECKOUT] [wheels=FOLDER]
 
@@ -65,7 +65,7 @@ def parts(theirs: Sequence[str] = (), wheels: bool = False) -> list[Part]:
     # Side by side, because most of their time is compilation; nothing is timed meanwhile.
     files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*")) if p.stem.endswith(TESTS)]
     shards = max(1, min(14, (os.cpu_count() or 1) - 2))
-    pytest = (*python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files)
+    pytest = (*python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "--tb=short", *files)
     tests = tuple(("env", f"TEST_SHARD={i}/{shards}", *pytest) for i in range(shards))
 
     def command(folder: Path, *words: str) -> tuple[str, ...]:
@@ -76,27 +76,43 @@ def parts(theirs: Sequence[str] = (), wheels: bool = False) -> list[Part]:
 
     # What is compiled stays on disk, so these short runs, whose rows nobody reads, save the later ones minutes.
     unread = ROOT / "build" / "gpu-unread"
-    short = ("repeats=3", "budget=0.1")
+
+    def short(*words: str) -> tuple[str, ...]:
+        return command(unread, *words, "repeats=3", "budget=0.1")
+
     warm = (
         (*python, "-m", "tdmpc2_fast.benchmarks.warm"),
-        command(unread, "planner", "precision=tf32", *short, *theirs),
-        command(unread, "update", "precision=tf32", *short, *theirs),
-        command(unread, "kernels", "envs=1,64", "compiled=false", *short),
+        short("kernels", "envs=1,64", "compiled=false"),
+        short("update-kernels", "batch=256,1024", "compiled=false"),
+    )
+    loop = f"task={_task(wheels)}"
+    # The compiler needs minutes for a whole plan; its caches do not outlive some machines.
+    compiled = (
+        short("planner", "precision=tf32", *theirs),
+        short("update", "precision=tf32", *theirs),
+        *((short("loop", loop, "precision=tf32", *theirs),) if theirs else ()),
     )
     quick = ("compiled=false", "repeats=50", "budget=2")
+    several = ("compiled=false", "repeats=30", "budget=0.5")
     return [
-        Part("compile", warm, 200),
-        Part("tests", tests, 120),
-        bench("planner", 60, "planner", "precision=tf32", "repeats=200", "budget=5", *theirs),
-        bench("update", 60, "update", "precision=tf32", "repeats=100", "budget=5", *theirs),
+        Part("compile", warm, 150),
+        Part("tests", tests, 240),
+        bench("planner", 40, "planner", "precision=tf32", "compiled=false", "repeats=200", "budget=5"),
+        bench("update", 40, "update", "precision=tf32", "compiled=false", "repeats=100", "budget=5"),
         bench("planner-precisions", 30, "planner", "precision=bfloat16,float32", *quick),
-        bench("planner-envs", 50, "planner", "envs=4,16,64,256", *quick),
-        bench("planner-sizes", 90, "planner", "size=1,19,48,317", *quick),
-        bench("kernels", 40, "kernels", "envs=1,64", "compiled=false", "repeats=30", "budget=0.5"),
-        bench("update-kernels", 40, "update-kernels", "batch=256,1024", "compiled=false", "repeats=30", "budget=0.5"),
-        bench("loop", 40, "loop", f"task={_task(wheels)}", "repeats=100", "budget=5", *theirs),
         bench("update-bfloat16", 30, "update", "precision=bfloat16", *quick),
-        bench("update-sizes", 90, "update", "size=1,5,19,48,317", "batch=1024", "precision=tf32,bfloat16", *quick),
+        bench("loop", 40, "loop", loop, "precision=tf32", "repeats=100", "budget=5"),
+        bench("planner-envs", 50, "planner", "envs=4,16,64,256", *quick),
+        Part("compile-baselines", compiled, 300),
+        bench("planner-baselines", 90, "planner", "precision=tf32", "repeats=200", "budget=5", *theirs),
+        bench("update-baselines", 90, "update", "precision=tf32", "repeats=100", "budget=5", *theirs),
+        *((bench("loop-baselines", 90, "loop", loop, "precision=tf32", "repeats=100", *theirs),) if theirs else ()),
+        bench("planner-sizes", 60, "planner", "size=1,19,48", *quick),
+        bench("planner-317", 60, "planner", "size=317", *quick),
+        bench("update-sizes", 60, "update", "size=1,5,19,48", "batch=1024", "precision=tf32,bfloat16", *quick),
+        bench("update-317", 90, "update", "size=317", "batch=1024", "precision=bfloat16,tf32", *quick),
+        bench("kernels", 40, "kernels", "envs=1,64", *several),
+        bench("update-kernels", 40, "update-kernels", "batch=256,1024", *several),
         bench("planner-38", 20, "planner", "actions=38", *quick),
         bench("replay", 20, "replay", "batch=256,1024", *quick),
         *_sanitizer(python),
