@@ -18,8 +18,14 @@ import torch
 if "gpu" in sys.argv:
     os.environ["TDMPC2_GPU"] = "1"
 ON_GPU = os.environ.get("TDMPC2_GPU") == "1" and torch.cuda.is_available()
-if not ON_GPU:
+REHEARSED = os.environ.get("TDMPC2_REHEARSE") == "1"
+if REHEARSED or not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+if REHEARSED:
+    import rehearsal
+
+    rehearsal.begin()
+    ON_GPU = True
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 
