@@ -11,6 +11,8 @@ from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.backend import matmul_precision
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.compiling import why_not_compiled
+from tdmpc2_fast.fused_plan import FusedPlanner
+from tdmpc2_fast.fused_update import FusedUpdater
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
@@ -52,6 +54,12 @@ def batch_of(cfg: Config, device: torch.device) -> Batch:
         terminated=torch.zeros(h, b, 1, device=device),
         task=None,
     )
+
+
+def check_captured(made: object, device: torch.device) -> None:
+    """Raise `RuntimeError` where the kernels of a plan or an update are not replayed, on a GPU."""
+    if device.type == "cuda" and isinstance(made, FusedPlanner | FusedUpdater) and made.why_eager:
+        raise RuntimeError(f"launches are no graph, and their time is not what it would be: {made.why_eager}")
 
 
 def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, generator
 from tdmpc2_fast.sizes import plan_sizes
 
-from .agents import CompiledReference, agent_of, observations, reference_of, within
+from .agents import CompiledReference, agent_of, check_captured, observations, reference_of, within
 from .harness import CannotMeasureError, Case, Gate, Variant
 from .jax_port import plan_variant
 from .official import official_plan
@@ -66,6 +66,7 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
     if product != "triton" and why_not(device) is None:
         raise RuntimeError(f"the kernels were to be measured, and torch plans: {agent.backend.why}")
     fused = isinstance(agent.planner._plan, FusedPlanner)
+    check_captured(agent.planner._plan, device)
     variants = {product: Variant(lambda: agent.act(obs), launches=work.launches if fused else None)}
     missing: dict[str, str] = {}
 

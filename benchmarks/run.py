@@ -14,7 +14,7 @@ from tdmpc2_fast import Config, __version__
 from tdmpc2_fast.errors import BackendError, ConfigError, InputError, did_you_mean
 from tdmpc2_fast.train.threads import choose_threads
 
-from . import ceilings, environments, kernels, loop, planner, replay, update, update_kernels
+from . import ceilings, environments, kernels, loop, planner, regimes, replay, update, update_kernels
 from .harness import CannotMeasureError, Case, Ceilings, Row, measure, profiled
 from .machine import this_machine
 from .options import Options, describe, parse
@@ -26,6 +26,8 @@ SUITES: dict[str, Callable[[Options], Iterator[Callable[[], Case]]]] = {
     "update": update.cases,
     "kernels": kernels.cases,
     "update-kernels": update_kernels.cases,
+    "plan-regimes": regimes.plan_cases,
+    "update-regimes": regimes.update_cases,
     "replay": replay.cases,
     "environment": environments.cases,
     "loop": loop.cases,

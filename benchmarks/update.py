@@ -15,7 +15,7 @@ from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import UpdateNoise, generator
 from tdmpc2_fast.update import Batch
 
-from .agents import CompiledReference, agent_of, batch_of, numbers, reference_of, within
+from .agents import CompiledReference, agent_of, batch_of, check_captured, numbers, reference_of, within
 from .harness import CannotMeasureError, Case, Gate, Variant
 from .jax_port import update_variant
 from .official import official_update
@@ -45,19 +45,13 @@ def case(options: Options, size: int, actions: int, batch_size: int, precision: 
     batch = batch_of(cfg, device)
     # The product draws its random numbers; the reference is given them ready-made.
     noise = UpdateNoise.draw(cfg, generator(options.seed, "benchmark", device))
-    before = tensors_only(agent.model.state_dict())
-    start = {k: before[k].clone() for k in before if _is_parameter(before[k])}
-
-    def first_update(of: Config) -> dict[str, float]:
-        twin = agent_of(of)
-        return numbers(twin.updater.step(batch, noise)) | moved(start, tensors_only(twin.model.state_dict()))
-
+    start = weights_of(agent)
     with FlopCounterMode(display=False) as counter:
-        on_torch = first_update(torch_cfg)
+        on_torch = first_update(agent_of(torch_cfg), start, batch, noise)
     name = agent.updater.backend.name
-    wanted = on_torch if name == "torch" else first_update(cfg)
+    wanted = on_torch if name == "torch" else first_update(agent_of(cfg), start, batch, noise)
     missing: dict[str, str] = {}
-    variants = {name: Variant(lambda: agent.updater.step(batch))}
+    variants = {name: Variant(partial(learn, agent, batch, name))}
     if name != "torch":
         plain = agent_of(torch_cfg)
         variants["torch"] = Variant(
@@ -112,6 +106,28 @@ def update_gate(agent: TDMPC2, batch: Batch, limit: float) -> Gate:
     theirs: dict[str, float] = {}
     within(agent.cfg, agent.device, lambda: theirs.update(numbers(reference.update(batch, noise))))()
     return Gate.of_metrics(numbers(agent.updater.step(batch, noise)), theirs, limit)
+
+
+def learn(agent: TDMPC2, batch: Batch, backend: str) -> None:
+    """An update by this backend, which it has fallen back from where its kernels failed.
+
+    Raises:
+        RuntimeError: it has, or on a GPU they are not replayed as a graph.
+    """
+    agent.updater.step(batch)
+    if agent.updater.backend.name != backend:
+        raise RuntimeError(f"{backend} was to be measured: {agent.updater.backend.why}")
+    check_captured(agent.updater._update, agent.device)
+
+
+def weights_of(agent: TDMPC2) -> dict[str, Tensor]:
+    """Copies of what an update moves."""
+    return {k: x.clone() for k, x in tensors_only(agent.model.state_dict()).items() if _is_parameter(x)}
+
+
+def first_update(agent: TDMPC2, start: Mapping[str, Tensor], batch: Batch, noise: UpdateNoise) -> dict[str, float]:
+    """What one update reports, and how far it moved the parameters from `start`."""
+    return numbers(agent.updater.step(batch, noise)) | moved(start, tensors_only(agent.model.state_dict()))
 
 
 def moved(start: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:

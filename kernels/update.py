@@ -76,6 +76,8 @@ class FusedUpdate:
         precision: of the products.
         device: where.
         pdl: programmatic dependent launch.
+        throughput: whether activations and gradients of LayerNorms get launches of their own; None
+            lets the table decide.
         annotate: makes a named range for profilers.
     """
 
@@ -85,6 +87,7 @@ class FusedUpdate:
         precision: Precision,
         device: torch.device,
         pdl: bool = False,
+        throughput: bool | None = None,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.sizes, self.precision, self.pdl, self._annotate = sizes, precision, pdl, annotate
@@ -96,14 +99,15 @@ class FusedUpdate:
         shadowed = self.world.shadow is not None
         self.target_shadow = torch.zeros(len(self.target), dtype=precision.dtype, device=device) if shadowed else None
         self.inputs, self.draws = UpdateInputs.empty(sizes, device), UpdateDraws.empty(sizes, device)
-        self.state = UpdateState(sizes, precision, device)
+        rows = sizes.horizon * sizes.batch
+        self._once = finishes_once(rows, sizes.mlp_dim) if throughput is None else throughput
+        self.state = UpdateState(sizes, precision, device, self._once)
         self._encoder, self._heads = _Net(layout.encoder, self.world), _Net(layout.heads, self.world)
         self._dynamics, self._policy = _Net(layout.dynamics, self.world), _Net(self.policy_layout.policy, self.policy)
         self._termination = None if layout.termination is None else _Net(layout.termination, self.world)
         operand = self.target if self.target_shadow is None else self.target_shadow
         self._targets = [x.moved(-layout.heads_start).layer(self.target, operand) for x in layout.heads]
         self.losses = UpdateLosses(sizes, device)
-        self._once = finishes_once(sizes.horizon * sizes.batch, sizes.mlp_dim)
         # How last layers are read, with what every launch is given.
         self._code: dict[str, Any] = dict(
             precision=precision, num_bins=sizes.num_bins, vmin=sizes.vmin, vmax=sizes.vmax, pdl=pdl

@@ -19,7 +19,6 @@ from .launch import Precision, cdiv
 from .optim import new_partials
 from .plan_buffers import ModelSizes
 from .rows import Layer, Rows
-from .tiles import finishes_once
 from .weight_gradient import LayerGradient
 
 _COLUMNS = 16  # widths of first layers are multiples of this
@@ -227,11 +226,14 @@ class UpdateDraws:
 
 
 class UpdateState:
-    """Buffers an update works in: pre-activations, their gradients, losses of rows."""
+    """Buffers an update works in: pre-activations, their gradients, losses of rows.
 
-    def __init__(self, s: UpdateSizes, precision: Precision, device: torch.device) -> None:
+    once: whether activations and gradients of LayerNorms are kept, too.
+    """
+
+    def __init__(self, s: UpdateSizes, precision: Precision, device: torch.device, once: bool) -> None:
         h, b, d, z, heads = s.horizon, s.batch, s.mlp_dim, s.latent_dim, 1 + s.num_q
-        bins, once = max(s.num_bins, 1), finishes_once(h * b, d)
+        bins = max(s.num_bins, 1)
 
         def rows(groups: int, steps: int, width: int) -> Rows:
             """Of a hidden layer, whose activation is read by several."""

@@ -83,7 +83,11 @@ def launch_work(launch: Launch) -> LaunchWork:
 
 
 def dry_plan(
-    sizes: PlanSizes, precision: Precision, pdl: bool = False, persistent: int = 0
+    sizes: PlanSizes,
+    precision: Precision,
+    pdl: bool = False,
+    throughput: bool | None = None,
+    persistent: int = 0,
 ) -> tuple[FusedPlan, list[Launch]]:
     """A plan, and its launches as on a GPU, none of them executed; options as of `FusedPlan`.
 
@@ -91,7 +95,7 @@ def dry_plan(
     """
     with not_interpreted():
         weights = PlanWeights.empty(sizes, precision, torch.device("meta"))
-        plan = FusedPlan(sizes, weights, precision, torch.device("cpu"), pdl=pdl, persistent=persistent)
+        plan = FusedPlan(sizes, weights, precision, torch.device("cpu"), pdl, throughput, persistent)
         with log_launches(dry=True) as log:
             plan.run()
     return plan, log

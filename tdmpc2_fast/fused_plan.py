@@ -27,11 +27,17 @@ class FusedPlanner:
     """Plans for `num_envs` environments by one replay of a CUDA graph.
 
     Draws come from a counter-based generator on the device, whose counter each plan advances.
-    throughput, persistent: see `FusedPlan`.
+    throughput, persistent, pdl: see `FusedPlan`; `pdl` is None for what the device can.
     """
 
     def __init__(
-        self, model: WorldModel, num_envs: int, seed: int, throughput: bool | None = None, persistent: int = 0
+        self,
+        model: WorldModel,
+        num_envs: int,
+        seed: int,
+        throughput: bool | None = None,
+        persistent: int = 0,
+        pdl: bool | None = None,
     ) -> None:
         cfg, device = model.cfg, model.device
         self.model, self.cfg, self.num_envs = model, cfg, num_envs
@@ -43,7 +49,7 @@ class FusedPlanner:
             self._packed.weights,
             self.precision,
             device,
-            pdl=has_dependent_launch(device),
+            pdl=has_dependent_launch(device) if pdl is None else pdl,
             throughput=throughput,
             persistent=persistent,
             annotate=annotate,

@@ -36,15 +36,21 @@ class FusedUpdater:
 
     Draws come from a counter-based generator on the device, whose counter each update advances.
     The parameters become views into flat buffers, which the optimisers go over in one pass; names,
-    shapes and the parameter objects stay.
+    shapes and the parameter objects stay. throughput, pdl: see `FusedUpdate`; `pdl` is None for what
+    the device can.
     """
 
-    def __init__(self, model: WorldModel) -> None:
+    def __init__(self, model: WorldModel, throughput: bool | None = None, pdl: bool | None = None) -> None:
         cfg, device = model.cfg, model.device
         self.model, self.cfg = model, cfg
         self.precision = plan_precision(cfg, device)
         self.fused = FusedUpdate(
-            update_sizes(model), self.precision, device, pdl=has_dependent_launch(device), annotate=annotate
+            update_sizes(model),
+            self.precision,
+            device,
+            pdl=has_dependent_launch(device) if pdl is None else pdl,
+            throughput=throughput,
+            annotate=annotate,
         )
         self.flat = FlatModel(model, self.fused, self.precision)
         self.scale = RunningScale(cfg.tau, device)
