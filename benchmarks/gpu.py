@@ -27,11 +27,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu-logs"
+RESULTS = ROOT / "benchmarks" / "results"
 SITE = ROOT / "build" / "gpu-site"  # what is unpacked from wheels
 TESTS = ("_gpu", "_kernel", "_kernels")  # how the names of files with GPU tests end
 THREADS = min(8, os.cpu_count() or 1)  # of torch on the host: the same in every run
 RESERVE = 15.0  # seconds for the results at the end
 _TAIL, _TAILS = 700, 3  # characters shown of a command that failed, and commands of a part
+_TO_END = 25.0  # seconds in which a learning run that its own clock ends starts and writes what it has
 
 # What compute-sanitizer watches: it makes a kernel a hundred times slower.
 SANITIZED = "tests/test_gpu.py::test_a_replay_is_bitwise_an_eager_plan"
@@ -39,7 +41,10 @@ SANITIZED = "tests/test_gpu.py::test_a_replay_is_bitwise_an_eager_plan"
 
 @dataclass(frozen=True)
 class Part:
-    """Something to run: commands side by side, and the seconds they may take."""
+    """Something to run: commands side by side, and the seconds they may take.
+
+    `{seconds}` in a word of a command stands for those after which it is to end by itself.
+    """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
@@ -56,10 +61,10 @@ class Outcome:
     tails: list[str] = field(default_factory=list)
 
 
-def parts(theirs: Sequence[str] = (), wheels: bool = False) -> list[Part]:
+def parts(theirs: Sequence[str] = (), wheels: bool = False, out: Path = RESULTS) -> list[Part]:
     """All parts, the most telling first, for the time may end before the last; `theirs`: keys of checkouts.
 
-    `wheels`: the loop's physics will come from wheels where the machine has none.
+    `wheels`: the loop's physics will come from wheels where the machine has none. `out`: where learning runs go.
     """
     python = (sys.executable, "-P")
     # Side by side, because most of their time is compilation; nothing is timed meanwhile.
@@ -93,6 +98,11 @@ def parts(theirs: Sequence[str] = (), wheels: bool = False) -> list[Part]:
         *((short("loop", loop, "precision=tf32", *theirs),) if theirs else ()),
     )
     quick = ("compiled=false", "repeats=50", "budget=2")
+    envs, sizes, batches = (1, 4, 16, 64), (5, 19), (256, 1024)
+    regimes = (
+        *(short("plan-regimes", f"envs={e}") for e in envs),
+        *(short("update-regimes", f"size={s}", f"batch={b}") for s in sizes for b in batches),
+    )
     several = ("compiled=false", "repeats=30", "budget=0.5")
     return [
         Part("compile", warm, 150),
@@ -116,7 +126,15 @@ def parts(theirs: Sequence[str] = (), wheels: bool = False) -> list[Part]:
         bench("planner-38", 20, "planner", "actions=38", *quick),
         bench("replay", 20, "replay", "batch=256,1024", *quick),
         *_sanitizer(python),
+        Part("compile-regimes", regimes, 150),
+        bench("plan-regimes", 60, "plan-regimes", f"envs={_several(envs)}", *quick),
+        bench("update-regimes", 60, "update-regimes", f"size={_several(sizes)}", f"batch={_several(batches)}", *quick),
+        *_learning(python, wheels, out),
     ]
+
+
+def _several(values: Sequence[int]) -> str:
+    return ",".join(map(str, values))
 
 
 def _task(wheels: bool) -> str:
@@ -130,6 +148,15 @@ def _sanitizer(python: tuple[str, ...]) -> Iterator[Part]:
         for kind in ("memcheck", "racecheck"):
             words = (tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all")
             yield Part(kind, ((*words, *python, "-m", "pytest", "-m", "gpu", SANITIZED),), 90)
+
+
+def _learning(python: tuple[str, ...], wheels: bool, out: Path) -> Iterator[Part]:
+    """Curves of two tasks, two seeds in two precisions side by side, where there is physics: as far as they come."""
+    if _task(wheels) != "stand-in":
+        learning = (*python, "-m", "tdmpc2_fast.benchmarks.learning", "seconds={seconds}", f"out={out / 'learning'}")
+        for task in ("walker-walk", "cheetah-run"):
+            runs = [(f"precision={p}", f"seed={s}") for s in (1, 2) for p in ("tf32", "bfloat16")]
+            yield Part(f"learning-{task}", tuple((*learning, f"task={task}", *run) for run in runs), 300)
 
 
 def why_not_here() -> list[str]:
@@ -177,7 +204,9 @@ def run(part: Part, seconds: float) -> Outcome:
     # Unbuffered, so that the log of what is ended says how far it came.
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONUNBUFFERED": "1"}
     running = []
-    for i, command in enumerate(part.commands):
+    by_itself = f"{max(1.0, seconds - _TO_END):.0f}"
+    for i, words in enumerate(part.commands):
+        command = [w.replace("{seconds}", by_itself) for w in words]
         log = LOGS / f"{part.name}-{i}.log"
         with log.open("w") as f:
             # A session of its own, so that what it starts ends with it.
@@ -235,7 +264,7 @@ def gather(out: Path) -> tuple[Path | None, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    options = dict(out=str(ROOT / "benchmarks" / "results"), minutes="9.5", official="", jax="", wheels="")
+    options = dict(out=str(RESULTS), minutes="9.5", official="", jax="", wheels="")
     names = []
     for word in words:
         name, equals, value = word.partition("=")
@@ -246,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         else:
             names.append(word)
-    all_parts = parts([f"{k}={options[k]}" for k in ("official", "jax") if options[k]], bool(options["wheels"]))
+    theirs = [f"{k}={options[k]}" for k in ("official", "jax") if options[k]]
+    all_parts = parts(theirs, bool(options["wheels"]), Path(options["out"]))
     unknown = [n for n in names if n not in [p.name for p in all_parts]]
     if unknown:
         print(f"unknown part {unknown[0]!r}, allowed: {', '.join(p.name for p in all_parts)}", file=sys.stderr)
@@ -285,14 +315,16 @@ def finish(outcomes: Sequence[Outcome], out: Path) -> int:
         if len(outcome.tails) > _TAILS:
             print(f"\n--- {outcome.part.name}: {len(outcome.tails) - _TAILS} more, in {LOGS}")
     path, table = gather(out)
-    if path is not None and out == ROOT / "benchmarks" / "results":
+    if path is not None and out == RESULTS:
         from tdmpc2_fast.benchmarks.report import main as regenerate
 
         if regenerate([str(out)]):
             print("RESULTS.md and the README could not be made anew")
     print(f"\n{table}\n")
+    for log in sorted(LOGS.glob("learning-*.log")):
+        print(log.read_text(errors="replace").strip().rpartition("\n")[2])  # how far a run came
     for o in outcomes:
-        print(f"{o.part.name:16} {o.status:36} {o.seconds:6.0f} s")
+        print(f"{o.part.name:20} {o.status:36} {o.seconds:6.0f} s")
     print(f"results: {path or 'none'}; logs: {LOGS}")
     return 0 if all(o.status.startswith("passed") for o in outcomes) else 1
 

@@ -26,9 +26,11 @@ from tdmpc2_fast.benchmarks import (
     harness,
     jax_port,
     kernels,
+    learning,
     loop,
     official,
     planner,
+    regimes,
     replay,
     report,
     run,
@@ -224,6 +226,46 @@ def test_every_benchmark_of_an_update_op_compares_gradients(
     assert list(rows) == ["triton", "reference"]
     assert rows["reference"].gate == "passed", rows["reference"].gate_error
     assert rows["reference"].batch == 8
+
+
+@QUIET
+def test_regimes_are_told_apart_and_agree(small: Options) -> None:
+    options = dataclasses.replace(small, precision=("tf32",))
+    plan, learn = (make() for make in [*regimes.plan_cases(options), *regimes.update_cases(options)])
+    assert list(plan.variants) == ["chosen", "latency", "throughput"]
+    assert "allowed: multiples of 16" in plan.missing["persistent"]
+    assert list(learn.variants) == ["chosen", "latency", "throughput"]
+    for case in (plan, learn):
+        for name, variant in list(case.variants.items())[1:]:
+            variant.run()
+            assert variant.gate is not None
+            assert variant.gate().passed, (case.suite, name)
+    chosen, latency, throughput = (v.launches for v in plan.variants.values())
+    assert chosen == latency < throughput  # type: ignore[operator]
+
+
+@QUIET
+def test_the_persistent_regime_is_compared_where_it_differs(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = Options.keys
+    wide = dict(latent_dim=32, mlp_dim=32, enc_dim=32)
+    monkeypatch.setattr(Options, "keys", lambda self, size, **k: keys(self, size, **{**wide, **k}))
+    case = regimes.plan_case(small, 1, 2, 1, "tf32")
+    persistent = case.variants["persistent"]
+    assert persistent.launches < case.variants["chosen"].launches  # type: ignore[operator]
+    persistent.run()
+    assert persistent.gate is not None
+    assert persistent.gate().passed
+    kernel = "tdmpc2_fast.kernels.persistent.PersistentRollout.run"
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel, lambda self, iteration: None)
+        assert not persistent.gate().passed
+
+
+def test_regimes_of_torch_are_refused(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regimes, "backend_of", lambda options: "torch")
+    for make in [*regimes.plan_cases(small), *regimes.update_cases(small)]:
+        with pytest.raises(CannotMeasureError, match="backend=torch was asked for"):
+            make()
 
 
 def test_a_wrong_plan_or_update_turns_the_gate_red(small: Options, machine: Machine) -> None:
@@ -502,6 +544,11 @@ def test_parts_of_make_gpu_ask_for_what_there_is() -> None:
     assert shards == {f"TEST_SHARD={i}/{len(shards)}" for i in range(len(shards))}
     for command in tests.commands:
         assert {Path(w).name for w in command if w.startswith("tests/")} == wanted | {"test_gpu.py"}
+    learning_runs = [c for p in gpu.parts(wheels=True) if p.name.startswith("learning-") for c in p.commands]
+    assert len(learning_runs) == 8
+    for command in learning_runs:
+        words = [w.replace("{seconds}", "9") for w in command[command.index("tdmpc2_fast.benchmarks.learning") + 1 :]]
+        assert learning.options(words)[0] == 9
     file, name = gpu.SANITIZED.split("::")
     assert f"def {name}(" in (ROOT / file).read_text()
 
@@ -526,18 +573,21 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(
         return gpu.Part(name, ((sys.executable, "-c", code),), 20)
 
     fine = part("fine", "print('well')")
+    ends_itself = gpu.Part("learning", ((sys.executable, "-c", "print('after {seconds} s')"),), 20)
     outcomes = [
+        gpu.run(ends_itself, 100),
         gpu.run(part("hangs", "import time; time.sleep(60)"), 1.0),
         gpu.run(part("fails", "raise SystemExit('it broke')"), 20),
         gpu.run(fine, 20),
     ]
-    assert [o.status for o in outcomes] == ["too late", "failed", "passed"]
-    assert outcomes[0].seconds < 10
+    assert [o.status for o in outcomes] == ["passed", "too late", "failed", "passed"]
+    assert outcomes[1].seconds < 10
     (tmp_path / "logs" / "fine").mkdir()
     report.write(tmp_path / "logs" / "fine" / "x.json", [row(gpu="NVIDIA H200", driver="1"), row(suite="replay")])
     assert gpu.finish(outcomes, tmp_path / "out") == 1
     said = capsys.readouterr().out
     assert "it broke" in said
+    assert "\nafter 75 s\n" in said
     assert "planner: plan, 5M, float32: torch 100 ms (p99 103)\n" in said
     assert len(said) < 10_000
     (path,) = (tmp_path / "out").glob("h200-2026-01-02-abc.json")
