@@ -78,3 +78,8 @@ class UpdateLosses:
         value, entropy = self.metric("_value"), self.metric("_entropy")
         torch.addcdiv(entropy, value, scale, value=-1, out=self.metric("pi_loss"))
         self.metric("pi_scale").copy_(scale)
+
+    def not_finite(self) -> list[str]:
+        """Losses whose own rows were not, at the last `summarise`; its product makes all metrics NaN by one. Waits."""
+        mixed = (self._mix != 0) & ~self._means.isfinite()
+        return [name for name, bad in zip(_MIXED, mixed.any(1).tolist(), strict=True) if bad]

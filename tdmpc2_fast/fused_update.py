@@ -386,9 +386,10 @@ class FusedUpdater:
         self._flag.zero_()
         u = self.fused
         u.inputs.flag.zero_()
-        which = ("pi_loss",) if code == POLICY else ("consistency_loss", "reward_loss", "value_loss", "total_loss")
-        values = dict(zip(METRICS, u.losses.metrics.tolist(), strict=True))
-        bad = [k for k in which if not math.isfinite(values[k])]
+        if code == POLICY:  # then all other losses are finite
+            bad = [] if math.isfinite(u.losses.metric("pi_loss")) else ["pi_loss"]
+        else:
+            bad = [k for k in u.losses.not_finite() if k.endswith("_loss")]
         if not bad:
             own = [n for n in self.flat.grads if n.startswith("_pi.") == (code == POLICY)]
             bad = [n for n in own if not bool(self.flat.grads[n].isfinite().all())]

@@ -13,7 +13,7 @@ from conftest import GOLDEN, filled_buffer, random_episode, tiny_config, tiny_mu
 from golden_cases import Case
 from oracle import QUIET
 from torch.utils._python_dispatch import TorchDispatchMode
-from update_oracle import check_gradients
+from update_oracle import check_gradients, random_batch
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.backend import Backend
@@ -222,6 +222,18 @@ def test_a_nan_anywhere_is_named_and_masks_the_update(module: str) -> None:
         assert torch.equal(p.isnan(), before[name].isnan()), name
     if module != "_pi":
         assert all(torch.equal(p.nan_to_num(7), before[n].nan_to_num(7)) for n, p in agent.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [("reward", "reward_loss, value_loss, total_loss"), ("terminated", "value_loss, termination_loss, total_loss")],
+)
+def test_losses_that_were_not_finite_are_named_and_no_others(part: str, named: str, livened: Liven) -> None:
+    agent = livened(TDMPC2(fused(episodic=True)))
+    batch = random_batch(agent.cfg, torch.device("cpu"))
+    agent.updater.step(batch)
+    with pytest.raises(NonFiniteError, match=f"update 1: {named} is not finite"):
+        agent.updater.step(batch._replace(**{part: getattr(batch, part) * torch.nan}))
 
 
 def test_a_nan_in_the_policy_loss_leaves_the_policy(livened: Liven) -> None:
