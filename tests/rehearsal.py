@@ -10,6 +10,7 @@ What a device computes differently, asynchrony, and speed are not rehearsed.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import types
@@ -70,6 +71,12 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
+def _fresh(given: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+    """Of the results of a function, those that are no views of what it was given."""
+    before = {_storage(x).data_ptr() for x in given}
+    return [x for x in found if _storage(x).data_ptr() not in before or not _storage(x).data_ptr()]
+
+
 def _is_gpu(device: Any) -> bool:
     if isinstance(device, int) and not isinstance(device, bool):
         return True
@@ -118,10 +125,7 @@ class Rehearsal(TorchFunctionMode):
                 )
         self._check_waits(name, args, kwargs, given, marked, place and asked)
         out = func(*args, **kwargs)
-        before = {_storage(x).data_ptr() for x in given}
-        outs = _tensors(out)
-        fresh = [x for x in outs if _storage(x).data_ptr() not in before or not _storage(x).data_ptr()]
-        for x in fresh:
+        for x in _fresh(given, _tensors(out)):
             if place and not (name in _MIX and not marked[0]):
                 _put(x)
                 _State.allocations += 1
@@ -199,6 +203,24 @@ class Rehearsal(TorchFunctionMode):
             _wait(f"torch.{name} of values of the host")
         if name == "repeat_interleave" and any(marked) and "output_size" not in kwargs:
             _wait(name)
+
+
+def _plainly() -> Any:
+    """Within: torch's functions without the rehearsal, where it is on."""
+    return _pop_mode_temporarily() if torch._C._len_torch_function_stack() else nullcontext()
+
+
+class _Marker(TorchDispatchMode):
+    """Within: what torch makes, below its functions, of tensors of the device is there, too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with _plainly():
+            out = func(*args, **(kwargs or {}))
+        given = _tensors((args, kwargs))
+        if any(map(on_gpu, given)):
+            for x in _fresh(given, _tensors(out)):
+                _put(x)
+        return out
 
 
 class _Recorder(TorchDispatchMode):
@@ -312,8 +334,7 @@ class _Launcher:
             kwargs["PDL"] = False
 
         def run() -> None:
-            plain = _pop_mode_temporarily() if torch._C._len_torch_function_stack() else nullcontext()
-            with plain, _disable_current_modes():
+            with _plainly(), _disable_current_modes():
                 self.launch(*args, **kwargs)
 
         run()
@@ -381,6 +402,21 @@ def begin() -> None:
         setattr(cuda, name, value)
     torch.Generator = Generator  # type: ignore[misc]
 
+    custom_op: Any = torch.library.custom_op
+
+    def rehearsed_op(name: str, **options: Any) -> Any:
+        # An op is called with the mode taken off, too.
+        def decorate(body: Any) -> Any:
+            @functools.wraps(body)
+            def rehearsed(*args: Any) -> Any:
+                with nullcontext() if torch._C._len_torch_function_stack() else Rehearsal():
+                    return body(*args)
+
+            return custom_op(name, **options)(rehearsed)
+
+        return decorate
+
+    torch.library.custom_op = rehearsed_op  # type: ignore[assignment]
     from tdmpc2_fast.kernels import launch
 
     why_not = launch.why_not
@@ -402,4 +438,15 @@ def begin() -> None:
     from tdmpc2_fast import cuda_graph
 
     cuda_graph._WARM_UP_RUNS = 1
+    engine: Any = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def run_backward(roots: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
+        for x, d in zip(roots, gradients, strict=True):
+            if isinstance(d, Tensor) and on_gpu(x):
+                _put(d)
+        # It is called with the mode taken off, and calls the backward functions of ops.
+        with Rehearsal(), _Marker():
+            return engine(roots, gradients, *args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward  # type: ignore[attr-defined]
     Rehearsal().__enter__()

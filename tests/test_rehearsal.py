@@ -62,6 +62,16 @@ assert total.tolist() == [2 * 2 * 9 * 2.0] * 3
 with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
     x.sum().item()
 """,
+    gradients="""
+from tdmpc2_fast.kernels.autograd import normed_linear
+x, w = (torch.randn(n, 16, device="cuda", requires_grad=True) for n in (8, 32))
+ones = torch.ones(32, device="cuda")
+y = torch.cat([normed_linear(x, w, ones, ones, ones), x @ w.mT], 0)
+d_x, d_w = torch.autograd.grad(y.square().sum(), (x, w))
+assert d_x.is_cuda and d_w.is_cuda
+with torch.no_grad():
+    d_x.add_(x)
+""",
     kernels="""
 from tdmpc2_fast.kernels.launch import jit, launch, tl
 @jit
