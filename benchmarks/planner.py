@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.fused_plan import FusedPlanner
 from tdmpc2_fast.kernels.launch import Precision, why_not
-from tdmpc2_fast.kernels.work import plan_work
+from tdmpc2_fast.kernels.work import PlanWork, plan_work
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, generator
 from tdmpc2_fast.sizes import plan_sizes
@@ -109,11 +109,12 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
             variants[f"JAX port{note}"] = replace(port, gate=partial(_both, port.gate, same), precision=theirs)
         except CannotMeasureError as e:
             missing["JAX port"] = str(e)
-    return Case(
-        "planner",
-        "plan",
-        variants,
-        missing,
+    return Case("planner", "plan", variants, missing, **facts(size, envs, actions, precision, work))
+
+
+def facts(size: int, envs: int, actions: int, precision: str, work: PlanWork) -> dict[str, Any]:
+    """What is measured in a case of plans."""
+    return dict(
         size=size,
         envs=envs,
         actions=actions,

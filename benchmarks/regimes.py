@@ -30,7 +30,7 @@ from tdmpc2_fast.sizes import plan_sizes
 from .agents import agent_of, batch_of, check_captured, observations
 from .harness import CannotMeasureError, Case, Gate, Variant
 from .options import Options, backend_of
-from .planner import VALUE_LIMIT
+from .planner import VALUE_LIMIT, facts
 from .update import LIMIT, first_update, learn, weights_of
 
 _INTERPRETED_PROGRAMS = 8  # of a persistent launch; a GPU has one a multiprocessor
@@ -97,20 +97,7 @@ def plan_case(options: Options, size: int, actions: int, envs: int, precision: s
         other, iteration = ("latency", 1) if "persistent" in regime else ("chosen", 0)
         gate = partial(_same_values, made, planners[other], obs, noise, iteration, VALUE_LIMIT[precision])
         variants[name] = Variant(partial(_act, made, obs), gate=gate, launches=launches)
-    return Case(
-        "plan-regimes",
-        "plan",
-        variants,
-        missing,
-        size=size,
-        envs=envs,
-        actions=actions,
-        precision=precision,
-        results=envs,
-        unit="plans",
-        gflop=work.flops / 1e9,
-        mbyte=work.bytes / 1e6,
-    )
+    return Case("plan-regimes", "plan", variants, missing, **facts(size, envs, actions, precision, work))
 
 
 def _act(made: Callable[[], FusedPlanner], obs: Tensor) -> Tensor:
