@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import arithmetic  # noqa: F401
 import numpy as np
 import pytest
 import torch

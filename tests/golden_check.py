@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import arithmetic  # noqa: F401
 import numpy as np
 import torch
 from golden_cases import CONDITIONING_RUNS, NOISE_FACTOR, Case, Deviation, Implementation, build
