@@ -21,6 +21,14 @@ def transposed(t: Tensor) -> Tensor:
     return placed(t.mT).mT if t.ndim > 1 else placed(t[:, None], inner=1)[:, 0]
 
 
+def dense(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy, nothing around it.
+
+    For plain torch: with AMX, oneDNN reads past rows of bfloat16 of an odd length, where `transposed` has NaN.
+    """
+    return t.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 class RoundedProduct(torch.autograd.Function):
     """x Wᵀ, forward and backward with operands as a precision has them."""
 

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from autograd_oracle import RoundedProduct, leaves, transposed
+from autograd_oracle import RoundedProduct, dense, leaves, transposed
 from judge import judge, pooled
 from oracle import DEVICE, MARKS, in_precisions, randn
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def as_written(
     tensors: list[Tensor], d: Tensor, dtype: torch.dtype, precision: Precision, options: dict[str, Any]
 ) -> list[Tensor]:
     """The layer as one writes it and its gradients, all in one type: y, then those of the inputs."""
-    x, *parameters = (t.to(dtype).detach().requires_grad_() for t in tensors)
+    x, *parameters = (dense(t, dtype).requires_grad_() for t in tensors)
     one_group = parameters[0].ndim == 2
     keep, v = options.get("keep"), options.get("simnorm_dim", 0)
     out = []
@@ -63,7 +63,7 @@ def as_written(
         y = F.layer_norm(y, y.shape[-1:], gamma, beta, 1e-5)
         out.append(y.unflatten(-1, (-1, v)).softmax(-1).flatten(-2) if v else F.mish(y))
     result = out[0] if one_group else torch.stack(out)
-    return [result.detach(), *torch.autograd.grad(result, (x, *parameters), d.to(dtype))]
+    return [result.detach(), *torch.autograd.grad(result, (x, *parameters), dense(d, dtype))]
 
 
 CASES: list[dict[str, Any]] = [

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from autograd_oracle import RoundedProduct, leaves, transposed
+from autograd_oracle import RoundedProduct, dense, leaves, transposed
 from judge import judge, pooled
 from oracle import DEVICE, MARKS, in_precisions, placed, poisoned, randn
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def head_as_written(
 ) -> list[Tensor]:
     """Loss and gradients of the head as one writes it, products in one type, losses of bfloat16 in float32."""
     *tensors, target = tensors
-    x, weight, bias = (t.to(dtype).detach().requires_grad_() for t in tensors)
+    x, weight, bias = (dense(t, dtype).requires_grad_() for t in tensors)
     one, out = weight.ndim == 2, []
     for g in range(1 if one else len(weight)):
         own, w, b, goal = (x, weight, bias, target)
