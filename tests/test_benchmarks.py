@@ -87,13 +87,20 @@ def test_ratios_are_of_the_product_and_count_calls_and_executions(machine: Machi
     assert slow.ratio == pytest.approx(6, rel=0.3)
     assert one.ratio == pytest.approx(16, rel=0.3)
     assert report.cells(one)[2].startswith("8 x ")
-    assert slow.ratio_p20 is not None
-    assert slow.ratio_p20 <= slow.ratio <= slow.ratio_p80 + 1e-9  # type: ignore[operator]
+    assert slow.ratio_p20 == pytest.approx(6, rel=0.3)
+    assert slow.ratio_p20 <= slow.ratio_p80  # type: ignore[operator]
     assert ours.per_second == pytest.approx(4000, rel=0.3)
     assert ours.tflops == pytest.approx(2, rel=0.3)
     assert ours.compute_share == pytest.approx(0.5, rel=0.3)
     assert ours.memory_share == pytest.approx(0.1, rel=0.3)
     assert ours.repeats == len(ours.samples) == 5
+
+
+def test_a_ratio_is_that_of_medians_and_its_spread_that_of_rounds() -> None:
+    ours, theirs = Variant(sleeping(0)), Variant(sleeping(0), calls=2)
+    found = harness._against(theirs, [9.0, 3.0, 6.0, 5.0, 7.0], [3.0, 1.0, 4.0, 2.0, 2.0], ours, AGREES)
+    assert found["ratio"] == pytest.approx(2 * 6 / 2)
+    assert (found["ratio_p20"], found["ratio_p80"]) == pytest.approx(quantiles([6.0, 6.0, 3.0, 5.0, 7.0])[0:3:2])
 
 
 @pytest.mark.parametrize("error", [2.0, math.nan, math.inf])
