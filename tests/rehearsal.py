@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
-_T = torch.Tensor
 
 # Functions that take tensors of both places.
 _MIX = {"copy_", "__setitem__", "__getitem__", "to", "type", "type_as", "set_", "index_put_", "index", "data_ptr"}
@@ -40,7 +39,6 @@ class _State:
 
     recording: list[Callable[[], None]] | None = None
     sync_debug = "default"
-    allocations = 0
 
 
 def _storage(x: Tensor) -> Any:
@@ -54,9 +52,8 @@ def on_gpu(x: Tensor) -> bool:
     return getattr(_storage(x), "rehearsed", False)
 
 
-def _put(x: Tensor) -> Tensor:
+def _put(x: Tensor) -> None:
     _storage(x).rehearsed = True
-    return x
 
 
 def _wait(what: str, asked: bool = False) -> None:
@@ -95,7 +92,7 @@ class Rehearsal(TorchFunctionMode):
         marked = [on_gpu(x) for x in given]
         if name in ("cuda", "to", "cpu") and given and args and args[0] is given[0]:
             return self._move(func, name, args, kwargs)
-        if name in ("is_pinned",):
+        if name == "is_pinned":
             return getattr(_storage(args[0]), "pinned", False)
         if name in ("untyped_storage", "data_ptr", "storage_offset", "stride", "size", "dim", "numel", "is_contiguous"):
             return func(*args, **kwargs)
@@ -109,7 +106,7 @@ class Rehearsal(TorchFunctionMode):
         asked = "device" in kwargs and device is not None
         if asked:
             kwargs = dict(kwargs, device=None if name.endswith("_like") or name.startswith("new_") else HOST)
-        pinned = kwargs.pop("pin_memory", False) if "pin_memory" in kwargs else False
+        pinned = kwargs.pop("pin_memory", False)
         place = _is_gpu(device) if asked else any(marked)
         if pinned and place:
             raise RuntimeError("Only dense CPU tensors can be pinned")
@@ -128,7 +125,6 @@ class Rehearsal(TorchFunctionMode):
         for x in _fresh(given, _tensors(out)):
             if place and not (name in _MIX and not marked[0]):
                 _put(x)
-                _State.allocations += 1
             if pinned:
                 _storage(x).pinned = True
         return out
@@ -193,7 +189,7 @@ class Rehearsal(TorchFunctionMode):
             value = args[2] if name == "__setitem__" else None
             if isinstance(value, Tensor) and not on_gpu(value) and value.dim() > 0:
                 _wait("__setitem__ from the host")
-        if name in ("copy_",) and len(marked) > 1 and marked[0] != marked[1]:
+        if name == "copy_" and len(marked) > 1 and marked[0] != marked[1]:
             non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
             host = given[1] if marked[0] else given[0]
             pinned = getattr(_storage(host), "pinned", False)
