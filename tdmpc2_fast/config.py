@@ -8,6 +8,7 @@ planner, however often the environment repeats the action.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -157,6 +158,14 @@ class Config:
     num_envs: int = _key(1, "environments stepped side by side", low=1)
     env_workers: int | None = _key(
         None, "processes that step them, 0 for none; none takes 0 for one environment, else at most one a core", low=0
+    )
+    env_kwargs: Mapping[str, Any] | None = _key(
+        None, "settings of the environment itself, each given as env.KEY=VALUE, e.g. env.gain=2"
+    )
+    on_env_error: str = _key(
+        "stop",
+        "where an environment raises or gives NaN: stop the run, or drop the episode and make it anew",
+        choices=("stop", "drop"),
     )
     overlap: bool | None = _key(
         None, "step environments while updates run, which changes no number; none does so on a GPU only"
@@ -348,6 +357,13 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise fail()
         value = tuple(value)
+    elif kind == "Mapping[str, Any]":
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise fail()
+        try:  # kept as files keep it, so that a run that goes on has the same
+            value = json.loads(json.dumps(dict(value), allow_nan=False)) or None
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"config key {f.name!r}: got {value!r}, allowed: {allowed}") from e
     elif kind.startswith("Mapping"):
         if not isinstance(value, Mapping) or not value:
             raise fail()
@@ -365,7 +381,13 @@ def describe_range(f: dataclasses.Field[Any]) -> str:
     kind, meta = _type_name(str(f.type)), f.metadata
     if meta["choices"] is not None:
         return "one of " + ", ".join(str(c) for c in meta["choices"] if c is not None)
-    names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a non-empty text"}
+    names = {
+        "int": "an integer",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "a non-empty text",
+        "Mapping[str, Any]": "names with numbers, texts, lists or none, as JSON holds them",
+    }
     text = names.get(kind, kind)
     if meta["low"] is not None:
         text += f" {'above' if meta['open_low'] else 'of at least'} {meta['low']}"

@@ -22,6 +22,7 @@ from .kernels.replay_gather import Steps
 from .rng import generator, generator_state, set_generator
 
 _DEVICE_HEADROOM = 2.5  # official rule: the replay lives on the GPU if this many times its size is free
+_HOST_SHARE = 0.8  # of the free memory that the advice leaves to the replay: the model wants some, too
 _FIELDS = ("obs", "action", "reward", "terminated", "task")
 
 
@@ -99,7 +100,7 @@ class ReplayBuffer:
         rows = self._check(episode)
         length = rows["reward"].shape[0]
         if not self._store:
-            self._allocate(rows)
+            self._allocate()
         kept = min(length, self.capacity)
         where = (self._written + torch.arange(kept)) % self.capacity
         for name, store in self._store.items():
@@ -167,7 +168,7 @@ class ReplayBuffer:
         self._num_eps = int(state["num_eps"])
         for start, rows in chunks:
             if not self._store:
-                self._allocate(rows)
+                self._allocate()
             numbers = torch.arange(start, start + len(rows["reward"]))
             held = numbers >= self._written - self.capacity
             for name, store in self._store.items():
@@ -250,18 +251,31 @@ class ReplayBuffer:
         rows["terminated"] = rows["terminated"].nan_to_num(0) > 0.5
         return rows
 
-    def _allocate(self, rows: dict[str, Tensor]) -> None:
-        dtype = dict(
-            obs=torch.uint8 if self.cfg.obs == "rgb" else torch.float32,
-            action=torch.float32,
-            reward=torch.float32,
-            terminated=torch.bool,
-            task=torch.int64,
+    def check_memory(self) -> None:
+        """Raise `InputError` where the replay of this config will not fit into memory; nothing is allocated."""
+        storage_device(self.device, self.capacity, self._row_bytes())
+
+    def _row_bytes(self) -> int:
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._columns().values())
+
+    def _columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what is kept of a step."""
+        cfg = self.cfg
+        shape, pixels = dict(cfg._require("obs_shape"))[cfg.obs], cfg.obs == "rgb"
+        columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(
+            obs=(shape, torch.uint8 if pixels else torch.float32),
+            action=((cfg._require("action_dim"),), torch.float32),
+            reward=((), torch.float32),
+            terminated=((), torch.bool),
         )
-        size = {n: (self.capacity, *x.shape[1:]) for n, x in rows.items()}
-        total = sum(torch.Size(s).numel() * torch.empty((), dtype=dtype[n]).element_size() for n, s in size.items())
-        device, pin = storage_device(self.device, total)
-        self._store = {n: torch.empty(s, dtype=dtype[n], device=device, pin_memory=pin) for n, s in size.items()}
+        return columns | (dict(task=((), torch.int64)) if cfg.multitask else {})
+
+    def _allocate(self) -> None:
+        device, pin = storage_device(self.device, self.capacity, self._row_bytes())
+        self._store = {
+            name: torch.empty((self.capacity, *shape), dtype=dtype, device=device, pin_memory=pin)
+            for name, (shape, dtype) in self._columns().items()
+        }
 
     def _append(self, start: int, length: int) -> None:
         if self._last == self._table.shape[0]:
@@ -288,17 +302,24 @@ class ReplayBuffer:
             self._first += 1
 
 
-def storage_device(device: torch.device, nbytes: int) -> tuple[torch.device, bool]:
-    """Where `nbytes` of replay go, and whether that memory is pinned; from measured free memory."""
+def storage_device(device: torch.device, rows: int, row_bytes: int) -> tuple[torch.device, bool]:
+    """Where so many rows of replay go, and whether that memory is pinned; from measured free memory.
+
+    Raises:
+        InputError: there is not enough anywhere; the message has the `buffer_size` that fits.
+    """
+    nbytes = rows * row_bytes
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if _DEVICE_HEADROOM * nbytes < free:
             return device, False
     available = _host_memory()
     if available is not None and nbytes > available:
+        fits = int(_HOST_SHARE * available) // row_bytes
+        unit = 10 ** max(len(str(fits)) - 2, 0)
         raise InputError(
-            f"buffer_size: got a replay of {nbytes / 1e9:.1f} GB, allowed: at most the "
-            f"{available / 1e9:.1f} GB of memory free now; make buffer_size smaller"
+            f"buffer_size: got a replay of {nbytes / 1e9:.1f} GB for {rows:,} steps, allowed: at most the "
+            f"{available / 1e9:.1f} GB of memory free now; buffer_size={fits // unit * unit} fits"
         )
     return torch.device("cpu"), device.type == "cuda"
 

@@ -124,8 +124,8 @@ def test_actions_are_rescaled_to_the_space() -> None:
 LEAVES_NOTHING = """
 import os, sys, threading
 from tdmpc2_fast import Config
-from tdmpc2_fast.train.envs import complete, make_env, suite_of
-from tdmpc2_fast.train.envs.workers import Workers
+from tdmpc2_fast.train.envs import complete, make_env
+from tdmpc2_fast.train.envs.together import environments
 
 def upset(physics):
     import mujoco
@@ -146,15 +146,15 @@ def here(env):
 
 if __name__ == "__main__":
     for task in ("HalfCheetah-v5", "walker-walk"):
-        cfg = Config(task=task, episodic=task.endswith("-v5"), num_envs=2)
+        cfg = Config(task=task, episodic=task.endswith("-v5"), num_envs=2, env_workers=1)
         env = make_env(cfg, 1)
         if sys.argv[1] == "here":
             here(env)
+            env.close()
         else:
-            workers = Workers(complete(cfg, env), suite_of(task).make, 1, print)
+            workers = environments(complete(cfg, env), env, print)
             workers.reset([0, 1])
             workers.close()
-        env.close()
     print("left:", sorted(os.listdir()))
 """
 
@@ -196,7 +196,7 @@ def rendered(env: Env, width: int = 384, height: int = 384) -> NDArray[np.uint8]
 def test_pictures_change_no_number(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = Config(task=task, episodic=True)
     seen = make_env(cfg, 3)
-    monkeypatch.setattr(gymnasium_tasks, "_render_mode", lambda name: None)
+    monkeypatch.setattr(gymnasium_tasks, "_draws", lambda spec: False)
     unseen = make_env(cfg, 3)
     rng = np.random.default_rng(0)
     pictures = []

@@ -188,6 +188,6 @@ def test_storage_follows_the_memory_that_is_free(
     free: int, where: str, pinned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8 * 10**10))
-    device, pin = storage_device(torch.device("cuda"), 10**8)
+    device, pin = storage_device(torch.device("cuda"), 10**8, 1)
     assert (device.type, pin) == (where, pinned)
-    assert storage_device(torch.device("cpu"), 10**8) == (torch.device("cpu"), False)
+    assert storage_device(torch.device("cpu"), 10**8, 1) == (torch.device("cpu"), False)

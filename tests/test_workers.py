@@ -16,12 +16,12 @@ import pytest
 import scripted_env
 from conftest import TINY, tiny_config
 from loop_oracle import everything
-from scripted_env import DIE, HANG, NORMAL, RAISE, SYSTEM_EXIT, Scripted, config
+from scripted_env import DIE, HANG, NORMAL, RAISE, SYSTEM_EXIT, config
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.benchmarks import stand_in
 from tdmpc2_fast.train.envs import workers
-from tdmpc2_fast.train.envs.base import Environments, env_seed
+from tdmpc2_fast.train.envs.base import Environments, Failures, env_seed
 from tdmpc2_fast.train.envs.together import InProcess, environments
 from tdmpc2_fast.train.envs.workers import EnvError, Workers
 from tdmpc2_fast.train.online import OnlineTrainer
@@ -58,7 +58,8 @@ class Made:
         self.made: list[Workers] = []
 
     def __call__(self, count: int, processes: int, make: Any = scripted_env.make, **changes: Any) -> Workers:
-        self.made.append(Workers(config(count, **changes), make, processes, self.notes.append))
+        cfg = config(count, **changes)
+        self.made.append(Workers(cfg, make, processes, Failures(cfg, self.notes.append)))
         return self.made[-1]
 
 
@@ -87,7 +88,7 @@ def act(envs: Environments, *what: float) -> list[Any]:
 
 def test_trajectories_are_those_of_one_process(made: Made) -> None:
     cfg = config(3, seed=int(np.random.default_rng().integers(2**31)))
-    here: Environments = InProcess([Scripted(env_seed(cfg.seed, i)) for i in range(3)])
+    here: Environments = InProcess(cfg, scripted_env.make, Failures(cfg, print))
     there = made(3, 2, seed=cfg.seed)
     # More than one environment a process.
     assert [w.indices for w in there._workers] == [[0, 1], [2]]
@@ -222,10 +223,12 @@ def test_a_signal_to_all_processes_is_the_trainers_to_answer(number: signal.Sign
 ORPHANS = """
 import signal, sys
 import numpy as np, scripted_env
+from tdmpc2_fast.train.envs.base import Failures
 from tdmpc2_fast.train.envs.workers import Workers
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    envs = Workers(scripted_env.config(2), scripted_env.make, 2, print)
+    cfg = scripted_env.config(2)
+    envs = Workers(cfg, scripted_env.make, 2, Failures(cfg, print))
     envs.reset([0, 1])
     envs.step_async(np.array([[scripted_env.HANG, 0], [scripted_env.NORMAL, 0]], np.float32))
     print(*(w.process.pid for w in envs._workers), flush=True)
@@ -272,6 +275,7 @@ def test_where_environments_run(
 ) -> None:
     stand_in.install(2)
     monkeypatch.setattr(Workers, "_start", lambda self, indices: indices)
+    monkeypatch.setattr(Workers, "begin", lambda self: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     cfg = tiny_config(obs_dim=24, task=stand_in.NAME, num_envs=count, env_workers=env_workers)
     envs = environments(cfg, stand_in.StandIn(2, 5, 0), print)
@@ -383,7 +387,8 @@ def test_numbers_that_are_none_end_the_run_and_name_the_environment(
 
     monkeypatch.setattr(stand_in.StandIn, "step", broken)
     trainer = train(tmp_path / "run", env_workers=0)
-    with pytest.raises(EnvError, match=f"{stand_in.NAME}, environment 0: got a NaN"):
+    field = {"obs": "observation", "reward": "reward"}[what]
+    with pytest.raises(EnvError, match=f"{stand_in.NAME}, environment 0: {field}: got nan"):
         trainer.run()  # already in the first evaluation
     saved = [p.name for p in (tmp_path / "run/checkpoints").glob("0*")]
     assert saved == ["0001-at-0"]  # it is the one before the evaluation, with all that belongs to it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.rng import stream_seed
 
 from .envs import make_env
-from .envs.base import Env, checked, step
+from .envs.answers import EnvError
+from .envs.base import Array, Env, Failures, close_all, reset, step
 from .stop import Stop
 from .video import Film
 
@@ -76,23 +78,26 @@ class Evaluator:
             Stopped: `stop` said so; environments and planner stand where they stood then.
         """
         found: list[tuple[float, float, int]] = []
+        failures = Failures(self.cfg, warn)
         rounds, length = -(-self.cfg.eval_episodes // len(self.envs)), self.envs[0].max_episode_steps
         for i in range(rounds):
             with Film(None if i else video, self.envs[0], warn) as film:
-                for done in self._round(film, found):
+                for done in self._round(film, found, failures):
                     busy(i * length + done, rounds * length)
                     if stop is not None:
                         stop.check()
         kept = found[: self.cfg.eval_episodes]
+        if not kept:
+            raise EnvError(f"{self.cfg.task}: the environment failed in every episode of an evaluation")
         returns, successes, lengths = (list(x) for x in zip(*kept, strict=True))
         return Evaluation(returns, successes, lengths)
 
-    def _round(self, film: Film, found: list[tuple[float, float, int]]) -> Iterator[int]:
+    def _round(self, film: Film, found: list[tuple[float, float, int]], failures: Failures) -> Iterator[int]:
         """An episode in every environment, added to `found` when all have ended; yields the decisions made."""
         count = len(self.envs)
-        obs = [env.reset() for env in self.envs]
+        obs = [self._begun(i, failures) for i in range(count)]
         total, success, length = [0.0] * count, [0.0] * count, [0] * count
-        running, t0 = [True] * count, True
+        running, dropped, t0 = [True] * count, [False] * count, True
         while any(running):
             was_running = running[0]
             if was_running:
@@ -100,7 +105,12 @@ class Evaluator:
             actions = self._act(np.stack(obs), t0)
             t0 = False
             for i in (i for i in range(count) if running[i]):
-                now = checked(step(self.envs[i], actions[i]), self.cfg.task, i)
+                try:
+                    now = step(self.envs[i], actions[i])
+                except Exception as e:  # whatever a simulator raises
+                    self._made_anew(i, failures, e)
+                    running[i], dropped[i] = False, True
+                    continue
                 obs[i] = now.obs
                 total[i] += now.reward
                 length[i] += 1
@@ -109,7 +119,21 @@ class Evaluator:
             if was_running and not running[0]:
                 film.add(self._caption(total[0], length[0]))
             yield max(length)
-        found += zip(total, success, length, strict=True)
+        found += itertools.compress(zip(total, success, length, strict=True), (not d for d in dropped))
+
+    def _begun(self, i: int, failures: Failures) -> Array:
+        """Start an episode in environment i."""
+        while True:
+            try:
+                return reset(self.envs[i])
+            except Exception as e:
+                self._made_anew(i, failures, e)
+
+    def _made_anew(self, i: int, failures: Failures, error: Exception) -> None:
+        """Make environment i anew after an error, unless that is to end the run."""
+        failures.take(i, error)
+        close_all([self.envs[i]])
+        self.envs[i] = make_env(self.cfg, stream_seed(self.cfg.seed, f"eval env {i} after {failures.dropped}") % 2**31)
 
     def _caption(self, total: float, decisions: int) -> str:
         return f"{self.cfg.task}   return {total:.1f}   decision {decisions}"
@@ -121,7 +145,8 @@ class Evaluator:
     def restore(self, states: Sequence[Any], planner: Mapping[str, Tensor]) -> None:
         """Evaluate as if the evaluations had come before that those came before whose states these are."""
         for env, state in zip(self.envs, states, strict=False):  # eval_episodes may be others now
-            env.set_random_state(state)
+            if state is not None:
+                env.set_random_state(state)
         if planner["prev_mean"].shape == self.planner.prev_mean.shape:
             self.planner.load_state(planner)
 
@@ -134,9 +159,3 @@ class Evaluator:
     def close(self) -> None:
         """Free the environments."""
         close_all(self.envs)
-
-
-def close_all(envs: Sequence[Env]) -> None:
-    """Close every environment."""
-    for env in envs:
-        env.close()

@@ -6,11 +6,14 @@ knows a terminal, so that programs without one (`benchmarks/soak.py`) read their
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
+import json
 import operator
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -77,6 +80,7 @@ _GROUPS = {
     "obs_shape": "from the environment",
     "num_envs": "of this project",
 }
+_SETTING = "env."
 _QUOTED = re.compile(r"""(['"])(.*)\1""", re.DOTALL)
 _SUM = re.compile(r"(\d+)([-+*/])(\d+)")
 _SUMS: dict[str, Callable[[Any, Any], Any]] = {
@@ -120,7 +124,14 @@ class PlanOptions:
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in FILLED_IN}
 OPTION_FIELDS = {f.name: f for f in dataclasses.fields(Options)}
-_KNOWN = [*CONFIG_FIELDS, *OPTION_FIELDS, *RENAMED, "disable_wandb", *NOT_NEEDED]
+_KNOWN = [
+    *(k for k in CONFIG_FIELDS if k != "env_kwargs"),
+    f"{_SETTING}KEY",
+    *OPTION_FIELDS,
+    *RENAMED,
+    "disable_wandb",
+    *NOT_NEEDED,
+]
 
 
 def to_stderr(text: str) -> None:
@@ -147,10 +158,15 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
         seen.add(key)
         if text == "???":
             continue
+        if key.startswith(_SETTING):
+            _put(values.setdefault("env_kwargs", {}), key, text)
+            continue
         if key in NOT_NEEDED:
             note(f"{key} has no effect: {NOT_NEEDED[key]}")
         elif key == "preset" and presets:
             preset = PRESETS.get(value_of(OPTION_FIELDS[key], text), {})
+        elif key == "env_kwargs":
+            raise ConfigError(f"config key {key!r}: got {text!r}, allowed: one by one, env.KEY=VALUE")
         elif key in CONFIG_FIELDS:
             values[key] = value_of(CONFIG_FIELDS[key], text)
         elif key in OPTION_FIELDS:
@@ -158,6 +174,48 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
         else:
             raise ConfigError(f"unknown config key {key!r}.{did_you_mean(key, _KNOWN)}{_range_of_nearest(key)}")
     return {**preset, **values}
+
+
+def settings(env_kwargs: Mapping[str, Any] | None, prefix: str = "env") -> dict[str, Any]:
+    """Return the settings of an environment by the keys a person gives them with."""
+    found: dict[str, Any] = {}
+    for name, value in (env_kwargs or {}).items():
+        key = f"{prefix}.{name}"
+        found.update(settings(value, key) if isinstance(value, dict) and value else {key: value})
+    return found
+
+
+def _put(values: dict[str, Any], key: str, text: str) -> None:
+    """Put a setting of the environment, `env.KEY` or `env.KEY.KEY`, into `values`."""
+    *path, last = key.removeprefix(_SETTING).split(".")
+    for name in path:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"config key {key!r}: {name!r} has a value of its own already, allowed: one of the two")
+    if not (last and all(path)) or last in values:
+        raise ConfigError(
+            f"config key {key!r}: allowed: env.KEY=VALUE, every KEY once, with a name between any two dots"
+        )
+    values[last] = _setting(key, text)
+
+
+def _setting(key: str, text: str) -> Any:
+    """Return a setting's value: a number, true, false, none, a list or dict; else the text as it stands."""
+    quoted = _QUOTED.fullmatch(text)
+    if quoted:
+        return quoted[2]
+    text = text.strip()
+    named = {"true": True, "false": False, "none": None, "null": None, "": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    if text.startswith("[") and text.endswith("]"):  # of bare words, as Hydra has them
+        return [_setting(key, word) for word in text[1:-1].split(",")]
+    if text.startswith(("[", "{")):
+        raise ConfigError(f"config key {key!r}: got {text!r}, allowed: a list or dict as JSON or Python writes it")
+    return text
 
 
 def names(kind: type[Options] | type[PlotOptions] | type[PlanOptions]) -> list[str]:
@@ -208,7 +266,7 @@ def _undashed(words: Sequence[str], known: Collection[str]) -> Iterator[str]:
 
 def arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words apart: arguments such as a path, and those meant as `key=value`."""
-    meant = [bool(re.match(r"[-+~]|\w+=|hydra[./]", w)) for w in words]
+    meant = [bool(re.match(r"[-+~]|\w+(\.\w+)*=|hydra[./]", w)) for w in words]
     return [w for w, m in zip(words, meant, strict=True) if not m], [w for w, m in zip(words, meant, strict=True) if m]
 
 
@@ -227,7 +285,9 @@ def pair(word: str, following: Sequence[str] = ()) -> tuple[str, str]:
             boolean = name in CONFIG_FIELDS and str(CONFIG_FIELDS[name].type).startswith("bool")
             takes = bool(following) and not boolean and not re.match(r"-\D|\+*\w+=", following[0])
             shown, value = (f"{word} {following[0]}", following[0]) if takes else (word, "true" if boolean else "VALUE")
-        hint = "" if name in _KNOWN else f" {name!r} is no key.{did_you_mean(name, _KNOWN)}"
+        hint = (
+            "" if name in _KNOWN or name.startswith(_SETTING) else f" {name!r} is no key.{did_you_mean(name, _KNOWN)}"
+        )
         raise ConfigError(f"argument {shown!r}: keys have no dashes, allowed: {name}={value}.{hint}")
     if key.startswith("~"):
         raise ConfigError(f"argument {word!r}: nothing can be removed from the config, allowed: KEY=VALUE, or KEY=none")
@@ -237,7 +297,7 @@ def pair(word: str, following: Sequence[str] = ()) -> tuple[str, str]:
             "(seed=1,2,3) are a sweep, and docs/sweeps.md has the recipe for SLURM"
         )
     if not equals:
-        if key in _KNOWN:
+        if key in _KNOWN or key.startswith(_SETTING):
             raise ConfigError(f"argument {word!r}: allowed: {key}=VALUE")
         hint = f" Did you mean task={word}?" if "-" in word else did_you_mean(key, _KNOWN)
         raise ConfigError(f"argument {word!r}: allowed: key=value.{hint}")

@@ -26,14 +26,15 @@ from torch import Tensor
 from tdmpc2_fast import checkpoint
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.replay import ReplayBuffer
 from tdmpc2_fast.rng import stream_seed
 
 from .checkpoints import Checkpoints, Saved
-from .envs import complete, make_env
-from .envs.base import Actions, EnvState, checked, env_seed
+from .doubts import Doubts
+from .envs import check_episodic, complete, make_env
+from .envs.base import Actions, EnvState, env_seed
 from .envs.together import environments
+from .envs.workers import leave_if_imported_anew
 from .episode import Episode
 from .evaluate import Evaluation, Evaluator
 from .overlap import updates_on
@@ -57,15 +58,18 @@ class OnlineTrainer:
     """
 
     def __init__(self, cfg: Config, folder: Path, saved: Saved | None = None, stop: Stop | None = None) -> None:
+        leave_if_imported_anew()
         values: Mapping[str, Any] = {} if saved is None else saved.values
         # Where the environments' states are not known, others are made than those that led to it.
         restarts = values.get("restarts", 0) + (saved is not None and values["envs"] is None)
-        first = make_env(cfg, env_seed(cfg.seed, 0, restarts))
+        dropped = values.get("dropped", 0)
+        first = make_env(cfg, env_seed(cfg.seed, 0, restarts + dropped))
         self.cfg = cfg = complete(cfg, first)
         self.agent = TDMPC2(cfg)
         if cfg.checkpoint is not None and saved is None:
             self.agent.load(cfg.checkpoint)
         self.buffer = ReplayBuffer(cfg, self.agent.device)
+        self.buffer.check_memory()
         self.folder, self.stop = folder, stop or Stop()
         self.log = RunLog(cfg, folder, first.action_repeat, self._about(), values.get("log"))
         self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints)
@@ -82,7 +86,11 @@ class OnlineTrainer:
         self._evaluating = False
         self._best = -np.inf
         self._saved_at = time.monotonic()
-        self.envs = environments(cfg, first, self.log.warn, restarts)  # last: what fails before leaves no process
+        for note in getattr(first, "notes", ()):
+            self.log.note(note)
+        self.doubts = Doubts(cfg, self.log.warn)
+        # Last: what fails before leaves no process.
+        self.envs = environments(cfg, first, self.log.warn, restarts, dropped)
         if saved is not None:
             self._restore(saved)
 
@@ -152,6 +160,7 @@ class OnlineTrainer:
             episode, self._episodes[i] = self._episodes[i], None
             assert episode is not None
             self.buffer.add(episode.rows())
+            self.doubts.episode(episode)
             self._record(episode)
 
     def _reset(self) -> None:
@@ -175,6 +184,8 @@ class OnlineTrainer:
     def _learn(self) -> None:
         """Launch the updates that are due."""
         pretraining = not self._seeded and self._decisions > self._seed_steps and self.buffer.num_sampleable > 0
+        if not (self._seeded or pretraining):
+            self.doubts.seeded(self._decisions, self.buffer)
         if self._seeded:
             self._updates_due += self.cfg.utd * self.cfg.num_envs
         elif pretraining:
@@ -205,9 +216,8 @@ class OnlineTrainer:
             if step is None:
                 self._episodes[i] = None
                 continue
-            if step.terminated and not self.cfg.episodic:
-                raise ConfigError(f"config key 'episodic': {self.cfg.task} terminated an episode; set episodic=true")
-            episode.append(actions[i], checked(step, self.cfg.task, i))
+            check_episodic(self.cfg, step)
+            episode.append(actions[i], step)
 
     def _running(self) -> list[Episode]:
         return [e for e in self._episodes if e is not None]
@@ -309,6 +319,12 @@ class OnlineTrainer:
         for i, state in enumerate(envs or ()):
             if state is None:  # made anew just now
                 self._episodes[i] = None
+            elif state.now is None:
+                self.doubts.say(
+                    "random state",
+                    "the random state of its environments cannot be told: a run that is "
+                    "stopped goes on with other episodes",
+                )
         for i, episode in enumerate(self._episodes):
             if episode is not None and whole:
                 parts[f"episode {i}"] = episode.tensors()
@@ -321,6 +337,7 @@ class OnlineTrainer:
             random=self._random.bit_generator.state,
             envs=envs,
             restarts=self.envs.restarts,
+            dropped=self.envs.failures.dropped,
             evaluation=self.evaluator.states() if evaluating else None,
             log=self.log.state(),
             made_by=self._made_by(),

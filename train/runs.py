@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tdmpc2_fast.backend import resolve_device
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
+from tdmpc2_fast.replay import ReplayBuffer
 
 from .checkpoints import Checkpoints, Saved
-from .envs import complete, make_env
+from .envs import tried
+from .envs.workers import leave_if_imported_anew
 from .online import OnlineTrainer
 from .plots import plot_runs
 from .run_folder import discard, home, locked, new_folder
@@ -21,8 +24,9 @@ CHANGEABLE = (
     *("steps", "eval_freq", "eval_episodes", "checkpoint_minutes", "keep_checkpoints", "save_video"),
     *("enable_wandb", "wandb_project", "wandb_entity", "wandb_silent", "tensorboard", "display"),
     *("device", "backend", "precision", "compile", "num_threads", "overlap", "env_workers"),
+    *("buffer_size", "on_env_error"),
 )
-"""Keys a run may go on with other values of: how long, where, and what is shown. The rest is what it is."""
+"""Keys a run may go on with other values of: how long, where, what fits there, and what is shown. The rest is fixed."""
 
 
 def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
@@ -31,16 +35,18 @@ def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts:
     tell: told `folder`, and `mean_return` and `std_return` of the last evaluation.
     """
     cfg = Config.from_dict(values)
-    probe = make_env(cfg, cfg.seed)  # errors before a folder is made
-    fixed = complete(cfg, probe)
-    probe.close()
+    leave_if_imported_anew()
+    fixed = tried(cfg)  # errors before a folder is made
+    ReplayBuffer(fixed, resolve_device(cfg.device)).check_memory()
     if cfg.resume == "auto" and any((home(cfg) / "checkpoints").glob("[!.]*-at-*")):
         as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
         return resume(home(cfg), as_begun, tell)
     cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
     folder = new_folder(cfg)
     notes = [
-        f"{k}={getattr(fixed, k)}, fixed by the task {cfg.task}" for k in values if getattr(fixed, k) != getattr(cfg, k)
+        f"{k}={getattr(fixed, k)}, fixed by the task {cfg.task}: the {getattr(cfg, k)} asked for has no effect"
+        for k in values
+        if getattr(fixed, k) != getattr(cfg, k)
     ]
     if cfg.data_dir:
         notes.append("data_dir has no effect: training from data sets is not in this version")
@@ -110,12 +116,22 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
         except KeyboardInterrupt:
             summary = ["stopped at once", *_how_to_go_on(cfg, folder)]
             return 130
+        except ConfigError:
+            summary = _how_to_go_on(cfg, folder)[:1]  # going on would fail in the same way
+            raise
         except BaseException:
             summary = _how_to_go_on(cfg, folder)
             raise
         else:
             tell(mean_return=found.mean_return, std_return=found.std_return)
             result = f"return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes"
+            if dropped := trainer.envs.failures.dropped:
+                result += f"; {dropped} training episodes were dropped, since their environment failed"
+            if not trainer.agent.updater.steps:
+                why = f"nothing was learned: {trainer.doubts.why_nothing_learned(trainer.buffer)}"
+                tell(error=why)
+                summary = [f"done, but {why}", result, *_files(folder)]
+                return 1
             summary = [f"done: {result}", *_files(folder)]
             last = Checkpoints(folder, cfg.keep_checkpoints).last()
             if cfg.save_agent and (last is None or int(last.name.rpartition("-")[2]) < cfg.steps):

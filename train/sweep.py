@@ -171,7 +171,7 @@ def _choices(word: str, following: Sequence[str]) -> list[str]:
     key, text = keys.pair(word, following)
     if _HYDRA_SWEEP.match(text):
         raise ConfigError(f"config key {key!r}: got {text!r}, allowed in a sweep: 1,2,3 or, both ends included, 1..3")
-    if text.startswith(("'", '"', "[")) or not ("," in text or _RANGE.fullmatch(text)):
+    if text.startswith(("'", '"', "[", "{", "(")) or not ("," in text or _RANGE.fullmatch(text)):
         return [word]
     values = [v for part in text.split(",") for v in _range(part.strip())]
     if "" in values:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, nearest
 
 from . import dmcontrol, gymnasium_tasks
-from .base import Env
+from .base import Env, Step, close_all, in_a_line, reset, step
 from .catalogue import PLANNED
+
+_TRY_DECISIONS, _TRY_SECONDS = 200, 1.0
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,65 @@ def suite_of(task: str) -> Suite:
 
 
 def complete(cfg: Config, env: Env) -> Config:
-    """The config with what the environment knows: shapes, episode length, seed steps."""
-    return env.overrides(cfg).with_env({cfg.obs: env.obs_shape}, env.action_dim, env.max_episode_steps)
+    """The config with what the environment knows: shapes, episode length, seed steps.
+
+    Raises:
+        ConfigError: an `episode_length` the task does not have, or a `horizon` longer than its episodes.
+    """
+    length = env.max_episode_steps
+    if cfg.episode_length not in (None, length):
+        raise ConfigError(f"config key 'episode_length': got {cfg.episode_length}, allowed: {length} for {cfg.task}")
+    if cfg.horizon > length:
+        raise ConfigError(
+            f"config key 'horizon': got {cfg.horizon}, allowed: at most {length}, the decisions of an episode of "
+            f"{cfg.task}"
+        )
+    return env.overrides(cfg).with_env({cfg.obs: env.obs_shape}, env.action_dim, length)
+
+
+def tried(cfg: Config) -> Config:
+    """Return the completed config of a run whose environment answered a try with random actions.
+
+    The try is at most an episode, 200 decisions and a second long: what is found in it is said
+    before the run begins, and not after an hour.
+
+    Raises:
+        ConfigError: as `make_env` and `complete`; the task terminates and `episodic` is not set; or
+            the environment failed, and failures stop a run.
+    """
+    env = make_env(cfg, cfg.seed)
+    try:
+        cfg = complete(cfg, env)
+        _try(cfg, env)
+    finally:
+        close_all([env])
+    return cfg
+
+
+def _try(cfg: Config, env: Env) -> None:
+    rng, end, decisions = np.random.default_rng(cfg.seed), time.monotonic() + _TRY_SECONDS, 0
+    try:
+        reset(env)
+        while decisions < _TRY_DECISIONS and time.monotonic() < end:
+            found = step(env, rng.uniform(-1, 1, env.action_dim).astype(np.float32))
+            decisions += 1
+            check_episodic(cfg, found)
+            if found.terminated or found.truncated:
+                break
+    except ConfigError:
+        raise
+    except Exception as e:  # whatever a simulator raises
+        if cfg.on_env_error == "stop":
+            raise ConfigError(
+                f"config key 'task': {cfg.task} failed in decision {decisions + 1} of a try with random actions: "
+                f"{in_a_line(e)}"
+            ) from e
+
+
+def check_episodic(cfg: Config, found: Step) -> None:
+    """Raise `ConfigError` where an episode was terminated and the model has no part that learns that."""
+    if found.terminated and not cfg.episodic:
+        raise ConfigError(f"config key 'episodic': {cfg.task} terminated an episode; set episodic=true")
 
 
 def _unknown(task: str) -> str:

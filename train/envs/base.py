@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +13,10 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import BackendError
 from tdmpc2_fast.rng import stream_seed
 
+from .answers import EnvError, array, finite, flag, number, success
+
+_log = logging.getLogger(__name__)
+_MOST_DROPPED = 10
 Array = NDArray[np.float32] | NDArray[np.uint8]
 Actions = NDArray[np.float32]  # (A,), or more in front
 
@@ -73,10 +77,6 @@ class Step(NamedTuple):
     success: float
 
 
-class EnvError(RuntimeError):
-    """An environment failed; the message says how."""
-
-
 class EnvState(NamedTuple):
     """Where an environment stands, JSON-ready: its random state now, and when its episode began."""
 
@@ -91,7 +91,9 @@ class Environments(Protocol):
     """
 
     restarts: int
-    """Times environments were made anew, over the whole run."""
+    """Times processes were started anew, over the whole run."""
+    failures: Failures
+    """Episodes dropped since their environment failed."""
 
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
         """Start an episode in these environments; observations by index.
@@ -134,13 +136,47 @@ def restore(env: Env, state: EnvState, actions: Actions | None) -> list[Step] | 
         return None
     if state.origin is not None:
         env.set_random_state(state.origin)
-    return [Step(env.reset(), 0.0, False, False, 0.0), *(step(env, a) for a in actions)]
+    return [Step(reset(env), 0.0, False, False, 0.0), *(step(env, a) for a in actions)]
+
+
+def reset(env: Env) -> Array:
+    """Start an episode; raises `EnvError` for an observation that is none."""
+    return _observed(env, env.reset())
 
 
 def step(env: Env, action: Actions) -> Step:
-    """One decision in one environment."""
-    obs, reward, terminated, truncated, info = env.step(action)
-    return Step(obs, float(reward), bool(terminated), bool(truncated), float(info["success"]))
+    """Make one decision in one environment, and judge what it answers.
+
+    Raises:
+        EnvError: an answer in another form, or one that no number can be learned from.
+    """
+    finite(action, "action")
+    return judged(env.step(action), lambda obs: _observed(env, obs))
+
+
+def judged(answer: Any, observe: Callable[[Any], Array]) -> Step:
+    """Return what a step answered, every field in its one form; `observe` brings the observation into its own.
+
+    Raises:
+        EnvError: as `step`.
+    """
+    if not isinstance(answer, (tuple, list)) or len(answer) != 5:
+        got = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else type(answer).__name__
+        raise EnvError(f"step: got {got}, allowed: observation, reward, terminated, truncated, info")
+    obs, reward, terminated, truncated, info = answer
+    found = number(reward, "reward")
+    finite(found, "reward")
+    ends = flag(terminated, "terminated"), flag(truncated, "truncated")
+    return Step(observe(obs), found, *ends, success(info))
+
+
+def _observed(env: Env, obs: Any) -> Array:
+    """Return an observation of its own memory: uint8 where `obs_shape` is an image's, else float32."""
+    pixels = len(env.obs_shape) == 3
+    found = array(obs, tuple(env.obs_shape), np.uint8 if pixels else np.float32, "observation")
+    if not pixels:
+        finite(found, "observation")
+    return found
 
 
 def env_seed(seed: int, index: int, restart: int = 0) -> int:
@@ -154,12 +190,59 @@ def env_seed(seed: int, index: int, restart: int = 0) -> int:
     return stream_seed(seed, f"env {index}" + (f" restart {restart}" if restart else "")) % 2**31
 
 
-def checked(step: Step, task: str, index: int) -> Step:
-    """The step, unless it holds what no number can be learned from.
+def close_all(envs: Iterable[Env]) -> None:
+    """Close every environment; one that fails even at that is logged and left."""
+    for env in envs:
+        try:
+            env.close()
+        except Exception as e:  # what was learned from it is worth more than its last word
+            _log.warning("an environment could not be closed: %s: %s", type(e).__name__, e)
 
-    Raises:
-        EnvError: an observation or reward is NaN or infinite.
+
+class Failures:
+    """What becomes of the episodes of environments that fail, as `cfg.on_env_error` says.
+
+    Args:
+        cfg: a completed config.
+        note: told in a line about episodes that are dropped.
+        dropped: episodes of the run that were dropped so far.
     """
-    if not (math.isfinite(step.reward) and (step.obs.dtype == np.uint8 or np.isfinite(step.obs).all())):
-        raise EnvError(f"{task}, environment {index}: got a NaN or infinite observation or reward, allowed: numbers")
-    return step
+
+    def __init__(self, cfg: Config, note: Callable[[str], None], dropped: int = 0) -> None:
+        self.cfg, self.note, self.dropped = cfg, note, dropped
+        self.ended = 0
+        """Episodes that came to their end."""
+
+    def count(self, steps: Iterable[Step | None]) -> None:
+        """Count the episodes that ended with these steps."""
+        self.ended += sum(step is not None and (step.terminated or step.truncated) for step in steps)
+
+    def take(self, index: int, error: Exception, trace: str = "") -> None:
+        """Drop the episode of environment `index`, which must then be made anew.
+
+        trace: where the error came from, if that was in another process.
+
+        Raises:
+            EnvError: failures are to stop the run, or more were dropped than ten and a tenth of those that ended.
+            Exception: where they stop it, an error of this process that is not ours, as it is.
+        """
+        where = f"{self.cfg.task}, environment {index}"
+        if self.cfg.on_env_error == "stop":
+            if isinstance(error, EnvError):
+                raise EnvError(f"{where} raised\n{trace}" if trace else f"{where}: {error}")
+            raise error
+        most = _MOST_DROPPED + self.ended // 10
+        if self.dropped >= most:
+            raise EnvError(
+                f"{where}: {in_a_line(error)}; got {self.dropped + 1} episodes that failed, allowed: {most} beside "
+                f"{self.ended} that ended"
+            )
+        self.dropped += 1
+        if self.dropped <= _MOST_DROPPED or self.dropped % 100 == 0:
+            self.note(f"{where}: {in_a_line(error)}; the episode is dropped ({self.dropped} in this run)")
+
+
+def in_a_line(error: Exception) -> str:
+    """Return what an error says in a line; of others' errors, their kind, too."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EnvError) else f"{type(error).__name__}: {text}"

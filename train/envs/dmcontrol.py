@@ -2,12 +2,14 @@
 
 One decision repeats the action for two control steps and sums the rewards; the observation
 is the one after the second, all entries flattened and concatenated in their order. Episodes
-are cut after 500 decisions and never terminate.
+end with the suite's time limit, which is after 500 decisions, and never terminate. Settings
+(`env.KEY=VALUE`) are `task_kwargs` and `environment_kwargs` of `dm_control.suite.load`.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from numpy.typing import NDArray
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError
 
+from . import random_state
 from .base import Array, Env, RenderError
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
+from .pixels import FRAMES, SIZE, Stack
 
 TASKS = (
     "acrobot-swingup",
@@ -52,20 +56,22 @@ TASKS = (
 _DOMAINS = {"cup": "ball_in_cup"}
 _ACTION_REPEAT = 2
 _DECISIONS = 500
+_SETTINGS = ("task_kwargs", "environment_kwargs")
 
 
 class DMControl:
     """A DMControl task. `seed` seeds the task's own random state, as in the official code."""
 
     action_repeat = _ACTION_REPEAT
-    max_episode_steps = _DECISIONS
 
-    def __init__(self, task: str, seed: int) -> None:
+    def __init__(self, task: str, seed: int, settings: Mapping[str, Any] | None = None) -> None:
         suite, action_scale = _import_suite()
 
         domain, name = task.replace("-", "_").split("_", 1)
         domain = _DOMAINS.get(domain, domain)
-        raw = suite.load(domain, name, task_kwargs={"random": seed}, visualize_reward=False)
+        raw = _load(suite, domain, name, seed, settings or {})
+        limit = raw._step_limit / _ACTION_REPEAT
+        self.max_episode_steps = math.ceil(limit) if math.isfinite(limit) else _DECISIONS
         self.env = action_scale.Wrapper(raw, minimum=-1.0, maximum=1.0)
         self.camera_id = 2 if domain == "quadruped" else 0
         size = sum(int(np.prod(v.shape)) for v in self.env.observation_spec().values())
@@ -87,8 +93,11 @@ class DMControl:
         for _ in range(_ACTION_REPEAT):
             step = self.env.step(action)
             reward += step.reward
+            if step.last():  # a step more would begin the next episode
+                break
         self._decisions += 1
-        return _flatten(step.observation), reward, False, self._decisions >= _DECISIONS, {"success": 0.0}
+        over = step.last() or self._decisions >= self.max_episode_steps
+        return _flatten(step.observation), reward, False, over, {"success": 0.0}
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """The official camera's picture."""
@@ -106,12 +115,11 @@ class DMControl:
 
     def random_state(self) -> dict[str, Any]:
         """Of the task."""
-        state = self.env.task.random.get_state(legacy=False)
-        return {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}}
+        return random_state.told(self.env.task.random)  # type: ignore[no-any-return]
 
     def set_random_state(self, state: dict[str, Any]) -> None:
         """Of the task."""
-        self.env.task.random.set_state(state)
+        random_state.take(self.env.task.random, state)
 
     def close(self) -> None:
         """Free the physics."""
@@ -121,28 +129,26 @@ class DMControl:
 class Pixels:
     """Three stacked 64x64 frames, channels first, instead of the state."""
 
-    def __init__(self, env: DMControl, num_frames: int = 3, size: int = 64) -> None:
-        self.env, self.size = env, size
-        self.obs_shape: tuple[int, ...] = (3 * num_frames, size, size)
+    def __init__(self, env: DMControl) -> None:
+        self.env = env
+        self.obs_shape: tuple[int, ...] = (3 * FRAMES, SIZE, SIZE)
         self.action_dim = env.action_dim
         self.action_repeat, self.max_episode_steps = env.action_repeat, env.max_episode_steps
         self.frames_per_second = env.frames_per_second
-        self._frames: deque[NDArray[np.uint8]] = deque(maxlen=num_frames)
+        self._stack = Stack(FRAMES)
 
-    def _observe(self, count: int) -> Array:
-        frame = self.env.render(self.size, self.size).transpose(2, 0, 1)
-        self._frames.extend([frame] * count)
-        return np.concatenate(self._frames)
+    def _observe(self, first: bool = False) -> Array:
+        return self._stack(self.env.render(SIZE, SIZE).transpose(2, 0, 1), first)
 
     def reset(self) -> Array:
         """Start an episode; the first frame fills the stack."""
         self.env.reset()
-        return self._observe(self._frames.maxlen or 1)
+        return self._observe(first=True)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """One decision, seen through the camera."""
         _, *rest = self.env.step(action)
-        return (self._observe(1), *rest)  # type: ignore[return-value]
+        return (self._observe(), *rest)  # type: ignore[return-value]
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """The official camera's picture."""
@@ -167,7 +173,7 @@ class Pixels:
 
 def make(cfg: Config, seed: int) -> Env:
     """The task, from states or (`obs=rgb`) pixels."""
-    env = DMControl(cfg.task, seed)
+    env = DMControl(cfg.task, seed, cfg.env_kwargs)
     if cfg.obs == "state":
         return env
     try:
@@ -189,6 +195,31 @@ def _import_suite() -> tuple[Any, Any]:
         raise cannot_render("dm_control", e) from e
     keep_log_out_of_the_way()
     return suite, action_scale
+
+
+def _load(suite: Any, domain: str, name: str, seed: int, settings: Mapping[str, Any]) -> Any:
+    """Return the raw environment, with the settings in their places."""
+    for key, value in settings.items():
+        if key not in _SETTINGS or not isinstance(value, dict):
+            raise ConfigError(
+                f"config key 'env.{key}': got {value!r}, allowed in DMControl: env.task_kwargs.KEY=VALUE and "
+                "env.environment_kwargs.KEY=VALUE"
+            )
+    task_kwargs, environment_kwargs = (dict(settings.get(k, {})) for k in _SETTINGS)
+    if "random" in task_kwargs:
+        raise ConfigError("config key 'env.task_kwargs.random': allowed: seed=N, which seeds the task")
+    try:
+        return suite.load(
+            domain,
+            name,
+            task_kwargs={**task_kwargs, "random": seed},
+            environment_kwargs=environment_kwargs,
+            visualize_reward=False,
+        )
+    except (TypeError, ValueError) as e:
+        if not settings:
+            raise
+        raise ConfigError(f"config key 'env': {domain}-{name} takes none of these settings: {e}") from e
 
 
 def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:

@@ -2,12 +2,16 @@
 
 One decision is one environment step. Actions are rescaled from [-1, 1] to the space's
 bounds (for the official tasks these are the same). Tasks that can terminate need
-`episodic=true`.
+`episodic=true`. Settings (`env.KEY=VALUE`) are keyword arguments of `gymnasium.make`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import os
+import re
+import sys
 import warnings
 from typing import Any
 
@@ -17,8 +21,11 @@ from numpy.typing import NDArray
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, did_you_mean
 
-from .base import Array, Env, RenderError
+from . import random_state
+from .answers import unusable
+from .base import Array, Env, RenderError, judged
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
+from .spaces import ActionSpace, ObservationSpace
 
 # Official name: Gymnasium id, decisions per episode, keyword arguments
 OFFICIAL: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -28,6 +35,12 @@ OFFICIAL: dict[str, tuple[str, int, dict[str, Any]]] = {
     "lunarlander-continuous": ("LunarLander-v3", 500, {"continuous": True}),
 }
 _SUCCESS_RETURN = {"lunarlander-continuous": 200.0}
+_OURS = {
+    "id": "task=ID",
+    "max_episode_steps": "episode_length=N",
+    "disable_env_checker": "nothing: what an environment answers is always checked",
+}
+"""Arguments of `gymnasium.make` that are no settings of the environment, and what is given instead."""
 _OFFICIAL_OVERRIDES = dict(discount_max=0.99, rho=0.7)
 
 
@@ -45,80 +58,82 @@ def _registered() -> tuple[str, ...]:
 
 
 def accepts(name: str) -> bool:
-    """Whether the name is an official one, a registered id, or looks like an id (Name-v0)."""
+    """Whether the name is an official one, a registered id, or looks like an id (Name-v0, module:Name)."""
     return name in OFFICIAL or name in _registered() or _looks_like_id(name)
 
 
 def _looks_like_id(name: str) -> bool:
     stem, dash, version = name.rpartition("-v")
-    return bool(stem and dash and version.isdigit())
+    return bool(stem and dash and version.isdigit()) or all(name.partition(":"))
 
 
 class GymnasiumTask:
-    """A Gymnasium environment with the project's conventions."""
+    """A Gymnasium environment, as `gymnasium.make` makes it, with the project's conventions.
+
+    Args:
+        cfg: `task`, `obs`, `episode_length` and `env_kwargs` are read.
+        seed: of the first episode; the others follow from it.
+
+    Raises:
+        ConfigError: it cannot be made, or its spaces cannot be used.
+    """
 
     action_repeat = 1
 
     def __init__(self, cfg: Config, seed: int) -> None:
-        import gymnasium
-
         keep_log_out_of_the_way()
-        if cfg.obs != "state":
-            raise ConfigError(f"config key 'obs': got {cfg.obs!r}, allowed: 'state' for {cfg.task!r}")
         name, length, kwargs = OFFICIAL.get(cfg.task, (cfg.task, 0, {}))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                mode = _render_mode(name)
-                env = gymnasium.make(name, render_mode=mode, max_episode_steps=length or cfg.episode_length, **kwargs)
-        except gymnasium.error.DependencyNotInstalled as e:
-            raise ConfigError(f"config key 'task': {cfg.task!r} cannot be made: {e}") from e
-        except gymnasium.error.Error as e:
-            hint = did_you_mean(name, _registered())
-            raise ConfigError(f"config key 'task': Gymnasium cannot make {name!r}: {str(e).rstrip('.')}.{hint}") from e
-        if not isinstance(env.action_space, gymnasium.spaces.Box) or len(env.action_space.shape) != 1:
-            raise ConfigError(
-                f"config key 'task': {name!r} has action space {env.action_space}, allowed: a Box of one dimension"
-            )
-        if not env.action_space.is_bounded():
-            raise ConfigError(f"config key 'task': {name!r} has an unbounded action space, allowed: finite bounds")
-        if not isinstance(env.observation_space, gymnasium.spaces.Box) or len(env.observation_space.shape) != 1:
-            env = gymnasium.wrappers.FlattenObservation(env)
-        self.env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        steps = length or cfg.episode_length or (env.spec.max_episode_steps if env.spec else None)
+        self.env, registered = _made(name, {**kwargs, **(cfg.env_kwargs or {})})
+        self._actions = ActionSpace(getattr(self.env, "action_space", None), name)
+        self._observations = ObservationSpace(getattr(self.env, "observation_space", None), cfg.obs, name)
+        limits = [x for x in (registered, self.env.spec and self.env.spec.max_episode_steps) if x]
+        steps = length or cfg.episode_length or min(limits, default=None)
         if not steps:
             raise ConfigError(f"config key 'episode_length': {name!r} has no time limit; set decisions per episode")
         self.task, self.name = cfg.task, name
         self.max_episode_steps = int(steps)
-        self.obs_shape: tuple[int, ...] = tuple(env.observation_space.shape or ())
-        self.action_dim = int(np.prod(env.action_space.shape or ()))
-        self.frames_per_second = _frames_per_second(env)
+        self.obs_shape, self.action_dim = self._observations.shape, self._actions.size
+        self.frames_per_second = _frames_per_second(self.env)
         self._seed: int | None = seed
-        self._return = 0.0
+        self._return, self._decisions = 0.0, 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of how it is trained, a line each."""
+        found = []
+        shape = self._observations.flattened
+        if self._actions.fixed:
+            found.append(
+                f"{self.name}: low and high of these actions are equal, so they stay there: {self._actions.fixed}"
+            )
+        if shape is not None:
+            found.append(f"{self.name}: observations {shape} are flattened to {self.obs_shape[0]:,} numbers")
+        return found
 
     def reset(self) -> Array:
         """Start an episode; the first one is seeded, the rest follow from it."""
-        obs, _ = self.env.reset(seed=self._seed)
-        self._seed, self._return = None, 0.0
-        return np.array(obs, dtype=np.float32)
+        answer = self.env.reset(seed=self._seed)
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise unusable("reset", answer, "an observation and an info")
+        self._seed, self._return, self._decisions = None, 0.0, 0
+        return self._observations(answer[0], first=True)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """One environment step."""
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        self._return += float(reward)
-        if self.task in _SUCCESS_RETURN:
-            success = self._return > _SUCCESS_RETURN[self.task]
-        else:
-            success = info.get("success", info.get("is_success", 0.0))
-        info = {"success": float(success)}
-        return np.array(obs, dtype=np.float32), float(reward), bool(terminated), bool(truncated), info
+        found = judged(self.env.step(self._actions(action)), lambda obs: self._observations(obs, first=False))
+        self._return += found.reward
+        self._decisions += 1
+        target = _SUCCESS_RETURN.get(self.task)
+        won = found.success if target is None else float(self._return > target)
+        truncated = found.truncated or self._decisions >= self.max_episode_steps
+        return found.obs, found.reward, found.terminated, truncated, {"success": won}
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """A picture by the environment's own renderer; one that draws in another shape is fitted into this one."""
         from PIL import Image, ImageOps  # of imageio and matplotlib, both in the extra [train]
 
         if self.env.render_mode != "rgb_array":
-            modes = self.env.metadata.get("render_modes")
+            modes = _metadata(self.env).get("render_modes")
             raise RenderError(f"{self.name}: no pictures: its render modes are {modes}, not 'rgb_array'")
         mujoco = getattr(self.env.unwrapped, "mujoco_renderer", None)
         if mujoco is not None and mujoco.viewer is None:
@@ -129,7 +144,8 @@ class GymnasiumTask:
         elif mujoco is not None:
             mujoco.viewer.make_context_current()  # another environment's may be
         try:
-            picture = Image.fromarray(np.asarray(self.env.render(), np.uint8))
+            drawn = self.env.render()
+            picture = Image.fromarray(np.asarray(drawn[-1] if isinstance(drawn, list) else drawn, np.uint8))
         except Exception as e:  # of OpenGL, or of a package that is missing
             raise cannot_render(self.name, e) if mujoco else RenderError(f"{self.name}: no pictures: {e}") from e
         return np.array(picture if picture.size == (width, height) else ImageOps.pad(picture, (width, height)))
@@ -138,14 +154,21 @@ class GymnasiumTask:
         """The official code fixes discount_max and rho for its named Gymnasium tasks."""
         return cfg.replace(**_OFFICIAL_OVERRIDES) if self.task in OFFICIAL else cfg
 
-    def random_state(self) -> dict[str, Any]:
-        """The seed of the first episode, then the generator of the ones after."""
-        return {"seed": self._seed, "generator": self.env.unwrapped.np_random.bit_generator.state}
+    def random_state(self) -> dict[str, Any] | None:
+        """The seed of the first episode, then the generator of the ones after; None for one of an unknown kind."""
+        state = random_state.told(getattr(self.env.unwrapped, "np_random", None))
+        return None if state is None else {"seed": self._seed, "generator": state}
 
-    def set_random_state(self, state: dict[str, Any]) -> None:
+    def set_random_state(self, state: dict[str, Any] | None) -> None:
         """As told by `random_state`."""
+        if state is None:
+            return
+        try:
+            random_state.take(self.env.unwrapped.np_random, state["generator"])
+        except (TypeError, ValueError):  # an environment may change its generator when it is first reset
+            self.env.reset(seed=self._seed)
+            random_state.take(self.env.unwrapped.np_random, state["generator"])
         self._seed = state["seed"]
-        self.env.unwrapped.np_random.bit_generator.state = state["generator"]
 
     def close(self) -> None:
         """Free the environment."""
@@ -157,21 +180,96 @@ def make(cfg: Config, seed: int) -> Env:
     return GymnasiumTask(cfg, seed)
 
 
-def _render_mode(name: str) -> str | None:
-    """Pictures, where the environment has them: MuJoCo's, Box2D's and Gymnasium's own draw only when asked to."""
+def _made(name: str, settings: dict[str, Any]) -> tuple[Any, int | None]:
+    """Return what `gymnasium.make` makes of a name and settings, without a time limit, and the limit registered."""
     import gymnasium
-    from gymnasium.envs.registration import load_env_creator
 
     module, _, registered = name.rpartition(":")
     if module:  # of which the import registers the id
+        _import(module, name)
+    known = gymnasium.envs.registration.registry
+    spec = known.get(registered)
+    for key, instead in _OURS.items():
+        if key in settings:
+            raise ConfigError(f"config key 'env.{key}': got {settings[key]!r}, allowed: {instead}")
+    # Our own checks say more than the passive checker's, and decisions are counted here.
+    tries = [dict(settings, max_episode_steps=-1, disable_env_checker=True)]
+    if "render_mode" not in settings and _draws(spec):
+        tries.append({**tries[0], "render_mode": "rgb_array"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while True:
+            try:
+                env = gymnasium.make(registered, **tries.pop())
+                made = known.get(env.unwrapped.spec.id)  # of an id without a version, its newest
+                return env, made and made.max_episode_steps
+            except Exception as e:  # whatever a constructor raises
+                if not tries:  # else it may be made without pictures
+                    raise _cannot_make(name, registered, settings, e) from e
+
+
+def _import(module: str, name: str) -> None:
+    """Import a module, from the working directory if it is nowhere else."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # behind all others, so that it hides none
+    try:
         importlib.import_module(module)
-    entry = gymnasium.spec(registered).entry_point
-    metadata = getattr(load_env_creator(entry) if isinstance(entry, str) else entry, "metadata", None)
-    modes = metadata.get("render_modes") if isinstance(metadata, dict) else None
-    return "rgb_array" if modes is None or "rgb_array" in modes else None
+    except ImportError as e:
+        if e.name is not None and f"{module}.".startswith(f"{e.name}."):
+            raise ConfigError(
+                f"config key 'task': {name!r} needs {module}, a module that is neither installed nor in {os.getcwd()!r}"
+            ) from e
+        raise ConfigError(f"config key 'task': the module {module!r} of {name!r} cannot be imported: {e}") from e
+    except Exception as e:
+        raise ConfigError(
+            f"config key 'task': the module {module!r} of {name!r} cannot be imported: {type(e).__name__}: {e}"
+        ) from e
+
+
+def _cannot_make(name: str, registered: str, settings: dict[str, Any], e: Exception) -> ConfigError:
+    import gymnasium
+
+    text = f"{e}".strip().rstrip(".")
+    if isinstance(e, gymnasium.error.Error) and not isinstance(e, gymnasium.error.DependencyNotInstalled):
+        hint = did_you_mean(registered, _registered())
+        return ConfigError(f"config key 'task': Gymnasium cannot make {name!r}: {text}.{hint}")
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unknown and unknown[1] in settings:
+        return ConfigError(f"config key 'env.{unknown[1]}': {name!r} has no such setting: {text}")
+    kind = "" if isinstance(e, gymnasium.error.Error) else f"{type(e).__name__}: "
+    return ConfigError(f"config key 'task': {name!r} cannot be made: {kind}{text}")
+
+
+def _draws(spec: Any) -> bool:
+    """Return whether an environment has pictures and its constructor takes `render_mode`.
+
+    MuJoCo's, Box2D's and Gymnasium's own draw only when asked to.
+    """
+    from gymnasium.envs.registration import load_env_creator
+
+    if spec is None or spec.entry_point is None:
+        return False
+    try:
+        entry = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+        takes = inspect.signature(entry).parameters.values()
+    except (ImportError, AttributeError, ValueError, TypeError):  # making it says what is wrong
+        return False
+    named = any(p.name == "render_mode" for p in takes)
+    modes = _metadata(entry).get("render_modes")
+    if not modes:  # of a function: what it makes is not known before
+        return named and modes is None
+    return "rgb_array" in modes and (named or any(p.kind is p.VAR_KEYWORD for p in takes))
 
 
 def _frames_per_second(env: Any) -> float:
-    """Of simulated time where the environment tells its time step; else as it wants to be shown."""
-    dt = getattr(env.unwrapped, "dt", None)
-    return 1 / float(dt) if isinstance(dt, float) and dt > 0 else float(env.metadata.get("render_fps", 30))
+    """Of simulated time where the environment tells its time step; else as it wants to be shown; else 30."""
+    wanted = _metadata(env).get("render_fps")
+    for value, turned in ((getattr(env.unwrapped, "dt", None), True), (wanted, False)):
+        if isinstance(value, (int, float, np.number)) and 0 < value < np.inf:
+            return 1 / float(value) if turned else float(value)
+    return 30.0
+
+
+def _metadata(of: Any) -> dict[str, Any]:
+    found = getattr(of, "metadata", None)
+    return found if isinstance(found, dict) else {}

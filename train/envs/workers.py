@@ -7,9 +7,11 @@ its pipe, and when the trainer is gone.
 
 A process that dies or does not answer in time is started anew, a few times a run. The
 episodes of its environments are lost as a whole; the others go on. An exception in an
-environment is no such case: the trainer gets it, with the traceback.
+environment is no such case: the trainer gets it, with the traceback, and decides.
 
-Processes are spawned, so a script that trains with them needs `if __name__ == "__main__":`.
+Processes are spawned and import the program anew, so a script that trains with them needs
+`if __name__ == "__main__":`, and what it registers must stand outside of that. A process that
+ends in its imports, or cannot make the environment that the trainer made, is not tried again.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import functools
 import multiprocessing
 import multiprocessing.util
 import os
+import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -34,14 +38,30 @@ import torch
 from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError
 
 from ..stop import SIGNALS
-from .base import Actions, Array, Env, EnvError, EnvState, Step, env_seed, restore, step
+from .answers import EnvError
+from .base import (
+    Actions,
+    Array,
+    Env,
+    EnvState,
+    Failures,
+    Step,
+    close_all,
+    env_seed,
+    in_a_line,
+    reset,
+    restore,
+    step,
+)
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
 START_SECONDS = 300.0  # the first answer includes the imports and making the environments
 MOST_RESTARTS = 10  # a run
 _CLOSE_SECONDS = 5.0
+_BEGUN = "begun"  # said by a process when its imports are done
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -53,6 +73,7 @@ class _Worker:
     indices: list[int]
     process: SpawnProcess
     pipe: Connection
+    begun: bool = False
     answered: bool = False  # ever
     answer: Any = None  # the last
 
@@ -78,8 +99,11 @@ class Workers:
         cfg: a completed config.
         make: makes one environment of a config and a seed; it is pickled.
         count: processes, 1 to `num_envs`.
-        note: told in a line when a process had to be started anew.
+        failures: what becomes of environments that fail; its `note` is told when a process had to be started anew.
         restarts: of the run so far.
+
+    Raises:
+        ConfigError: `make` is nothing that another process can import.
     """
 
     def __init__(
@@ -87,10 +111,10 @@ class Workers:
         cfg: Config,
         make: Callable[[Config, int], Env],
         count: int,
-        note: Callable[[str], None],
+        failures: Failures,
         restarts: int = 0,
     ) -> None:
-        self.cfg, self._make, self._note = cfg, make, note
+        self.cfg, self._make, self.failures = cfg, make, failures
         obs = ("obs", np.uint8 if cfg.obs == "rgb" else np.float32, dict(cfg._require("obs_shape"))[cfg.obs])
         action = ("action", np.float32, (cfg._require("action_dim"),))
         results = [("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_), ("success", np.float64)]
@@ -104,6 +128,14 @@ class Workers:
         multiprocessing.util.Finalize(self, _close, (self._workers,), exitpriority=0)
         self._workers += [self._start(part.tolist()) for part in np.array_split(np.arange(cfg.num_envs), count)]
 
+    def begin(self) -> None:
+        """Return when every process has made its environments.
+
+        Raises:
+            ConfigError: a process cannot import the program, or make what the trainer could.
+        """
+        self._ask_all(lambda worker: ("begin",))
+
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
         """As `Environments.reset`."""
         parts = [[i for i in worker.indices if i in which] for worker in self._workers]
@@ -112,11 +144,15 @@ class Workers:
                 worker.tell("reset", part)
         told = time.monotonic()
         for k, part in enumerate(parts):
-            start = told
-            while part and not self._answered(k, start):
-                part = parts[k] = self._workers[k].indices
-                self._workers[k].tell("reset", part)
-                start = time.monotonic()
+            start, left = told, part
+            while left:
+                if self._answered(k, start):
+                    left = self._made_anew(k)
+                else:
+                    left = parts[k] = self._workers[k].indices
+                if left:
+                    start = time.monotonic()
+                    self._workers[k].tell("reset", left)
         return {i: self._rows["obs"][i].copy() for part in parts for i in part}
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
@@ -134,8 +170,9 @@ class Workers:
         start = time.monotonic()
         found: list[Step | None] = []
         for k in range(len(self._workers)):
-            answered = self._answered(k, start)
-            found += [self._result(i) if answered else None for i in self._workers[k].indices]
+            lost = self._made_anew(k) if self._answered(k, start) else self._workers[k].indices
+            found += [None if i in lost else self._result(i) for i in self._workers[k].indices]
+        self.failures.count(found)
         return found
 
     def states(self) -> list[EnvState | None]:
@@ -177,36 +214,75 @@ class Workers:
         _close(self._workers)
 
     def _start(self, indices: list[int]) -> _Worker:
-        seeds = {i: env_seed(self.cfg.seed, i, self.restarts) for i in indices}
+        seeds = {i: self._seed(i) for i in indices}
         ours, theirs = _spawn.Pipe()
         process = _spawn.Process(
             target=_work, args=(self.cfg, self._make, seeds, self._memory, self._row, theirs), daemon=True
         )
-        process.start()
+        try:
+            process.start()
+        except (pickle.PicklingError, AttributeError, TypeError) as e:
+            raise ConfigError(
+                f"config key 'env_workers': {self.cfg.task} cannot be made in another process ({e}), allowed: an "
+                "environment whose `make` is a function of a module, or env_workers=0"
+            ) from e
         theirs.close()  # the process has the only one: when it dies, our end is told
         return _Worker(indices, process, ours)
+
+    def _made_anew(self, k: int) -> list[int]:
+        """Have those environments of process k made anew that failed in what it just answered; returns what is lost."""
+        failed: _Failed = self._workers[k].answer
+        for i, (ours, line, trace) in failed.items():
+            self.failures.take(i, ours or EnvError(line), "" if ours else trace)
+            self._workers[k].tell("make_anew", i, self._seed(i))
+            if not self._answered(k, time.monotonic()):
+                return self._workers[k].indices
+        return list(failed)
+
+    def _seed(self, i: int) -> int:
+        return env_seed(self.cfg.seed, i, self.restarts + self.failures.dropped)
 
     def _answered(self, k: int, start: float) -> bool:
         """Wait for the answer of process k, due so long after `start`; if it fails, start it anew."""
         worker = self._workers[k]
         limit = ANSWER_SECONDS if worker.answered else START_SECONDS
         try:
-            if worker.pipe.poll(max(0.0, start + limit - time.monotonic())):
-                error, worker.answer = worker.pipe.recv()
+            while worker.pipe.poll(max(0.0, start + limit - time.monotonic())):
+                message = worker.pipe.recv()
+                if message == _BEGUN:
+                    worker.begun = True
+                    continue
+                error, worker.answer = message
                 if error is not None:
-                    raise EnvError(f"{self._name(worker)} raised\n{error}")
+                    raise self._error(worker, *error)
                 worker.answered = True
                 return True
             code, what = worker.end(patience=0.0), f"gave no answer in {limit:g} s and was killed"
         except (EOFError, OSError):
             code, what = worker.end(patience=_CLOSE_SECONDS), "died"
+        if not worker.begun and code is not None and code >= 0:
+            program = getattr(sys.modules["__main__"], "__file__", None) or "the program"
+            raise ConfigError(
+                f"config key 'env_workers': a worker process ended (exit code {code}) when it imported {program} anew, "
+                "allowed: a file that trains only under `if __name__ == '__main__':`, or env_workers=0"
+            )
         what = f"{self._name(worker)}: the process {what} (exit code {code})"
         if self.restarts == MOST_RESTARTS:
             raise EnvError(f"{what}; allowed: {MOST_RESTARTS} restarts a run")
         self.restarts += 1
-        self._note(f"{what}; its episodes are dropped, restart {self.restarts} of at most {MOST_RESTARTS}")
+        self.failures.note(f"{what}; its episodes are dropped, restart {self.restarts} of at most {MOST_RESTARTS}")
         self._workers[k] = self._start(worker.indices)
         return False
+
+    def _error(self, worker: _Worker, ours: Exception | None, line: str, trace: str) -> Exception:
+        """Return the error of a command that failed as a whole."""
+        if not worker.answered and isinstance(ours, ConfigError):
+            return ConfigError(
+                f"config key 'env_workers': worker processes cannot make what this one could: {line.rstrip('.')}. They "
+                "import the program anew, without what stands under `if __name__ == '__main__':`; allowed: registering "
+                "outside of that, task=MODULE:ID, or env_workers=0"
+            )
+        return EnvError(f"{self._name(worker)} raised\n{trace}")
 
     def _name(self, worker: _Worker) -> str:
         return f"{self.cfg.task}, environment {', '.join(map(str, worker.indices))}"
@@ -217,12 +293,30 @@ class Workers:
         return Step(row["obs"].copy(), float(row["reward"]), *flags, float(row["success"]))
 
 
+def leave_if_imported_anew() -> None:
+    """End this process where it is a worker that, for want of a guard, begins to train in its imports.
+
+    multiprocessing would refuse with a page of advice in every process; the trainer says it in a line.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(1)
+
+
 def _close(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.pipe.close()
     deadline = time.monotonic() + _CLOSE_SECONDS
     while workers:
         workers.pop().end(max(0.0, deadline - time.monotonic()))
+
+
+_Error = tuple[Exception | None, str, str]  # itself where it is ours and can be sent; in a line; where it came from
+_Failed = dict[int, _Error]
+
+
+def _portable(e: Exception) -> _Error:
+    ours = type(e)(*e.args) if isinstance(e, (EnvError, ConfigError)) else None
+    return ours, in_a_line(e), traceback.format_exc()
 
 
 class _Obey:
@@ -239,17 +333,37 @@ class _Obey:
     def origins(self) -> dict[int, Any]:
         return dict.fromkeys(self.envs)
 
-    def reset(self, which: Sequence[int]) -> None:
-        for i in which:
-            self.origins[i] = self.envs[i].random_state()
-            self._rows["obs"][i] = self.envs[i].reset()
+    def begin(self) -> list[int]:
+        return list(self.envs)
 
-    def step(self) -> None:
-        rows = self._rows
-        for i, env in self.envs.items():
-            found = step(env, rows["action"][i].copy())
+    def make_anew(self, i: int, seed: int) -> None:
+        close_all([self.envs[i]])
+        self.envs[i] = self._make(seed)
+
+    def reset(self, which: Sequence[int]) -> _Failed:
+        def begin(i: int) -> None:
+            self.origins[i] = self.envs[i].random_state()
+            self._rows["obs"][i] = reset(self.envs[i])
+
+        return self._each(which, begin)
+
+    def step(self) -> _Failed:
+        def decide(i: int) -> None:
+            found = step(self.envs[i], self._rows["action"][i].copy())
             for name, value in found._asdict().items():
-                rows[name][i] = value
+                self._rows[name][i] = value
+
+        return self._each(self.envs, decide)
+
+    def _each(self, which: Iterable[int], do: Callable[[int], None]) -> _Failed:
+        """Do it with these environments; returns the errors of those that failed."""
+        failed: _Failed = {}
+        for i in which:
+            try:
+                do(i)
+            except Exception as e:
+                failed[i] = _portable(e)
+        return failed
 
     def states(self) -> dict[int, EnvState]:
         return {i: EnvState(env.random_state(), self.origins[i]) for i, env in self.envs.items()}
@@ -274,6 +388,8 @@ def _work(
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the cores are the other environments'
+    with contextlib.suppress(OSError):  # a trainer that is gone already is noticed below
+        pipe.send(_BEGUN)
     obey = _Obey(functools.partial(make, cfg), seeds, np.frombuffer(memory, row))
     with contextlib.suppress(EOFError, ConnectionError):  # of the pipe: the trainer closed its end
         while True:
@@ -281,11 +397,10 @@ def _work(
             error = answer = None
             try:
                 answer = getattr(obey, name)(*args)
-            except Exception:
-                error = traceback.format_exc()
+            except Exception as e:
+                error = _portable(e)
             pipe.send((error, answer))
-    for env in obey.envs.values():
-        env.close()
+    close_all(obey.envs.values())
 
 
 def _leave_with_parent() -> None:

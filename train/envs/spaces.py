@@ -1,0 +1,199 @@
+"""Gymnasium's spaces, judged once: what a space cannot be used for is said before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tdmpc2_fast.errors import ConfigError
+
+from .answers import EnvError, array, number, unusable
+from .pixels import Images, is_image
+
+_COUNTED = 2**53  # integers up to which float64 tells one from the next
+
+
+class ActionSpace:
+    """How actions (A,) in [-1, 1] become those of a Box: -1, 0 and 1 exactly its low, middle and high.
+
+    Every action made is contained in the Box. Integers are rounded to the nearest; a dimension
+    whose bounds are equal is that constant. Boxes of several dimensions are filled in C order.
+
+    Args:
+        space: the environment's.
+        name: of the environment, for errors.
+
+    Raises:
+        ConfigError: no Box, or one that cannot be scaled to.
+    """
+
+    def __init__(self, space: Any, name: str) -> None:
+        import gymnasium
+
+        def refuse(what: str) -> ConfigError:
+            return ConfigError(f"config key 'task': {name!r} has the action space {space}; {what}")
+
+        if not isinstance(space, gymnasium.spaces.Box):
+            raise refuse("allowed: a Box with finite bounds")
+        self._shape, self._dtype = space.shape, space.dtype
+        low, high = (np.ravel(x).astype(np.float64) for x in (space.low, space.high))
+        if low.size == 0:
+            raise refuse("allowed: at least one dimension")
+        if not space.is_bounded() or not np.isfinite([low, high]).all():
+            raise refuse("allowed: finite bounds in every dimension")
+        if not (low <= high).all():
+            raise refuse("allowed: no lower bound above its upper one")
+        if (low == high).all():
+            raise refuse("all its dimensions are fixed, which leaves nothing to choose")
+        self._whole = self._dtype.kind in "biu"
+        if self._whole and max(-low.min(), high.max()) > _COUNTED:
+            raise refuse("allowed: integers of up to 2**53, which can be scaled to")
+        if (high - low).max() > np.finfo(np.float32).max:
+            raise refuse("allowed: bounds whose difference float32 can hold")
+        self._low, self._high = low, high
+        self._middle, self._half = low / 2 + high / 2, high / 2 - low / 2
+        self.size = int(low.size)
+        self.fixed = [int(i) for i in np.flatnonzero(low == high)]
+
+    def __call__(self, action: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the Box's action for one of (A,)."""
+        a = np.asarray(action, np.float64)
+        x = np.clip(self._middle + a * self._half, self._low, self._high)
+        if self._whole:
+            x = np.rint(x)
+        x = np.where(a <= -1, self._low, np.where(a >= 1, self._high, x))
+        return x.astype(self._dtype).reshape(self._shape)
+
+
+class ObservationSpace:
+    """How an environment's observations become float32 (n,) or, of images, uint8 (C, 64, 64).
+
+    Numbers are flattened in the order of `gymnasium.spaces.flatten`.
+
+    Args:
+        space: the environment's.
+        kind: `cfg.obs`.
+        name: of the environment, for errors.
+
+    Raises:
+        ConfigError: observations of another kind, or a part that has no fixed size.
+    """
+
+    def __init__(self, space: Any, kind: str, name: str) -> None:
+        def refuse(key: str, what: str) -> ConfigError:
+            return ConfigError(f"config key {key!r}: {name!r} has the observation space {space}; {what}")
+
+        self._parts = list(_parts(space))
+        images = [path for path, part in self._parts if is_image(part)]
+        others = [path for path, _ in self._parts if path not in images]
+        self._images: Images | None = None
+        if images and (others or len(images) > 1):
+            raise refuse(
+                "task",
+                f"allowed: one image, or numbers alone, and {_named(images[0])} is an image beside "
+                f"{_named((others or images[1:])[0])}; gymnasium.wrappers.FilterObservation keeps some of its parts",
+            )
+        if images and kind != "rgb":
+            raise refuse(
+                "obs",
+                "it observes images: set obs=rgb, or wrap it in gymnasium.wrappers.FlattenObservation to learn from "
+                "their pixels as plain numbers",
+            )
+        if kind == "rgb":
+            if not images:
+                raise refuse("obs", "got 'rgb', and it observes no images, allowed: obs=state")
+            self._images = Images(self._parts[0][1])
+            self.shape: tuple[int, ...] = self._images.shape
+            return
+        size = 0
+        for path, part in self._parts:
+            if not _has_fixed_size(part):
+                raise refuse("task", f"{_named(path)} ({part}) has no fixed size and cannot be flattened into numbers")
+            size += _flat_size(part)
+        if size == 0:
+            raise refuse("task", "allowed: at least one number")
+        self.shape = (size,)
+
+    @property
+    def flattened(self) -> tuple[int, ...] | None:
+        """The shape of the one Box of several dimensions that is flattened; None where there is no such thing."""
+        shape = self._parts[0][1].shape if len(self._parts) == 1 else None
+        return shape if self._images is None and shape is not None and len(shape) > 1 else None
+
+    def __call__(self, obs: Any, first: bool) -> NDArray[Any]:
+        """Return an observation as models take it; `first`: it begins an episode.
+
+        Raises:
+            EnvError: it is none of this space.
+        """
+        found = [(part, *_at(obs, path)) for path, part in self._parts]
+        if self._images is not None:
+            _, value, field = found[0]
+            return self._images(value, field, first)
+        return np.concatenate([_flat(part, value, field) for part, value, field in found])
+
+
+def _parts(space: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield path and space of every part of a Dict or Tuple, in order; of another space, itself."""
+    import gymnasium
+
+    if isinstance(space, gymnasium.spaces.Dict):
+        inner: Any = space.spaces.items()
+    elif isinstance(space, gymnasium.spaces.Tuple):
+        inner = enumerate(space.spaces)
+    else:
+        yield path, space
+        return
+    for key, part in inner:
+        yield from _parts(part, (*path, key))
+
+
+def _named(path: tuple[Any, ...]) -> str:
+    return f"its part {'/'.join(map(str, path))!r}" if path else "it"
+
+
+def _has_fixed_size(part: Any) -> bool:
+    try:
+        return bool(part.is_np_flattenable)
+    except (AttributeError, NotImplementedError):  # no space at all, or one of somebody's own
+        return False
+
+
+def _flat_size(part: Any) -> int:
+    import gymnasium
+
+    return int(gymnasium.spaces.utils.flatdim(part))
+
+
+def _at(obs: Any, path: tuple[Any, ...]) -> tuple[Any, str]:
+    """Return what lies at a path in an observation, and the name of that field."""
+    field = "observation"
+    for key in path:
+        try:
+            obs = obs[key]
+        except (KeyError, IndexError, TypeError) as e:
+            raise unusable(field, obs, f"one with the part {key!r}") from e
+        field += f"[{key!r}]"
+    return obs, field
+
+
+def _flat(part: Any, value: Any, field: str) -> NDArray[np.float32]:
+    """Return a part of an observation as numbers, float32 (n,)."""
+    import gymnasium
+
+    spaces = gymnasium.spaces
+    if isinstance(part, spaces.Box):
+        return array(value, part.shape, np.float32, field).ravel()
+    if isinstance(part, spaces.Discrete):
+        value = int(number(value, field))
+    elif isinstance(part, (spaces.MultiBinary, spaces.MultiDiscrete)):
+        value = array(value, part.shape, part.dtype, field)
+    try:
+        return np.asarray(spaces.utils.flatten(part, value), np.float32).ravel()
+    except EnvError:
+        raise
+    except Exception as e:  # each space has errors of its own for what is not in it
+        raise unusable(field, value, f"one of {part}") from e
