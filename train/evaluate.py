@@ -17,7 +17,6 @@ from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.rng import stream_seed
 
 from .envs import make_env
-from .envs.answers import EnvError
 from .envs.base import Array, Env, Failures, close_all, reset, step
 from .stop import Stop
 from .video import Film
@@ -66,7 +65,7 @@ class Evaluator:
         video: Path | None = None,
         warn: Callable[[str], None] = print,
     ) -> Evaluation:
-        """Play the episodes; more than fit side by side are played in rounds.
+        """Play the episodes; more than fit side by side are played in rounds, and so are others for those dropped.
 
         Args:
             stop: asked after every decision.
@@ -79,17 +78,15 @@ class Evaluator:
         """
         found: list[tuple[float, float, int]] = []
         failures = Failures(self.cfg, warn)
-        rounds, length = -(-self.cfg.eval_episodes // len(self.envs)), self.envs[0].max_episode_steps
-        for i in range(rounds):
+        count, length = self.cfg.eval_episodes, self.envs[0].max_episode_steps
+        rounds = -(-count // len(self.envs))
+        for i in itertools.takewhile(lambda _: len(found) < count, itertools.count()):
             with Film(None if i else video, self.envs[0], warn) as film:
                 for done in self._round(film, found, failures):
-                    busy(i * length + done, rounds * length)
+                    busy(i * length + done, max(rounds, i + 1) * length)
                     if stop is not None:
                         stop.check()
-        kept = found[: self.cfg.eval_episodes]
-        if not kept:
-            raise EnvError(f"{self.cfg.task}: the environment failed in every episode of an evaluation")
-        returns, successes, lengths = (list(x) for x in zip(*kept, strict=True))
+        returns, successes, lengths = (list(x) for x in zip(*found[:count], strict=True))
         return Evaluation(returns, successes, lengths)
 
     def _round(self, film: Film, found: list[tuple[float, float, int]], failures: Failures) -> Iterator[int]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import BackendError
+from tdmpc2_fast.errors import BackendError, ConfigError
 from tdmpc2_fast.rng import stream_seed
 
 from .answers import EnvError, array, finite, flag, number, success
@@ -230,6 +230,7 @@ class Failures:
         if self.cfg.on_env_error == "stop":
             if isinstance(error, EnvError):
                 raise EnvError(f"{where} raised\n{trace}" if trace else f"{where}: {error}")
+            error.add_note(f"{where} raised it; on_env_error=drop goes on without such episodes")
             raise error
         most = _MOST_DROPPED + self.ended // 10
         if self.dropped >= most:
@@ -245,4 +246,4 @@ class Failures:
 def in_a_line(error: Exception) -> str:
     """Return what an error says in a line; of others' errors, their kind, too."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, EnvError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (EnvError, ConfigError)) else f"{type(error).__name__}: {text}"

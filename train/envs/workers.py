@@ -214,6 +214,9 @@ class Workers:
         _close(self._workers)
 
     def _start(self, indices: list[int]) -> _Worker:
+        program = sys.modules["__main__"]
+        if program.__spec__ is None and not os.path.exists(getattr(program, "__file__", "") or os.curdir):
+            raise _cannot_import("cannot import")  # what was read from standard input is gone
         seeds = {i: self._seed(i) for i in indices}
         ours, theirs = _spawn.Pipe()
         process = _spawn.Process(
@@ -261,11 +264,7 @@ class Workers:
         except (EOFError, OSError):
             code, what = worker.end(patience=_CLOSE_SECONDS), "died"
         if not worker.begun and code is not None and code >= 0:
-            program = getattr(sys.modules["__main__"], "__file__", None) or "the program"
-            raise ConfigError(
-                f"config key 'env_workers': a worker process ended (exit code {code}) when it imported {program} anew, "
-                "allowed: a file that trains only under `if __name__ == '__main__':`, or env_workers=0"
-            )
+            raise _cannot_import(f"ended (exit code {code}) when it imported")
         what = f"{self._name(worker)}: the process {what} (exit code {code})"
         if self.restarts == MOST_RESTARTS:
             raise EnvError(f"{what}; allowed: {MOST_RESTARTS} restarts a run")
@@ -278,7 +277,7 @@ class Workers:
         """Return the error of a command that failed as a whole."""
         if not worker.answered and isinstance(ours, ConfigError):
             return ConfigError(
-                f"config key 'env_workers': worker processes cannot make what this one could: {line.rstrip('.')}. They "
+                f"config key 'env_workers': worker processes cannot make what this one could ({line}). They "
                 "import the program anew, without what stands under `if __name__ == '__main__':`; allowed: registering "
                 "outside of that, task=MODULE:ID, or env_workers=0"
             )
@@ -291,6 +290,14 @@ class Workers:
         row = self._rows[i]
         flags = bool(row["terminated"]), bool(row["truncated"])
         return Step(row["obs"].copy(), float(row["reward"]), *flags, float(row["success"]))
+
+
+def _cannot_import(what: str) -> ConfigError:
+    program = getattr(sys.modules["__main__"], "__file__", None) or "the program"
+    return ConfigError(
+        f"config key 'env_workers': a worker process {what} {program} anew, allowed: a file that trains only under "
+        "`if __name__ == '__main__':`, or env_workers=0"
+    )
 
 
 def leave_if_imported_anew() -> None:
@@ -400,7 +407,8 @@ def _work(
             except Exception as e:
                 error = _portable(e)
             pipe.send((error, answer))
-    close_all(obey.envs.values())
+    if "envs" in obey.__dict__:
+        close_all(obey.envs.values())
 
 
 def _leave_with_parent() -> None:

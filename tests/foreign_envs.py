@@ -1,0 +1,442 @@
+"""Gymnasium environments as people have them, each strange in one way; imported by its name, as theirs are."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+
+
+class Plain(gym.Env[Any, Any]):
+    """Three numbers that decay; its constructor takes nothing, as in most tutorials."""
+
+    observation_space: Any = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space: Any = spaces.Box(-1, 1, (1,), np.float32)
+    seen: ClassVar[list[Any]] = []  # the actions of the last episode
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.t = 0
+        self.x = self.draw(seed)
+        self.seen.clear()
+        return self.observe(), {}
+
+    def draw(self, seed: int | None) -> Any:
+        return self.np_random.normal(size=3)
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.seen.append(action)
+        self.t += 1
+        self.x = 0.9 * self.x + 0.1 * float(np.asarray(action, np.float64).ravel()[0])
+        return self.observe(), self.reward(), self.ends(), False, self.info()
+
+    def observe(self) -> Any:
+        return self.x.astype(np.float32)
+
+    def reward(self) -> Any:
+        return -float(np.square(self.x).sum())
+
+    def ends(self) -> Any:
+        return False
+
+    def info(self) -> Any:
+        return {}
+
+
+# ---- constructors and metadata
+
+
+class ModesWithoutArgument(Plain):
+    """Says that it draws, and takes no `render_mode`."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array"], "render_fps": None}
+
+
+class SwallowsArguments(Plain):
+    """Hands its arguments to a base that takes none."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+class WithoutModes(Plain):
+    metadata: ClassVar[Any] = {}
+
+
+class Draws(Plain):
+    """Draws; frame rate 0, a list of frames."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 0}
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def render(self) -> Any:
+        return [np.zeros((20, 30, 3), np.uint8), np.full((20, 30, 3), 255, np.uint8)]
+
+
+class Settings(Plain):
+    def __init__(self, gain: float = 1.0, ranges: Any = (0, 1), parts: Any = None) -> None:
+        self.gain, self.ranges, self.parts = gain, ranges, parts
+
+    def reward(self) -> Any:
+        return float(self.gain)
+
+
+class ByFunction(Plain):
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+
+def make_it(**kwargs: Any) -> ByFunction:
+    return ByFunction(**kwargs)
+
+
+def make_limited() -> Any:
+    return gym.wrappers.TimeLimit(Plain(), 12)
+
+
+# ---- what is drawn from
+
+
+class OldRandom(Plain):
+    def draw(self, seed: int | None) -> Any:
+        if seed is not None or not hasattr(self, "x"):
+            self.np_random: Any = np.random.RandomState(seed)
+        return self.np_random.normal(size=3)
+
+
+class OtherBits(Plain):
+    def draw(self, seed: int | None) -> Any:
+        if seed is not None or not hasattr(self, "x"):
+            self.np_random = np.random.Generator(np.random.SFC64(seed))
+        return self.np_random.normal(size=3)
+
+
+class PythonsRandom(Plain):
+    def draw(self, seed: int | None) -> Any:
+        if seed is not None or not hasattr(self, "x"):
+            self.np_random: Any = random.Random(seed)
+        return np.array([self.np_random.gauss(0, 1) for _ in range(3)])
+
+
+class Untold(Plain):
+    def draw(self, seed: int | None) -> Any:
+        self.np_random: Any = object()
+        return np.ones(3)
+
+
+# ---- numbers, flags, observations, in other forms
+
+
+class InArrays(Plain):
+    def reward(self) -> Any:
+        return np.array([-1.0])
+
+    def ends(self) -> Any:
+        return np.array([False])
+
+    def info(self) -> Any:
+        return {"is_success": np.array([True])}
+
+
+class InTensors(Plain):
+    def observe(self) -> Any:
+        return torch.from_numpy(self.x).requires_grad_()
+
+    def reward(self) -> Any:
+        return torch.tensor(-1.0, requires_grad=True)
+
+    def ends(self) -> Any:
+        return torch.tensor(0)
+
+    def info(self) -> Any:
+        return {"success": torch.tensor([1.0], dtype=torch.bfloat16)}
+
+
+class InLists(Plain):
+    def observe(self) -> Any:
+        return [float(v) for v in self.x]
+
+    def reward(self) -> Any:
+        return np.int64(-1)
+
+    def info(self) -> Any:
+        return {"success": None}
+
+
+class Column(Plain):
+    def observe(self) -> Any:
+        return self.x.reshape(3, 1)
+
+    def info(self) -> Any:
+        return None
+
+
+class Batch(Plain):
+    def observe(self) -> Any:
+        return self.x.reshape(1, 3).astype(np.float16)
+
+
+class OneBuffer(Plain):
+    """Gives the same array every time."""
+
+    def observe(self) -> Any:
+        if not hasattr(self, "out"):
+            self.out = np.zeros(3, np.float32)
+        self.out[:] = self.x
+        return self.out
+
+
+class NoReward(Plain):
+    def reward(self) -> Any:
+        return None
+
+
+class TwoRewards(Plain):
+    def reward(self) -> Any:
+        return np.array([1.0, 2.0])
+
+
+class RewardInWords(Plain):
+    def reward(self) -> Any:
+        return "1.0"
+
+
+class NoFlag(Plain):
+    def ends(self) -> Any:
+        return None
+
+
+class SuccessInWords(Plain):
+    def info(self) -> Any:
+        return {"success": "yes"}
+
+
+class InfoInAList(Plain):
+    def info(self) -> Any:
+        return ["success"]
+
+
+class FourValues(Plain):
+    def step(self, action: Any) -> Any:
+        obs, reward, done, _, info = super().step(action)
+        return obs, reward, done, info
+
+
+class NoInfoAtReset(Plain):
+    def reset(self, **kwargs: Any) -> Any:
+        return super().reset(**kwargs)[0]
+
+
+class Ragged(Plain):
+    def observe(self) -> Any:
+        return [1.0, [2.0, 3.0]]
+
+
+class TooMany(Plain):
+    def observe(self) -> Any:
+        return np.zeros(4)
+
+
+class NoObservation(Plain):
+    def observe(self) -> Any:
+        return None
+
+
+class TooLarge(Plain):
+    """Beyond float32, in which a reward is kept."""
+
+    def reward(self) -> Any:
+        return 1e39
+
+
+class NoNumber(Plain):
+    def observe(self) -> Any:
+        return np.array([0, np.nan, 0])
+
+
+# ---- action spaces
+
+
+def acting(name: str, space: Any) -> type[Plain]:
+    return type(name, (Plain,), {"action_space": space})
+
+
+HALVES = spaces.Box(np.array([-1, 0, 5]), np.array([1, 0, 7]), dtype=np.float64)
+ACTIONS = dict(
+    Integers=spaces.Box(0, 10, (1,), np.int64),
+    Bytes=spaces.Box(0, 255, (2,), np.uint8),
+    Switch=spaces.Box(0, 1, (2,), bool),
+    PartlyFixed=spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32)),
+    Uneven=HALVES,
+    Tiny=spaces.Box(-1e-30, 1e8, (2,), np.float32),
+    Half=spaces.Box(-0.1, 0.3, (3,), np.float16),
+    Grid=spaces.Box(-2, 2, (2, 3), np.float32),
+    Scalar=spaces.Box(-2, 2, (), np.float32),
+)
+REFUSED_ACTIONS = dict(
+    Discrete=spaces.Discrete(3),
+    ActionsInParts=spaces.Dict(a=spaces.Box(-1, 1, (1,))),
+    Unbounded=spaces.Box(-np.inf, np.inf, (1,), np.float32),
+    HalfBounded=spaces.Box(np.array([-1, 0], np.float32), np.array([np.inf, 1], np.float32)),
+    Overflowing=spaces.Box(-3.4e38, 3.4e38, (1,), np.float32),
+    Countless=spaces.Box(0, 2**60, (1,), np.int64),
+    AllFixed=spaces.Box(1, 1, (2,), np.float32),
+    Empty=spaces.Box(-1, 1, (0,), np.float32),
+)
+for _name, _space in {**ACTIONS, **REFUSED_ACTIONS}.items():
+    globals()[_name] = acting(_name, _space)
+
+
+# ---- observations of other kinds
+
+
+class Picture(Plain):
+    observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+
+    def observe(self) -> Any:
+        return np.full(self.observation_space.shape, 40 + self.t, np.uint8)
+
+
+class ChannelsFirst(Picture):
+    observation_space = spaces.Box(0, 255, (3, 84, 96), np.uint8)
+
+
+class Stacked(Picture):
+    observation_space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+
+
+class StackedColours(Picture):
+    observation_space = spaces.Box(0, 255, (2, 48, 64, 3), np.uint8)
+
+
+class Grey(Picture):
+    observation_space = spaces.Box(0, 255, (30, 40), np.uint8)
+
+
+class Shares(Picture):
+    """From 0 to 1."""
+
+    observation_space = spaces.Box(0, 1, (32, 32, 3), np.float32)
+
+    def observe(self) -> Any:
+        return np.full((32, 32, 3), 0.2, np.float32)
+
+
+class OnePart(Picture):
+    observation_space = spaces.Dict(pixels=spaces.Box(0, 255, (64, 64, 3), np.uint8))
+
+    def observe(self) -> Any:
+        return {"pixels": np.full((64, 64, 3), 40 + self.t, np.uint8), "more": None}
+
+
+class CameraAndNumbers(Plain):
+    observation_space = spaces.Dict(camera=spaces.Box(0, 255, (64, 64, 3), np.uint8), speed=spaces.Box(-1, 1, (2,)))
+
+
+class Parts(Plain):
+    observation_space = spaces.Dict(
+        place=spaces.Box(-1, 1, (2, 2)),
+        mode=spaces.Discrete(3, start=5),
+        more=spaces.Tuple([spaces.MultiBinary(2), spaces.MultiDiscrete([2, 3])]),
+    )
+
+    def observe(self) -> Any:
+        return {"place": [[1, 2], [3, 4]], "mode": np.array([6]), "more": ([0, 1], np.array([1, 2]))}
+
+
+class MissingPart(Parts):
+    def observe(self) -> Any:
+        return {"place": [[1, 2], [3, 4]], "mode": 6}
+
+
+class WordsInParts(Plain):
+    observation_space = spaces.Dict(
+        speed=spaces.Box(-1, 1, (2,)), inner=spaces.Dict(log=spaces.Sequence(spaces.Discrete(2)))
+    )
+
+
+# ---- rewards and lengths that are hard to learn from
+
+
+class Huge(Plain):
+    def reward(self) -> Any:
+        return 1e6 if self.t % 10 == 0 else 0.0
+
+
+class Piling(Plain):
+    """No reward is beyond the bins, and what they add up to is."""
+
+    def reward(self) -> Any:
+        return 5_000.0
+
+
+class OneStep(Plain):
+    def ends(self) -> Any:
+        return True
+
+
+class Ends(Plain):
+    def ends(self) -> Any:
+        return self.t >= 7
+
+
+# ---- failures
+
+
+class Diverges(Plain):
+    """Once in a while."""
+
+    steps = 0
+
+    def step(self, action: Any) -> Any:
+        type(self).steps += 1
+        if self.steps % 33 == 0:
+            raise FloatingPointError("the simulation diverged")
+        return super().step(action)
+
+
+class DivergesSilently(Plain):
+    steps = 0
+
+    def reward(self) -> Any:
+        type(self).steps += 1
+        return float("nan") if self.steps % 33 == 0 else 1.0
+
+
+class FailsAtReset(Plain):
+    resets = 0
+
+    def reset(self, **kwargs: Any) -> Any:
+        type(self).resets += 1
+        if self.resets % 4 == 3:
+            raise OSError("no scene")
+        return super().reset(**kwargs)
+
+
+class AlwaysFails(Plain):
+    def step(self, action: Any) -> Any:
+        raise FloatingPointError("the simulation diverged")
+
+
+class CannotClose(Plain):
+    def close(self) -> None:
+        raise OSError("the simulator is gone already")
+
+
+for _name, _class in list(globals().items()):
+    if isinstance(_class, type) and issubclass(_class, Plain):
+        gym.register(f"Foreign{_name}-v0", entry_point=_class, max_episode_steps=10 if _name == "OneStep" else 20)
+gym.register("ForeignFunction-v0", entry_point=make_it, max_episode_steps=20)
+gym.register("ForeignLambda-v0", entry_point=lambda: Plain(), max_episode_steps=20)
+gym.register("ForeignLimited-v0", entry_point=make_limited)
+gym.register("ForeignUnversioned", entry_point=Plain, max_episode_steps=20)
+gym.register("ForeignEndless-v0", entry_point=Plain)
