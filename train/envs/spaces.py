@@ -34,7 +34,7 @@ class ActionSpace:
         import gymnasium
 
         def refuse(what: str) -> ConfigError:
-            return ConfigError(f"config key 'task': {name!r} has the action space {space}; {what}")
+            return ConfigError(f"config key 'task': {name!r} has the action space {_in_a_line(space)}; {what}")
 
         if not isinstance(space, gymnasium.spaces.Box):
             raise refuse("allowed: a Box with finite bounds")
@@ -84,7 +84,7 @@ class ObservationSpace:
 
     def __init__(self, space: Any, kind: str, name: str) -> None:
         def refuse(key: str, what: str) -> ConfigError:
-            return ConfigError(f"config key {key!r}: {name!r} has the observation space {space}; {what}")
+            return ConfigError(f"config key {key!r}: {name!r} has the observation space {_in_a_line(space)}; {what}")
 
         self._parts = list(_parts(space))
         images = [path for path, part in self._parts if is_image(part)]
@@ -111,7 +111,10 @@ class ObservationSpace:
         size = 0
         for path, part in self._parts:
             if not _has_fixed_size(part):
-                raise refuse("task", f"{_named(path)} ({part}) has no fixed size and cannot be flattened into numbers")
+                raise refuse(
+                    "task",
+                    f"{_named(path)} ({_in_a_line(part)}) has no fixed size and cannot be flattened into numbers",
+                )
             size += _flat_size(part)
         if size == 0:
             raise refuse("task", "allowed: at least one number")
@@ -149,6 +152,10 @@ def _parts(space: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
         return
     for key, part in inner:
         yield from _parts(part, (*path, key))
+
+
+def _in_a_line(space: Any) -> str:
+    return " ".join(str(space).split())
 
 
 def _named(path: tuple[Any, ...]) -> str:
