@@ -66,9 +66,9 @@ class Scripted:
         pass
 
 
-def config(count: int, seed: int = 1) -> Config:
+def config(count: int, seed: int = 1, **changes: Any) -> Config:
     """For so many of them."""
-    return Config(num_envs=count, seed=seed).with_env({"state": (4,)}, 2, 5)
+    return Config(num_envs=count, seed=seed, **changes).with_env({"state": (4,)}, 2, 5)
 
 
 def make(cfg: Config, seed: int) -> Scripted:

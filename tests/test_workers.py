@@ -20,6 +20,7 @@ from scripted_env import DIE, HANG, NORMAL, RAISE, SYSTEM_EXIT, config
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.benchmarks import stand_in
+from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.envs import workers
 from tdmpc2_fast.train.envs.base import Environments, Failures, env_seed
 from tdmpc2_fast.train.envs.together import InProcess, environments
@@ -392,3 +393,89 @@ def test_numbers_that_are_none_end_the_run_and_name_the_environment(
         trainer.run()  # already in the first evaluation
     saved = [p.name for p in (tmp_path / "run/checkpoints").glob("0*")]
     assert saved == ["0001-at-0"]  # it is the one before the evaluation, with all that belongs to it
+
+
+PROGRAM = """
+import sys
+import gymnasium, foreign_envs
+from tdmpc2_fast.train.cli import main
+{register}
+{guard}
+    {register_late}
+    sys.exit(main({words}))
+"""
+REGISTER = "gymnasium.register('OfTheProgram-v0', foreign_envs.Plain, max_episode_steps=20)"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("without a guard", "a worker process ended (exit code 1) when it imported"),
+        ("registered under the guard", "worker processes cannot make what this one could"),
+        ("from standard input", "a worker process cannot import <stdin> anew"),
+        ("well", ""),
+    ],
+)
+def test_what_workers_cannot_import_is_explained_in_a_line_and_not_tried_again(
+    how: str, words: str, tmp_path: Path
+) -> None:
+    late = how == "registered under the guard"
+    program = PROGRAM.format(
+        register="" if late else REGISTER,
+        guard="if True:" if how == "without a guard" else "if __name__ == '__main__':",
+        register_late=REGISTER if late else "pass",
+        words=["train", "task=OfTheProgram-v0", "num_envs=2", *(f"{k}={v}" for k, v in FEW.items())],
+    )
+    (tmp_path / "program.py").write_text(program)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-" if how == "from standard input" else "program.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, input=program, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert "Traceback" not in done.stderr
+    if how == "well":
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: config key 'env_workers': ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "env_workers=0" in errors[0]
+    assert "restart" not in done.stderr
+    assert not list(tmp_path.glob("runs/OfTheProgram-v0/*/*"))  # nothing came of it
+
+
+FEW = dict(
+    TINY,
+    iterations=1,
+    num_samples=16,
+    num_elites=4,
+    seed_steps=45,
+    steps=60,
+    eval_episodes=1,
+    device="cpu",
+    num_threads=1,
+)
+
+
+def test_a_function_that_no_process_can_import_is_refused(made: Made) -> None:
+    with pytest.raises(ConfigError, match="cannot be made in another process"):
+        made(1, 1, make=lambda cfg, seed: None)
+
+
+def test_of_environments_that_fail_in_a_process_the_others_go_on(made: Made) -> None:
+    envs = made(3, 2, on_env_error="drop")
+    envs.reset([0, 1, 2])
+    act(envs, NORMAL, NORMAL, NORMAL)
+    found = act(envs, RAISE, NORMAL, NORMAL)
+    assert [step is None for step in found] == [True, False, False]
+    assert [s.obs[2] for s in found[1:]] == [2, 2]
+    assert envs.failures.dropped == 1
+    assert (
+        "walker-walk, environment 0: ZeroDivisionError: the physics are broken; the episode is dropped" in made.notes[0]
+    )
+    new = envs.reset([0])
+    assert list(new) == [0]
+    assert new[0][0] == np.float32(env_seed(1, 0, restart=1) % 1000)  # a stream of its own
+    assert [s.obs[2] for s in act(envs, NORMAL, NORMAL, NORMAL)] == [1, 3, 3]
+    assert envs.restarts == 0  # no process was lost
