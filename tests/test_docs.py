@@ -98,8 +98,8 @@ def run(folder: Path, *words: str) -> str:
 def test_the_environment_of_the_page(tmp_path: Path) -> None:
     """Trained in worker processes, stopped half-way, gone on with as if it had not been; tried as the page says."""
     programs = [b for b in blocks(ROOT / "docs" / "environments.md", "python") if "my_environments" not in b]
-    (tmp_path / "dot.py").write_text(programs[0])
-    (tmp_path / "try_it.py").write_text(programs[1])
+    (tmp_path / "dot.py").write_text(programs[1])
+    (tmp_path / "try_it.py").write_text(programs[2])
     run(tmp_path, "try_it.py")
     keys = [*SMALL.split(), "task=dot-reach", "num_envs=2", "seed_steps=60", "eval_episodes=1"]
     shown = run(tmp_path, "dot.py", "train", *keys, "work_dir=whole", "steps=150", "eval_freq=75", "save_video=true")
