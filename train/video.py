@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tdmpc2_fast.errors import InputError
 
 from .envs.base import Env, RenderError
 
+_SECONDS = 2.0  # a film is at least so long
+_PER_SECOND = 25.0  # pictures a film has about: more are not seen, and each costs a drawing
+_USUAL_RATE = 30.0  # where an environment tells no rate
+_CHANNELS = (1, 3, 4)
 _NEEDS = "pip install 'tdmpc2-fast[train]' brings an ffmpeg with libx264; IMAGEIO_FFMPEG_EXE names another one"
 
 
@@ -89,7 +97,7 @@ class VideoWriter:
         try:
             self._writer.append_data(_captioned(frame, caption) if caption else frame)
         except (OSError, RuntimeError) as e:
-            raise RenderError(f"{self.path}: ffmpeg ended: {e}; {_NEEDS}") from e
+            raise RenderError(f"ffmpeg ended: {str(e).splitlines()[0]}; {_NEEDS}") from e
         self.frames += 1
 
     def __exit__(
@@ -101,8 +109,8 @@ class VideoWriter:
             if error is None:
                 if not self.frames:
                     raise InputError(f"{self.path}: no video without a frame")
-                if not self._partial.exists() or not self._partial.stat().st_size:
-                    raise RenderError(f"{self.path}: ffmpeg wrote nothing; {_NEEDS}")
+                if not self._partial.exists() or not _whole(self._partial):
+                    raise RenderError(f"ffmpeg did not finish the file; is the disk full? {_NEEDS}")
                 os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
@@ -111,6 +119,10 @@ class VideoWriter:
 class Film:
     """A video of an environment that is no reason to end a run: where it fails, `warn` is told once.
 
+    It runs at the environment's own speed, slower where a whole episode would be over in less than two seconds
+    (its caption says so), and holds its last picture until they are over. Of environments that act often, not
+    every decision is drawn.
+
     Args:
         path: as of `VideoWriter`, replaced if taken; None films nothing.
         env: the environment.
@@ -118,43 +130,121 @@ class Film:
     """
 
     def __init__(self, path: Path | None, env: Env, warn: Callable[[str], None]) -> None:
-        self._env, self._warn = env, warn
+        self._path, self._env, self._warn = path, env, warn
         self._video: VideoWriter | None = None
-        if path is not None:
-            self._video = VideoWriter(path, env.frames_per_second, overwrite=True)
+        self._every, self._speed = 1, ""
+        self._added = 0
+        self._caption: str | None = None  # of what was added last and not drawn
+        self._drawn: tuple[NDArray[np.uint8], str] | None = None
 
     def __enter__(self) -> Film:
         """Begin."""
-        if self._video is not None:
+        if self._path is not None:
             try:
-                self._video.__enter__()
-            except (RenderError, OSError) as e:
-                self._video = None
-                self._warn(f"no video: {e}")
+                self._begin(self._path)
+            except Exception as e:
+                self._fail(e)
         return self
 
+    def _begin(self, path: Path) -> None:
+        told = getattr(self._env, "frames_per_second", None)
+        rate = told if isinstance(told, (int, float, np.number)) and 0 < told < math.inf else _USUAL_RATE
+        if rate != told:
+            self._warn(f"the environment has no frame rate ({told}): it is filmed at {rate:.0f} decisions a second")
+        speed = min(1.0, self._env.max_episode_steps / float(rate) / _SECONDS)
+        self._speed = f"   at {speed:.2g} of its speed" if speed < 1 else ""
+        self._every = max(1, round(speed * rate / _PER_SECOND))
+        self._video = VideoWriter(path, float(speed * rate / self._every), overwrite=True).__enter__()
+
     def add(self, caption: str) -> None:
-        """A frame of the environment as it is now."""
+        """The environment as it is now, one decision after the last one."""
         if self._video is not None:
-            try:
-                self._video.add(self._env.render(), caption)
-            except Exception as e:  # drivers raise what they like
-                self.__exit__(type(e), e, e.__traceback__)
-                self._warn(f"no video: {e}")
+            self._caption = caption
+            if self._added % self._every == 0:
+                try:
+                    self._draw(self._video)
+                except Exception as e:  # drivers raise what they like
+                    self._fail(e)
+            self._added += 1
+
+    def _draw(self, video: VideoWriter) -> None:
+        """What was added last."""
+        picture = rgb(self._env.render())
+        if self._drawn is not None and picture.shape != self._drawn[0].shape:
+            picture = _fitted(picture, self._drawn[0].shape)
+        self._drawn, self._caption = (picture, f"{self._caption}{self._speed}"), None
+        video.add(*self._drawn)
+
+    def _fail(self, error: Exception) -> None:
+        video, self._video = self._video, None
+        if video is not None:
+            with suppress(Exception):  # what it follows from is told
+                video.__exit__(type(error), error, error.__traceback__)
+        self._warn(f"no video: {error}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Complete the video, or leave none where an exception ended the block."""
-        try:
-            self._end(kind, error, trace)
-        except (RenderError, OSError) as e:
-            self._warn(f"no video: {e}")
+        if self._video is not None:
+            try:
+                if error is None:
+                    self._end(self._video)
+                self._video.__exit__(kind, error, trace)
+            except Exception as e:
+                self._fail(e)
+            self._video = None
 
-    def _end(self, *error: Any) -> None:
-        video, self._video = self._video, None
-        if video is not None:
-            video.__exit__(*error)
+    def _end(self, video: VideoWriter) -> None:
+        if self._caption is not None:
+            self._draw(video)
+        while self._drawn is not None and video.frames < _SECONDS * video.frames_per_second:
+            video.add(*self._drawn)
+
+
+def rgb(frame: Any) -> NDArray[np.uint8]:
+    """A picture (height, width, 3), uint8, of what a renderer returned: an array, a tensor, or a list of them.
+
+    Grey and transparent pictures, channels in front, a batch or a list (of which the last one counts), truth values
+    and floats from 0 to 1 are understood.
+
+    Raises:
+        InputError: anything else.
+    """
+    if isinstance(frame, (list, tuple)):
+        frame = frame[-1] if frame else None
+    x = np.asarray(frame.detach().cpu() if isinstance(frame, torch.Tensor) else frame)
+    x = x[-1] if x.ndim == 4 and len(x) else x[..., None] if x.ndim == 2 else x
+    if x.ndim == 3 and x.shape[2] not in _CHANNELS and x.shape[0] in _CHANNELS:
+        x = x.transpose(1, 2, 0)
+    if x.ndim != 3 or x.shape[2] not in _CHANNELS or not x.size or x.dtype.kind not in "buif":
+        came = None if frame is None else f"{x.dtype} {x.shape}"
+        raise InputError(f"frame: got {came}, allowed: a picture (height, width, 3) of uint8")
+    if x.dtype != np.uint8:
+        unit = x.dtype.kind == "b" or (x.dtype.kind == "f" and not (x > 1).any())
+        x = np.nan_to_num(x.astype(np.float32) * (255 if unit else 1)).clip(0, 255).round().astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:2], 3)) if x.shape[2] == 1 else x[..., :3])
+
+
+def _fitted(picture: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The picture as large as fits into (height, width, 3), in the middle of it."""
+    from PIL import Image, ImageOps
+
+    return np.asarray(ImageOps.pad(Image.fromarray(picture), (shape[1], shape[0])))
+
+
+def _whole(path: Path) -> bool:
+    """Whether the boxes of an mp4 add up to its size: what an ffmpeg that died leaves does not."""
+    size, at, names = path.stat().st_size, 0, set()
+    with open(path, "rb") as f:
+        while 0 <= at < size:
+            f.seek(at)
+            head = f.read(16).ljust(16, b"\0")
+            length, name = struct.unpack(">I4s", head[:8])
+            length = struct.unpack(">Q", head[8:])[0] if length == 1 else length
+            names.add(name)
+            at = at + length if length >= 8 else -1
+    return at == size and {b"moov", b"mdat"} <= names
 
 
 def _captioned(frame: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
