@@ -34,7 +34,11 @@ from tdmpc2_fast.train.curves import (
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from tdmpc2_fast.train.plots import draw, format_step, plot_runs, x_axis
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import FillBetweenPolyCollection, LineCollection
+
+from tdmpc2_fast.train.plots import _STYLE, draw, format_step, plot_runs, x_axis, y_limits
 
 
 def csv_file(path: Path, *rows: Sequence[object]) -> Path:
@@ -318,11 +322,65 @@ print("fine")
             assert (theirs.get_label(), ours.get_label()) == ("tdmpc2", "default")
             assert ours.get_xdata().tolist() == [0, 50_000, 100_000]
             assert ours.get_ydata() == pytest.approx(np.array([0, 202, 420]) / scale)
-            assert len(ax.collections) == 2
+            bands = [c for c in ax.collections if isinstance(c, FillBetweenPolyCollection)]
+            assert len(bands) == 2
             assert ax.get_xlim()[1] == pytest.approx(1.02 * 150_000)
         # Student's t of 410, 420, 430
         ends = figure.axes[0].collections[1].get_paths()[0].vertices[:, 1]
         assert (ends.min(), ends.max()) == pytest.approx((0, 420 + 4.3027 * 10 / math.sqrt(3)), rel=1e-4)
+
+    def test_every_seed_is_drawn_and_a_wide_band_leaves_them_room(self, tmp_path: Path) -> None:
+        for seed, end in enumerate((-1400, -900, -150)):
+            run(tmp_path / "runs", "Pendulum-v1", "default", seed, (0, -1500), (20_000, end))
+        (ax,) = self.figure(tmp_path / "runs").axes
+        band, each = ax.collections
+        assert isinstance(each, LineCollection)
+        assert [path.vertices[-1, 1] for path in each.get_paths()] == [-1400, -900, -150]
+        low, high = ax.get_ylim()
+        ends = band.get_paths()[0].vertices[:, 1]
+        assert low < ends.min() < ends.max() < high  # its ends are seen
+        assert 1350 / (high - low) > 0.35
+        run(tmp_path / "one", "Pendulum-v1", "default", 1, (0, -1500), (20_000, -200))
+        assert not self.figure(tmp_path / "one").axes[0].collections
+
+    @pytest.mark.parametrize(
+        ("heights", "edges", "full", "expected"),
+        [
+            ([0, 100], [], None, (-10, 110)),
+            ([0, 100], [-40, 130], None, (-50, 140)),
+            ([0, 100], [-9000, 9000], None, (-75, 175)),  # as far as the curves keep two fifths
+            ([5], [], None, (4.8, 5.2)),
+            ([3e6, 3e6], [], None, (2.97e6, 3.03e6)),
+            ([], [], None, (-0.2, 0.2)),
+            ([0, 400], [], 1000, (-10, 520)),
+            ([0, 400], [-300, 700], 1000, (-14, 728)),
+            ([0, 800], [-900, 1900], 1000, (-20, 1040)),  # nothing is above the highest return
+            ([1000], [], 1000, (-20, 1040)),  # and a line there is whole
+        ],
+    )
+    def test_how_high_the_axis_goes(
+        self, heights: list[float], edges: list[float], full: float | None, expected: tuple[float, float]
+    ) -> None:
+        assert y_limits(heights, edges, full) == pytest.approx(expected)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_long_names_stay_inside_the_picture(self, tmp_path: Path, count: int) -> None:
+        for n in range(count):
+            name = f"my.own_package.environments:AVeryLongNameOfATask-With-Words-v{n}"
+            run(tmp_path, name, "an_experiment-lr_0.0003-batch_size_512-model_size_5-and_more", 1, (0, 0), (9, 3))
+        with rc_context(_STYLE):
+            figure = self.figure(tmp_path)
+            FigureCanvasAgg(figure).draw()
+        width, height = figure.canvas.get_width_height()
+        for text in (*(ax.title for ax in figure.axes), *figure.legends[0].get_texts()):
+            box = text.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= width
+            assert 0 <= box.y0 < box.y1 <= height
+
+    def test_where_nothing_is_seen(self, tmp_path: Path) -> None:
+        run(tmp_path, "Reacher-v5", "default", 1, (500, -9), (1000, -8))
+        (ax,) = self.figure(tmp_path, max_step=100).axes
+        assert ax.get_xlim()[1] == pytest.approx(102)
 
     def test_a_run_that_ends_before_the_first_published_point(self, tmp_path: Path) -> None:
         run(tmp_path / "runs", "cheetah-run", "quick", 1, (0, 4), (7000, 60))

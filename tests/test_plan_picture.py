@@ -18,7 +18,8 @@ from tdmpc2_fast.errors import ConfigError, InputError
 from tdmpc2_fast.train.envs.base import RenderError
 from tdmpc2_fast.train.plan_picture import draw_plan, plan_figure, plan_picture, watch
 
-matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib")
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 Liven = Callable[[TDMPC2], TDMPC2]
 
@@ -115,18 +116,18 @@ def test_a_task_of_several_and_an_svg(livened: Liven, tmp_path: Path) -> None:
 class Played(scripted_env.Scripted):
     """Notes what was done to it; its pictures have one colour, or cannot be had."""
 
-    def __init__(self, seed: int, renders: bool = True) -> None:
+    def __init__(self, seed: int, error: Exception | None = None) -> None:
         super().__init__(seed)
         self.done: list[Any] = []
-        self.renders = renders
+        self.error = error
 
     def step(self, action: Any) -> Any:
         self.done.append(np.array(action))
         return super().step(np.clip(action, 0.01, 0.02))  # never an action that breaks it
 
     def render(self, width: int = 384, height: int = 384) -> Any:
-        if not self.renders:
-            raise RenderError("no pictures: paint is missing")
+        if self.error is not None:
+            raise self.error
         return np.full((height, width, 3), (10, 200, 30), np.uint8)
 
 
@@ -150,11 +151,28 @@ def test_an_agent_plays_up_to_the_decision_drawn(livened: Liven, tmp_path: Path)
     np.testing.assert_array_equal(env.done, again.done)
 
 
+@pytest.mark.parametrize("error", [RenderError("no pictures: paint is missing"), ZeroDivisionError("paint")])
 def test_without_a_renderer_the_plan_is_still_drawn(
-    livened: Liven, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    livened: Liven, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    assert draw_plan(livened(of_scripted()), Played(1, renders=False), 0, tmp_path / "plan.png").exists()
-    assert "drawn without its environment: no pictures: paint is missing" in capsys.readouterr().out
+    assert draw_plan(livened(of_scripted()), Played(1, error), 0, tmp_path / "plan.png").exists()
+    assert f"drawn without its environment: {error}" in capsys.readouterr().out
+
+
+def test_a_white_environment_has_a_frame_and_a_long_title_is_whole(agent: TDMPC2) -> None:
+    trace = watch(agent.planner, torch.randn(1, 5))
+    white = np.ones((100, 400))  # grey, from 0 to 1
+    figure = plan_figure(trace, agent.planner, title="a task of a very long name, " * 8 + "decision 7", frame=white)
+    shown = panels(figure)[1][2]
+    assert shown.axison
+    assert all(spine.get_visible() for spine in shown.spines.values())
+    assert len(shown.get_xticks()) == len(shown.get_yticks()) == 0
+    assert (shown.images[0].get_array() == 255).all()
+    FigureCanvasAgg(figure).draw()
+    assert "decision 7: the chosen plan" in " ".join(figure.get_suptitle().split())
+    box, (width, height) = figure._suptitle.get_window_extent(), figure.canvas.get_width_height()
+    assert 0 < box.x0 < box.x1 < width
+    assert 0 < box.y0 < box.y1 < height
 
 
 @pytest.mark.parametrize(

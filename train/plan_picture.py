@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,17 @@ from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.rng import stream_seed
 
-from .envs.base import Env, RenderError
+from .envs.base import Env
+from .video import rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # apart for colour-blind eyes, too
 _SAMPLES, _PRIOR, _ELITES, _MEAN, _CHOSEN = "#7a7a7a", "#e69f00", "#0072b2", "black", "#cc2d80"
+_FRAME = "#b0b0b0"
 _MOST_DIMS = 3
+_WIDEST_HEADING = 100
 
 
 def draw_plan(agent: TDMPC2, env: Env, decision: int, out: str | Path, dims: Sequence[int] | None = None) -> Path:
@@ -53,8 +57,8 @@ def draw_plan(agent: TDMPC2, env: Env, decision: int, out: str | Path, dims: Seq
             raise InputError(f"decision: got {decision}, allowed: below {i + 1}, where the episode ended")
     frame = None
     try:
-        frame = env.render()
-    except RenderError as e:
+        frame = rgb(env.render())
+    except Exception as e:  # drivers and other people's environments raise what they like
         print(f"note: the plan is drawn without its environment: {e}")
     title = f"{agent.cfg.task}, decision {decision}"
     return plan_picture(
@@ -70,7 +74,7 @@ def plan_picture(
     env_index: int = 0,
     task: int | Tensor | None = None,
     title: str = "one decision",
-    frame: NDArray[np.uint8] | None = None,
+    frame: Any = None,
     dims: Sequence[int] | None = None,
 ) -> Path:
     """Draw what the planner does with `obs`, and leave it as it was.
@@ -81,7 +85,7 @@ def plan_picture(
         out: a name ending in `.png` or `.svg`; a file of this name is replaced.
         env_index: which of the E plans is drawn.
         title: what the picture is of.
-        frame: a picture of the environment at this decision, (height, width, 3) uint8.
+        frame: a picture of the environment at this decision, in any form `video.rgb` takes.
         dims: action dims to show, from 0; default the first three.
 
     Raises:
@@ -113,7 +117,7 @@ def plan_figure(
     planner: Planner,
     env_index: int = 0,
     title: str = "one decision",
-    frame: NDArray[np.uint8] | None = None,
+    frame: Any = None,
     dims: Sequence[int] | None = None,
 ) -> Figure:
     """The figure of a trace of `planner`; arguments as for `plan_picture`."""
@@ -131,10 +135,11 @@ def plan_figure(
         raise InputError(f"dims: got {shown}, allowed: some of 0 to {width - 1}")
 
     plan = _Plan(trace, env_index, cfg.num_pi_trajs)
-    heights = (1.55 * len(shown) + 0.95 if len(shown) > 1 else 2.7, 3.1)
-    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04)
-    figure = Figure(figsize=(12.4, sum(heights) + 0.4), layout=layout)
-    figure.suptitle(f"{title}: the chosen plan is worth {plan.worth:.2f}", fontsize=12, fontweight="bold")
+    heights = (1.55 * len(shown) + 0.95 if len(shown) > 1 else 2.7, 3.3)
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
+    heading = textwrap.fill(f"{title}: the chosen plan is worth {plan.worth:.2f}", _WIDEST_HEADING)
+    figure = Figure(figsize=(12.4, sum(heights) + 0.5 + 0.2 * heading.count("\n")), layout=layout)
+    figure.suptitle(heading, fontsize=12, fontweight="bold")
     parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     above, below = parts
     _draw_sequences(above, plan, shown, width)
@@ -142,8 +147,9 @@ def plan_figure(
     _draw_values(panels[0], plan)
     _draw_spread(panels[1], plan, width, cfg.min_std)
     if frame is not None:
-        panels[2].imshow(frame)
-        panels[2].set_axis_off()
+        panels[2].imshow(rgb(frame))
+        panels[2].set(xticks=[], yticks=[])
+        panels[2].spines[:].set_color(_FRAME)  # many environments are drawn on white
         panels[2].set_title("the environment", fontsize=9)
     return figure
 
@@ -192,7 +198,8 @@ def _draw_sequences(figure: Any, plan: _Plan, shown: list[int], width: int) -> N
                     )
                 )
             (mean,), (std,) = _paths(plan.means[i, :, a : a + 1]), _paths(plan.stds[i, :, a : a + 1])
-            ax.fill_between(mean[:, 0], mean[:, 1] - std[:, 1], mean[:, 1] + std[:, 1], color=_MEAN, alpha=0.13, lw=0)
+            low, high = (np.clip(mean[:, 1] + sign * std[:, 1], -1, 1) for sign in (-1, 1))  # as samples are
+            ax.fill_between(mean[:, 0], low, high, color=_MEAN, alpha=0.13, lw=0)
             ax.plot(*mean.T, color=_MEAN, linewidth=1.6)
             if i == plan.iterations[-1]:
                 ax.plot(range(1, horizon + 1), plan.chosen[:, a], "o-", color=_CHOSEN, linewidth=1.6, markersize=4)
@@ -229,7 +236,6 @@ def _draw_values(ax: Any, plan: _Plan) -> None:
     ax.plot(x[-1:], [plan.worth], "o", color=_CHOSEN, markersize=6, label="chosen", clip_on=False, zorder=5)
     ax.set_title("values: median, middle 50% and 90%", fontsize=9)
     _label(ax, x, "estimated return")
-    ax.legend(fontsize=8, loc="best", frameon=False)
 
 
 def _draw_spread(ax: Any, plan: _Plan, width: int, min_std: float) -> None:
@@ -244,7 +250,6 @@ def _draw_spread(ax: Any, plan: _Plan, width: int, min_std: float) -> None:
     ax.set_ylim(bottom=0)
     ax.set_title("std of the actions" + (f", mean of all {width}" if width > 1 else ""), fontsize=9)
     _label(ax, x, "std")
-    ax.legend(fontsize=8, frameon=False, ncols=1 if horizon < 6 else 2)
 
 
 def _label(ax: Any, x: list[int], y: str) -> None:
@@ -252,6 +257,7 @@ def _label(ax: Any, x: list[int], y: str) -> None:
     ax.set_xlabel("iteration", fontsize=9)
     ax.set_ylabel(y, fontsize=9)
     ax.tick_params(labelsize=8)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5)  # beside no data
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from tdmpc2_fast.errors import ConfigError, InputError
 from .curves import (
     FEWEST_SEEDS,
     Band,
+    Curve,
+    Floats,
     Groups,
     find_runs,
     full_return,
@@ -34,6 +37,9 @@ _PUBLISHED = ("#56B4E9", "#009E73", "#5A5A5A", "#CC79A7", "#E69F00")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)))
 _MOST_COLUMNS = 3
 _MOST_MARKERS = 8
+_LEAST_SHARE = 0.4  # of a panel's height that the curves keep, however far their bands reach
+_LARGE = 1e5  # from here on values are written as steps are
+_CHARACTER = 0.08  # inches of a usual letter
 # They look the same in every picture, whichever of them are in it.
 _METHODS = ("tdmpc2", "tdmpc", "sac", "dreamerv3", "tdmpc2-pixels")
 _STYLE: Any = {
@@ -65,13 +71,14 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Panel:
-    """What is in it; bands are by label, and `full` is the highest value possible, where there is one."""
+    """What is in it, by label; `full` is the highest value possible, where there is one, `seeds` those of ours."""
 
     title: str
     ylabel: str
     full: float | None
     ours: Mapping[str, Band]
     theirs: Mapping[str, Band]
+    seeds: Mapping[str, Sequence[Curve]]
 
 
 def plot_runs(
@@ -140,32 +147,45 @@ def _say_what_is_cut(runs: Groups) -> None:
 def draw(runs: Groups, published: Groups, max_step: float | None = None) -> Figure:
     """The figure of runs and published curves by (task, label): a panel per task and, for several, one of their IQM."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     lines = _lines(runs, published)
     tasks = sorted({task for task, _ in runs})
-    panels = [
-        _Panel(task, "episode return", full_return(task), _means(runs, task), _means(published, task)) for task in tasks
-    ]
+    panels = []
+    for task in tasks:
+        ours = {label: curves for (t, label), curves in runs.items() if t == task}
+        theirs = {label: curves for (t, label), curves in published.items() if t == task}
+        panels.append(_Panel(task, "episode return", full_return(task), _means(ours), _means(theirs), ours))
     if len(tasks) > 1 and (iqms := _iqms(runs, published, tasks)):
-        panels.append(_Panel(f"IQM of {len(tasks)} tasks", "return / 1000", 1.0, *iqms))
+        panels.append(_Panel(f"IQM of {len(tasks)} tasks", "return / 1000", 1.0, *iqms, {}))
     columns = min(len(panels), _MOST_COLUMNS)
     height = -(-len(panels) // columns)
     size = (5.6, 4.2) if len(panels) == 1 else (3.7 * columns, 3.0 * height + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.06))
     grid = figure.subplots(height, columns, squeeze=False)
     for ax, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(ax, panel, lines, max_step)
     for ax in grid.flat[len(panels) :]:
         ax.remove()
-    handles = [_handle(line, text) for line, text in _legend(lines, runs, published)]
-    banded = any(len(c) >= FEWEST_SEEDS for c in (*runs.values(), *published.values()))
+    letters = int(size[0] / _CHARACTER) - 12  # beside a piece of line
+    handles = [_handle(line, textwrap.fill(text, letters)) for line, text in _legend(lines, runs, published)]
+    longest = max(len(handle.get_label()) for handle in handles)
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(len(handles), max(columns, 2)),
-        title="mean of seeds, shaded: 95% confidence interval" if banded else None,
+        ncols=min(len(handles), max(columns, 2), max(1, (letters + 12) // (longest + 8))),
+        title=textwrap.fill(_reading(runs, published), letters + 10) or None,
     )
     return figure
+
+
+def _reading(runs: Groups, published: Groups) -> str:
+    """What lines and shades are, where there is more than one seed."""
+    ours, everything = [len(c) for c in runs.values()], [len(c) for c in (*runs.values(), *published.values())]
+    if max(everything) == 1:
+        return ""
+    text = "mean of seeds" + " (thin: each)" * (max(ours) > 1)
+    return text + ", shaded: 95% confidence interval" * (max(everything) >= FEWEST_SEEDS)
 
 
 def _lines(runs: Groups, published: Groups) -> dict[tuple[bool, str], _Line]:
@@ -173,7 +193,7 @@ def _lines(runs: Groups, published: Groups) -> dict[tuple[bool, str], _Line]:
     ours, theirs = (sorted({label for _, label in groups}) for groups in (runs, published))
     found = {}
     for i, label in enumerate(ours):
-        found[True, label] = _Line(_OURS[i % len(_OURS)], _DASHES[i // len(_OURS) % len(_DASHES)], 2.4, 0.25)
+        found[True, label] = _Line(_OURS[i % len(_OURS)], _DASHES[i // len(_OURS) % len(_DASHES)], 2.4, 0.15)
     places = {m: i for i, m in enumerate(_METHODS) if m in theirs}
     free = (i for i in itertools.count() if i not in places.values())
     places |= dict(zip([m for m in theirs if m not in places], free, strict=False))
@@ -184,8 +204,8 @@ def _lines(runs: Groups, published: Groups) -> dict[tuple[bool, str], _Line]:
     return found
 
 
-def _means(groups: Groups, task: str) -> dict[str, Band]:
-    return {label: mean_over_seeds(curves) for (t, label), curves in groups.items() if t == task}
+def _means(methods: Mapping[str, Sequence[Curve]]) -> dict[str, Band]:
+    return {label: mean_over_seeds(curves) for label, curves in methods.items()}
 
 
 def _iqms(runs: Groups, published: Groups, tasks: Sequence[str]) -> tuple[dict[str, Band], dict[str, Band]] | None:
@@ -206,17 +226,27 @@ def _iqms(runs: Groups, published: Groups, tasks: Sequence[str]) -> tuple[dict[s
 
 
 def _draw_panel(ax: Any, panel: _Panel, lines: Mapping[tuple[bool, str], _Line], max_step: float | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     end, linear = x_axis(list(panel.ours.values()), list(panel.theirs.values()))
     if max_step is not None:
         end, linear = max_step, None
-    heights = []
+    heights: list[float] = []
+    edges: list[float] = []
     for mine, bands in ((False, panel.theirs), (True, panel.ours)):
         for label, band in bands.items():
             # A line from 0 to the first published point would cross steps of which nothing is known.
             start = 0 if mine or linear is None else linear
-            heights += _curve(ax, band, start, end, lines[mine, label], label, mine)
+            heights += _seen(band.steps, band.centre, start, end)
+            if mine and band.low is not None and band.high is not None:
+                edges += [*_seen(band.steps, band.low, start, end), *_seen(band.steps, band.high, start, end)]
+            _curve(ax, band, start, end, lines[mine, label], label, mine)
+    for label, curves in panel.seeds.items():
+        if len(curves) > 1:
+            heights += [y for c in curves for y in _seen(c.steps, c.returns, 0, end)]
+            _each(ax, curves, lines[True, label])
     if linear is None:
-        ax.locator_params(axis="x", nbins=5)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=True))
         ax.set_xlabel("environment steps")
     else:
         ax.set_xscale("symlog", linthresh=linear)
@@ -224,29 +254,33 @@ def _draw_panel(ax: Any, panel: _Panel, lines: Mapping[tuple[bool, str], _Line],
         ax.set_xticks([], minor=True)
         ax.set_xlabel("environment steps (log scale)")
     ax.xaxis.set_major_formatter(lambda x, _: format_step(x))
-    ax.set(title=panel.title, ylabel=panel.ylabel, xlim=(-0.02 * (linear or end), 1.02 * end))
-    if panel.full:
-        top = min(1.25 * max(*heights, 0.02 * panel.full), panel.full)
-        ax.set_ylim(-0.02 * top, 1.01 * top)
-    else:
-        room = 0.1 * (max(heights) - min(heights)) or 1.0
-        ax.set_ylim(min(heights) - room, max(heights) + room)
+    letters = int(0.7 * ax.figure.get_figwidth() / ax.get_gridspec().ncols / _CHARACTER)  # larger ones, over the axes
+    ax.set(title=textwrap.fill(panel.title, letters), ylabel=panel.ylabel, xlim=(-0.02 * (linear or end), 1.02 * end))
+    ax.set_ylim(y_limits(heights, edges, panel.full))
+    if max(map(abs, ax.get_ylim())) >= _LARGE:
+        ax.yaxis.set_major_formatter(lambda y, _: format_step(y))
 
 
-def _curve(ax: Any, band: Band, start: float, end: float, line: _Line, label: str, mine: bool) -> list[float]:
-    """Draw a band from `start` on; returns the heights of its line that are seen."""
+def _seen(steps: Floats, values: Floats, start: float, end: float) -> list[float]:
+    """Values of a curve from `start` to `end`."""
     import numpy as np
 
+    inside = (steps >= start) & (steps <= end)
+    cut = [float(np.interp(end, steps, values))] if steps[0] <= end else []
+    return [*values[inside].tolist(), *cut]
+
+
+def _curve(ax: Any, band: Band, start: float, end: float, line: _Line, label: str, mine: bool) -> None:
+    """Draw a band from `start` on."""
     shown = band.steps >= start
-    steps, centre = band.steps[shown], band.centre[shown]
-    seen = centre[steps <= end]
+    steps = band.steps[shown]
     ax.plot(
         steps,
-        centre,
+        band.centre[shown],
         color=line.colour,
         linestyle=line.dash,
         linewidth=line.width,
-        marker="o" if mine and len(seen) <= _MOST_MARKERS else "",
+        marker="o" if mine and (steps <= end).sum() <= _MOST_MARKERS else "",
         markersize=2.2 * line.width,
         zorder=4 + mine,
         label=label,
@@ -255,7 +289,35 @@ def _curve(ax: Any, band: Band, start: float, end: float, line: _Line, label: st
         ax.fill_between(
             steps, band.low[shown], band.high[shown], color=line.colour, alpha=line.shade, linewidth=0, zorder=2 + mine
         )
-    return [*seen, float(np.interp(end, steps, centre))] if len(seen) else []
+
+
+def _each(ax: Any, curves: Sequence[Curve], line: _Line) -> None:
+    """The seeds that a mean is of, thin."""
+    import numpy as np
+    from matplotlib.collections import LineCollection
+
+    paths = [np.stack([c.steps, c.returns], -1) for c in curves]
+    ax.add_collection(LineCollection(paths, colors=line.colour, linewidths=0.8, alpha=0.6, zorder=4), autolim=False)
+
+
+def y_limits(heights: Sequence[float], edges: Sequence[float], full: float | None) -> tuple[float, float]:
+    """Lower and upper end of a panel's axis: by its curves, and by our bands as far as the curves stay legible.
+
+    Args:
+        heights: of the curves; with none, nothing but the axes is seen.
+        edges: of the bands.
+        full: the highest value possible, where 0 is the lowest; None where neither is known.
+    """
+    low, high = (min(heights), max(heights)) if heights else (0.0, 0.0)
+    if full is not None:
+        low, high = 0.0, max(high, 0.02 * full)
+    size = high - low or 2 * max(0.05 * abs(high), 1.0)
+    if full is not None:
+        top = min(max(1.25 * high, min(max(edges, default=0.0), high / _LEAST_SHARE)), full)
+        return -0.02 * top, 1.04 * top
+    middle, reach, room = (low + high) / 2, 0.5 * size / _LEAST_SHARE, 0.1 * size
+    bottom, top = min([low, *edges]) - room, max([high, *edges]) + room
+    return max(bottom, middle - reach), min(top, middle + reach)
 
 
 def x_axis(ours: Sequence[Band], theirs: Sequence[Band]) -> tuple[float, float | None]:
