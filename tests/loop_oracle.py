@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.torch_update import TorchUpdate
 from tdmpc2_fast.train.online import OnlineTrainer
+from tdmpc2_fast.train.run_log import WALL_CLOCK
 
 
 def everything(trainer: OnlineTrainer) -> dict[str, Any]:
@@ -35,4 +38,16 @@ def everything(trainer: OnlineTrainer) -> dict[str, Any]:
     found |= {f"metric {k}": v for k, v in trainer._metrics.items()}
     # Bytes: unlike comparison, they tell NaN from NaN and 0 from -0.
     found = {k: v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for k, v in found.items()}
-    return found | {p.name: p.read_text() for p in trainer.folder.glob("*.csv")}
+    return found | csvs(trainer.folder)
+
+
+def csvs(folder: Path) -> dict[str, str]:
+    """The CSV files of a run by name, without the columns that tell the time."""
+    return {p.name: _untimed(p) for p in folder.glob("*.csv")}
+
+
+def _untimed(path: Path) -> str:
+    with path.open(newline="") as f:
+        rows = list(csv.reader(f))
+    kept = [i for i, name in enumerate(rows[0]) if name not in WALL_CLOCK]
+    return "".join(",".join(row[i] for i in kept) + "\n" for row in rows)

@@ -242,7 +242,6 @@ def test_speed_and_time_left_count_evaluations_apart(clock: Time) -> None:
     for n in range(1, 2001):
         clock.now += 0.1
         s.step(n, 0.0)
-        s.sample()
         if n == 100:  # pretraining
             for i in range(50):
                 clock.now += 1.0
@@ -258,18 +257,91 @@ def test_speed_and_time_left_count_evaluations_apart(clock: Time) -> None:
     assert s.elapsed == pytest.approx(200 + 50 + 40 + 1.0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "pace", "expected"),
+    [
+        (
+            dict(steps=2000, seed_steps=1000, eval_freq=50_000),
+            2.0,
+            "an evaluation takes about 0:01:40: 10 episodes of up to 50 decisions; this run has 2  0:00:06",
+        ),
+        (
+            dict(steps=500, seed_steps=250, eval_freq=100, eval_episodes=2),
+            2.0,
+            "2 episodes of up to 50 decisions; this run has 6",
+        ),
+        (
+            dict(steps=500, seed_steps=250, eval_freq=250),
+            0.5,
+            "0:00:25: 10 episodes of up to 50 decisions; this run has 3, probably most of its time. "
+            "What shortens it: a smaller eval_episodes or a larger eval_freq",
+        ),
+        (
+            dict(steps=100, seed_steps=50, eval_freq=1000),
+            0.5,
+            "this run has 2, probably most of its time. What shortens it: a smaller eval_episodes  ",
+        ),
+        (dict(steps=500, eval_freq=10, eval_episodes=1), 0.5, "1 episode of up to 50 decisions; this run has 11"),
+        (dict(steps=500, eval_freq=10, mpc=False), 0.5, "10 episodes of up to 50 decisions; this run has 11  "),
+        (dict(steps=100), 0.1, ""),  # over before it is worth a line
+    ],
+)
+def test_what_evaluations_take_is_said_early_and_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Time,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    pace: float,
+    expected: str,
+) -> None:
+    log = run_log(tmp_path, monkeypatch, display="lines", **changes)
+    capsys.readouterr()
+    said = ""
+    for start in (0, 50):
+        clock.now += 2.0  # the first plan is slower
+        for done in range(1, 51):
+            log.busy("evaluating", done, 50)
+            found = "".join(x for x in capsys.readouterr().out.splitlines(True) if x.startswith("an evaluation"))
+            assert not found or (not said and start == 0 and 3 <= clock.now - 1002 < 3 + pace)
+            said += found
+            clock.now += pace
+        log.evaluation(start, 1.0, 0.0, 1)
+        log.step(start + 50, 0.0)
+        capsys.readouterr()
+    assert expected in said
+    assert bool(expected) == bool(said)
+    state = log.state()
+    log = RunLog(log.cfg, tmp_path, 2, ABOUT, state)
+    capsys.readouterr()
+    for done in range(1, 51):  # a later session knows it
+        log.busy("evaluating", done, 50)
+        clock.now += pace
+    assert "an evaluation takes" not in capsys.readouterr().out
+
+
+def test_a_warning_is_said_once_where_that_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = run_log(tmp_path, monkeypatch, display="none")
+    for text in ("no video: paint is missing", "no video: paint is missing", "no video: no paint"):
+        log.warn_once(text)
+    assert [line.rsplit("  ", 1)[0] for line in capsys.readouterr().err.splitlines()] == [
+        "warning: no video: paint is missing",
+        "warning: no video: no paint",
+    ]
+
+
 def test_nothing_is_foretold_from_random_actions(clock: Time) -> None:
     s = status(seed_steps=100)
     for n in range(1, 101):
         clock.now += 0.01
         s.step(n, 0.0)
-        s.sample()
     assert s.rate == pytest.approx(100.0)
     assert s.left is None
     for n in range(101, 106):
         clock.now += 1.0
         s.step(n, 0.0)
-        s.sample()
     assert s.rate == pytest.approx(1.0)
 
 

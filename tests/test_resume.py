@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
+from loop_oracle import csvs
 
 from tdmpc2_fast.files import read_tensors
+from tdmpc2_fast.train.run_log import WALL_CLOCK
 
 pytest.importorskip("gymnasium")
 
@@ -88,18 +90,19 @@ def outcome(folder: Path) -> dict[str, Any]:
         tensors |= {f"{part} {k}": v for k, v in read_tensors(newest / f"{part}.safetensors")[0].items()}
     found: dict[str, Any] = {k: v.flatten().view(torch.uint8).numpy().tobytes() for k, v in tensors.items()}
     found |= {f"value {k}": v for k, v in values.items()}
-    found |= {p.name: p.read_text() for p in folder.glob("*.csv")}
+    found |= csvs(folder)
     return found | {"tensorboard": scalars(folder / "tensorboard")}
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """All there is in the event files, in their order."""
+    """All there is in the event files but the time, in their order."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     found = []
     for path in sorted(folder.iterdir()):
         for event in EventFileLoader(str(path)).Load():
-            found += [(v.tag, event.step, v.tensor.float_val[0]) for v in event.summary.value]
+            values = [v for v in event.summary.value if v.tag.removeprefix("train/") not in WALL_CLOCK]
+            found += [(v.tag, event.step, v.tensor.float_val[0]) for v in values]
     return found
 
 

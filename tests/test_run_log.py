@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 import json
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 from conftest import tiny_config
+from loop_oracle import csvs as files
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.train import run_log, sinks
-from tdmpc2_fast.train.run_log import RunLog
+from tdmpc2_fast.train import display, run_log, sinks
+from tdmpc2_fast.train.run_log import WALL_CLOCK, RunLog
 
 REPEAT = 2
 
@@ -39,15 +41,13 @@ def stretch(log: RunLog, first: int, last: int) -> None:
             log.evaluation(10 * n, 100 / n, 1.0, 3)
 
 
-def files(folder: Path) -> dict[str, str]:
-    return {p.name: p.read_text() for p in folder.glob("*.csv")}
-
-
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All there is in TensorBoard but the time."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(folder / "tensorboard"))
     found.Reload()
-    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    tags = [tag for tag in found.Tags()["scalars"] if tag.removeprefix("train/") not in WALL_CLOCK]
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags}
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:
@@ -143,12 +143,53 @@ def test_a_file_shorter_than_recorded_is_kept_and_told(tmp_path: Path, capsys: p
     log = RunLog(config(), tmp_path, REPEAT, {})
     stretch(log, 1, 2)
     state = log.state()
-    lines = (tmp_path / "train.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "train.csv").write_text("".join(lines[:2]))
+    head, first, *_ = (tmp_path / "train.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "train.csv").write_text(head + first)
     log = RunLog(config(), tmp_path, REPEAT, {}, state)
     assert "train.csv has" in capsys.readouterr().err
     log.episode(30, row(3))
-    assert (tmp_path / "train.csv").read_text() == "".join(lines[:2]) + "60,30,3,3.25,0.0,0.375\n"
+    assert (tmp_path / "train.csv").read_text().startswith(head + first + "60,30,3,")
+    assert files(tmp_path)["train.csv"].endswith("20,10,1,1.25,0.0,\n60,30,3,3.25,0.0,0.375\n")
+
+
+def test_the_time_is_in_the_last_columns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    now, state = 100.0, None
+    monkeypatch.setattr(display, "perf_counter", lambda: now)
+    for first in (1, 4):
+        log = RunLog(config(tensorboard=True, seed_steps=1), tmp_path, REPEAT, {}, state)
+        for n in range(first, first + 3):
+            for decision in range(10 * n - 9, 10 * n + 1):
+                now += 0.5
+                log.step(decision, 0.1)
+            log.episode(10 * n, row(n))
+            log.busy("evaluating", 1, 1)
+            now += 3.0
+            log.evaluation(10 * n, 1.0, 1.0, 3)
+        state = log.state()
+        log.close()
+        now += 1000  # between two sessions
+    with (tmp_path / "train.csv").open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0])[:2] == ["step", "decisions"]
+    assert tuple(rows[0])[-2:] == WALL_CLOCK
+    assert [float(r["elapsed_time"]) for r in rows] == [5.0, 13.0, 21.0, 29.0, 37.0, 45.0]
+    assert [float(r["decisions_per_second"]) for r in rows] == [2.0] * 6
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [e.value for e in found.Scalars("train/elapsed_time")] == [5.0, 13.0, 21.0, 29.0, 37.0, 45.0]
+    assert (tmp_path / "eval.csv").read_text().startswith("step,reward,seed\n")
+
+
+def test_a_file_that_was_begun_without_the_time_goes_on_without(tmp_path: Path) -> None:
+    log = RunLog(config(), tmp_path, REPEAT, {})
+    stretch(log, 1, 2)
+    state = log.state()
+    (tmp_path / "train.csv").write_text(old := files(tmp_path)["train.csv"])
+    state["csv"]["train"]["bytes"] = len(old)
+    stretch(RunLog(config(), tmp_path, REPEAT, {}, state), 3, 3)
+    assert (tmp_path / "train.csv").read_text() == old + "60,30,3,3.25,0.0,0.375\n"
 
 
 def test_no_csv_where_none_is_wanted(tmp_path: Path) -> None:
@@ -216,12 +257,13 @@ def test_a_half_row_that_could_not_be_taken_back_is_so_later(
 
     log = RunLog(config(), tmp_path, REPEAT, {})
     stretch(log, 1, 1)
-    before = files(tmp_path)["train.csv"]
+    before, held = files(tmp_path)["train.csv"], (tmp_path / "train.csv").stat().st_size
     disk.full = True
     with monkeypatch.context() as m:
         m.setattr(os, "truncate", fails)
         log.episode(20, row(2))
-        assert log.state()["csv"]["train"]["bytes"] == len(before) < len(files(tmp_path)["train.csv"])
+        size = (tmp_path / "train.csv").stat().st_size
+        assert log.state()["csv"]["train"]["bytes"] == held < size
     disk.full = False
     log.episode(30, row(3))
     assert files(tmp_path)["train.csv"] == before + "40,20,2,2.25,0.0,0.25\n60,30,3,3.25,0.0,0.375\n"

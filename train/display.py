@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rich.live import Live as RichLive
     from rich.panel import Panel
 
-_RATE_SECONDS = 60.0
+_RATE_SECONDS, _BETWEEN_SAMPLES = 60.0, 0.5
+_PACE_SECONDS, _WORTH_A_LINE = 3.0, 10.0  # until an evaluation's pace is known; how long one is that is told of
 _FIRST_LINE, _BETWEEN_LINES = 5.0, 30.0
 _BETWEEN_REFRESHES = 0.5
 _REFRESH_SHARE = 200  # a refresh waits for at least this many times its own duration
@@ -73,27 +74,36 @@ class Status:
         self.over = False
         self.before = 0.0  # seconds of earlier sessions
         self._start = self._last_step = self._began = perf_counter()
-        self._aside = 0.0
+        self._aside, self._skipped = 0.0, 0  # seconds and decisions that say nothing of the speed
         self._long = False
         self._samples: deque[tuple[float, int]] = deque()
+        self._first = 0  # decisions of the long stretch at `_began`
+        self._foretold = False
 
     def step(self, decisions: int, replay: float) -> float:
         """One decision was made; returns the time."""
         now = perf_counter()
         if self._long:  # the decision around a long stretch says nothing of the speed
             self._aside += now - self._last_step
+            self._skipped += decisions - self.decisions
             self._long, self.doing = False, None
+        seeding = self.cfg.seed_steps or 0
+        if self.decisions <= seeding < decisions:
+            self._samples.clear()  # random actions are faster than planned ones
         self._last_step = now
         self.decisions, self.replay = decisions, replay
-        if not self._samples:
-            self.sample()
+        sample = self._sample()
+        if not self._samples or sample[0] - self._samples[-1][0] >= _BETWEEN_SAMPLES:
+            self._samples.append(sample)
+        while len(self._samples) > 1 and self._samples[1][0] < sample[0] - _RATE_SECONDS:
+            self._samples.popleft()
         return now
 
     def busy(self, what: str, done: int, total: int) -> float:
         """A long stretch goes on; returns the time."""
         now = perf_counter()
         if self.doing is None or self.doing[0] != what:
-            self._began = now
+            self._began, self._first = now, done
         self.doing, self._long = (what, done, total), True
         return now
 
@@ -104,14 +114,26 @@ class Status:
         self.best_eval = mean if self.best_eval is None else max(mean, self.best_eval)
         self.doing, self._long = None, True
 
-    def sample(self) -> None:
-        """Take the speed: between now and about a minute ago."""
-        seeding = self.cfg.seed_steps or 0
-        if self._samples and self._samples[-1][1] <= seeding < self.decisions:
-            self._samples.clear()  # random actions are faster than planned ones
-        self._samples.append((self._last_step - self._start - self._aside, self.decisions))
-        while len(self._samples) > 2 and self._samples[1][0] < self._samples[-1][0] - _RATE_SECONDS:
-            self._samples.popleft()
+    def foretold(self, now: float) -> str | None:
+        """How long the evaluations of this run will take: once, as soon as the pace of the first one is known."""
+        if self._foretold or self.eval_seconds or self.doing is None or self.doing[0] != "evaluating":
+            return None
+        cfg, (_, done, total) = self.cfg, self.doing
+        if done == self._first or now - self._began < _PACE_SECONDS:
+            return None
+        self._foretold = True
+        each = (now - self._began) / (done - self._first) * total
+        if each < _WORTH_A_LINE:
+            return None
+        count, length = self._evaluations + (self.decisions < cfg.steps), cfg.episode_length or total
+        episodes = f"{cfg.eval_episodes} episode{'s' * (cfg.eval_episodes != 1)} of up to {length:,} decisions"
+        text = f"an evaluation takes about {hms(each)}: {episodes}; this run has {count}"
+        # In plans of one environment: an update takes about as long as one.
+        training = max(cfg.steps - (cfg.seed_steps or 0), 0) + cfg.utd * cfg.steps
+        if cfg.mpc and count * cfg.eval_episodes * length > training:
+            ways = ["a smaller eval_episodes"] * (cfg.eval_episodes > 1) + ["a larger eval_freq"] * (count > 2)
+            text += f", probably most of its time. What shortens it: {' or '.join(ways) or 'more steps'}"
+        return text
 
     def state(self) -> dict[str, Any]:
         """JSON-ready, for `load`."""
@@ -128,11 +150,14 @@ class Status:
 
     @property
     def rate(self) -> float | None:
-        """Decisions per second lately, pretraining and evaluations left out."""
-        if len(self._samples) < 2:
+        """Decisions per second in the last minute, pretraining and evaluations left out."""
+        if not self._samples:
             return None
-        (t0, n0), (t1, n1) = self._samples[0], self._samples[-1]
-        return (n1 - n0) / (t1 - t0) if t1 > t0 else None
+        (start, first), (end, last) = self._samples[0], self._sample()
+        return (last - first) / (end - start) if end > start else None
+
+    def _sample(self) -> tuple[float, int]:
+        return self._last_step - self._start - self._aside, self.decisions - self._skipped
 
     @property
     def left(self) -> float | None:
@@ -140,8 +165,14 @@ class Status:
         rate, cfg = self.rate, self.cfg
         if not rate or self.over or self.decisions <= (cfg.seed_steps or 0):
             return None
-        evaluations = max((cfg.steps - 1) // cfg.eval_freq - self.decisions // cfg.eval_freq, 0) + 1
-        return max(cfg.steps - self.decisions, 0) / rate + evaluations * self.eval_seconds
+        return max(cfg.steps - self.decisions, 0) / rate + self._evaluations * self.eval_seconds
+
+    @property
+    def _evaluations(self) -> int:
+        """How many come after this decision, the one at the end included; an episode has one at most."""
+        cfg = self.cfg
+        period = max(cfg.eval_freq, 0 if cfg.episodic else cfg.num_envs * (cfg.episode_length or 0))
+        return max((cfg.steps - 1) // period - self.decisions // period, 0) + 1
 
     @property
     def elapsed(self) -> float:

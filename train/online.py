@@ -248,7 +248,7 @@ class OnlineTrainer:
             video = self.folder / "videos" / f"{step}.mp4" if self.cfg.save_video else None
             busy = functools.partial(self.log.busy, "evaluating")
             self._evaluating = saved
-            found = self.evaluator.run(self.stop, busy, video, self.log.warn)
+            found = self.evaluator.run(self.stop, busy, video, self.log.warn_once)
             self._evaluating = False
         self._evaluated_at = self._decisions
         success = float(np.mean(found.successes))

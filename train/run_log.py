@@ -13,6 +13,9 @@ from tdmpc2_fast.files import replacing
 from .display import Clock, Status, choose
 from .sinks import Csv, Disk, Sink, TensorBoard, WandB
 
+WALL_CLOCK = ("elapsed_time", "decisions_per_second")
+"""The last columns of `train.csv`: what two equal runs differ in."""
+
 
 class RunLog:
     """Keeps `config.json`, the CSV files, TensorBoard, Weights & Biases and the display of a run.
@@ -45,6 +48,7 @@ class RunLog:
         self.clock = Clock()
         self._status = Status(cfg, folder, action_repeat, about, self.clock)
         self._closed = False
+        self._warned: set[str] = set()
         saved: Mapping[str, Any] = resumed or {}
         if resumed is not None:
             self._status.load(resumed["status"])
@@ -72,19 +76,22 @@ class RunLog:
         """After every decision: how many there were, and the filled share of the replay, 0 to 1."""
         now = self._status.step(decisions, replay)
         if now >= self._display.due:
-            self._status.sample()
             self._display.show(now)
 
     def busy(self, what: str, done: int, total: int) -> None:
         """Inside a long stretch between two decisions, e.g. `busy("pretraining", 10, 1000)`."""
         now = self._status.busy(what, done, total)
+        if text := self._status.foretold(now):
+            self.note(text)
         if now >= self._display.due:
             self._display.show(now)
 
     def episode(self, decisions: int, row: Mapping[str, Any]) -> None:
         """One finished training episode: its row of `train.csv`; None for what is not known yet."""
         self._status.row = row
-        self._write("train", decisions, dict(decisions=decisions, **row))
+        rate = self._status.rate
+        clock = round(self._status.elapsed, 2), None if rate is None else round(rate, 3)
+        self._write("train", decisions, dict(decisions=decisions, **row, **dict(zip(WALL_CLOCK, clock, strict=True))))
 
     def evaluation(self, decisions: int, mean: float, std: float, episodes: int, success: float = 0.0) -> None:
         """One evaluation, at this many decisions of training: mean and spread of the returns."""
@@ -107,6 +114,12 @@ class RunLog:
     def warn(self, text: str) -> None:
         """Something went wrong and the run goes on; shown by every display."""
         self._display.warn(text)
+
+    def warn_once(self, text: str) -> None:
+        """`warn`, but not of what this session was warned of in the same words."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
 
     def state(self) -> dict[str, Any]:
         """JSON-ready, for `resumed` of a later session; CSV rows so far are on the disk when it returns."""

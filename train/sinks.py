@@ -158,7 +158,7 @@ class Csv:
                 waiting = [r.encode("latin-1") for r in known["waiting"]]
             if path.exists() and path.stat().st_size:
                 with open(path, newline="") as f:
-                    self._columns[kind] = next(csv.reader(f))
+                    self._columns[kind] = next(csv.reader(f))  # of an earlier version it may have fewer
             self._files[kind] = Records(path, disk, waiting=waiting)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
