@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from tdmpc2_fast.errors import InputError
 from tdmpc2_fast.train.envs.base import RenderError
-from tdmpc2_fast.train.video import Film, VideoWriter, rgb
+from tdmpc2_fast.train.pictures import rgb
+from tdmpc2_fast.train.video import Film, VideoWriter
 
 imageio = pytest.importorskip("imageio.v2")
 pytest.importorskip("imageio_ffmpeg")

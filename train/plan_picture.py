@@ -19,7 +19,7 @@ from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.rng import stream_seed
 
 from .envs.base import Env
-from .video import rgb
+from .pictures import rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,7 +85,7 @@ def plan_picture(
         out: a name ending in `.png` or `.svg`; a file of this name is replaced.
         env_index: which of the E plans is drawn.
         title: what the picture is of.
-        frame: a picture of the environment at this decision, in any form `video.rgb` takes.
+        frame: a picture of the environment at this decision, in any form `pictures.rgb` takes.
         dims: action dims to show, from 0; default the first three.
 
     Raises:

@@ -12,17 +12,16 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from tdmpc2_fast.errors import InputError
 
 from .envs.base import Env, RenderError
+from .pictures import fitted, rgb
 
 _SECONDS = 2.0  # a film is at least so long
 _PER_SECOND = 25.0  # pictures a film has about: more are not seen, and each costs a drawing
 _USUAL_RATE = 30.0  # where an environment tells no rate
-_CHANNELS = (1, 3, 4)
 _NEEDS = "pip install 'tdmpc2-fast[train]' brings an ffmpeg with libx264; IMAGEIO_FFMPEG_EXE names another one"
 
 
@@ -171,7 +170,8 @@ class Film:
         """What was added last."""
         picture = rgb(self._env.render())
         if self._drawn is not None and picture.shape != self._drawn[0].shape:
-            picture = _fitted(picture, self._drawn[0].shape)
+            height, width, _ = self._drawn[0].shape
+            picture = fitted(picture, width, height)
         self._drawn, self._caption = (picture, f"{self._caption}{self._speed}"), None
         video.add(*self._drawn)
 
@@ -200,37 +200,6 @@ class Film:
             self._draw(video)
         while self._drawn is not None and video.frames < _SECONDS * video.frames_per_second:
             video.add(*self._drawn)
-
-
-def rgb(frame: Any) -> NDArray[np.uint8]:
-    """A picture (height, width, 3), uint8, of what a renderer returned: an array, a tensor, or a list of them.
-
-    Grey and transparent pictures, channels in front, a batch or a list (of which the last one counts), truth values
-    and floats from 0 to 1 are understood.
-
-    Raises:
-        InputError: anything else.
-    """
-    if isinstance(frame, (list, tuple)):
-        frame = frame[-1] if frame else None
-    x = np.asarray(frame.detach().cpu() if isinstance(frame, torch.Tensor) else frame)
-    x = x[-1] if x.ndim == 4 and len(x) else x[..., None] if x.ndim == 2 else x
-    if x.ndim == 3 and x.shape[2] not in _CHANNELS and x.shape[0] in _CHANNELS:
-        x = x.transpose(1, 2, 0)
-    if x.ndim != 3 or x.shape[2] not in _CHANNELS or not x.size or x.dtype.kind not in "buif":
-        came = None if frame is None else f"{x.dtype} {x.shape}"
-        raise InputError(f"frame: got {came}, allowed: a picture (height, width, 3) of uint8")
-    if x.dtype != np.uint8:
-        unit = x.dtype.kind == "b" or (x.dtype.kind == "f" and not (x > 1).any())
-        x = np.nan_to_num(x.astype(np.float32) * (255 if unit else 1)).clip(0, 255).round().astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:2], 3)) if x.shape[2] == 1 else x[..., :3])
-
-
-def _fitted(picture: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The picture as large as fits into (height, width, 3), in the middle of it."""
-    from PIL import Image, ImageOps
-
-    return np.asarray(ImageOps.pad(Image.fromarray(picture), (shape[1], shape[0])))
 
 
 def _whole(path: Path) -> bool:
