@@ -319,7 +319,7 @@ def storage_device(device: torch.device, rows: int, row_bytes: int) -> tuple[tor
         unit = 10 ** max(len(str(fits)) - 2, 0)
         raise InputError(
             f"buffer_size: got a replay of {nbytes / 1e9:.1f} GB for {rows:,} steps, allowed: at most the "
-            f"{available / 1e9:.1f} GB of memory free now; buffer_size={fits // unit * unit} fits"
+            f"{available / 1e9:.1f} GB of memory free now; make buffer_size smaller, {fits // unit * unit} fits"
         )
     return torch.device("cpu"), device.type == "cuda"
 

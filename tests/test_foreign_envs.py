@@ -165,7 +165,6 @@ def test_random_state_of_every_kind_goes_on(name: str) -> None:
         ("TooLarge", "reward: got 1e+39, allowed: finite numbers (float32)"),
         ("NoNumber", "observation: got nan at [1], allowed: finite numbers (float32)"),
         ("MissingPart", "observation: got {'place': [[1, 2], [3, 4]], 'mode': 6}, allowed: one with the part 'more'"),
-        ("AlwaysFails", "FloatingPointError: the simulation diverged"),
         ("Ends", "config key 'episodic'"),
     ],
 )
@@ -395,7 +394,7 @@ def test_a_replay_that_does_not_fit_is_refused_before_the_run_and_the_advice_wor
     with pytest.raises(InputError) as e:
         train("Plain", steps=100_000, buffer_size=90_000)
     assert not (tmp_path / "run").exists()
-    fits = int(str(e.value).rpartition("buffer_size=")[2].split()[0])
+    fits = int(str(e.value).rpartition("smaller, ")[2].split()[0])
     assert 1_000 < fits < 90_000
     status, _ = train("Plain", steps=80, buffer_size=fits)
     assert status == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from tdmpc2_fast.errors import InputError
@@ -24,7 +23,7 @@ def rgb(frame: Any) -> NDArray[np.uint8]:
     """
     if isinstance(frame, (list, tuple)):
         frame = frame[-1] if frame else None
-    x = np.asarray(frame.detach().cpu() if isinstance(frame, torch.Tensor) else frame)
+    x = np.asarray(frame.detach().cpu() if hasattr(frame, "detach") else frame)
     x = x[-1] if x.ndim == 4 and len(x) else x[..., None] if x.ndim == 2 else x
     if x.ndim == 3 and x.shape[2] not in _CHANNELS and x.shape[0] in _CHANNELS:
         x = x.transpose(1, 2, 0)

@@ -12,7 +12,8 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, nearest
 
 from . import dmcontrol, gymnasium_tasks
-from .base import Env, Step, close_all, in_a_line, reset, step
+from .answers import EnvError
+from .base import Env, Step, close_all, reset, step
 from .catalogue import PLANNED
 
 _TRY_DECISIONS, _TRY_SECONDS = 200, 1.0
@@ -63,16 +64,11 @@ def complete(cfg: Config, env: Env) -> Config:
     """The config with what the environment knows: shapes, episode length, seed steps.
 
     Raises:
-        ConfigError: an `episode_length` the task does not have, or a `horizon` longer than its episodes.
+        ConfigError: an `episode_length` the task does not have.
     """
     length = env.max_episode_steps
     if cfg.episode_length not in (None, length):
         raise ConfigError(f"config key 'episode_length': got {cfg.episode_length}, allowed: {length} for {cfg.task}")
-    if cfg.horizon > length:
-        raise ConfigError(
-            f"config key 'horizon': got {cfg.horizon}, allowed: at most {length}, the decisions of an episode of "
-            f"{cfg.task}"
-        )
     return env.overrides(cfg).with_env({cfg.obs: env.obs_shape}, env.action_dim, length)
 
 
@@ -83,12 +79,18 @@ def tried(cfg: Config) -> Config:
     before the run begins, and not after an hour.
 
     Raises:
-        ConfigError: as `make_env` and `complete`; the task terminates and `episodic` is not set; or
-            the environment failed, and failures stop a run.
+        ConfigError: as `make_env` and `complete`; the task terminates and `episodic` is not set; a `horizon` longer
+            than its episodes; or an answer in no usable form, where failures stop a run.
+        Exception: what the environment raised, where failures stop a run.
     """
     env = make_env(cfg, cfg.seed)
     try:
         cfg = complete(cfg, env)
+        if cfg.horizon > env.max_episode_steps:
+            raise ConfigError(
+                f"config key 'horizon': got {cfg.horizon}, allowed: at most {env.max_episode_steps}, the decisions of "
+                f"an episode of {cfg.task}"
+            )
         _try(cfg, env)
     finally:
         close_all([env])
@@ -108,11 +110,13 @@ def _try(cfg: Config, env: Env) -> None:
     except ConfigError:
         raise
     except Exception as e:  # whatever a simulator raises
-        if cfg.on_env_error == "stop":
-            raise ConfigError(
-                f"config key 'task': {cfg.task} failed in decision {decisions + 1} of a try with random actions: "
-                f"{in_a_line(e)}"
-            ) from e
+        if cfg.on_env_error == "drop":
+            return
+        where = f"{cfg.task} failed in decision {decisions + 1} of a try with random actions"
+        if isinstance(e, EnvError):
+            raise ConfigError(f"config key 'task': {where}: {e}") from e
+        e.add_note(f"{where}, before the run; on_env_error=drop goes on without such episodes")
+        raise
 
 
 def check_episodic(cfg: Config, found: Step) -> None:

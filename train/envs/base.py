@@ -240,7 +240,7 @@ class Failures:
             )
         self.dropped += 1
         if self.dropped <= _MOST_DROPPED or self.dropped % 100 == 0:
-            self.note(f"{where}: {in_a_line(error)}; the episode is dropped ({self.dropped} in this run)")
+            self.note(f"{where}: {in_a_line(error)}; the episode is dropped ({self.dropped} so far)")
 
 
 def in_a_line(error: Exception) -> str:

@@ -130,7 +130,7 @@ class GymnasiumTask:
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """A picture by the environment's own renderer; one that draws in another shape is fitted into this one."""
-        from PIL import Image, ImageOps  # of imageio and matplotlib, both in the extra [train]
+        from ..pictures import fitted, rgb  # which take packages of the extra [train]
 
         if self.env.render_mode != "rgb_array":
             modes = _metadata(self.env).get("render_modes")
@@ -144,11 +144,9 @@ class GymnasiumTask:
         elif mujoco is not None:
             mujoco.viewer.make_context_current()  # another environment's may be
         try:
-            drawn = self.env.render()
-            picture = Image.fromarray(np.asarray(drawn[-1] if isinstance(drawn, list) else drawn, np.uint8))
+            return fitted(rgb(self.env.render()), width, height)
         except Exception as e:  # of OpenGL, or of a package that is missing
             raise cannot_render(self.name, e) if mujoco else RenderError(f"{self.name}: no pictures: {e}") from e
-        return np.array(picture if picture.size == (width, height) else ImageOps.pad(picture, (width, height)))
 
     def overrides(self, cfg: Config) -> Config:
         """The official code fixes discount_max and rho for its named Gymnasium tasks."""
