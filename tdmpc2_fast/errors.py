@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_ALIKE, _PART, _ABOUT_AS_CLOSE = 0.6, 0.85, 0.1  # shares of letters in common
+
 
 class ConfigError(ValueError):
     """A configuration key or value that cannot be used."""
@@ -27,8 +29,20 @@ class NonFiniteError(FloatingPointError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` entries of `known` most like `name`, best first; may be empty."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    """The `count` entries of `known` most like `name`, best first; may be empty.
+
+    All of them are about as close as the first: a second one that is far off only distracts.
+    """
+    scores = {k: _likeness(name.lower(), k.lower()) for k in known}
+    least = max(_ALIKE, max(scores.values(), default=(0.0,))[0] - _ABOUT_AS_CLOSE)
+    close = [k for k, (score, _) in scores.items() if score >= least]
+    return sorted(close, key=lambda k: scores[k], reverse=True)[:count]
+
+
+def _likeness(name: str, known: str) -> tuple[float, float]:
+    """From 0 to 1; whoever typed a part of a name meant one that has it. Then what tells those apart."""
+    ratio = difflib.SequenceMatcher(None, known, name).ratio()
+    return (max(ratio, _PART) if len(name) > 2 and name in known else ratio), ratio
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from conftest import GOLDEN, tiny_config
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.config import MODEL_SIZES, task_embedding_dim
-from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.errors import ConfigError, nearest
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,22 @@ def test_environment_values_are_asked_for() -> None:
 )
 def test_task_embedding_width(task: str, size: int, dim: int) -> None:
     assert task_embedding_dim(task, size) == dim
+
+
+TYPOS = """
+horizn horizon, seeed seed, stpes steps, num_env num_envs, batchsize batch_size, batch batch_size, evalfreq eval_freq,
+eval_episode eval_episodes, seedsteps seed_steps, wandb_projct wandb_project, modelsize model_size, elites num_elites,
+checkpont checkpoint, video save_video, workdir work_dir, devic device, numthreads num_threads, precison precision,
+exp exp_name, bufer_size buffer_size, overlp overlap, temp temperature, envs num_envs, Horizon horizon, LR lr
+"""
+
+
+@pytest.mark.parametrize("pair", TYPOS.replace("\n", " ").split(","), ids=lambda p: p.split()[0])
+def test_a_mistyped_key_suggests_the_one_that_was_meant_and_no_other(pair: str) -> None:
+    typed, meant = pair.split()
+    assert nearest(typed, Config.key_names()) == [meant]
+
+
+def test_what_is_as_close_is_suggested_too() -> None:
+    assert nearest("discount", Config.key_names()) == ["discount_min", "discount_max", "discount_denom"]
+    assert nearest("xyzzy", Config.key_names()) == nearest("a", []) == []
