@@ -1,9 +1,14 @@
 """TD-MPC2 at the speed the hardware allows: same algorithm, same numbers.
 
 from tdmpc2_fast import TDMPC2, WorldModel, Planner, ReplayBuffer, Config, load
+
+What needs torch is imported when it is first asked for: a command line that prints its help does without.
 """
 
 import os
+from typing import TYPE_CHECKING
+
+from .version import __version__
 
 # torch's OpenMP threads spin for milliseconds between two small ops, so that a process beside
 # them slows planning several times; threads that sleep at once wake too late instead. This
@@ -12,11 +17,33 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
-from .agent import TDMPC2, load
-from .config import Config
-from .planner import Planner
-from .replay import ReplayBuffer
-from .version import __version__
-from .world_model import WorldModel
+if TYPE_CHECKING:
+    from .agent import TDMPC2, load
+    from .config import Config
+    from .planner import Planner
+    from .replay import ReplayBuffer
+    from .world_model import WorldModel
+else:
+
+    def __getattr__(name: str):
+        """A name of `__all__`, or a module in this package, imported now."""
+        from importlib import import_module
+        from importlib.util import find_spec
+
+        module = _HOMES.get(name, name)
+        if name.startswith("_") or find_spec(f"{__name__}.{module}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = import_module(f".{module}", __name__)
+        return getattr(found, name) if name in _HOMES else found
+
+
+_HOMES = dict(
+    TDMPC2="agent", load="agent", Config="config", Planner="planner", ReplayBuffer="replay", WorldModel="world_model"
+)
 
 __all__ = ["TDMPC2", "Config", "Planner", "ReplayBuffer", "WorldModel", "__version__", "load"]
+
+
+def __dir__() -> list[str]:
+    """With what is not imported yet."""
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from .backend import Backend, matmul_precision, resolve_device
 from .config import Config
 from .errors import CheckpointError, InputError
 from .planner import Planner, check_obs
-from .rng import stream_seed
+from .seeds import stream_seed
 from .update import Sampler, Updater
 from .world_model import WorldModel
 

@@ -17,7 +17,8 @@ from .kernels.rows import Rows
 from .packing import PackedModel
 from .plan_trace import PlanTrace
 from .profiling import annotate
-from .rng import PlanNoise, stream_seed
+from .rng import PlanNoise
+from .seeds import stream_seed
 from .sizes import plan_sizes
 from .task_embedding import look_up
 from .world_model import WorldModel

@@ -21,8 +21,9 @@ from .kernels.update_losses import METRICS
 from .metrics import termination_statistics
 from .profiling import annotate
 from .replay import DeviceReplay
-from .rng import COUNTER, UpdateNoise, stream_seed
+from .rng import COUNTER, UpdateNoise
 from .scale import RunningScale
+from .seeds import stream_seed
 from .sizes import update_sizes
 from .task_embedding import look_up
 from .torch_update import TASK_GRADIENT

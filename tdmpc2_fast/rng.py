@@ -10,23 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from zlib import crc32
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .config import Config
 from .layers import draw_shift
+from .seeds import stream_seed
 
 COUNTER = "rng.counter"
 """Name, in a kept state, of the seed and offset of a counter-based generator."""
-
-
-def stream_seed(seed: int, name: str) -> int:
-    """Seed of the random stream `name` of a run: streams of one run never share a sequence."""
-    state = np.random.SeedSequence([seed, crc32(name.encode())]).generate_state(2, np.uint32)
-    return int(state[0]) << 31 ^ int(state[1])
 
 
 def generator(seed: int, name: str, device: torch.device) -> torch.Generator:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import BackendError, ConfigError
-from tdmpc2_fast.rng import stream_seed
+from tdmpc2_fast.seeds import stream_seed
 
 from .answers import EnvError, array, finite, flag, number, success
 
