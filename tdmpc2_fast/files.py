@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: it is truncated, or none.
     """
+    with _opened(path) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a mapping)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """As `read_tensors`, without the tensors."""
+    with _opened(path) as f:
+        return f.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     package = safetensors()
     try:
         with package.safe_open(path, framework="pt", device="cpu") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a mapping)
+            yield f
     except (package.SafetensorError, OSError) as e:
         raise CheckpointError(f"checkpoint {str(path)!r}: truncated or not a safetensors file ({e})") from e
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from tdmpc2_fast import Config, load
+from tdmpc2_fast import TDMPC2, Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.train import runs
+from tdmpc2_fast.train.checkpoints import trained
 from tdmpc2_fast.train.envs.together import InProcess
+from tdmpc2_fast.train.evaluate import Evaluation, Evaluator
 from tdmpc2_fast.train.online import OnlineTrainer
 from tdmpc2_fast.train.threads import choose_threads, idle_cores
 
@@ -149,13 +153,81 @@ def test_what_is_shown_and_kept_reads_no_tensor_between_episodes(
 
 
 def test_evaluation_plays_every_episode_once(tmp_path: Path) -> None:
-    from tdmpc2_fast.train.evaluate import Evaluator
-
     trainer = OnlineTrainer(Config.from_dict(dict(QUICK, eval_episodes=19, mpc=False)), tmp_path)
     found = Evaluator(trainer.agent).run()
     assert len(found.returns) == len(found.lengths) == 19
     assert set(found.lengths) == {40}
     assert len(set(np.round(found.returns, 6))) == 19
+
+
+@pytest.mark.parametrize("mpc", [True, False])
+def test_an_episode_of_an_evaluation_does_not_depend_on_how_many_there_are(mpc: bool) -> None:
+    cfg = Config.from_dict({**QUICK, "mpc": mpc, "episode_length": 8})
+    cfg = cfg.with_env({"state": (3,)}, 1, 8)
+    one, three, many = (Evaluator(TDMPC2(cfg.replace(eval_episodes=n))).run().returns for n in (1, 3, 18))
+    assert one == many[:1]  # bit for bit
+    assert three == many[:3]
+    assert len({*many}) == 18
+
+
+def evaluations(monkeypatch: pytest.MonkeyPatch, *returns: float) -> None:
+    """Evaluations to come find these."""
+    left = list(returns)
+    monkeypatch.setattr(Evaluator, "run", lambda *_: Evaluation([left.pop(0)] * 2, [0.0] * 2, [40] * 2))
+
+
+def best_of(folder: Path) -> tuple[str, int]:
+    """What is told of the best weights, and at how many decisions the checkpoint was written that has them."""
+    checkpoints = folder / "checkpoints"
+    facts = json.loads((checkpoints / "best.json").read_text())["trained"]
+    return trained(checkpoints / "best.safetensors"), facts["decisions"]
+
+
+def test_an_agent_that_has_learned_nothing_is_not_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations(monkeypatch, 100, 200, -9, -5)  # at 0, 40, 80, 90
+    run(tmp_path)
+    assert best_of(tmp_path) == ("step 90 (90 decisions, 89 updates), return -5.0 ± 0.0 over 2 episodes", 90)
+    best, latest = (load(tmp_path / "checkpoints" / n, device="cpu").model.state_dict() for n in ("best", "latest"))
+    assert all(torch.equal(v, tensors_only(latest)[k]) for k, v in tensors_only(best).items())
+    assert "return -5.0" in trained(tmp_path / "checkpoints/latest.safetensors")
+
+
+def test_before_anything_is_learned_the_best_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations(monkeypatch, 100, 50)
+    run(tmp_path / "a", steps=40)
+    assert best_of(tmp_path / "a") == ("step 40 (40 decisions, no update yet), return 50.0 ± 0.0 over 2 episodes", 40)
+    evaluations(monkeypatch, 100, 50, 60)  # what another run has learned is worth keeping
+    run(tmp_path / "b", steps=60, checkpoint=str(tmp_path / "a/checkpoints/best"))
+    assert best_of(tmp_path / "b")[1] == 0
+
+
+def test_the_best_stays_the_best_where_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    evaluations(monkeypatch, 100, 200, -5)
+    assert runs.start(dict(QUICK, num_threads=1, steps=80, work_dir=str(folder))) == 0
+    before = best_of(folder)
+    assert before == ("step 80 (80 decisions, 79 updates), return -5.0 ± 0.0 over 2 episodes", 80)
+    evaluations(monkeypatch, -6)
+    assert runs.resume(folder, dict(steps=100)) == 0
+    assert best_of(folder) == before
+    assert f"best.safetensors: {before[0]}" in capsys.readouterr().out
+    evaluations(monkeypatch, -4)
+    assert runs.resume(folder, dict(steps=110)) == 0
+    assert best_of(folder)[1] == 110
+
+
+def test_what_the_weights_are_of_is_unknown_where_nothing_tells(tmp_path: Path) -> None:
+    agent = TDMPC2(Config.from_dict(QUICK).with_env({"state": (3,)}, 1, 40))
+    for name in ("a.safetensors", "a.pt"):
+        agent.save(tmp_path / name)
+        assert trained(tmp_path / name) == "step and return unknown"
+    (tmp_path / "a.json").write_text("{")
+    assert trained(tmp_path / "a.safetensors") == "step and return unknown"
+    other = dict(sha256="of other weights", trained=dict(step=1, decisions=1, updates=1))
+    (tmp_path / "a.json").write_text(json.dumps(other))
+    assert trained(tmp_path / "a.safetensors") == "step and return unknown"
 
 
 STAT = """cpu  {u} 0 0 {i} 0 0 0 0 0 0

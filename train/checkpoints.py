@@ -28,7 +28,7 @@ from torch import Tensor
 from tdmpc2_fast import checkpoint
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError
-from tdmpc2_fast.files import flush, read_tensors, replacing, write_tensors
+from tdmpc2_fast.files import flush, read_metadata, read_tensors, replacing, write_tensors
 from tdmpc2_fast.replay import ReplayBuffer
 from tdmpc2_fast.world_model import WorldModel
 
@@ -63,11 +63,16 @@ class Checkpoints:
         self.replay = ReplayFiles(run / "replay")
 
     def save(
-        self, model: WorldModel, tensors: Mapping[str, Tensor], values: Mapping[str, Any], buffer: ReplayBuffer
+        self,
+        model: WorldModel,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        buffer: ReplayBuffer,
+        about: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint; returns its folder.
 
-        values: JSON-ready, `decisions` among them.
+        values: JSON-ready, `decisions` among them; about: what `trained` is to tell of the weights.
 
         Raises:
             OSError: it cannot be written; those before are as they were.
@@ -82,7 +87,7 @@ class Checkpoints:
                 shutil.rmtree(tmp)
             tmp.mkdir()
             chunks = self.replay.save(buffer)
-            checkpoint.save(model, tmp / _WEIGHTS)
+            _tell(checkpoint.save(model, tmp / _WEIGHTS).with_suffix(".json"), about)
             write_tensors(tmp / "training.safetensors", tensors)
             manifest = dict(
                 format=FORMAT,
@@ -103,9 +108,10 @@ class Checkpoints:
         self._prune()
         return folder
 
-    def mark_best(self) -> None:
-        """`best` are the weights of the newest checkpoint from here on."""
+    def mark_best(self, about: Mapping[str, Any] | None = None) -> None:
+        """`best` are the weights of the newest checkpoint from here on; `about` as for `save`."""
         self._point("best", max(self._present())[1])
+        _tell(self.folder / "best.json", about)
 
     def newest(self, note: Callable[[str], None]) -> Saved | None:
         """The newest checkpoint that is whole; None where there is none at all.
@@ -186,6 +192,30 @@ class Checkpoints:
                 shutil.rmtree(path)
         needed = {c["file"] for p in kept for c in json.loads((p / "manifest.json").read_text())["replay"]}
         self.replay.prune(needed)
+
+
+def trained(path: Path) -> str:
+    """How far the weights in a file were trained and what they returned then, in words, as the JSON beside it tells."""
+    try:
+        told = json.loads(path.with_suffix(".json").read_text())
+        facts, of_these = told["trained"], json.loads(read_metadata(path)["manifest"])["sha256"] == told["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # an official file, an older one, one without its JSON
+        of_these = False
+    if not of_these:
+        return "step and return unknown"
+    updates = f"{facts['updates']:,} updates" if facts["updates"] else "no update yet"
+    text = f"step {facts['step']:,} ({facts['decisions']:,} decisions, {updates})"
+    if "return" not in facts:
+        return f"{text}, not evaluated"
+    return f"{text}, return {facts['return']:.1f} ± {facts['return_std']:.1f} over {facts['episodes']} episodes"
+
+
+def _tell(manifest: Path, about: Mapping[str, Any] | None) -> None:
+    """Put what `trained` reads into the JSON beside weights; the file with the weights stays as it is."""
+    if about:
+        told = json.loads(manifest.read_text()) | dict(trained=dict(about))
+        with replacing(manifest) as tmp:
+            tmp.write_text(json.dumps(told, indent=1) + "\n")
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from tdmpc2_fast import checkpoint
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.replay import ReplayBuffer
-from tdmpc2_fast.rng import stream_seed
+from tdmpc2_fast.seeds import stream_seed
 
 from .checkpoints import Checkpoints, Saved
 from .doubts import Doubts
@@ -83,6 +83,7 @@ class OnlineTrainer:
         self._updates_due = 0.0
         self._seeded = False
         self._evaluated_at = -1  # decisions
+        self._evaluated: dict[str, Any] = {}  # what came of it
         self._evaluating = False
         self._best = -np.inf
         self._saved_at = time.monotonic()
@@ -251,12 +252,16 @@ class OnlineTrainer:
             found = self.evaluator.run(self.stop, busy, video, self.log.warn_once)
             self._evaluating = False
         self._evaluated_at = self._decisions
+        episodes = len(found.returns)
+        self._evaluated = {"return": found.mean_return, "return_std": found.std_return, "episodes": episodes}
         success = float(np.mean(found.successes))
-        self.log.evaluation(self._decisions, found.mean_return, found.std_return, len(found.returns), success)
+        self.log.evaluation(self._decisions, found.mean_return, found.std_return, episodes, success)
         if saved and found.mean_return > self._best:
             try:
-                self.checkpoints.mark_best()
-                self._best = found.mean_return
+                self.checkpoints.mark_best(self._about_weights())
+                # What an agent returns that has learned nothing is no bar: a few lucky episodes would set it.
+                if self.agent.updater.steps or self.cfg.checkpoint is not None:
+                    self._best = found.mean_return
             except OSError as e:
                 self.log.warn(f"checkpoints/best stays what it was: {e}")
         return found
@@ -291,7 +296,7 @@ class OnlineTrainer:
             if not all(bool(p.isfinite().all()) for p in self.agent.model.parameters()):
                 self.log.warn("no checkpoint: weights are not finite; the last one stays")
                 return False
-            self.checkpoints.save(self.agent.model, *self._state(whole), self.buffer)
+            self.checkpoints.save(self.agent.model, *self._state(whole), self.buffer, self._about_weights())
             return True
         except OSError as e:
             self.log.warn(
@@ -303,6 +308,12 @@ class OnlineTrainer:
                 raise
             self.log.warn(f"no checkpoint: {type(e).__name__}: {e}")  # what it follows from is told next
         return False
+
+    def _about_weights(self) -> dict[str, Any]:
+        """What `checkpoints.trained` tells of them."""
+        step = self._decisions * self.log.action_repeat
+        facts = dict(step=step, decisions=self._decisions, updates=self.agent.updater.steps)
+        return facts | (self._evaluated if self._evaluated_at == self._decisions else {})
 
     def _state(self, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything to go on from but weights and steps of the replay."""

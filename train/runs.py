@@ -11,12 +11,13 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.replay import ReplayBuffer
 
-from .checkpoints import Checkpoints, Saved
+from .checkpoints import Checkpoints, Saved, trained
 from .envs import tried
 from .envs.workers import leave_if_imported_anew
 from .online import OnlineTrainer
 from .plots import plot_runs
 from .run_folder import discard, home, locked, new_folder
+from .sinks import wandb_package
 from .stop import Stop, Stopped
 from .threads import choose_threads
 
@@ -41,6 +42,8 @@ def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts:
     if cfg.resume == "auto" and any((home(cfg) / "checkpoints").glob("[!.]*-at-*")):
         as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
         return resume(home(cfg), as_begun, tell)
+    if cfg.enable_wandb:
+        wandb_package()
     cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
     folder = new_folder(cfg)
     notes = [
@@ -70,14 +73,16 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
         ConfigError: a key that cannot be changed, or another process has the run.
     """
     folder = Path(run)
-    if not (folder / "checkpoints").is_dir():
-        raise CheckpointError(f"run {str(folder)!r}: no checkpoints in it, allowed: the folder of a run")
+    if (why := _why_no_run(folder)) is not None:
+        raise CheckpointError(f"run {str(folder)!r}: {why}, allowed: the folder of a run")
     notes: list[str] = []
     with locked(folder):
         saved = Checkpoints(folder, keep=1).newest(notes.append)
         if saved is None:
             raise CheckpointError(f"run {str(folder)!r}: it was stopped before its first checkpoint; start it anew")
         cfg = _changed(saved.cfg, values, folder)
+        if cfg.enable_wandb:
+            wandb_package()
         done = saved.values["decisions"]
         if saved.values["evaluated_at"] >= cfg.steps:
             more = 2 * max(cfg.steps, done)
@@ -85,6 +90,18 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
             return 0
         choose_threads(cfg)
         return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], tell)
+
+
+def _why_no_run(folder: Path) -> str | None:
+    """What else than the folder of a run with checkpoints it is; None where it is one."""
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    if (folder / "checkpoints").is_dir():
+        return None
+    if (folder / "config.json").is_file():
+        return "a run that wrote no checkpoint to go on from"
+    inside = sorted(p.parent.relative_to(folder) for p in folder.glob("*/checkpoints"))
+    return f"no run, but runs are in it ({', '.join(map(str, inside))})" if inside else "no run"
 
 
 def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
@@ -156,7 +173,7 @@ def _files(folder: Path) -> list[str]:
     places = [("numbers", folder / "eval.csv"), ("numbers", folder / "train.csv"), *(("video", p) for p in videos[-1:])]
     places += [("weights", folder / "checkpoints" / "best.safetensors"), ("TensorBoard", folder / "tensorboard")]
     found = [("curve", curve), *((name, str(path)) for name, path in places if path.exists())]
-    return [f"  {name:12} {text}" for name, text in found]
+    return [f"  {name:12} {text}" + (f": {trained(Path(text))}" if name == "weights" else "") for name, text in found]
 
 
 def _how_to_go_on(cfg: Config, folder: Path) -> list[str]:

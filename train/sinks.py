@@ -258,13 +258,7 @@ class WandB:
         note: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        try:
-            import wandb
-        except ImportError as e:
-            raise ConfigError(
-                "config key 'enable_wandb': the package wandb is missing; pip install 'tdmpc2-fast[wandb]', "
-                "or set enable_wandb=false"
-            ) from e
+        wandb = wandb_package()
         self._warn = warn
         exp = re.sub("[^0-9a-zA-Z]+", "-", cfg.exp_name)
         limits = dict(init_timeout=_WANDB_SECONDS, login_timeout=_WANDB_SECONDS, finish_timeout=_WANDB_SECONDS)
@@ -328,6 +322,18 @@ class WandB:
             except Exception as e:
                 return f"some rows for Weights & Biases ({e}; wandb sync sends them)"
         return None
+
+
+def wandb_package() -> Any:
+    """The package; where it is missing, `ConfigError` says how to get it."""
+    try:
+        import wandb
+    except ImportError as e:
+        raise ConfigError(
+            "config key 'enable_wandb': the package wandb is missing; pip install 'tdmpc2-fast[wandb]', "
+            "or set enable_wandb=false"
+        ) from e
+    return wandb
 
 
 def _has_account(server: str) -> bool:
