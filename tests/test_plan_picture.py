@@ -151,6 +151,28 @@ def test_an_agent_plays_up_to_the_decision_drawn(livened: Liven, tmp_path: Path)
     np.testing.assert_array_equal(env.done, again.done)
 
 
+@pytest.mark.parametrize("length", [1, 4, 5])
+def test_of_a_shorter_episode_the_last_decision_is_drawn(
+    livened: Liven, tmp_path: Path, capsys: pytest.CaptureFixture[str], length: int
+) -> None:
+    """Also where it is a termination that nobody knew of: the same episode is played again, up to there."""
+
+    class Ends(Played):
+        def step(self, action: Any) -> Any:
+            obs, reward, _, truncated, info = super().step(action)
+            return obs, reward, self._decisions == length, truncated, info
+
+    agent, env, given = livened(of_scripted()), Ends(1), Ends(1)
+    draw_plan(agent, env, None, tmp_path / "plan.png")
+    assert f"note: the episode ends before decision 50; decision {length - 1} is drawn" in capsys.readouterr().out
+    draw_plan(agent, given, length - 1, tmp_path / "given.png")
+    assert capsys.readouterr().out == ""
+    assert env._decisions == length - 1
+    assert len(env.done) >= len(given.done) == length - 1
+    assert len(given.done) == 0 or np.array_equal(env.done[-len(given.done) :], given.done)
+    assert (tmp_path / "plan.png").read_bytes() == (tmp_path / "given.png").read_bytes()
+
+
 @pytest.mark.parametrize("error", [RenderError("no pictures: paint is missing"), ZeroDivisionError("paint")])
 def test_without_a_renderer_the_plan_is_still_drawn(
     livened: Liven, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception

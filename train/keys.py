@@ -118,7 +118,9 @@ class PlotOptions:
 class PlanOptions:
     """Keys of the command `plan`, beside those of a config."""
 
-    decision: int = _option(50, "decisions of the episode that come before the one drawn", low=0)
+    decision: int | None = _option(
+        None, "decisions of the episode that come before the one drawn; none: 50, or what a shorter episode has", low=0
+    )
     out: str | None = _option(None, "the picture, .png or .svg; none writes CHECKPOINT-plan.png")
 
 
@@ -172,7 +174,8 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
         elif key in OPTION_FIELDS:
             raise ConfigError(f"config key {key!r}: belongs to the command train, and is not allowed here")
         else:
-            raise ConfigError(f"unknown config key {key!r}.{did_you_mean(key, _KNOWN)}{_range_of_nearest(key)}")
+            hint = did_you_mean(key, _KNOWN) or " tdmpc2-fast train --help lists the keys."
+            raise ConfigError(f"unknown config key {key!r}.{hint}{_range_of_nearest(key)}")
     return {**preset, **values}
 
 

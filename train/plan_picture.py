@@ -16,9 +16,9 @@ from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.errors import ConfigError, InputError
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.planner import Planner
-from tdmpc2_fast.rng import stream_seed
+from tdmpc2_fast.seeds import stream_seed
 
-from .envs.base import Env
+from .envs.base import Array, Env, reset, step
 from .pictures import rgb
 
 if TYPE_CHECKING:
@@ -29,9 +29,12 @@ _SAMPLES, _PRIOR, _ELITES, _MEAN, _CHOSEN = "#7a7a7a", "#e69f00", "#0072b2", "bl
 _FRAME = "#b0b0b0"
 _MOST_DIMS = 3
 _WIDEST_HEADING = 100
+_DECISION = 50
 
 
-def draw_plan(agent: TDMPC2, env: Env, decision: int, out: str | Path, dims: Sequence[int] | None = None) -> Path:
+def draw_plan(
+    agent: TDMPC2, env: Env, decision: int | None, out: str | Path, dims: Sequence[int] | None = None
+) -> Path:
     """Play `decision` decisions of a new episode without exploration, then draw the plan for the next one.
 
     The agent's own planner is left alone; the environment is left at that decision. Where it
@@ -40,7 +43,8 @@ def draw_plan(agent: TDMPC2, env: Env, decision: int, out: str | Path, dims: Seq
     Args:
         agent: of one task.
         env: its environment.
-        decision: how many decisions come before the one drawn.
+        decision: how many decisions come before the one drawn; None for 50 or, where the episode is
+            shorter, all but its last, which a line then says.
         out: a name ending in `.png` or `.svg`.
         dims: action dims to show, from 0; default the first three.
 
@@ -49,21 +53,38 @@ def draw_plan(agent: TDMPC2, env: Env, decision: int, out: str | Path, dims: Seq
     """
     _check_name(Path(out))
     planner = Planner(agent.model, 1, seed=stream_seed(agent.cfg.seed, "plan picture"))
-    obs = env.reset()
-    for i in range(decision):
-        action = planner.plan(torch.from_numpy(obs[None]), t0=i == 0, eval_mode=True)
-        obs, _, terminated, truncated, _ = env.step(action[0].cpu().numpy())
-        if terminated or truncated:
-            raise InputError(f"decision: got {decision}, allowed: below {i + 1}, where the episode ended")
+    start, random = {name: x.clone() for name, x in planner.state().items()}, env.random_state()
+    before = min(_DECISION, env.max_episode_steps - 1) if decision is None else decision
+    obs, played = _play(planner, env, before)
+    while obs is None:
+        if decision is not None:
+            raise InputError(f"decision: got {decision}, allowed: below {played}, where the episode ended")
+        before = played - 1  # of the same episode, once more
+        planner.load_state(start)
+        if random is not None:
+            env.set_random_state(random)
+        obs, played = _play(planner, env, before)
+    if decision is None and before < _DECISION:
+        print(f"note: the episode ends before decision {_DECISION}; decision {before} is drawn")
     frame = None
     try:
         frame = rgb(env.render())
     except Exception as e:  # drivers and other people's environments raise what they like
         print(f"note: the plan is drawn without its environment: {e}")
-    title = f"{agent.cfg.task}, decision {decision}"
-    return plan_picture(
-        planner, torch.from_numpy(obs[None]), out, t0=decision == 0, title=title, frame=frame, dims=dims
-    )
+    title = f"{agent.cfg.task}, decision {before}"
+    return plan_picture(planner, torch.from_numpy(obs[None]), out, t0=before == 0, title=title, frame=frame, dims=dims)
+
+
+def _play(planner: Planner, env: Env, count: int) -> tuple[Array | None, int]:
+    """Play so many decisions of a new episode; the observation then, None where it ended, and how many there were."""
+    obs = reset(env)
+    for i in range(count):
+        action = planner.plan(torch.from_numpy(obs[None]), t0=i == 0, eval_mode=True)
+        found = step(env, action[0].cpu().numpy())
+        if found.terminated or found.truncated:
+            return None, i + 1
+        obs = found.obs
+    return obs, count
 
 
 def plan_picture(
