@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,9 @@ pytest.importorskip("rich")
 from click.shell_completion import ShellComplete
 
 from tdmpc2_fast.train import app, cli, tables
+from tdmpc2_fast.train.envs import SUITES
+from tdmpc2_fast.train.envs.catalogue import lacks
+from tdmpc2_fast.train.envs.gymnasium_tasks import OFFICIAL
 
 ROOT = Path(__file__).parents[1]
 QUICK = dict(
@@ -196,6 +202,56 @@ class TestCommands:
         runs = sorted(str(p.parent.relative_to(empty_folder)) for p in empty_folder.rglob("eval.csv"))
         assert runs == ["runs/Pendulum-v1/default/1", "runs/Pendulum-v1/default/1-2"]
 
+    def test_what_a_checkpoint_is_of_is_said(self, empty_folder: Path, capsys: Capture) -> None:
+        assert cli.main(words(work_dir="run", steps=80, eval_episodes=2)) == 0
+        out = capsys.readouterr().out
+        best = json.loads(Path("run/checkpoints/best.json").read_text())["trained"]
+        assert best["decisions"] > 50  # it has learned, whatever the two episodes before returned
+        said = f"step {best['step']} ({best['decisions']} decisions, {best['updates']} updates), return "
+        said += f"{best['return']:.1f} ± {best['return_std']:.1f} over 2 episodes"
+        path = "run/checkpoints/best.safetensors"
+        assert f"weights      {path}: {said}" in out
+        for command in (["eval", "run", "eval_episodes=1"], ["plan", "run", "decision=1"]):
+            assert cli.main(command) == 0
+            assert capsys.readouterr().out.splitlines()[0] == f"{path}: {said}"
+        assert cli.main(["info", "run"]) == 0
+        assert f"trained {said}" in " ".join(capsys.readouterr().out.split())
+        assert cli.main(["info", "run/checkpoints/latest"]) == 0
+        assert "trained step 80 (80 decisions, 79 updates), return" in " ".join(capsys.readouterr().out.split())
+
+    def test_an_evaluation_in_a_pipe_leaves_stderr_empty(self, empty_folder: Path) -> None:
+        TDMPC2(Config.from_dict(dict(QUICK)).with_env({"state": (3,)}, 1, 40)).save("a")
+        out, err = (done := start("eval", "a")).communicate(timeout=300)
+        assert done.returncode == 0
+        assert out.splitlines()[0] == "a.safetensors: step and return unknown"
+        assert err == ""
+
+    def test_the_last_decision_is_drawn_of_an_episode_that_is_too_short(
+        self, empty_folder: Path, capsys: Capture
+    ) -> None:
+        TDMPC2(Config.from_dict(dict(QUICK)).with_env({"state": (3,)}, 1, 40)).save("a")
+        assert cli.main(["plan", "a"]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert "note: the episode ends before decision 50; decision 39 is drawn" in out
+        assert out[-1] == "a-plan.png"
+        assert cli.main(["plan", "a", "decision=40"]) == 2
+        assert "decision: got 40, allowed: below 40" in capsys.readouterr().err
+
+    def test_without_wandb_nothing_is_begun(
+        self, empty_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert cli.main(words(work_dir="run", steps=4)) == 0
+        capsys.readouterr()
+        before = Path("run/config.json").read_bytes()
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        for command in (["train", *words(wandb="true")], ["resume", "run", "steps=8", "wandb=true"]):
+            assert cli.main(command) == 2
+            shown = capsys.readouterr()
+            assert shown.out == ""
+            assert "pip install 'tdmpc2-fast[wandb]', or set enable_wandb=false" in shown.err
+        assert [p.name for p in empty_folder.iterdir()] == ["run"]
+        assert Path("run/config.json").read_bytes() == before
+
     def test_a_path_with_an_equals_sign_is_a_path(self, empty_folder: Path, capsys: Capture) -> None:
         agent = TDMPC2(Config.from_dict(dict(QUICK)).with_env({"state": (3,)}, 1, 40))
         agent.save(empty_folder / "lr=1" / "a")
@@ -216,7 +272,11 @@ class TestCommands:
             (["info"], "info CHECKPOINT"),
             (["info", "b.pt"], "no TD-MPC2 model"),
             (["resume"], "resume RUN"),
-            (["resume", "nowhere"], "no checkpoints in it"),
+            (["resume", "nowhere"], "no such folder"),
+            (["resume", "a.pt"], "a file, allowed: the folder of a run"),
+            (["resume", "empty"], "no run, allowed: the folder of a run"),
+            (["resume", "begun"], "a run that wrote no checkpoint"),
+            (["resume", "runs"], "no run, but runs are in it (1, 2)"),
             (["resume", ".", "seed=1,2"], "config key 'seed'"),
             (["plot"], "no run given"),
             (["plot", "nowhere"], "nowhere"),
@@ -230,16 +290,23 @@ class TestCommands:
             (["tasks", "humnoid"], "Did you mean"),
             (["tasks", "a", "b"], "tasks [TEXT]"),
             (["trian"], "Did you mean 'train'"),
-            ([], "COMMAND"),
+            (["zzz"], "--help lists the commands"),
+            (["help", "zzz"], "unknown command 'zzz'"),
+            (["eval", "zzz=3"], "train --help lists the keys"),
+            (["eval", ""], "checkpoint ''"),
+            (["tasks", "zzz"], "tasks lists all"),
         ],
     )
     def test_wrong_words(self, args: list[str], message: str, empty_folder: Path, capsys: Capture) -> None:
         TDMPC2(tiny_config()).save(empty_folder / "a.pt")
         torch.save({"x": torch.zeros(2)}, "b.pt")
+        for folder in ("empty", "begun", "runs/1/checkpoints", "runs/2/checkpoints"):
+            Path(folder).mkdir(parents=True)
+        Path("begun/config.json").write_text("{}")
         assert cli.main(args) == 2
         captured = capsys.readouterr()
         assert message in captured.err
-        assert "Traceback" not in captured.err
+        assert len(captured.err.splitlines()) == 1
 
     def test_a_run_is_drawn(self, empty_folder: Path, capsys: Capture) -> None:
         assert cli.main(["train", *words(work_dir="run", steps=60)]) == 0
@@ -264,6 +331,37 @@ class TestCommands:
         out = capsys.readouterr().out
         assert "humanoid-run" in out
         assert "dog-run" not in out
+        assert "Humanoid-v5" in out
+        assert "Humanoid-v3" not in out
+        assert cli.main(["tasks", "pend"]) == 0
+        assert "Pendulum-v1" in capsys.readouterr().out.split()
+
+    def test_every_gymnasium_task_listed_can_be_made_and_none_is_left_out(self) -> None:
+        gymnasium = pytest.importorskip("gymnasium")
+        listed = {*SUITES["Gymnasium"].names} - {*OFFICIAL}
+        made = {}
+        for name in {*listed, *(s.id for s in gymnasium.registry.values() if "mujoco" not in str(s.entry_point))}:
+            with (
+                suppress(gymnasium.error.Error, ImportError),
+                warnings.catch_warnings(),
+            ):  # a package that is not here, an old id
+                warnings.simplefilter("ignore")
+                env = gymnasium.make(name)
+                made[name] = isinstance(env.action_space, gymnasium.spaces.Box) and env.action_space.is_bounded()
+                env.close()
+        assert {name for name, fits in made.items() if fits} == listed & {*made}
+        missing = listed - {*made}
+        assert len(listed) - len(missing) >= 13
+        assert missing <= {name for name in listed if lacks(name)}
+
+    def test_what_a_task_lacks_is_said_alike_everywhere(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "Box2D", None)
+        for name in ("bipedal-walker", "BipedalWalkerHardcore-v3", "lunarlander-continuous", "CarRacing-v3"):
+            assert cli.main(["tasks", name.lower()]) == 0
+            need = capsys.readouterr().out.partition(": ")[2].partition(" (")[0]
+            assert need == "needs pip install 'tdmpc2-fast[box2d]'"
+            assert cli.main(["train", *words(task=name)]) == 2
+            assert capsys.readouterr().err == f"error: config key 'task': {name!r} {need}\n"
 
     def test_tasks_say_what_to_install(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -307,6 +405,13 @@ class TestCommands:
         assert cli.main(["info", "a"]) == 0
         assert "rgb channels 9" in capsys.readouterr().out
 
+    def test_without_a_word_it_shows_its_help(self, capsys: Capture) -> None:
+        assert cli.main([]) == 0
+        shown = capsys.readouterr()
+        assert shown.err == ""
+        assert cli.main(["--help"]) == 0
+        assert capsys.readouterr().out == shown.out
+
     def test_version(self, capsys: Capture) -> None:
         assert cli.main(["--version"]) == 0
         assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
@@ -330,15 +435,10 @@ class TestCommands:
         assert got == given
 
     def test_a_broken_plugin_leaves_the_help_whole(self, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-        class Entry:
-            name = "broken"
-
-            def load(self) -> None:
-                raise ImportError("no module named x")
-
-        monkeypatch.setattr(app, "entry_points", lambda name="broken", **_: [Entry()] if name == "broken" else [])
+        entry = EntryPoint("broken", "no_such_package.run:main", "tdmpc2_fast.commands")
+        monkeypatch.setattr(app, "entry_points", lambda name="broken", **_: [entry] if name == "broken" else [])
         assert cli.main(["--help"]) == 0
-        assert "Cannot be loaded: no module named x" in capsys.readouterr().out
+        assert "Cannot be loaded: No module named 'no_such_package'" in capsys.readouterr().out
 
     def test_without_click_it_says_what_to_install(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "click", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -58,6 +59,70 @@ print("fine")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+def test_names_of_the_package_are_imported_when_they_are_asked_for() -> None:
+    code = """
+import os, sys
+os.environ.pop("OMP_WAIT_POLICY", None), os.environ.pop("GOMP_SPINCOUNT", None)
+import tdmpc2_fast as t
+assert os.environ["GOMP_SPINCOUNT"] == "6000"
+assert set(t.__all__) < set(dir(t))
+assert t.Config().horizon == 3 and t.config.Config is t.Config
+assert "torch" not in sys.modules
+from tdmpc2_fast import *
+assert (TDMPC2, load, Planner) == (t.agent.TDMPC2, t.agent.load, t.planner.Planner)
+assert all(getattr(t, name) is globals()[name] for name in t.__all__)
+assert t.reference.ReferenceAgent and t.kernels.mppi and not hasattr(t, "_nothing")
+try:
+    t.Planer
+except AttributeError as e:
+    print(e)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "module 'tdmpc2_fast' has no attribute 'Planer'\n", done.stderr
+
+
+HEAVY = {"torch", "matplotlib", "dm_control", "mujoco", "scipy", "tensorboard", "wandb", "imageio", "triton"}
+COMPLETING = dict(_TDMPC2_FAST_COMPLETE="bash_complete", COMP_CWORD="2")
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "also"),
+    [
+        (["--help"], {}, {"numpy", "gymnasium"}),
+        ([], {}, {"numpy", "gymnasium"}),
+        (["--version"], {}, {"numpy", "gymnasium"}),
+        (["train", "--help"], {}, {"numpy", "gymnasium"}),
+        (["train", "horizn=5"], {}, {"numpy", "gymnasium"}),
+        (["resume", "run", "horizn=5"], {}, {"numpy", "gymnasium"}),
+        (["eval"], {}, {"numpy", "gymnasium"}),
+        (["trian"], {}, {"numpy", "gymnasium"}),
+        ([], dict(COMPLETING, COMP_WORDS="tdmpc2-fast train hori"), {"numpy", "gymnasium"}),
+        ([], dict(COMPLETING, COMP_WORDS="tdmpc2-fast train task=dog-"), set()),
+        (["tasks"], {}, set()),
+        (["train", "task=walker-wlak"], {}, set()),
+        (["train", "seed=1,2", "dry_run=true"], {}, set()),
+    ],
+    ids=str,
+)
+def test_what_runs_nothing_imports_nothing_that_takes_long(
+    args: list[str], env: dict[str, str], also: set[str], tmp_path: Path
+) -> None:
+    """Counted are modules, not seconds: torch alone takes two."""
+    code = f"""
+import sys
+from tdmpc2_fast.train.cli import main
+sys.argv[1:] = {args}
+try:
+    main()
+finally:
+    print("imported", *{HEAVY | also} & {{*sys.modules}}, file=sys.stderr)
+"""
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "imported"
+    assert done.stdout or "error: " in done.stderr
 
 
 ALLOWED = {

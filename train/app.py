@@ -7,9 +7,11 @@ and put a `Words` into `COMMANDS`. Packages on higher floors add theirs by an en
 
 from __future__ import annotations
 
-import sys
+import ast
+import importlib.util
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import click
@@ -82,10 +84,12 @@ class Plugin(click.Command):
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """The first sentence of its module."""
-        try:
-            doc = sys.modules[self.entry.load().__module__].__doc__ or ""
-        except ImportError as e:
+        try:  # read, not imported: what it needs may take seconds
+            found = importlib.util.find_spec(self.entry.module)
+            source = None if found is None or found.origin is None else Path(found.origin).read_text()
+        except (ImportError, OSError) as e:
             return f"Cannot be loaded: {e}"
+        doc = "" if source is None else ast.get_docstring(ast.parse(source)) or ""
         return doc.partition("\n")[0].partition(": ")[2].capitalize()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -105,7 +109,9 @@ class App(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does, with the official command line, which names no command, understood."""
         first = args[0] if args else ""
-        if first == "help":
+        if not args and not ctx.resilient_parsing:
+            args = ["--help"]
+        elif first == "help":
             args = [*args[1:], "--help"]
         elif first not in ("-h", "--help", "--version") and ("=" in first or first.startswith(("-", "+", "~"))):
             args = ["train", *args]

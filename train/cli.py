@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except click.UsageError as e:
-        print(f"error: {e.format_message()}\ntdmpc2-fast --help lists the commands", file=sys.stderr)
+        print(f"error: {e.format_message()} (tdmpc2-fast --help lists the commands)", file=sys.stderr)
         return 2
     except Exception as e:  # the simulators of others raise what they like
         return _failed(e, args)

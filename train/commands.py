@@ -1,4 +1,7 @@
-"""What the commands do. Each takes the words behind its name and returns the exit status."""
+"""What the commands do. Each takes the words behind its name and returns the exit status.
+
+What takes a second to import is imported where the words have turned out to be right.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,19 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from torch import Tensor
 
-from tdmpc2_fast import checkpoint
-from tdmpc2_fast.agent import TDMPC2
-from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensors_only
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, did_you_mean
 
-from . import keys, runs, sweep, tables
-from .envs import SUITES, complete, make_env, suite_of
-from .envs.catalogue import PLANNED
-from .evaluate import Evaluator
-from .plan_picture import draw_plan
-from .plots import plot_runs
-from .threads import choose_threads
+from . import keys, sweep, tables
 
-_BOX2D = ("bipedal-walker", "lunarlander-continuous", "BipedalWalker", "LunarLander", "CarRacing")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tdmpc2_fast.agent import TDMPC2
 
 
 def train(words: Sequence[str]) -> int:
@@ -36,8 +32,10 @@ def train(words: Sequence[str]) -> int:
     """
     options, words = keys.options(words, keys.Options)
     each = sweep.expand(words)
-    for run in each:  # all mistakes are answered before the first run starts
-        cfg = Config.from_dict(keys.parse(run.words, note=lambda _: None))
+    configs = [Config.from_dict(keys.parse(run.words, note=lambda _: None)) for run in each]
+    from .envs import suite_of
+
+    for cfg in configs:  # all mistakes are answered before the first run starts
         suite_of(cfg.task)
     if options.job is not None:
         run = sweep.pick(each, options.job)
@@ -48,6 +46,8 @@ def train(words: Sequence[str]) -> int:
         print("\n".join(run.command for run in each))
         return 0
     if len(each) == 1:
+        from . import runs
+
         return runs.start(keys.parse(each[0].words), sweep.tell)
     several = sweep.Sweep(each)
     status = several.run()
@@ -62,7 +62,10 @@ def resume(words: Sequence[str]) -> int:
     stopped; keys say how far, where and what is shown, as in steps=2_000_000 or device=cuda.
     """
     paths, words = keys.arguments(words)
-    return runs.resume(_only(paths, "resume RUN [key=value ...]"), keys.parse(words, presets=False), sweep.tell)
+    path, values = _only(paths, "resume RUN [key=value ...]"), keys.parse(words, presets=False)
+    from . import runs
+
+    return runs.resume(path, values, sweep.tell)
 
 
 def plot(words: Sequence[str]) -> int:
@@ -80,6 +83,8 @@ def plot(words: Sequence[str]) -> int:
             f"{got}, allowed: tdmpc2-fast plot RUN... [{'=] ['.join(keys.names(keys.PlotOptions))}=].{close}"
         )
     out, reference = (None if x is None else Path(x).expanduser() for x in (options.out, options.reference))
+    from .plots import plot_runs
+
     for path in plot_runs([Path(p) for p in paths], out, reference, options.max_step):
         print(path)
     return 0
@@ -93,8 +98,15 @@ def plan(words: Sequence[str]) -> int:
     """
     options, words = keys.options(words, keys.PlanOptions)
     paths, words = keys.arguments(words)
-    path = find_checkpoint(_only(paths, "plan CHECKPOINT [decision=N] [out=FILE] [key=value ...]"))
-    agent = _agent(path, keys.parse(words, presets=False))
+    given = _only(paths, "plan CHECKPOINT [decision=N] [out=FILE] [key=value ...]")
+    values = keys.parse(words, presets=False)
+    path = find_checkpoint(given)
+    agent = _agent(path, values)
+    from .checkpoints import trained
+    from .envs import make_env
+    from .plan_picture import draw_plan
+
+    print(f"{path}: {trained(path)}")
     env = make_env(agent.cfg, agent.cfg.seed)
     try:
         out = Path(options.out).expanduser() if options.out else path.with_name(f"{path.stem}-plan.png")
@@ -115,10 +127,15 @@ def evaluate(words: Sequence[str]) -> int:
     paths += [values["checkpoint"]] if values.get("checkpoint") else []
     path = find_checkpoint(_only(paths, "eval CHECKPOINT [key=value ...]"))
     agent = _agent(path, values)
+    from .checkpoints import trained
+    from .evaluate import Evaluator
+
+    print(f"{path}: {trained(path)}")
     evaluator = Evaluator(agent)
     video = _free(path.with_suffix(".mp4")) if values.get("save_video") else None
     try:
-        with click.progressbar(length=0, label="decisions", file=sys.stderr, show_pos=True) as bar:
+        hidden = not sys.stderr.isatty()
+        with click.progressbar(length=0, label="decisions", file=sys.stderr, show_pos=True, hidden=hidden) as bar:
 
             def busy(done: int, total: int) -> None:
                 bar.length = total
@@ -140,21 +157,25 @@ def evaluate(words: Sequence[str]) -> int:
 def tasks(words: Sequence[str]) -> int:
     """List the tasks, or those with TEXT in their names."""
     text = _only(words, "tasks [TEXT]").lower() if words else ""
+    from .envs import SUITES
+    from .envs.catalogue import PLANNED, lacks
+
     parts = []
     known: list[str] = []
     for name, suite in SUITES.items():
         known += suite.names
         there = importlib.util.find_spec(suite.package) is not None
         state = "installed" if there else f"needs pip install 'tdmpc2-fast[{suite.extra}]'"
-        parts += _listed(f"{name}: {state}", [n for n in suite.names if text in n.lower() and not _lacks_box2d(n)])
-    lacking = [n for n in known if text in n.lower() and _lacks_box2d(n)]
-    parts += _listed("Gymnasium's Box2D tasks: need pip install 'tdmpc2-fast[box2d]'", lacking)
+        parts += _listed(f"{name}: {state}", [n for n in suite.names if text in n.lower() and not lacks(n)])
+    for need in sorted({lacks(n) for n in known} - {""}):
+        parts += _listed(f"more of Gymnasium: {need}", [n for n in known if text in n.lower() and lacks(n) == need])
     for name in dict.fromkeys(PLANNED.values()):
         parts += _listed(
             f"{name}: not in this version", [n for n, s in PLANNED.items() if s == name and text in n.lower()]
         )
     if not parts:
-        raise ConfigError(f"no task has {text!r} in its name.{did_you_mean(text, [*known, *PLANNED])}")
+        hint = did_you_mean(text, [*known, *PLANNED]) or " tdmpc2-fast tasks lists all."
+        raise ConfigError(f"no task has {text!r} in its name.{hint}")
     if not text:
         parts.append("\nAny other Gymnasium id with a bounded Box action space works, too.")
     print(tables.rendered(*parts).lstrip("\n"))
@@ -167,6 +188,11 @@ def info(words: Sequence[str]) -> int:
     That is its format, size, parameters, tensors and config; official .pt files have no config.
     """
     path = find_checkpoint(_only(words, "info CHECKPOINT"))
+    from tdmpc2_fast import checkpoint
+    from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensors_only
+
+    from .checkpoints import trained
+
     state, cfg = checkpoint.read(path)
     state = dict(state["model"]) if isinstance(state.get("model"), dict) else state
     kind = f"{checkpoint.FORMAT}, the checksum of its tensors is right"
@@ -180,6 +206,7 @@ def info(words: Sequence[str]) -> int:
             modules.setdefault(name.partition(".")[0].strip("_"), []).append(x)
     learnable = sum(x.numel() for k, x in tensors.items() if "." in k and not k.startswith(TARGETS))
     facts = [("file", str(path)), ("format", kind), ("size", f"{path.stat().st_size / 1e6:,.1f} MB")]
+    facts += [("trained", trained(path))]
     facts += [("parameters", f"{learnable:,} learnable"), ("model", _model(tensors, path))]
     print(tables.rendered(tables.grid(facts)))
     if cfg is not None:
@@ -208,6 +235,12 @@ def find_checkpoint(path: str) -> Path:
 
 def _agent(path: Path, values: dict[str, Any]) -> TDMPC2:
     """The agent of a checkpoint; values given win over those it was made with."""
+    from tdmpc2_fast import checkpoint
+    from tdmpc2_fast.agent import TDMPC2
+
+    from .envs import complete, make_env
+    from .threads import choose_threads
+
     _, saved = checkpoint.read(path)
     if saved is None and "task" not in values:
         raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
@@ -230,16 +263,13 @@ def _free(path: Path) -> Path:
 
 def _only(given: Sequence[str], usage: str) -> str:
     if len(given) != 1:
-        raise ConfigError(f"got {len(given)} arguments ({' '.join(given)}), allowed: tdmpc2-fast {usage}")
+        got = f"{len(given)} arguments ({' '.join(given)})" if given else "no argument"
+        raise ConfigError(f"got {got}, allowed: tdmpc2-fast {usage}")
     return given[0]
 
 
 def _listed(title: str, names: Sequence[str]) -> list[Any]:
     return [tables.section(f"{title} ({len(names)})", "  ".join(names))] if names else []
-
-
-def _lacks_box2d(name: str) -> bool:
-    return name.startswith(_BOX2D) and importlib.util.find_spec("Box2D") is None
 
 
 def _model(tensors: dict[str, Tensor], path: Path) -> str:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tdmpc2_fast.errors import ConfigError, did_you_mean
 from . import random_state
 from .answers import unusable
 from .base import Array, Env, RenderError, judged
+from .catalogue import lacks, with_continuous_actions
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 from .spaces import ActionSpace, ObservationSpace
 
@@ -45,16 +47,17 @@ _OFFICIAL_OVERRIDES = dict(discount_max=0.99, rho=0.7)
 
 
 def names() -> tuple[str, ...]:
-    """Official names and, where gymnasium is installed, the registered MuJoCo and Box2D ids."""
-    return (*OFFICIAL, *(i for i in _registered() if i.endswith(("-v5", "-v3"))))
+    """Official names and, where gymnasium is installed, what it has with continuous actions."""
+    return (*OFFICIAL, *with_continuous_actions(_registered()))
 
 
-def _registered() -> tuple[str, ...]:
+def _registered() -> Mapping[str, Any]:
     try:
         import gymnasium
     except ImportError:
-        return ()
-    return tuple(gymnasium.registry)
+        return {}
+    registry: Mapping[str, Any] = gymnasium.registry
+    return registry
 
 
 def accepts(name: str) -> bool:
@@ -228,6 +231,8 @@ def _cannot_make(name: str, registered: str, settings: dict[str, Any], e: Except
     import gymnasium
 
     text = f"{e}".strip().rstrip(".")
+    if isinstance(e, gymnasium.error.DependencyNotInstalled) and (package := lacks(name)):
+        return ConfigError(f"config key 'task': {name!r} {package}")
     if isinstance(e, gymnasium.error.Error) and not isinstance(e, gymnasium.error.DependencyNotInstalled):
         hint = did_you_mean(registered, _registered())
         return ConfigError(f"config key 'task': Gymnasium cannot make {name!r}: {text}.{hint}")
