@@ -159,9 +159,7 @@ class Config:
     env_workers: int | None = _key(
         None, "processes that step them, 0 for none; none takes 0 for one environment, else at most one a core", low=0
     )
-    env_kwargs: Mapping[str, Any] | None = _key(
-        None, "settings of the environment itself, each given as env.KEY=VALUE, e.g. env.gain=2"
-    )
+    env_kwargs: Mapping[str, Any] | None = _key(None, "settings of the environment itself, as in env.gain=2")
     on_env_error: str = _key(
         "stop",
         "where an environment raises or gives NaN: stop the run, or drop the episode and make it anew",

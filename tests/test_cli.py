@@ -198,7 +198,7 @@ class TestCommands:
 
     def test_the_default_folder_never_overwrites(self, empty_folder: Path) -> None:
         for _ in range(2):
-            assert cli.main(["train", *words(steps=4)]) == 0
+            assert cli.main(["train", *words(steps=4)]) == 1  # nothing was learned
         runs = sorted(str(p.parent.relative_to(empty_folder)) for p in empty_folder.rglob("eval.csv"))
         assert runs == ["runs/Pendulum-v1/default/1", "runs/Pendulum-v1/default/1-2"]
 
@@ -240,7 +240,7 @@ class TestCommands:
     def test_without_wandb_nothing_is_begun(
         self, empty_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert cli.main(words(work_dir="run", steps=4)) == 0
+        assert cli.main(words(work_dir="run", steps=4)) == 1
         capsys.readouterr()
         before = Path("run/config.json").read_bytes()
         monkeypatch.setitem(sys.modules, "wandb", None)
@@ -468,6 +468,7 @@ class TestFailures:
             raise error
 
         monkeypatch.setattr("tdmpc2_fast.train.envs.gymnasium_tasks.GymnasiumTask.step", fail)
+        monkeypatch.setattr("tdmpc2_fast.train.envs._try", lambda cfg, env: None)  # it is to fail in the run
         assert cli.main(["train", *words()]) == status
         out, err = capsys.readouterr()
         assert message in out + err
@@ -569,7 +570,7 @@ class TestSweeps:
         assert list(empty_folder.iterdir()) == []
 
     def test_a_job_runs_here(self, empty_folder: Path, capsys: Capture) -> None:
-        assert cli.main(["train", *words(seed="1,2", steps=4), "job=2"]) == 0
+        assert cli.main(["train", *words(seed="1,2", steps=4), "job=2"]) == 1  # nothing was learned
         assert (empty_folder / "runs/Pendulum-v1/default/2/eval.csv").exists()
         assert not (empty_folder / "runs/Pendulum-v1/default/1").exists()
 
@@ -580,7 +581,8 @@ class TestSweeps:
         assert done.returncode == 1
         assert "error: config key 'episodic'" in err
         summary = out[out.rindex("\nsweep") :]
-        assert re.search(r"task=Hopper-v5 +failed \(2\) .*runs/Hopper-v5/default/1", summary)
+        assert re.search(r"task=Hopper-v5 +failed \(2\) ", summary)
+        assert not (empty_folder / "runs/Hopper-v5").exists()  # it was found before the run began
         assert "set episodic=true" in " ".join(summary.split())
         assert re.search(r"task=Pendulum-v1 +return -\d+\.\d ± .*runs/Pendulum-v1/default/1", summary)
 

@@ -332,10 +332,11 @@ def raise_(error: BaseException) -> None:
 
 def test_resume_auto_takes_the_words_the_run_was_begun_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the task fixed another value: here it is no choice, and not of `resume`."""
-    pytest.importorskip("dm_control")
-    values = dict(QUICK, task="cartpole-balance", work_dir=str(tmp_path / "run"), resume="auto")
-    values |= dict(seed_steps=510, steps=10, episode_length=10)
-    assert runs.start(values) == 0
+    pytest.importorskip("mujoco")
+    values = dict(QUICK, task="mujoco-halfcheetah", work_dir=str(tmp_path / "run"), resume="auto")
+    values |= dict(seed_steps=510, steps=10, rho=0.6)
+    assert runs.start(values) == 1  # nothing was learned
+    assert "rho=0.7, fixed by the task mujoco-halfcheetah: the 0.6 asked for has no effect" in capsys.readouterr().out
     assert runs.start(values) == 0
     assert "finished at 10 decisions" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"'horizon': got 2, but the run"):

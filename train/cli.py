@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError, InputError, NonFiniteError
+from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError, InputError
 
 _MISTAKES = (BackendError, CheckpointError, ConfigError, InputError)
 
@@ -48,10 +48,12 @@ def _failed(e: Exception, args: Sequence[str]) -> int:
     debug = os.environ.get("TDMPC2_DEBUG", "0") not in ("", "0") or "debug=true" in map(str.lower, args)
     if debug:
         traceback.print_exception(e)
-    plain = isinstance(e, (*_MISTAKES, NonFiniteError, OSError))
+    plain = isinstance(e, OSError) or type(e).__module__.startswith("tdmpc2_fast.")
     message = str(e) if plain else f"{type(e).__name__}: {e}"
     tell(error=message)
     print(f"error: {message}", file=sys.stderr)
+    for note in getattr(e, "__notes__", ()):
+        print(note, file=sys.stderr)
     if isinstance(e, _MISTAKES):
         return 2
     if not debug:

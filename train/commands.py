@@ -295,5 +295,7 @@ def _model(tensors: dict[str, Tensor], path: Path) -> str:
 
 def _changed(cfg: Config) -> list[tuple[str, str]]:
     default = Config(model_size=cfg.model_size).to_dict()
-    default["model_size"] = None
-    return [(f"{k}={v}", "") for k, v in cfg.to_dict().items() if v != default[k] or k == "task"]
+    default["model_size"] = default["env_kwargs"] = None
+    found = {k: v for k, v in cfg.to_dict().items() if v != default[k] or k == "task"}
+    found |= keys.settings(found.pop("env_kwargs", None))
+    return [(f"{k}={v}", "") for k, v in found.items()]

@@ -72,7 +72,8 @@ def _allowed(f: dataclasses.Field[Any]) -> str:
     elif kind.startswith("bool"):
         text = "true | false"
     else:
-        text = {"int": "integer", "float": "number", "str": "text"}[kind.removesuffix(" | None")]
+        names = {"int": "integer", "float": "number", "str": "text", "Mapping[str, Any]": "env.KEY=VALUE"}
+        text = names[kind.removesuffix(" | None")]
         if meta["high"] is not None:
             text += f" {meta['low']} to {meta['high']}"
         elif meta["low"] is not None:

@@ -86,9 +86,9 @@ class GymnasiumTask:
     def __init__(self, cfg: Config, seed: int) -> None:
         keep_log_out_of_the_way()
         name, length, kwargs = OFFICIAL.get(cfg.task, (cfg.task, 0, {}))
-        self.env, registered = _made(name, {**kwargs, **(cfg.env_kwargs or {})})
-        self._actions = ActionSpace(getattr(self.env, "action_space", None), name)
-        self._observations = ObservationSpace(getattr(self.env, "observation_space", None), cfg.obs, name)
+        self.env, registered = _made(cfg.task, name, {**kwargs, **(cfg.env_kwargs or {})})
+        self._actions = ActionSpace(getattr(self.env, "action_space", None), cfg.task)
+        self._observations = ObservationSpace(getattr(self.env, "observation_space", None), cfg.obs, cfg.task)
         limits = [x for x in (registered, self.env.spec and self.env.spec.max_episode_steps) if x]
         steps = length or cfg.episode_length or min(limits, default=None)
         if not steps:
@@ -181,7 +181,7 @@ def make(cfg: Config, seed: int) -> Env:
     return GymnasiumTask(cfg, seed)
 
 
-def _made(name: str, settings: dict[str, Any]) -> tuple[Any, int | None]:
+def _made(task: str, name: str, settings: dict[str, Any]) -> tuple[Any, int | None]:
     """Return what `gymnasium.make` makes of a name and settings, without a time limit, and the limit registered."""
     import gymnasium
 
@@ -201,12 +201,12 @@ def _made(name: str, settings: dict[str, Any]) -> tuple[Any, int | None]:
         warnings.simplefilter("ignore")
         while True:
             try:
-                env = gymnasium.make(registered, **tries.pop())
-                made = known.get(env.unwrapped.spec.id)  # of an id without a version, its newest
-                return env, made and made.max_episode_steps
+                env: Any = gymnasium.make(registered, **tries.pop())
+                made = known[env.unwrapped.spec.id]  # of an id without a version, its newest
+                return env, made.max_episode_steps
             except Exception as e:  # whatever a constructor raises
                 if not tries:  # else it may be made without pictures
-                    raise _cannot_make(name, registered, settings, e) from e
+                    raise _cannot_make(task, registered, settings, e) from e
 
 
 def _import(module: str, name: str) -> None:
@@ -227,20 +227,20 @@ def _import(module: str, name: str) -> None:
         ) from e
 
 
-def _cannot_make(name: str, registered: str, settings: dict[str, Any], e: Exception) -> ConfigError:
+def _cannot_make(task: str, registered: str, settings: dict[str, Any], e: Exception) -> ConfigError:
     import gymnasium
 
-    text = f"{e}".strip().rstrip(".")
-    if isinstance(e, gymnasium.error.DependencyNotInstalled) and (package := lacks(name)):
-        return ConfigError(f"config key 'task': {name!r} {package}")
+    text = " ".join(str(e).split()).rstrip(".")
+    if isinstance(e, gymnasium.error.DependencyNotInstalled) and (package := lacks(task)):
+        return ConfigError(f"config key 'task': {task!r} {package}")
     if isinstance(e, gymnasium.error.Error) and not isinstance(e, gymnasium.error.DependencyNotInstalled):
         hint = did_you_mean(registered, _registered())
-        return ConfigError(f"config key 'task': Gymnasium cannot make {name!r}: {text}.{hint}")
+        return ConfigError(f"config key 'task': Gymnasium cannot make {task!r}: {text}.{hint}")
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unknown and unknown[1] in settings:
-        return ConfigError(f"config key 'env.{unknown[1]}': {name!r} has no such setting: {text}")
+        return ConfigError(f"config key 'env.{unknown[1]}': {task!r} has no such setting: {text}")
     kind = "" if isinstance(e, gymnasium.error.Error) else f"{type(e).__name__}: "
-    return ConfigError(f"config key 'task': {name!r} cannot be made: {kind}{text}")
+    return ConfigError(f"config key 'task': {task!r} cannot be made: {kind}{text}")
 
 
 def _draws(spec: Any) -> bool:
@@ -255,7 +255,7 @@ def _draws(spec: Any) -> bool:
     try:
         entry = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
         takes = inspect.signature(entry).parameters.values()
-    except (ImportError, AttributeError, ValueError, TypeError):  # making it says what is wrong
+    except Exception:  # making it says what is wrong
         return False
     named = any(p.name == "render_mode" for p in takes)
     modes = _metadata(entry).get("render_modes")
