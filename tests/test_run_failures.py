@@ -335,6 +335,7 @@ def test_resume_auto_takes_the_words_the_run_was_begun_with(tmp_path: Path, caps
     pytest.importorskip("mujoco")
     values = dict(QUICK, task="mujoco-halfcheetah", work_dir=str(tmp_path / "run"), resume="auto")
     values |= dict(seed_steps=510, steps=10, rho=0.6)
+    del values["episode_length"]
     assert runs.start(values) == 1  # nothing was learned
     assert "rho=0.7, fixed by the task mujoco-halfcheetah: the 0.6 asked for has no effect" in capsys.readouterr().out
     assert runs.start(values) == 0
