@@ -123,8 +123,8 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
     with stop.listening():
         trainer = OnlineTrainer(cfg, folder, saved, stop)
         summary: list[str] = []
-        for note in notes:
-            trainer.log.note(note)
+        for note in notes:  # of a new run: what was asked for and has no effect
+            (trainer.log.warn if saved is None else trainer.log.note)(note)
         try:
             found = trainer.run()
         except Stopped as e:
