@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .environment import sizes_of
 from .errors import ConfigError, did_you_mean
 
 MODEL_SIZES: dict[int, dict[str, int]] = {
@@ -25,7 +27,9 @@ MODEL_SIZES: dict[int, dict[str, int]] = {
 }
 """Architecture by model size in millions of parameters (paper, Table 9)."""
 
-DEFAULT_DIMS = MODEL_SIZES[5]
+_CHANNEL_LATENTS = 16  # of the pixel encoder's latent, per channel
+
+DEFAULT_DIMS = MODEL_SIZES[5] | dict(num_channels=32)
 """Architecture where neither `model_size` nor the dims themselves are given, as in `config.yaml`."""
 
 _WIDE_TASK_EMBEDDING = (1, 317)
@@ -109,7 +113,7 @@ class Config:
     model_size: int | None = _key(None, "millions of parameters; sets dims not given", choices=(None, *MODEL_SIZES))
     num_enc_layers: int = _key(None, "encoder layers", low=1)
     enc_dim: int = _key(None, "encoder width", low=1)
-    num_channels: int = _key(32, "channels of the pixel encoder", low=1)
+    num_channels: int = _key(None, "channels of the pixel encoder, latent_dim / 16", low=1)
     mlp_dim: int = _key(None, "width of all heads", low=1)
     latent_dim: int = _key(None, "width of the latent z", low=1)
     task_dim: int = _key(0, "width of the task embedding; 0 for a single task", low=0)
@@ -184,11 +188,22 @@ class Config:
     def __post_init__(self) -> None:
         fields = {f.name: f for f in dataclasses.fields(self)}
         size = _checked(fields["model_size"], self.model_size)
-        dims = DEFAULT_DIMS if size is None else MODEL_SIZES[size]
+        dims: dict[str, Any] = DEFAULT_DIMS if size is None else DEFAULT_DIMS | MODEL_SIZES[size]
+        if self.obs == "rgb":
+            dims = dims | self._pixel_dims(dims["latent_dim"])
         for name, f in fields.items():
             value = getattr(self, name)
             object.__setattr__(self, name, _checked(f, dims.get(name) if value is None else value))
         self._check_relations()
+
+    def _pixel_dims(self, latent_dim: int) -> dict[str, Any]:
+        """Width of the latent and channels of the pixel encoder, which give it: one follows from the other."""
+        width, channels = _plain(self.latent_dim), _plain(self.num_channels)
+        if width is None and isinstance(channels, (int, float)):
+            return dict(latent_dim=_CHANNEL_LATENTS * channels)
+        width = latent_dim if width is None else width
+        follows = isinstance(width, (int, float)) and width >= _CHANNEL_LATENTS
+        return dict(num_channels=width // _CHANNEL_LATENTS) if follows else {}
 
     def _check_relations(self) -> None:
         def need(ok: bool, key: str, allowed: str) -> None:
@@ -204,8 +219,11 @@ class Config:
         need(self.discount_min <= self.discount_max, "discount_min", f"at most discount_max ({self.discount_max})")
         need(self.latent_dim % self.simnorm_dim == 0, "latent_dim", f"a multiple of simnorm_dim ({self.simnorm_dim})")
         if self.obs == "rgb":
-            flat = 16 * self.num_channels
-            need(self.latent_dim == flat, "latent_dim", f"16*num_channels = {flat} where obs=rgb")
+            each = _CHANNEL_LATENTS
+            need(self.latent_dim % each == 0, "latent_dim", f"a multiple of {each} where obs=rgb")
+            flat, channels = each * self.num_channels, self.latent_dim // each
+            ways = f"{each}*num_channels = {flat} where obs=rgb, or with it num_channels={channels}"
+            need(self.latent_dim == flat, "latent_dim", ways)
         if self.multitask:
             need(self.obs == "state", "obs", "state in a multi-task model")
             need(not self.episodic, "episodic", "false in a multi-task model")
@@ -244,7 +262,10 @@ class Config:
     def _require(self, key: str) -> Any:
         value = getattr(self, key)
         if value is None:
-            raise ConfigError(f"config key {key!r} is not set: it comes from the environment (Config.with_env)")
+            raise ConfigError(
+                f"config key {key!r} is not set: it comes from the environment; complete the config by "
+                "Config.with_env(env), or with_env(obs_shape, action_dim, episode_length)"
+            )
         return value
 
     def discount(self, episode_length: int) -> float:
@@ -252,8 +273,19 @@ class Config:
         frac = episode_length / self.discount_denom
         return min(max((frac - 1) / frac, self.discount_min), self.discount_max)
 
-    def with_env(self, obs_shape: Mapping[str, tuple[int, ...]], action_dim: int, episode_length: int) -> Config:
-        """This config, completed by what an environment knows."""
+    def with_env(
+        self, obs_shape: Mapping[str, tuple[int, ...]] | Any, action_dim: int = 0, episode_length: int = 0
+    ) -> Config:
+        """This config, completed by what an environment knows.
+
+        obs_shape: shape per kind of observation; or, alone, the environment itself: one with `obs_shape`,
+            `action_dim` and `max_episode_steps`, or a Gymnasium one, vectorised or not.
+
+        Raises:
+            ConfigError: an environment that does not tell, with what is missing.
+        """
+        if not isinstance(obs_shape, Mapping):
+            obs_shape, action_dim, episode_length = sizes_of(obs_shape, self.obs, self.episode_length)
         return self.replace(
             obs_shape=dict(obs_shape),
             action_dim=action_dim,
@@ -264,10 +296,16 @@ class Config:
     def replace(self, **changes: Any) -> Config:
         """A copy with some keys changed, validated again.
 
-        Other keys keep their values, except that another `model_size` brings its own dims.
+        Other keys keep their values, except that another `model_size` brings its own dims, and that
+        `latent_dim` and `num_channels` follow each other where obs=rgb.
         """
         if changes.get("model_size", self.model_size) != self.model_size:
             changes = {**dict.fromkeys(DEFAULT_DIMS), **changes}
+        pixels, given = changes.get("obs", self.obs) == "rgb", {"latent_dim", "num_channels"} & changes.keys()
+        if pixels and len(given) == 1:
+            changes = {"latent_dim": None, "num_channels": None, **changes}
+        elif pixels and self.obs != "rgb":
+            changes = {"num_channels": None, **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -304,9 +342,6 @@ class Config:
             if value is None or (isinstance(value, str) and value == "???"):
                 continue
             values[key] = value
-        for key in ("work_dir", "checkpoint", "data_dir"):
-            if key in values:
-                values[key] = str(values[key])
         if not values.get("multitask", False):
             for key in ("tasks", "action_dims", "episode_lengths"):
                 values.pop(key, None)
@@ -327,6 +362,7 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
     """The value in the field's type and range, or a `ConfigError` that names key and range."""
     kind, meta = _type_name(str(f.type)), f.metadata
     optional = "None" in str(f.type)
+    value = _plain(value)
     if value is None and optional:
         return None
     allowed = describe_range(f)
@@ -354,7 +390,7 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
     elif kind.startswith("tuple"):
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise fail()
-        value = tuple(value)
+        value = tuple(map(_plain, value))
     elif kind == "Mapping[str, Any]":
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
             raise fail()
@@ -372,6 +408,13 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
     if meta["choices"] is not None and value not in meta["choices"]:
         raise fail()
     return value
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, and paths, as Python has them."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def describe_range(f: dataclasses.Field[Any]) -> str:

@@ -23,7 +23,7 @@ from conftest import GOLDEN, TINY, tiny_config, tiny_multitask
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.compat.state_dict import CRITICS, TARGETS, tensors_only
-from tdmpc2_fast.config import MODEL_SIZES
+from tdmpc2_fast.config import DEFAULT_DIMS
 from tdmpc2_fast.errors import ConfigError, NonFiniteError
 from tdmpc2_fast.train import keys, sweep
 
@@ -530,7 +530,7 @@ class TestHelp:
             for f in fields:
                 default = Config.__dict__.get(f.name, f.default)
                 got = keys.value_of(f, keys.default_text(f))
-                assert got == (MODEL_SIZES[5].get(f.name, default)), f.name
+                assert got == DEFAULT_DIMS.get(f.name, default), f.name
 
 
 class TestSweeps:

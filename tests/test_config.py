@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import GOLDEN, tiny_config
+from conftest import GOLDEN, TINY, tiny_config
 
-from tdmpc2_fast import Config
+from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.config import MODEL_SIZES, task_embedding_dim
 from tdmpc2_fast.errors import ConfigError, nearest
+
+gym = pytest.importorskip("gymnasium")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +41,8 @@ from tdmpc2_fast.errors import ConfigError, nearest
         (dict(rho=float("nan")), ["rho", "nan"]),
         (dict(backend="cuda"), ["backend", "auto, torch, triton"]),
         (dict(task_dim=64), ["task_dim", "single-task"]),
-        (dict(obs="rgb", latent_dim=128), ["latent_dim", "512"]),
+        (dict(obs="rgb", latent_dim=128, num_channels=32), ["latent_dim", "512", "num_channels=8"]),
+        (dict(obs="rgb", latent_dim=120), ["latent_dim", "multiple of 16"]),
         (dict(steps=float("inf")), ["steps", "inf", "an integer"]),
         (dict(steps=float("nan")), ["steps", "nan"]),
         (dict(multitask=True, tasks=("a",), task_dim=4), ["action_dims", "one entry per task"]),
@@ -141,3 +146,106 @@ def test_a_mistyped_key_suggests_the_one_that_was_meant_and_no_other(pair: str) 
 def test_what_is_as_close_is_suggested_too() -> None:
     assert nearest("discount", Config.key_names()) == ["discount_min", "discount_max", "discount_denom"]
     assert nearest("xyzzy", Config.key_names()) == nearest("a", []) == []
+def pixel_dims(cfg: Config) -> tuple[int, int]:
+    return cfg.latent_dim, cfg.num_channels
+
+
+@pytest.mark.parametrize(
+    ("values", "dims"),
+    [
+        ({}, (512, 32)),
+        (dict(model_size=5), (512, 32)),
+        (dict(model_size=1), (128, 8)),
+        (dict(model_size=317), (1376, 86)),
+        (dict(latent_dim=64), (64, 4)),
+        (dict(latent_dim=np.int64(64)), (64, 4)),
+        (dict(num_channels=8), (128, 8)),
+        (dict(num_channels=16, model_size=1), (256, 16)),
+        (dict(num_channels=4, latent_dim=64), (64, 4)),
+    ],
+)
+def test_latent_and_channels_follow_each_other_from_pixels(values: dict[str, Any], dims: tuple[int, int]) -> None:
+    cfg = Config(obs="rgb", **values)
+    assert pixel_dims(cfg) == dims
+    assert Config.from_dict(cfg.to_dict()) == cfg == cfg.replace(seed=1)
+    assert pixel_dims(cfg.replace(latent_dim=256)) == pixel_dims(cfg.replace(num_channels=16)) == (256, 16)
+    assert pixel_dims(cfg.replace(model_size=19)) == (pixel_dims(cfg) if values.get("model_size") == 19 else (768, 48))
+    assert Config(**values).replace(obs="rgb").latent_dim == Config(**values).latent_dim
+    assert Config(**{k: v for k, v in values.items() if k != "num_channels"}).num_channels == 32
+
+
+def box(*shape: int) -> gym.spaces.Box:
+    return gym.spaces.Box(-1, 1, shape)
+
+
+ENVS: dict[str, Any] = {
+    "Gymnasium": SimpleNamespace(
+        observation_space=box(3), action_space=box(2), spec=SimpleNamespace(max_episode_steps=9)
+    ),
+    "vectorised": SimpleNamespace(
+        observation_space=box(4, 3), action_space=box(4, 2), single_observation_space=box(3),
+        single_action_space=box(2), spec=SimpleNamespace(max_episode_steps=9),
+    ),
+    "dict": SimpleNamespace(
+        observation_space=gym.spaces.Dict(state=box(3), rgb=box(3, 64, 64)), action_space=box(2), spec=None,
+        max_episode_steps=9,
+    ),
+    "ours": SimpleNamespace(obs_shape=(3,), action_dim=2, max_episode_steps=9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENVS)
+def test_an_environment_completes_a_config(kind: str) -> None:
+    cfg = Config(task="mine", **TINY).with_env(ENVS[kind])
+    assert (cfg.obs_shape, cfg.action_dim, cfg.episode_length) == ({"state": (3,)}, 2, 9)
+    assert TDMPC2(cfg).act(np.zeros(3)).shape == (2,)
+
+
+def test_gymnasium_itself_completes_a_config() -> None:
+    cfg = Config(task="Pendulum-v1", model_size=1).with_env(gym.make("Pendulum-v1"))
+    assert (cfg.obs_shape, cfg.action_dim, cfg.episode_length) == ({"state": (3,)}, 1, 200)
+    assert Config().with_env(gym.make_vec("Pendulum-v1", 2)) == Config().with_env({"state": (3,)}, 1, 200)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (SimpleNamespace(action_space=box(2)), ["without observation_space", "obs_shape, action_dim"]),
+        (SimpleNamespace(observation_space=box(2)), ["without action_space"]),
+        (SimpleNamespace(obs_shape=(3,), action_space=gym.spaces.Discrete(3)), ["action_space=Discrete(3)", "a Box"]),
+        (SimpleNamespace(obs_shape=(3,), action_space=box(2, 2)), ["one dimension"]),
+        (
+            SimpleNamespace(observation_space=gym.spaces.Dict(a=box(2))),
+            ["observation_space=Dict", "'state'"],
+        ),
+        (SimpleNamespace(obs_shape=(3,), action_dim=2), ["max_episode_steps", "Config(episode_length=N)"]),
+        (None, ["a NoneType without observation_space"]),
+    ],
+)
+def test_an_environment_that_does_not_tell_is_named(env: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        Config().with_env(env)
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_the_length_of_episodes_may_be_given() -> None:
+    cfg = Config(episode_length=70).with_env(SimpleNamespace(obs_shape=(3,), action_dim=2))
+    assert cfg.episode_length == 70
+    with pytest.raises(ConfigError, match=r"Config\.with_env\(env\)"):
+        TDMPC2(Config())
+
+
+def test_values_of_numpy_and_paths_are_plain_ones() -> None:
+    cfg = Config(
+        work_dir=Path("a/b"), checkpoint=Path("c"), horizon=np.int64(4), lr=np.float32(0.5), episodic=np.bool_(True),
+        seed=np.array(3), obs_shape={"state": np.array([3])}, task=np.str_("x"),
+    )  # fmt: skip
+    assert json.loads(json.dumps(cfg.to_dict())) == cfg.to_dict() | dict(obs_shape={"state": [3]})
+    kinds = (cfg.work_dir, cfg.checkpoint, cfg.horizon, cfg.lr, cfg.episodic, cfg.seed)
+    assert kinds == (str(Path("a/b")), "c", 4, 0.5, True, 3)
+    assert [type(k) for k in kinds] == [str, str, int, float, bool, int]
+    tasks = Config(multitask=True, tasks=("a", "b"), task_dim=4, action_dims=np.array([1, 2]), episode_lengths=(5, 5))
+    assert [type(n) for n in tasks.action_dims] == [int, int]
+    with pytest.raises(ConfigError, match="episodic"):
+        Config(episodic=np.int64(1))

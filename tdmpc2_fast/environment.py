@@ -1,0 +1,57 @@
+"""What a config needs of an environment, read off whatever kind of one it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ConfigError
+
+_ALLOWED = (
+    "an environment with obs_shape, action_dim and max_episode_steps, or Gymnasium's with observation_space, "
+    "action_space and spec.max_episode_steps"
+)
+
+
+def sizes_of(env: Any, obs: str, episode_length: int | None) -> tuple[dict[str, tuple[int, ...]], int, int]:
+    """Shape of the observations of kind `obs`, width of the action, and decisions per episode.
+
+    episode_length: taken where the environment tells none.
+
+    Raises:
+        ConfigError: it does not tell, with what is missing.
+    """
+    shape = getattr(env, "obs_shape", None)
+    if shape is None:
+        shape = _shape_of(env, "observation_space", obs)
+    action_dim = getattr(env, "action_dim", None)
+    if action_dim is None:
+        (action_dim,) = _shape_of(env, "action_space", obs)
+    spec = getattr(env, "spec", None)
+    length = getattr(spec, "max_episode_steps", None) or getattr(env, "max_episode_steps", None) or episode_length
+    if length is None:
+        raise ConfigError(
+            f"env: {_name(env)} tells no length of its episodes (spec.max_episode_steps is None); allowed: "
+            "gymnasium.make(ID, max_episode_steps=N), or Config(episode_length=N)"
+        )
+    return dict(shape) if isinstance(shape, Mapping) else {obs: tuple(shape)}, int(action_dim), int(length)
+
+
+def _shape_of(env: Any, name: str, obs: str) -> tuple[int, ...]:
+    """Shape of a space of one environment: that of `obs` of observations in a dict; of actions, one dimension."""
+    space = getattr(env, f"single_{name}", None)
+    space = getattr(env, name, None) if space is None else space
+    if space is None:
+        raise ConfigError(f"env: got {_name(env)} without {name}, allowed: {_ALLOWED}")
+    parts = getattr(space, "spaces", None)
+    if name == "observation_space" and isinstance(parts, Mapping) and obs in parts:
+        space = parts[obs]
+    shape = tuple(getattr(space, "shape", None) or ())
+    if not shape or not hasattr(space, "low") or (name == "action_space" and len(shape) > 1):
+        allowed = "a Box of one dimension" if name == "action_space" else f"a Box, or a Dict with {obs!r} in it"
+        raise ConfigError(f"env: {_name(env)} has {name}={space}, allowed: {allowed}")
+    return shape
+
+
+def _name(env: Any) -> str:
+    return f"a {type(env).__name__}"
