@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from . import checkpoint
 from .backend import Backend, matmul_precision, resolve_device
 from .config import Config
-from .errors import CheckpointError, InputError
-from .planner import Planner, check_obs
+from .errors import InputError
+from .inputs import check_obs, flags, observation
+from .planner import Planner
 from .seeds import stream_seed
+from .surroundings import undisturbed
 from .update import Sampler, Updater
 from .world_model import WorldModel
 
@@ -27,32 +30,39 @@ class TDMPC2:
         num_envs: environments acted in side by side by `act`.
     """
 
+    @undisturbed
     def __init__(self, cfg: Config | Any, num_envs: int | None = None) -> None:
         cfg = Config.from_official(cfg)
         self.cfg = cfg
-        self.device = resolve_device(cfg.device)
+        device = resolve_device(cfg.device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(stream_seed(cfg.seed, "init"))
             self.model = WorldModel(cfg)
-        self.model.to(self.device).eval()
-        self.planner = Planner(self.model, num_envs or cfg.num_envs)
+        self.model.to(device).eval()
+        self.planner = Planner(self.model, cfg.num_envs if num_envs is None else num_envs)
         self.updater = Updater(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
 
     @property
     def backend(self) -> Backend:
         """What plans and learns, and why."""
         return self.planner.backend
 
+    @undisturbed
     @torch.no_grad()
     def act(
-        self, obs: Tensor, t0: bool | Tensor = False, eval_mode: bool = False, task: int | Tensor | None = None
+        self, obs: Any, t0: bool | Tensor = False, eval_mode: bool | Tensor = False, task: int | Tensor | None = None
     ) -> Tensor:
         """Action for one observation (*obs_shape) -> (A,), or a batch (E, *obs_shape) -> (E, A).
 
         Plans, or follows the policy prior where `mpc=false` (its mean in evaluation). The
-        action is on the CPU, as in the official code.
+        action is on the CPU, as in the official code. obs: as `Planner.plan` takes it.
         """
-        obs = torch.as_tensor(obs)
+        obs = observation(obs, self.cfg)
         shape = dict(self.cfg._require("obs_shape"))[self.cfg.obs]
         single = obs.ndim == len(shape)
         if single:
@@ -62,7 +72,7 @@ class TDMPC2:
 
     def plan(
         self,
-        obs: Tensor,
+        obs: Any,
         t0: bool | Tensor = False,
         eval_mode: bool | Tensor = False,
         task: int | Tensor | None = None,
@@ -70,17 +80,20 @@ class TDMPC2:
         """Plan for a batch of observations: (E, *obs_shape) -> (E, A) on the agent's device."""
         return self.planner.plan(obs, t0, eval_mode, task)
 
-    def _prior(self, obs: Tensor, eval_mode: bool, task: int | Tensor | None) -> Tensor:
-        obs = check_obs(obs, self.cfg, (obs.shape[0],)).to(self.device)
+    def _prior(self, obs: Tensor, eval_mode: bool | Tensor, task: int | Tensor | None) -> Tensor:
+        obs = check_obs(obs, self.cfg, tuple(obs.shape[:1]), self.model.dtype).to(self.device)
+        evaluate = torch.as_tensor(flags(eval_mode, "eval_mode", len(obs)), device=self.device)
+        everywhere = bool(evaluate.all())
         with matmul_precision(self.cfg, self.device):
             z = self.model.encode(obs, task)
             size = (z.shape[0], self.cfg._require("action_dim"))
-            if eval_mode:  # the mean is asked for: nothing is drawn, so evaluating changes no stream
-                eps = torch.zeros(size, device=self.device)
+            if everywhere:  # the mean is asked for: nothing is drawn, so evaluating changes no stream
+                eps = torch.zeros(size, device=self.device, dtype=self.model.dtype)
             else:
-                eps = torch.randn(size, generator=self.planner.generator, device=self.device)
+                g = self.planner.generator
+                eps = torch.randn(size, generator=g, device=self.device, dtype=self.model.dtype)
             out = self.model.policy(z, task, eps)
-        return out.mean if eval_mode else out.action
+        return torch.where(evaluate.view(-1, 1), out.mean, out.action)
 
     def update(self, buffer: Sampler) -> dict[str, Tensor]:
         """One training step on a batch from `buffer`; returns the official metrics."""
@@ -90,9 +103,16 @@ class TDMPC2:
         """Save the weights: safetensors + JSON, or the official format for a name ending in `.pt`."""
         checkpoint.save(self.model, fp)
 
-    def load(self, fp: str | Path | dict[str, Any]) -> None:
-        """Load weights from a file of ours, an official file of either generation, or a state dict."""
-        if isinstance(fp, dict):
+    @undisturbed
+    def load(self, fp: str | Path | Mapping[str, Any]) -> None:
+        """Load weights: a file of ours, a run's folder, an official file of either generation, or a state dict.
+
+        What others wrapped around them is taken off, and a warning says so.
+
+        Raises:
+            CheckpointError: of another model (the message says what differs), not finite, or no model at all.
+        """
+        if isinstance(fp, Mapping):
             checkpoint.load_into(self.model, fp)
         elif isinstance(fp, (str, Path)):
             state, _ = checkpoint.read(fp, self.device)
@@ -101,16 +121,15 @@ class TDMPC2:
             raise InputError(f"fp: got {type(fp).__name__}, allowed: a path or a state dict")
 
 
+@undisturbed
 def load(fp: str | Path, **changes: Any) -> TDMPC2:
     """The agent of a checkpoint that has a manifest, ready to plan or to train on.
 
-    changes: config keys to change, e.g. `device="cuda"`.
+    fp: a file, or the folder of a run, whose best weights it takes.
+    changes: config keys to change, e.g. `device="cuda"`. Others that belong to the machine of the
+        checkpoint, such as its device, fall back where this one cannot serve them, with a warning.
     """
-    state, cfg = checkpoint.read(fp)
-    if cfg is None:
-        raise CheckpointError(
-            f"checkpoint {str(fp)!r}: official files carry no config; build TDMPC2(cfg) and call its load()"
-        )
-    agent = TDMPC2(cfg.replace(**changes))
+    state, cfg = checkpoint.read_with_config(fp, changes)
+    agent = TDMPC2(cfg)
     checkpoint.load_into(agent.model, state, repr(str(fp)))
     return agent

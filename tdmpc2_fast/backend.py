@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from .compiling import why_not_compiled
 from .config import Config
-from .errors import BackendError, ConfigError
+from .errors import BackendError, ConfigError, warn
 from .kernels.launch import Precision, why_not
 
 _WIDEST_SIMNORM = 16
@@ -58,6 +60,51 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torc
     if reason is not None:
         return _torch(reason, cfg)
     return _triton(f"the kernels run on {torch.cuda.get_device_name(device)}", cfg)
+
+
+def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], object] = warn) -> Config:
+    """A config from elsewhere, with keys of its machine that this one cannot serve left to choice.
+
+    given: keys that were asked for here: they stay, to be honoured or refused.
+    note: hears, once, which keys could not be served, why, and what is used instead.
+    """
+    changes: dict[str, Any] = {}
+    reasons = []
+
+    def leave(key: str, why: str, default: Any = "auto") -> None:
+        if key not in given:
+            changes[key] = default
+            reasons.append(why)
+
+    try:
+        device = resolve_device(cfg.device)
+    except ConfigError:
+        if "device" in given:
+            raise
+        device = resolve_device("auto")
+        leave("device", f"this machine has {torch.cuda.device_count()} CUDA devices")
+    no_kernels = _why_no_kernels(cfg, device, torch.float32)
+    if cfg.backend == "triton" and no_kernels is not None:
+        leave("backend", no_kernels)
+    asked = cfg.backend == "triton" or (cfg.backend == "auto" and device.type == "cuda")
+    if no_kernels is not None or not asked:
+        if cfg.precision == "bfloat16":
+            leave("precision", "bfloat16 needs the Triton kernels")
+        if cfg.compile and "compile" not in given and (why := why_not_compiled(device)):
+            leave("compile", why, False)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for key in ("num_threads", "env_workers"):
+        if (getattr(cfg, key) or 0) > cores:
+            leave(key, f"{cores} cores", None)
+    if not changes:
+        return cfg
+    found = cfg.replace(**changes)
+    saved, used = (" ".join(f"{k}={str(getattr(c, k)).lower()}" for k in changes) for c in (cfg, found))
+    note(
+        f"the checkpoint's {saved} cannot be had here ({'; '.join(dict.fromkeys(reasons))}); "
+        f"used: {used.replace('device=auto', f'device={device}')}"
+    )
+    return found
 
 
 def without_kernels(cfg: Config, error: Exception, what: str) -> Backend:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compat.state_dict import from_official_entries, tensors_only
-from .config import Config
-from .errors import CheckpointError, ConfigError
+from .backend import on_this_machine
+from .compat.state_dict import dims, from_official_entries, tensors_only, unwrapped
+from .config import DEFAULT_DIMS, MODEL_SIZES, Config
+from .errors import CheckpointError, ConfigError, warn
 from .files import as_bytes, read_tensors, replacing, write_tensors
 from .world_model import WorldModel
 
@@ -48,15 +50,30 @@ def save(model: WorldModel, path: str | Path) -> Path:
     return path
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The file that is meant: a checkpoint, with or without its ending, or a run folder's best or latest.
+
+    Raises:
+        CheckpointError: a folder without checkpoints.
+    """
+    given = Path(path).expanduser()
+    if not given.is_dir():
+        with_ending = given.with_name(given.name + ".safetensors")
+        return with_ending if not given.exists() and with_ending.is_file() else given
+    for folder in (given / "checkpoints", given):
+        for name in ("best", "latest", "agent"):
+            if (folder / f"{name}.safetensors").is_file():
+                return folder / f"{name}.safetensors"
+    raise CheckpointError(f"checkpoint {str(path)!r}: a folder without checkpoints/best or checkpoints/latest in it")
+
+
 def read(path: str | Path, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], Config | None]:
-    """State dict of a checkpoint file and, for one of ours, its config.
+    """State dict of a checkpoint, as it is in the file, and, for one of ours, its config.
 
     Raises:
         CheckpointError: no such file, or one that is truncated, altered or unsafe.
     """
-    path = Path(path)
-    if not path.is_file() and path.with_name(path.name + ".safetensors").is_file():
-        path = path.with_name(path.name + ".safetensors")
+    path = find_checkpoint(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {str(path)!r}: no such file")
     if path.suffix == ".safetensors":
@@ -64,37 +81,98 @@ def read(path: str | Path, map_location: torch.device | str = "cpu") -> tuple[di
     return _read_pickle(path, map_location), None
 
 
-def load_into(model: WorldModel, state: dict[str, Any], name: str = "state dict") -> None:
-    """Load any generation of state dict; a mismatch names the first tensors that differ."""
-    state = dict(state["model"]) if "model" in state and isinstance(state["model"], dict) else dict(state)
-    probe = dict(state)
-    own = dict(model.named_buffers(recurse=False))
-    from_official_entries(probe, "", own)
-    mine = tensors_only(model.state_dict())
-    wrong = [
-        f"{k} is {tuple(probe[k].shape)}, this model has {tuple(mine[k].shape)}"
-        for k in mine
-        if isinstance(probe.get(k), Tensor) and probe[k].shape != mine[k].shape
-    ]
-    missing = [k for k in mine if k not in probe]
-    extra = [k for k in probe if k not in mine]
-    if wrong or missing or extra:
-        facts = wrong[:2] + [f"no {k}" for k in missing[:2]] + [f"unknown {k}" for k in extra[:2]]
+def read_with_config(path: str | Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Config]:
+    """State dict and config of a checkpoint that has one: with these changes, as this machine can serve it.
+
+    Raises:
+        CheckpointError: as `read`, or the file has no config.
+    """
+    state, cfg = read(path)
+    if cfg is None:
         raise CheckpointError(
-            f"checkpoint {name}: made for another model ({len(wrong)} shapes differ, {len(missing)} tensors "
-            f"missing, {len(extra)} unknown): {'; '.join(facts)}. Check model_size, task and obs."
+            f"checkpoint {str(path)!r}: official files carry no config; build TDMPC2(cfg) and call its load(), "
+            "and for a Planner give it the model of that"
+        )
+    return state, on_this_machine(cfg.replace(**changes), changes)
+
+
+def load_into(
+    model: WorldModel, state: Mapping[str, Any], name: str = "state dict", note: Callable[[str], object] = warn
+) -> None:
+    """Load any generation of state dict, whatever it is wrapped in; `note` hears what was taken off.
+
+    Raises:
+        CheckpointError: it holds no model, several, another one (what differs is named) or weights that are
+            not finite; `model` stays as it was.
+    """
+    probe, taken_off = unwrapped(state, name)
+    from_official_entries(probe, "", dict(model.named_buffers(recurse=False)))
+    mine = tensors_only(model.state_dict())
+    _check_fit(probe, mine, name)
+    bad = [k for k in mine if not bool(torch.isfinite(probe[k]).all())]
+    if bad:
+        raise CheckpointError(
+            f"checkpoint {name}: {len(bad)} of {len(mine)} tensors hold NaN or infinity: {', '.join(bad[:3])}"
+            f"{', ...' if len(bad) > 3 else ''}; take an earlier checkpoint"
         )
     for key in ("log_std_min", "log_std_dif"):
-        if float(probe[key]) != float(mine[key]):
+        theirs, own = probe[key], mine[key].to(probe[key])  # rounded as the file is
+        if theirs != own:
             raise CheckpointError(
-                f"checkpoint {name}: {key} is {float(probe[key])}, this config has {float(mine[key])}; "
+                f"checkpoint {name}: {key} is {float(theirs)}, this config has {float(own)}; "
                 "set log_std_min and log_std_max to the checkpoint's"
             )
-    model.load_state_dict(state)
+    model.load_state_dict(probe)
+    if taken_off:
+        note(f"checkpoint {name}: taken off to find the model: {taken_off}")
 
 
-def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dict[str, Any], Config]:
+def _check_fit(theirs: Mapping[str, Tensor], mine: Mapping[str, Tensor], name: str) -> None:
+    """Raise `CheckpointError` where names, shapes or kinds of numbers differ, with the keys that make them the same."""
+    wrong = [
+        f"{k} is {tuple(theirs[k].shape)}, this model has {tuple(mine[k].shape)}"
+        for k in mine
+        if k in theirs and theirs[k].shape != mine[k].shape
+    ]
+    wrong += [
+        f"{k} is {theirs[k].dtype}, allowed: floating point"
+        for k in mine
+        if k in theirs and mine[k].is_floating_point() and not theirs[k].is_floating_point()
+    ]
+    missing, extra = [k for k in mine if k not in theirs], [k for k in theirs if k not in mine]
+    if not (wrong or missing or extra):
+        return
+    try:
+        why = _difference(dims(theirs), dims(mine))
+    except CheckpointError:  # no whole model: only its tensors can be named
+        why = ""
+    facts = wrong[:2] + [f"no {k}" for k in missing[:2]] + [f"unknown {k}" for k in extra[:2]]
+    raise CheckpointError(
+        f"checkpoint {name}: made for another model ({len(wrong)} tensors differ, {len(missing)} missing, "
+        f"{len(extra)} unknown): {why or '; '.join(facts)}"
+    )
+
+
+def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    """What differs between two models by their `dims`, and how to make the config fit."""
+    keys = [k for k in theirs if theirs[k] != mine.get(k)]
+    if not keys:
+        return ""
+    facts = ", ".join(f"{k} is {theirs[k]} in it and {mine.get(k, 'none')} here" for k in keys)
+    sized = [k for k in keys if k in DEFAULT_DIMS]
+    size = next((n for n, own in MODEL_SIZES.items() if all(theirs[k] == own[k] for k in own if k in theirs)), None)
+    set_ = [f"model_size={size}"] if sized and size is not None else [f"{k}={theirs[k]}" for k in sized]
+    set_ += [f"{k}={str(theirs[k]).lower()}" for k in ("obs", "episodic", "num_bins") if k in keys]
+    advice = [f"set {' '.join(set_)}"] if set_ else []
+    if {"observation", "action_dim", "tasks", "task_dim"} & {*keys} and "obs" not in keys:
+        advice.append("give the task it was trained on")
+    return f"{facts}; {' and '.join(advice)}"
+
+
+def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dict[str, Any], Config | None]:
     tensors, metadata = read_tensors(path)
+    if "manifest" not in metadata and any("_dynamics." in k for k in tensors):  # weights that others wrote
+        return {k: v.to(map_location) for k, v in tensors.items()}, None
     try:
         manifest = json.loads(metadata["manifest"])
         kind = manifest["format"]

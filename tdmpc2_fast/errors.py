@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 _ALIKE, _PART, _ABOUT_AS_CLOSE = 0.6, 0.85, 0.1  # shares of letters in common
@@ -26,6 +27,11 @@ class BackendError(RuntimeError):
 
 class NonFiniteError(FloatingPointError):
     """A loss or gradient became NaN or infinite; parameters were left as they were."""
+
+
+def warn(text: str) -> None:
+    """Say what was done instead of what was asked for, where nobody gave a better place to say it."""
+    warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -7,18 +7,19 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
 from .backend import resolve_backend, resolve_device, without_kernels
-from .config import Config
-from .errors import CheckpointError, InputError
+from .errors import InputError
+from .inputs import check_obs, flags
 from .kernels.launch import KERNEL_ERRORS
 from .plan_trace import PlanTrace
 from .rng import COUNTER, PlanNoise, generator, generator_state, set_generator
+from .surroundings import default_dtype, undisturbed
 from .torch_plan import TorchPlan
 from .world_model import WorldModel
 
@@ -72,7 +73,8 @@ class Planner:
     here; a call then copies its inputs, replays and returns without waiting for the device.
 
     One planner serves one thread: a call while another runs is refused. Planners of their own
-    may run in threads of their own, on one model.
+    may run in threads of their own, on one model. A copy or a pickle takes warm start and random
+    streams along, and builds the rest anew around its model.
 
     Args:
         model: the world model.
@@ -80,12 +82,14 @@ class Planner:
         seed: seed of the planner's random stream; default `cfg.seed`.
     """
 
+    @undisturbed
     def __init__(self, model: WorldModel, num_envs: int = 1, seed: int | None = None) -> None:
         cfg = model.cfg
         if num_envs < 1:
             raise InputError(f"num_envs: got {num_envs}, allowed: at least 1")
         self.model, self.cfg, self.num_envs = model, cfg, num_envs
-        self.generator = generator(cfg.seed if seed is None else seed, "plan", model.device)
+        self.seed = cfg.seed if seed is None else seed
+        self.generator = generator(self.seed, "plan", model.device)
         self.backend = resolve_backend(cfg, model.device, model.dtype)
         self._busy = threading.Lock()
         self._times: deque[float] = deque(maxlen=_KEPT_TIMES)
@@ -95,25 +99,23 @@ class Planner:
             from .fused_plan import FusedPlanner
 
             try:
-                self._plan = FusedPlanner(model, num_envs, cfg.seed if seed is None else seed)
+                with default_dtype(torch.float32):
+                    self._plan = FusedPlanner(model, num_envs, self.seed)
                 return
             except KERNEL_ERRORS as e:
                 self.backend = without_kernels(cfg, e, "Planner: planning")
         self._plan = TorchPlan(model, num_envs, self.generator)
 
     @classmethod
+    @undisturbed
     def from_checkpoint(cls, fp: str | Path, num_envs: int = 1, seed: int | None = None, **changes: object) -> Planner:
         """A planner for the model of a checkpoint that has a manifest.
 
+        fp: a file, or the folder of a run, whose best weights it takes.
         changes: config keys to change, e.g. `device="cuda"`.
         """
-        state, cfg = checkpoint.read(fp)
-        if cfg is None:
-            raise CheckpointError(
-                f"checkpoint {str(fp)!r}: official files carry no config; build TDMPC2(cfg), call its load() and "
-                "give its model to Planner"
-            )
-        cfg = cfg.replace(**changes)
+        # Nothing that only plans is compiled, so that nobody need hear whether it could be.
+        state, cfg = checkpoint.read_with_config(fp, {"compile": False, **changes})
         model = WorldModel(cfg)
         checkpoint.load_into(model, state, repr(str(fp)))
         return cls(model.to(resolve_device(cfg.device)).eval(), num_envs, seed)
@@ -123,10 +125,11 @@ class Planner:
         """Mean of each environment's last plan (E, H, A), to be shifted into the next one's start."""
         return self._plan.prev_mean
 
+    @undisturbed
     @torch.no_grad()
     def plan(
         self,
-        obs: Tensor,
+        obs: Any,
         t0: bool | Tensor = False,
         eval_mode: bool | Tensor = False,
         task: int | Tensor | None = None,
@@ -136,8 +139,9 @@ class Planner:
         """Plan one action for each environment.
 
         Args:
-            obs: (E, *obs_shape), any device; state observations must be finite. One in pinned
-                memory is copied while the call returns: change it after the action was read.
+            obs: (E, *obs_shape), a tensor on any device, array or list, or a dict with it under
+                `cfg.obs`; states must be finite, pixels 0..255. One in pinned memory is copied
+                while the call returns: change it after the action was read.
             t0: whether this is the first observation of an episode; bool or (E,) bool.
             eval_mode: leave out exploration noise; bool or (E,) bool. The choice of the
                 elite stays random, as in the official code.
@@ -152,13 +156,13 @@ class Planner:
             InputError: an argument of the wrong shape or value, or a second thread.
         """
         start = time.perf_counter()
-        obs = check_obs(obs, self.cfg, (self.num_envs,))
+        obs = check_obs(obs, self.cfg, (self.num_envs,), self.model.dtype)
         index = self.model.task_index(task)
         if index is not None:
             if index.ndim > 1 or index.numel() not in (1, self.num_envs):
                 raise InputError(f"task: got shape {tuple(index.shape)}, allowed: an int or ({self.num_envs},)")
             index = index.expand(self.num_envs)
-        first, evaluate = (self._flag(x, name) for x, name in ((t0, "t0"), (eval_mode, "eval_mode")))
+        first, evaluate = flags(t0, "t0", self.num_envs), flags(eval_mode, "eval_mode", self.num_envs)
         if not self._busy.acquire(blocking=False):
             raise InputError("plan: got a call while another thread's runs, allowed: one planner per thread")
         try:
@@ -174,12 +178,24 @@ class Planner:
         found = dict(prev_mean=self.prev_mean, **generator_state(self.generator))
         return found if self._plan.counter is None else {**found, COUNTER: self._plan.counter}
 
+    @undisturbed
+    @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned; on another backend or device the random stream begins anew."""
         self.prev_mean.copy_(state["prev_mean"])
         set_generator(self.generator, state)
         if self._plan.counter is not None and COUNTER in state:
             self._plan.counter.copy_(state[COUNTER])
+
+    @undisturbed
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: x.clone() for k, x in self.state().items()}
+        return dict(model=self.model, num_envs=self.num_envs, seed=self.seed, state=state)
+
+    @undisturbed
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        type(self).__init__(self, kept["model"], kept["num_envs"], kept["seed"])
+        self.load_state(kept["state"])
 
     def stats(self) -> PlanStats:
         """Median and 99th percentile of the last 10,000 calls of `plan`, milliseconds.
@@ -192,31 +208,3 @@ class Planner:
         ordered = sorted(self._times)
         last = len(ordered) - 1
         return PlanStats(self._calls, 1e3 * ordered[last // 2], 1e3 * ordered[round(0.99 * last)])
-
-    def _flag(self, value: bool | Tensor, name: str) -> bool | Tensor:
-        if isinstance(value, bool):
-            return value
-        flag = torch.as_tensor(value, dtype=torch.bool)
-        if flag.ndim > 1 or flag.numel() not in (1, self.num_envs):
-            raise InputError(f"{name}: got shape {tuple(flag.shape)}, allowed: a bool or ({self.num_envs},)")
-        return flag
-
-
-def check_obs(obs: Tensor, cfg: Config, leading: tuple[int, ...]) -> Tensor:
-    """The observation as a tensor, or an `InputError` that names what is wrong with it."""
-    if not isinstance(obs, Tensor):
-        try:
-            obs = torch.as_tensor(obs)
-        except (TypeError, ValueError, RuntimeError) as e:
-            raise InputError(f"obs: got {type(obs).__name__}, allowed: a tensor or array") from e
-    shape = leading + dict(cfg._require("obs_shape"))[cfg.obs]
-    if tuple(obs.shape) != shape:
-        raise InputError(f"obs: got shape {tuple(obs.shape)}, allowed: {shape}")
-    if cfg.obs == "rgb":
-        return obs
-    obs = obs if obs.dtype == torch.float64 else obs.to(torch.float32)
-    # Only where it is free: on an accelerator the check would make the host wait.
-    if obs.device.type == "cpu" and not bool(torch.isfinite(obs).all()):
-        bad = (~torch.isfinite(obs)).nonzero()[0].tolist()
-        raise InputError(f"obs: got {obs[tuple(bad)].item()} at index {bad}, allowed: finite numbers")
-    return obs

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +19,11 @@ from test_world_model import old_generation
 
 import tdmpc2_fast.checkpoint
 import tdmpc2_fast.files
-from tdmpc2_fast import TDMPC2, load
+from tdmpc2_fast import TDMPC2, Config, Planner, load
 from tdmpc2_fast.compat.state_dict import tensors_only
-from tdmpc2_fast.errors import CheckpointError
+from tdmpc2_fast.config import MODEL_SIZES
+from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError
+from tdmpc2_fast.train import cli
 
 
 def same(a: TDMPC2, b: TDMPC2) -> bool:
@@ -82,7 +88,7 @@ def test_a_checkpoint_of_another_size_is_named(tmp_path: Path) -> None:
     agent = TDMPC2(tiny_config())
     before = tensors_only(agent.model.state_dict())
     before = {k: v.clone() for k, v in before.items()}
-    with pytest.raises(CheckpointError, match=r"another model.*\(32, .*this model has \(24, .*model_size"):
+    with pytest.raises(CheckpointError, match=r"another model.*mlp_dim is 32 in it and 24 here; set mlp_dim=32"):
         agent.load(tmp_path / "big")
     assert all(torch.equal(v, before[k]) for k, v in tensors_only(agent.model.state_dict()).items())
 
@@ -184,3 +190,154 @@ def test_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.M
     other.load(tmp_path / "a.pt")
     assert same(agent, other)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {prefix + k: v for k, v in state.items()}
+
+
+def inside(state: dict[str, Any]) -> dict[str, Any]:
+    """As of parts that were compiled, or wrapped for several GPUs, by themselves."""
+    state = {k.replace("_encoder.", "_encoder._orig_mod."): v for k, v in state.items()}
+    return {k.replace("_dynamics.", "_dynamics.module."): v for k, v in state.items()}
+
+
+TRAINING = {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [1]}, "step": 3}
+WRAPPED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "compiled": (lambda s: prefixed("_orig_mod.", s), "the prefix '_orig_mod.'"),
+    "all at once": (lambda s: prefixed("module._orig_mod.model.agent.", s), "'module._orig_mod.model.agent.'"),
+    "parts": (inside, "'_orig_mod' inside names, 'module' inside names"),
+    "nested": (
+        lambda s: {"agent": {"state_dict": prefixed("module._orig_mod.model.", inside(s))}, **TRAINING},
+        "['agent']['state_dict'] with the prefix 'module._orig_mod.model.', '_orig_mod' inside names",
+    ),
+    "in params": (lambda s: {"params": {"model": s}}, "['params']['model']"),
+    "Lightning": (
+        lambda s: {"state_dict": {**prefixed("agent.", s), "metric": torch.ones(2)}, "hyper_parameters": {"rho": 1}},
+        "['state_dict'] with the prefix 'agent.'",
+    ),
+    "older generation": (lambda s: {"model_state_dict": prefixed("model.", old_generation(s))}, "['model_state_dict']"),
+    "moments beside it": (lambda s: {"model": s, "exp_avg": {k: v for k, v in s.items() if "_target" not in k}}, ""),
+    "arrays": (lambda s: {k: v.numpy() for k, v in tensors_only(s).items()}, ""),
+    "float64": (lambda s: {k: v.double() for k, v in tensors_only(s).items()}, ""),
+}
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_others_wrapped_around_a_model_is_taken_off(name: str, from_file: bool, tmp_path: Path) -> None:
+    wrap, note = WRAPPED[name]
+    agent, other = TDMPC2(tiny_config()), TDMPC2(tiny_config(seed=2))
+    state: Any = wrap(agent.model.state_dict())
+    if from_file:
+        if name == "arrays":
+            pytest.skip("arrays in a pickle are more than weights")
+        torch.save(state, tmp_path / "wrapped.pt")
+        state = tmp_path / "wrapped.pt"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other.load(state)
+    assert same(agent, other)
+    assert len(caught) == bool(note)
+    assert all(note in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("name", ["compiled", "nested"])
+def test_info_and_its_like_see_through_wrappers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(WRAPPED[name][0](TDMPC2(tiny_config()).model.state_dict()), tmp_path / "a.pt")
+    assert cli.main(["info", str(tmp_path / "a.pt")]) == 0
+    out = capsys.readouterr().out
+    assert "action_dim 2, latent_dim 16" in out
+    assert WRAPPED[name][1] in " ".join(out.split())
+
+
+def test_bfloat16_weights_come_back_rounded() -> None:
+    agent, other = TDMPC2(tiny_config(log_std_min=-5.3)), TDMPC2(tiny_config(log_std_min=-5.3, seed=2))
+    state = tensors_only(agent.model.state_dict())
+    other.load({k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()})
+    assert other.model.dtype == torch.float32
+    weight, want = other.model._pi[0].weight, agent.model._pi[0].weight
+    assert torch.equal(weight, want.bfloat16().float())  # type: ignore[operator, union-attr]
+
+
+def of_another(**changes: Any) -> dict[str, Any]:
+    return TDMPC2(tiny_config(**changes)).model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {"model": s, "ema": s}, ["more than one model", "['model'] and ['ema']"]),
+        (lambda s: {**s, "ema": prefixed("module.", s)}, ["the file itself and ['ema'] with the prefix 'module.'"]),
+        (lambda s: {**s, **inside(s)}, ["under two names"]),
+        (lambda s: {}, ["no TD-MPC2 model"]),
+        (lambda s: {"model": [1], "a": 2, 3: 4}, ["no TD-MPC2 model"]),
+        (lambda s: {k: v for k, v in s.items() if k.startswith("_encoder")}, ["no _dynamics.0.weight"]),
+        (lambda s: {**s, "more": torch.ones(1)}, ["unknown more"]),
+        (lambda s: {**s, "_pi.0.bias": torch.ones(24, dtype=torch.int8)}, ["_pi.0.bias is torch.int8"]),
+        (
+            lambda s: {**s, "_pi.0.bias": s["_pi.0.bias"] * torch.nan, "_reward.2.bias": s["_reward.2.bias"] / 0},
+            ["2 of 62 tensors", "NaN or infinity", "_reward.2.bias, _pi.0.bias"],
+        ),
+        (lambda s: of_another(**MODEL_SIZES[1]), ["latent_dim is 128", "set model_size=1"]),
+        (lambda s: of_another(num_q=4, num_bins=51), ["num_q is 4 in it and 3 here", "set num_q=4 num_bins=51"]),
+        (lambda s: of_another(num_enc_layers=4), ["set num_enc_layers=4"]),
+        (lambda s: of_another(episodic=True), ["set episodic=true"]),
+        (lambda s: of_another(obs_dim=7, action_dim=3), ["observation is 7", "action_dim is 3", "the task it was"]),
+        (lambda s: TDMPC2(tiny_multitask()).model.state_dict(), ["tasks is 3 in it and 0 here"]),
+    ],
+)
+def test_what_does_not_fit_is_named_with_the_way_out(change: Callable[..., dict[Any, Any]], words: list[str]) -> None:
+    agent = TDMPC2(tiny_config())
+    before = copy.deepcopy(tensors_only(agent.model.state_dict()))
+    with pytest.raises(CheckpointError) as caught:
+        agent.load(change(agent.model.state_dict()))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in tensors_only(agent.model.state_dict()).items())
+
+
+def test_pixels_are_told_from_states() -> None:
+    pixels = Config(obs="rgb", latent_dim=64, mlp_dim=24, num_q=3, device="cpu").with_env({"rgb": (3, 64, 64)}, 2, 50)
+    with pytest.raises(CheckpointError, match=r"obs is state in it and rgb here.*set latent_dim=16 .*obs=state"):
+        TDMPC2(pixels).load(TDMPC2(tiny_config()).model.state_dict())
+
+
+def test_weights_that_others_wrote_as_safetensors(tmp_path: Path) -> None:
+    agent, other = TDMPC2(tiny_config()), TDMPC2(tiny_config(seed=2))
+    tensors = {k: v.clone() for k, v in tensors_only(agent.model.state_dict()).items()}
+    save_file(prefixed("model.", tensors), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=r"taken off.*'model\.'"):
+        other.load(tmp_path / "a")
+    assert same(agent, other)
+    with pytest.raises(CheckpointError, match="carry no config"):
+        load(tmp_path / "a")
+
+
+def test_keys_of_another_machine_fall_back_with_one_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdmpc2_fast.backend.why_not", lambda device: "no GPU")
+    agent = TDMPC2(tiny_config())
+    keys = dict(device="cuda:7", backend="triton", precision="bfloat16", num_threads=4096, env_workers=4096)
+    agent.model.cfg = agent.cfg.replace(**keys)
+    agent.save(tmp_path / "checkpoints" / "best")  # the folder of a run is as good
+    used = "used: device=cpu backend=auto precision=auto num_threads=none env_workers=none"
+    for make in (load, Planner.from_checkpoint):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made: Any = make(tmp_path)
+        assert [used in str(w.message) and "cuda:7 backend=triton" in str(w.message) for w in caught] == [True]
+        assert made.act([1.0] * 5).shape == (2,) if make is load else made.plan([[1.0] * 5]).shape == (1, 2)
+    given = dict(device="cpu", backend="torch", precision="float32", num_threads=2, env_workers=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path, **given).cfg.precision == "float32"
+    for key, error in (("device", ConfigError), ("backend", BackendError), ("precision", BackendError)):
+        with pytest.raises(error, match=key):
+            load(tmp_path, **{key: keys[key]})
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
+    for make in (load, Planner.from_checkpoint, TDMPC2(tiny_config()).load):
+        with pytest.raises(CheckpointError, match="without checkpoints/best"):
+            make(tmp_path)

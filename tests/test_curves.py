@@ -252,7 +252,7 @@ class TestPictures:
         assert plot_runs([one]) == [one / "curve.png", one / "curve.svg"]
         assert plot_runs([runs]) == [Path("curves.png"), Path("curves.svg")]
         out = tmp_path / "new/a.svg"
-        assert plot_runs([one], out=out) == [out]
+        assert plot_runs(str(one), out=str(out)) == [out]
         assert sorted(p.name for p in tmp_path.rglob("*.??g")) == [
             *("a.svg", "curve.png", "curve.svg", "curves.png", "curves.svg"),
         ]

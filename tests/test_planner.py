@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_multitask
@@ -185,3 +188,111 @@ def test_pixels_plan_with_random_shifts() -> None:
     assert agent.act(obs, t0=True).shape == (2, 2)
     with pytest.raises(InputError, match="obs: got shape"):
         agent.act(obs[:, :3])
+
+
+ONES = np.ones(5, np.float32)
+FROZEN = ONES.copy()
+FROZEN.flags.writeable = False
+KINDS: dict[str, Any] = {
+    "float64": np.ones(5),
+    "reversed": ONES[::-1],
+    "strided": np.ones(10, np.float32)[::2],
+    "read-only": FROZEN,
+    "big-endian": ONES.astype(">f4"),
+    "half": ONES.astype(np.float16),
+    "long double": ONES.astype(np.longdouble),
+    "integers": np.ones(5, np.int64),
+    "unsigned": np.ones(5, np.uint16),
+    "booleans": np.ones(5, bool),
+    "list": [1, 1.0, True, np.float32(1), 1],
+    "list of tensors": [torch.ones(())] * 5,
+    "dict": {"state": ONES, "rgb": None},
+    "with a graph": torch.ones(5, requires_grad=True) * 1,
+    "bfloat16": torch.ones(5).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("mpc", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_observations_come_as_people_have_them(cfg: Config, kind: str, mpc: bool) -> None:
+    cfg = cfg.replace(mpc=mpc)
+    want = TDMPC2(cfg).act(torch.ones(5), t0=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(TDMPC2(cfg).act(KINDS[kind], t0=True), want)
+
+
+@pytest.mark.parametrize(
+    ("obs", "words"),
+    [
+        (None, "obs: got None"),
+        ("abc", "obs: got a str"),
+        (object(), "obs: got a object"),
+        ([[1, 2], [3]], "obs: got a list"),
+        ([torch.ones(2), torch.ones(3)], "tensors of different shapes"),
+        (np.ones(5, complex), "complex128"),
+        (torch.ones(5, dtype=torch.complex64), "complex64"),
+        (torch.ones(5, device="meta"), "on meta"),
+        (torch.ones(5).to_sparse(), "sparse"),
+        (np.array([None] * 5), "of object"),
+        (np.zeros(5, "M8[s]"), "datetime64"),
+        ({"rgb": ONES}, r"dict with \['rgb'\], allowed: 'state' in it"),
+        ({"state": None}, "obs: got None"),
+        (np.full(5, 1e300), "inf at index"),
+        (3.0, r"got shape \(\)"),
+        ([], r"got shape \(1, 0\)"),
+    ],
+)
+@pytest.mark.parametrize("mpc", [True, False])
+def test_what_is_no_observation_is_named(cfg: Config, obs: Any, words: str, mpc: bool) -> None:
+    with pytest.raises(InputError, match=words):
+        TDMPC2(cfg.replace(mpc=mpc)).act(obs)
+
+
+@pytest.mark.parametrize("name", ["t0", "eval_mode"])
+def test_flags_come_as_people_have_them(cfg: Config, name: str) -> None:
+    for yes in (True, np.bool_(True), np.array(True), torch.tensor([True]), [1], np.array(1.0)):
+        agent, want = TDMPC2(cfg), TDMPC2(cfg)
+        for obs in (torch.ones(5), torch.zeros(5)):
+            assert torch.equal(agent.act(obs, **{name: yes}), want.act(obs, **{name: True}))
+    for wrong in (None, "yes", 2, 0.5, object(), [True, False], np.array([[True]])):
+        with pytest.raises(InputError, match=name):
+            TDMPC2(cfg).act(torch.ones(5), **{name: wrong})
+
+
+def test_the_prior_evaluates_some_environments_and_explores_in_others(cfg: Config) -> None:
+    agents = [TDMPC2(cfg.replace(mpc=False)) for _ in range(3)]
+    obs, some = torch.randn(3, 5), np.array([True, False, True])
+    mixed, means, drawn = (a.act(obs, eval_mode=e) for a, e in zip(agents, (some, True, False), strict=True))
+    assert torch.equal(mixed, torch.where(torch.tensor(some)[:, None], means, drawn))
+    with pytest.raises(InputError, match="eval_mode"):
+        agents[0].act(obs, eval_mode=[True, False])
+
+
+def test_tasks_come_as_people_have_them() -> None:
+    agent = TDMPC2(tiny_multitask())
+    for task in (1, np.int64(1), np.array(1), [1], 1.0, torch.tensor([1])):
+        assert agent.act(torch.ones(5), task=task).shape == (3,)
+    for wrong in (None, "a", 1.5, 3, -1, np.nan, [0, 1], object()):
+        with pytest.raises(InputError, match="task"):
+            agent.act(torch.ones(5), task=wrong)
+
+
+def test_pictures_are_pixels() -> None:
+    cfg = Config(obs="rgb", latent_dim=32, mlp_dim=16, num_samples=8, num_elites=4, num_pi_trajs=2, device="cpu")
+    cfg = cfg.with_env({"rgb": (3, 64, 64)}, 2, 50)
+    picture = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    want = TDMPC2(cfg).act(picture)
+    last = np.ascontiguousarray(picture.transpose(1, 2, 0)).transpose(2, 0, 1)
+    for same in (picture.astype(np.float32), picture.astype(int), {"rgb": picture}, last):
+        assert torch.equal(TDMPC2(cfg).act(same), want)
+    for wrong, words in (
+        (picture / 255, "from 0 to 1, allowed: pixels from 0 to 255; multiply by 255"),
+        (picture / 127.5 - 1, "from -1 to 1"),
+        (picture * 2.0, "to 510"),
+        (picture > 3, "bool"),
+        (picture * np.nan, "nan"),
+        (picture[:1], "shape"),
+    ):
+        with pytest.raises(InputError, match=f"obs: got .*{words}"):
+            TDMPC2(cfg).act(wrong)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import CheckpointError, ConfigError, did_you_mean
+from tdmpc2_fast.errors import ConfigError, did_you_mean
 
 from . import keys, sweep, tables
 
@@ -100,11 +100,14 @@ def plan(words: Sequence[str]) -> int:
     paths, words = keys.arguments(words)
     given = _only(paths, "plan CHECKPOINT [decision=N] [out=FILE] [key=value ...]")
     values = keys.parse(words, presets=False)
-    path = find_checkpoint(given)
-    agent = _agent(path, values)
+    from tdmpc2_fast import checkpoint
+
     from .checkpoints import trained
     from .envs import make_env
     from .plan_picture import draw_plan
+
+    path = checkpoint.find_checkpoint(given)
+    agent = _agent(path, values)
 
     print(f"{path}: {trained(path)}")
     env = make_env(agent.cfg, agent.cfg.seed)
@@ -125,10 +128,14 @@ def evaluate(words: Sequence[str]) -> int:
     paths, words = keys.arguments(words)
     values = keys.parse(words, presets=False)
     paths += [values["checkpoint"]] if values.get("checkpoint") else []
-    path = find_checkpoint(_only(paths, "eval CHECKPOINT [key=value ...]"))
-    agent = _agent(path, values)
+    given = _only(paths, "eval CHECKPOINT [key=value ...]")
+    from tdmpc2_fast import checkpoint
+
     from .checkpoints import trained
     from .evaluate import Evaluator
+
+    path = checkpoint.find_checkpoint(given)
+    agent = _agent(path, values)
 
     print(f"{path}: {trained(path)}")
     evaluator = Evaluator(agent)
@@ -187,14 +194,15 @@ def info(words: Sequence[str]) -> int:
 
     That is its format, size, parameters, tensors and config; official .pt files have no config.
     """
-    path = find_checkpoint(_only(words, "info CHECKPOINT"))
+    given = _only(words, "info CHECKPOINT")
     from tdmpc2_fast import checkpoint
-    from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensors_only
+    from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensors_only, unwrapped
 
     from .checkpoints import trained
 
-    state, cfg = checkpoint.read(path)
-    state = dict(state["model"]) if isinstance(state.get("model"), dict) else state
+    path = checkpoint.find_checkpoint(given)
+    found, cfg = checkpoint.read(path)
+    state, taken_off = unwrapped(found, repr(str(path)))
     kind = f"{checkpoint.FORMAT}, the checksum of its tensors is right"
     if cfg is None:
         kind = f"official, {'older' if '_Qs.params.0' in state else 'current'} generation (weights only, no config)"
@@ -207,7 +215,8 @@ def info(words: Sequence[str]) -> int:
     learnable = sum(x.numel() for k, x in tensors.items() if "." in k and not k.startswith(TARGETS))
     facts = [("file", str(path)), ("format", kind), ("size", f"{path.stat().st_size / 1e6:,.1f} MB")]
     facts += [("trained", trained(path))]
-    facts += [("parameters", f"{learnable:,} learnable"), ("model", _model(tensors, path))]
+    facts += [("parameters", f"{learnable:,} learnable"), ("model", _model(tensors))]
+    facts += [("wrapped in", taken_off)] if taken_off else []
     print(tables.rendered(tables.grid(facts)))
     if cfg is not None:
         changed = _changed(cfg)
@@ -220,38 +229,30 @@ def info(words: Sequence[str]) -> int:
     return 0
 
 
-def find_checkpoint(path: str) -> Path:
-    """The file that is meant: a checkpoint, with or without its ending, or a run folder's best or latest."""
-    given = Path(path)
-    if not given.is_dir():
-        with_ending = given.with_name(given.name + ".safetensors")
-        return with_ending if not given.exists() and with_ending.is_file() else given
-    for folder in (given / "checkpoints", given):
-        for name in ("best", "latest"):
-            if (folder / f"{name}.safetensors").is_file():
-                return folder / f"{name}.safetensors"
-    raise CheckpointError(f"checkpoint {path!r}: a folder without checkpoints/best or checkpoints/latest in it")
-
-
 def _agent(path: Path, values: dict[str, Any]) -> TDMPC2:
     """The agent of a checkpoint; values given win over those it was made with."""
     from tdmpc2_fast import checkpoint
     from tdmpc2_fast.agent import TDMPC2
+    from tdmpc2_fast.backend import on_this_machine
 
     from .envs import complete, make_env
     from .threads import choose_threads
 
-    _, saved = checkpoint.read(path)
+    state, saved = checkpoint.read(path)
     if saved is None and "task" not in values:
         raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
     kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
+    if "env_kwargs" in values:
+        values = {**values, "env_kwargs": {**(kept.get("env_kwargs") or {}), **values["env_kwargs"]}}
     cfg = Config.from_dict(kept).replace(**{**values, "checkpoint": str(path)})
+    # Nothing is compiled here, so that nobody need hear whether it could be.
+    cfg = on_this_machine(cfg, {*values, "compile"}, note=keys.to_stderr)
     env = make_env(cfg, cfg.seed)
     cfg = complete(cfg, env)
     env.close()
     choose_threads(cfg)
     agent = TDMPC2(cfg)
-    agent.load(path)
+    checkpoint.load_into(agent.model, state, repr(str(path)), note=keys.to_stderr)
     return agent
 
 
@@ -272,24 +273,14 @@ def _listed(title: str, names: Sequence[str]) -> list[Any]:
     return [tables.section(f"{title} ({len(names)})", "  ".join(names))] if names else []
 
 
-def _model(tensors: dict[str, Tensor], path: Path) -> str:
+def _model(tensors: dict[str, Tensor]) -> str:
     """Sizes a person needs to build the model, read off the shapes."""
-    try:
-        first = next(k for k in sorted(tensors) if k.startswith("_encoder.") and tensors[k].ndim > 1)
-        last = max(k for k in tensors if k.startswith("_pi.") and k.endswith(".bias") and ".ln." not in k)
-        embedding = tensors.get("_task_emb.weight")
-        sizes = {
-            f"{first.split('.')[1]} channels" if tensors[first].ndim == 4 else "observation": tensors[first].shape[1],
-            "action_dim": len(tensors[last]) // 2,
-            "latent_dim": len(tensors["_dynamics.2.bias"]),
-            "mlp_dim": len(tensors["_pi.0.bias"]),
-            "num_q": len(tensors["_Qs.params.0.weight"]),
-        }
-        if embedding is not None:
-            sizes["observation"] -= embedding.shape[1]
-            sizes |= {"tasks": embedding.shape[0], "task_dim": embedding.shape[1]}
-    except (KeyError, StopIteration, ValueError) as e:
-        raise CheckpointError(f"checkpoint {str(path)!r}: no TD-MPC2 model, its tensors are others") from e
+    from tdmpc2_fast.compat.state_dict import dims
+
+    found = dims(tensors)
+    width = {f"{found['obs']} channels" if found["obs"] == "rgb" else "observation": found["observation"]}
+    sizes = width | {k: found[k] for k in ("action_dim", "latent_dim", "mlp_dim", "num_q")}
+    sizes |= {k: found[k] for k in ("tasks", "task_dim") if found["tasks"]}
     return ", ".join(f"{k} {v}" for k, v in sizes.items())
 
 

@@ -82,7 +82,10 @@ class _Panel:
 
 
 def plot_runs(
-    paths: Sequence[Path], out: Path | None = None, reference: Path | None = None, max_step: float | None = None
+    paths: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    reference: str | Path | None = None,
+    max_step: float | None = None,
 ) -> list[Path]:
     """Draw the learning curves of runs.
 
@@ -100,11 +103,12 @@ def plot_runs(
         InputError: no run, a malformed file, another ending of `out`, `max_step` not above 0.
         ConfigError: matplotlib or scipy is missing.
     """
+    out, reference = (None if p is None else Path(p) for p in (out, reference))
     if out is not None and out.suffix not in (".png", ".svg"):
         raise InputError(f"out: got {str(out)!r}, allowed: a file name that ends in .png or .svg")
     if max_step is not None and not max_step > 0:
         raise InputError(f"max_step: got {max_step}, allowed: above 0")
-    files = find_runs(paths)
+    files = find_runs([Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)])
     runs = group(c for f in files for c in read_curves(f))
     tasks = sorted({task for task, _ in runs})
     _say_what_is_cut(runs)

@@ -3,22 +3,32 @@
 Ours holds tensors only. The official one adds an alias of the critics (`_detach_Qs_params`)
 and TensorDict leftovers (`__batch_size`, `__device`); the older generation numbers the
 critics' parameters `_Qs.params.N`, N = 4*layer + {weight, bias, ln.weight, ln.bias}, and has
-no alias, masks or log-std bounds.
+no alias, masks or log-std bounds. What programs around it add to the names, and the dicts they
+put it in, is taken off by `unwrapped`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ..errors import CheckpointError
+from ..inputs import as_tensor
 
 CRITICS, ALIAS, TARGETS = "_Qs.params.", "_detach_Qs_params.", "_target_Qs_params."
 _LEAVES = ("weight", "bias", "ln.weight", "ln.bias")
 _OLD_KEY = re.compile(r"(_Qs\.params\.|_target_Qs\.params\.)(\d+)$")
+_HEADS = ("_encoder", "_dynamics", "_reward", "_pi", "_Qs")
+_OURS = {*_HEADS, "_target_Qs", "_target_Qs_params", "_detach_Qs", "_detach_Qs_params"}
+_OURS |= {"_termination", "_task_emb", "_action_masks", "log_std_min", "log_std_dif"}
+# Segments that torch.compile, DataParallel, FSDP and activation checkpointing put into names.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _LEFTOVER = re.compile(r"\.__(batch_size|device)$")
 
 
@@ -47,6 +57,103 @@ def add_official_entries(
 def tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries that carry information: no alias, no leftovers."""
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(ALIAS)}
+
+
+def unwrapped(state: Mapping[Any, Any], name: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the one model in `state` by their official names, and what was taken off to find them.
+
+    A name begins at its first segment that is one of a model's; what stands before it, dicts and prefixes
+    alike, says where the model is. The text is empty for a state dict itself, and in official files' `model`.
+
+    Raises:
+        CheckpointError: `state` holds no model, or more than one.
+    """
+    places: dict[tuple[str, ...], dict[str, Tensor]] = {}
+    dicts: dict[tuple[str, ...], tuple[str, ...]] = {}
+    others, inside = [], set()
+    for nest, key, value in _leaves(state):
+        path = (*nest, *key.split("."))
+        at = next((i for i, part in enumerate(path) if part in _OURS), None)
+        if at is None:
+            others.append((nest, path, value))
+            continue
+        place = path[:at]
+        dicts.setdefault(place, nest)
+        inside |= {(place, part) for part in path[at:] if part in _WRAPPERS}
+        official = ".".join(part for part in path[at:] if part not in _WRAPPERS)
+        if official in places.setdefault(place, {}):
+            raise CheckpointError(f"checkpoint {name}: {official} is in it under two names, wrapped and plain")
+        places[place][official] = value
+    # Targets tell a model from what goes by its names, too, such as the moments of an optimiser.
+    models = [p for p, held in places.items() if any(k.startswith(("_target_Qs.", TARGETS)) for k in held)]
+    models = models or [p for p, held in places.items() if any(k.startswith(_HEADS) for k in held)]
+    if len(models) != 1:
+        found = " and ".join(_place(p, dicts[p]) or "the file itself" for p in models)
+        what = f"more than one model, in {found}; load one of them as a state dict" if models else "no TD-MPC2 model"
+        raise CheckpointError(f"checkpoint {name}: holds {what}")
+    place = models[0]
+    nest = dicts[place]
+    tensors = places[place]
+    for where, path, value in others:  # beside the model; what other dicts hold is of the training
+        if where == nest and path[: len(place)] == place:
+            tensors[".".join(path[len(place) :])] = value
+    tensors = {k: as_tensor(v, k) for k, v in tensors.items() if isinstance(v, (Tensor, np.ndarray))}
+    off = [] if place in ((), ("model",)) and nest == place else [_place(place, nest)]
+    off += sorted({f"{part!r} inside names" for p, part in inside if p == place})
+    return tensors, ", ".join(off)
+
+
+def _leaves(state: Mapping[Any, Any], nest: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Names of the dicts around each entry with a name, its own, and what it is."""
+    for key, value in state.items():
+        if isinstance(key, str):
+            if isinstance(value, Mapping):
+                yield from _leaves(value, (*nest, key))
+            else:
+                yield nest, key, value
+
+
+def _place(place: tuple[str, ...], nest: tuple[str, ...]) -> str:
+    """Dicts and prefix as a person writes them."""
+    parts = ["".join(f"[{key!r}]" for key in place[: len(nest)])]
+    parts += [f"the prefix '{'.'.join(place[len(nest) :])}.'"] if len(place) > len(nest) else []
+    return " with ".join(filter(None, parts))
+
+
+def dims(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the tensors of a model, by their official names, say about its config, by the config's keys.
+
+    Besides: `observation`, the width of a state or the channels of an image, and `tasks`, how many.
+
+    Raises:
+        CheckpointError: tensors it takes are missing, or no layers.
+    """
+    try:
+        return _dims(tensors)
+    except (KeyError, IndexError, TypeError) as e:
+        raise CheckpointError(f"checkpoint: no whole TD-MPC2 model: {e}") from e
+
+
+def _dims(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    encoder = sorted(k for k, x in tensors.items() if k.startswith("_encoder.") and x.ndim > 1)
+    kind = encoder[0].split(".")[1] if encoder else ""
+    first, embedding = tensors[f"_encoder.{kind}.{2 if kind == 'rgb' else 0}.weight"], tensors.get("_task_emb.weight")
+    task_dim = 0 if embedding is None else embedding.shape[1]
+    found: dict[str, Any] = dict(
+        obs=kind,
+        observation=first.shape[1] - task_dim,
+        action_dim=len(tensors["_pi.2.bias"]) // 2,
+        latent_dim=len(tensors["_dynamics.2.bias"]),
+        mlp_dim=len(tensors["_pi.0.bias"]),
+        num_q=len(tensors["_Qs.params.0.weight"]),
+        num_bins=len(tensors["_reward.2.bias"]),
+        episodic="_termination.0.weight" in tensors,
+        tasks=0 if embedding is None else len(embedding),
+        task_dim=task_dim,
+    )
+    if kind == "rgb":
+        return found | dict(num_channels=len(first))
+    return found | dict(num_enc_layers=len(encoder), enc_dim=len(first))
 
 
 def from_official_entries(state: MutableMapping[str, Any], prefix: str, own: Mapping[str, Tensor]) -> None:

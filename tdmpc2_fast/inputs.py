@@ -1,0 +1,122 @@
+"""What people give, as tensors: arrays and lists of all kinds, or an `InputError` that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import Config
+from .errors import InputError
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """Real numbers as a tensor: a tensor as it is, without its graph; arrays (strides, byte order and write
+    protection of any kind), numbers and nested lists of them on the CPU.
+
+    Raises:
+        InputError: anything else, by `name`.
+    """
+    if isinstance(value, (list, tuple)) and value and all(isinstance(x, Tensor) for x in value):
+        try:
+            value = torch.stack(tuple(value))
+        except RuntimeError as e:
+            raise InputError(f"{name}: got tensors of different shapes or devices, allowed: of one") from e
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+            what = f"{value.layout} tensor" if value.layout != torch.strided else f"tensor on {value.device}"
+            raise InputError(f"{name}: got a {what} of {value.dtype}, allowed: a dense tensor of real numbers")
+        return value.detach() if value.requires_grad else value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"{name}: got {_kind(value)} that is no array, allowed: a tensor or array of numbers") from e
+    if array.dtype.kind not in "biuf":
+        of = f" of {array.dtype}" if isinstance(value, np.ndarray) else ""
+        raise InputError(f"{name}: got {_kind(value)}{of}, allowed: a tensor or array of numbers")
+    # Types that torch has none of, or few ops for, go to the next wider one; others only to native byte order.
+    wider = {"u": "i8", "f": "f8"}.get(array.dtype.kind) if array.dtype.name not in _NATIVE else None
+    return torch.from_numpy(np.require(array, wider or array.dtype.newbyteorder("="), ["C", "W"]))
+
+
+_NATIVE = ("uint8", "float16", "float32", "float64")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def observation(obs: Any, cfg: Config, name: str = "obs") -> Tensor:
+    """Observations as a tensor; they may come in a dict (or TensorDict) under their kind, `cfg.obs`."""
+    if isinstance(obs, Mapping):
+        if cfg.obs not in obs.keys():  # noqa: SIM118 (a TensorDict refuses `in`)
+            raise InputError(f"{name}: got a dict with {sorted(map(str, obs))}, allowed: {cfg.obs!r} in it")
+        obs = obs[cfg.obs]
+    return as_tensor(obs, name)
+
+
+def finite(x: Tensor, name: str) -> Tensor:
+    """x, or an `InputError` with the first entry that is not finite."""
+    if not bool(torch.isfinite(x).all()):
+        bad = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise InputError(f"{name}: got {x[tuple(bad)].item()} at index {bad}, allowed: finite numbers")
+    return x
+
+
+def pixels(x: Tensor, name: str) -> Tensor:
+    """x, or an `InputError` where it is surely no picture of 0..255."""
+    if x.dtype == torch.uint8:
+        return x
+    if x.dtype == torch.bool:
+        raise InputError(f"{name}: got torch.bool, allowed: pixels from 0 to 255")
+    low, high = (float(v) for v in finite(x, name).aminmax())
+    if low < 0 or high > 255:
+        raise InputError(f"{name}: got numbers from {low:g} to {high:g}, allowed: pixels from 0 to 255")
+    if high <= 1 and not bool((x == x.round()).all()):
+        raise InputError(
+            f"{name}: got numbers from {low:g} to {high:g}, allowed: pixels from 0 to 255; multiply by 255"
+        )
+    return x
+
+
+def check_obs(obs: Any, cfg: Config, leading: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Observations (*leading, *obs_shape) as a tensor: states in `dtype`, pixels as they come.
+
+    Raises:
+        InputError: another shape, numbers that are not finite in `dtype`, or no pixels.
+    """
+    found = observation(obs, cfg)
+    shape = leading + dict(cfg._require("obs_shape"))[cfg.obs]
+    if tuple(found.shape) != shape:
+        raise InputError(f"obs: got shape {tuple(found.shape)}, allowed: {shape}")
+    if cfg.obs == "state":
+        found = found.to(dtype)
+    # Only where it is free: on an accelerator the check would make the host wait.
+    if found.device.type != "cpu":
+        return found
+    return finite(found, "obs") if cfg.obs == "state" else pixels(found, "obs")
+
+
+def flags(value: Any, name: str, count: int) -> bool | Tensor:
+    """A flag for all, or one for each of `count`: a bool, or (1,) or (count,) bool."""
+    if isinstance(value, bool):
+        return value
+    flag = as_tensor(value, name)
+    if flag.ndim > 1 or flag.numel() not in (1, count):
+        raise InputError(f"{name}: got shape {tuple(flag.shape)}, allowed: a bool or ({count},)")
+    if flag.dtype != torch.bool and flag.device.type == "cpu" and not bool(((flag == 0) | (flag == 1)).all()):
+        raise InputError(f"{name}: got {flag.tolist()}, allowed: true or false")
+    return flag.to(torch.bool)
+
+
+def indices(value: Any, name: str, count: int) -> Tensor:
+    """Indices below `count` as an int64 tensor of at least one dimension."""
+    index = as_tensor(value, name)
+    index = index.view(1) if index.ndim == 0 else index
+    # Only where it is free: on an accelerator the check would make the host wait.
+    if index.device.type == "cpu" and not bool(((index >= 0) & (index < count) & (index == index.long())).all()):
+        raise InputError(f"{name}: got {index.tolist()}, allowed: 0 to {count - 1}")
+    return index.to(torch.int64)

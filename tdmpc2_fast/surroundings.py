@@ -1,0 +1,58 @@
+"""Calls that give the same numbers whatever mode of torch they are made in."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def undisturbed(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`fn`, run outside the inference mode, autocast and default device that its caller may be in.
+
+    Tensors made in inference mode could not be trained or written to later. Gradients are on where
+    inference mode was left: who wants none says so within. Where nothing is set this costs some
+    microseconds.
+    """
+
+    @functools.wraps(fn)
+    def call(*args: _P.args, **keys: _P.kwargs) -> _R:
+        modes = list(_modes_to_leave())
+        if not modes:
+            return fn(*args, **keys)
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            return fn(*args, **keys)
+
+    return call
+
+
+def _modes_to_leave() -> Iterator[contextlib.AbstractContextManager[object]]:
+    if torch.is_inference_mode_enabled():
+        yield torch.inference_mode(False)
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            yield torch.autocast(kind, enabled=False)
+    if torch.get_default_device().type != "cpu":
+        yield torch.device("cpu")
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within: tensors made without a dtype have this one. It holds for all threads, so keep it to construction."""
+    before = torch.get_default_dtype()
+    if before == dtype:
+        yield
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
