@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .config import Config
 from .errors import InputError
+from .inputs import as_tensor
 
 
 class Batch(NamedTuple):
@@ -19,8 +21,20 @@ class Batch(NamedTuple):
     terminated: Tensor  # (H, B, 1) float
     task: Tensor | None  # (B,) int64
 
-    def check(self, cfg: Config) -> None:
-        """Raise `InputError` for a shape that does not fit the config."""
+    def checked(self, cfg: Config) -> Batch:
+        """This batch in tensors that can be learned from; a shape that does not fit the config is an `InputError`."""
+        given = {name: x for name, x in self._asdict().items() if x is not None}
+        found = self._replace(**{name: _usable(x, f"batch.{name}") for name, x in given.items()})
+        found._check(cfg)
+        return found
+
+    def to(self, cfg: Config, device: torch.device, dtype: torch.dtype) -> Batch:
+        """On a device and in a floating-point type, but for pixels and tasks."""
+        obs = self.obs.to(device, self.obs.dtype if cfg.obs == "rgb" else dtype)
+        action, reward, terminated = (x.to(device, dtype) for x in (self.action, self.reward, self.terminated))
+        return Batch(obs, action, reward, terminated, None if self.task is None else self.task.to(device))
+
+    def _check(self, cfg: Config) -> None:
         h, b = cfg.horizon, cfg.batch_size
         shapes = dict(
             obs=(h + 1, b, *dict(cfg._require("obs_shape"))[cfg.obs]),
@@ -35,6 +49,11 @@ class Batch(NamedTuple):
         if cfg.multitask and (self.task is None or tuple(self.task.shape) != (b,)):
             got_task = None if self.task is None else tuple(self.task.shape)
             raise InputError(f"batch.task: got {got_task}, allowed: task indices of shape ({b},)")
+
+
+def _usable(x: Tensor, name: str) -> Tensor:
+    x = as_tensor(x, name)
+    return x.clone() if x.is_inference() else x  # autograd cannot save what was made in inference mode
 
 
 class UpdateTrace(NamedTuple):

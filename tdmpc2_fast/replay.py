@@ -18,8 +18,10 @@ from torch import Tensor
 from .batch import Batch
 from .config import Config
 from .errors import InputError
+from .inputs import as_tensor, indices, observation, pixels
 from .kernels.replay_gather import Steps
 from .rng import generator, generator_state, set_generator
+from .surroundings import undisturbed
 
 _DEVICE_HEADROOM = 2.5  # official rule: the replay lives on the GPU if this many times its size is free
 _HOST_SHARE = 0.8  # of the free memory that the advice leaves to the replay: the model wants some, too
@@ -41,13 +43,14 @@ class ReplayBuffer:
 
     Storage lives on the agent's device where it fits, else in (pinned) host memory, decided
     from the free memory measured when the first episode comes. Samples are always on the
-    agent's device.
+    agent's device. A copy or a pickle holds the steps in use and goes on drawing as this one does.
 
     Args:
         cfg: a completed config.
         device: where samples are wanted; the storage follows if it fits.
     """
 
+    @undisturbed
     def __init__(self, cfg: Config, device: torch.device | str = "cpu") -> None:
         self.cfg = cfg
         self.device = torch.device(device)
@@ -89,11 +92,14 @@ class ReplayBuffer:
         tensors = [*self._store.values(), self._table]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @undisturbed
+    @torch.no_grad()
     def add(self, episode: Mapping[str, Any]) -> int:
         """Add a whole episode; returns the number of episodes added so far.
 
         episode: `obs` (T, *obs_shape), `action` (T, A), `reward` (T,), optionally
-        `terminated` (T,) and `task` (T,); a dict or TensorDict. Row 0 holds the reset's
+        `terminated` (T,) and `task` (T,); a dict or TensorDict of tensors, arrays or lists,
+        `obs` also in a dict under its kind. Row 0 holds the reset's
         observation and, as in the official code, NaN action and reward, which no sample
         ever contains. Of an episode longer than the buffer the last steps stay.
         """
@@ -114,6 +120,7 @@ class ReplayBuffer:
         self._num_eps += 1
         return self._num_eps
 
+    @undisturbed
     def sample(self) -> Batch:
         """Draw `batch_size` slices: obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,)."""
         b, index = self.cfg.batch_size, self._rows_in_use().table
@@ -158,6 +165,8 @@ class ReplayBuffer:
         )
         return found if self._generator is None else found | generator_state(self._generator)
 
+    @undisturbed
+    @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], chunks: Iterable[tuple[int, dict[str, Tensor]]]) -> None:
         """Fill an empty buffer with steps kept earlier and what `state` returned then.
 
@@ -182,6 +191,7 @@ class ReplayBuffer:
             self._generator = generator(self.cfg.seed, "replay", self._device)
             set_generator(self._generator, state)
 
+    @undisturbed
     def on_device(self) -> DeviceReplay | None:
         """What a kernel on the agent's device draws batches from; None where the storage is elsewhere."""
         found = self._rows_in_use()
@@ -218,16 +228,17 @@ class ReplayBuffer:
     def _check(self, episode: Mapping[str, Any]) -> dict[str, Tensor]:
         cfg = self.cfg
         rows: dict[str, Tensor] = {}
+        if not isinstance(episode, Mapping):
+            raise InputError(f"episode: got a {type(episode).__name__}, allowed: a dict of arrays")
         keys = set(episode.keys())
         needed = ["obs", "action", "reward", *(["task"] if cfg.multitask else [])]
         for name in needed:
             if name not in keys:
                 raise InputError(f"episode: got keys {sorted(map(str, keys))}, allowed: {needed} at least")
-        if isinstance(episode["obs"], Mapping):
-            raise InputError("episode['obs']: got a dict, allowed: one array of observations")
-        for name in _FIELDS:
+        rows["obs"] = observation(episode["obs"], cfg, "episode['obs']")
+        for name in _FIELDS[1:]:
             if name in keys and (name != "task" or cfg.multitask):
-                rows[name] = torch.as_tensor(episode[name])
+                rows[name] = as_tensor(episode[name], f"episode[{name!r}]")
         length = rows["reward"].shape[0] if rows["reward"].ndim else 0
         shapes = dict(
             obs=(length, *dict(cfg._require("obs_shape"))[cfg.obs]),
@@ -240,14 +251,20 @@ class ReplayBuffer:
             if tuple(x.shape) != shapes[name] or length == 0:
                 raise InputError(f"episode[{name!r}]: got shape {tuple(x.shape)}, allowed: {shapes[name]}")
         for name, first in (("obs", 0), ("action", 1), ("reward", 1)):
-            if not bool(rows[name][first:].isfinite().all()):
-                raise InputError(f"episode[{name!r}]: got NaN or infinity from row {first} on, allowed: finite numbers")
-        if cfg.obs == "rgb" and rows["obs"].dtype != torch.uint8:
-            raise InputError(f"episode['obs']: got {rows['obs'].dtype}, allowed: torch.uint8 pixels")
-        if "task" in rows and not bool(((rows["task"] >= 0) & (rows["task"] < len(cfg.tasks))).all()):
-            raise InputError(f"episode['task']: got an unknown task, allowed: 0 to {len(cfg.tasks) - 1}")
+            if name != "obs" or cfg.obs == "state":  # as stored: what float32 cannot hold is not finite
+                rows[name] = rows[name].to(torch.float32)
+                if not bool(rows[name][first:].isfinite().all()):
+                    what = f"NaN or infinity from row {first} on"
+                    raise InputError(f"episode[{name!r}]: got {what}, allowed: finite numbers")
+        if cfg.obs == "rgb":
+            obs = pixels(rows["obs"], "episode['obs']")
+            rows["obs"] = obs.to(torch.uint8)
+            if not torch.equal(rows["obs"].to(obs.dtype), obs):
+                raise InputError("episode['obs']: got pixels between whole numbers, allowed: 0 to 255")
+        if "task" in rows:
+            rows["task"] = indices(rows["task"], "episode['task']", len(cfg.tasks))
 
-        rows.setdefault("terminated", torch.zeros(length))
+        rows.setdefault("terminated", torch.zeros(length, dtype=torch.bool))
         rows["terminated"] = rows["terminated"].nan_to_num(0) > 0.5
         return rows
 
@@ -276,6 +293,18 @@ class ReplayBuffer:
             name: torch.empty((self.capacity, *shape), dtype=dtype, device=device, pin_memory=pin)
             for name, (shape, dtype) in self._columns().items()
         }
+
+    @undisturbed
+    def __getstate__(self) -> dict[str, Any]:
+        start = self._written - len(self)
+        steps = [(start, self.steps(start, self._written))] if self._store else []
+        state = {k: x.clone() for k, x in self.state().items()}
+        return dict(cfg=self.cfg, device=self.device, state=state, steps=steps)
+
+    @undisturbed
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        type(self).__init__(self, kept["cfg"], kept["device"])
+        self.restore(kept["state"], kept["steps"])
 
     def _append(self, start: int, length: int) -> None:
         if self._last == self._table.shape[0]:

@@ -41,12 +41,14 @@ def generator_state(g: torch.Generator, name: str = "rng") -> dict[str, Tensor]:
     return {f"{name}.{g.device.type}": g.get_state()}
 
 
-def _pairs(cfg: Config, count: int, g: torch.Generator) -> Tensor:
+def _pairs(cfg: Config, count: int, g: torch.Generator, dtype: torch.dtype | None) -> Tensor:
     """The first two of `count` random permutations of the critics: (count, 2) int64."""
-    return torch.rand(count, cfg.num_q, generator=g, device=g.device).argsort(-1)[:, :2]
+    return torch.rand(count, cfg.num_q, generator=g, device=g.device, dtype=dtype).argsort(-1)[:, :2]
 
 
-def dropout_multipliers(size: tuple[int, ...], p: float, g: torch.Generator) -> Tensor:
+def dropout_multipliers(
+    size: tuple[int, ...], p: float, g: torch.Generator, dtype: torch.dtype | None = None
+) -> Tensor:
     """Independent multipliers: 0 with probability p, else 1/(1-p).
 
     Draws the gaps between zeros, which are geometric, instead of every entry: for p = 0.01
@@ -58,7 +60,7 @@ def dropout_multipliers(size: tuple[int, ...], p: float, g: torch.Generator) -> 
     draws = int(expected + 8 * expected**0.5) + 16
     u = torch.rand(draws, generator=g, device=g.device, dtype=torch.float64)
     zeros = (torch.log1p(-u) / math.log1p(-p)).floor_().add_(1).cumsum(0).sub_(1)
-    out = torch.full((count + 1,), 1 / (1 - p), device=g.device)  # the last entry takes what lies beyond
+    out = torch.full((count + 1,), 1 / (1 - p), device=g.device, dtype=dtype)  # the last entry takes what lies beyond
     out[zeros.clamp_(max=count).long()] = 0
     return out[:count].view(size)
 
@@ -80,20 +82,20 @@ class PlanNoise:
     shift: Tensor | None = None  # (E, 1, 1, 2) pixel shifts
 
     @classmethod
-    def draw(cls, cfg: Config, num_envs: int, g: torch.Generator) -> PlanNoise:
-        """Fresh draws on the generator's device."""
+    def draw(cls, cfg: Config, num_envs: int, g: torch.Generator, dtype: torch.dtype | None = None) -> PlanNoise:
+        """Fresh draws on the generator's device, in `dtype` or torch's default."""
         i, e, h, a = cfg.effective_iterations, num_envs, cfg.horizon, cfg._require("action_dim")
         n, p = cfg.num_samples, cfg.num_pi_trajs
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=g, device=g.device)
+            return torch.randn(size, generator=g, device=g.device, dtype=dtype)
 
         return cls(
             pi_eps=normal(e, h, p, a),
             samples=normal(i, e, h, n - p, a),
             value_eps=normal(i, e, n, a),
-            members=_pairs(cfg, i, g),
-            elite=torch.empty(e, cfg.num_elites, device=g.device).exponential_(generator=g),
+            members=_pairs(cfg, i, g, dtype),
+            elite=torch.empty(e, cfg.num_elites, device=g.device, dtype=dtype).exponential_(generator=g),
             action=normal(e, a),
             shift=draw_shift((e,), g, g.device) if cfg.obs == "rgb" else None,
         )
@@ -113,19 +115,19 @@ class UpdateNoise:
     shift_first: Tensor | None = None  # (B, 1, 1, 2) pixel shifts of obs[0]
 
     @classmethod
-    def draw(cls, cfg: Config, g: torch.Generator) -> UpdateNoise:
-        """Fresh draws on the generator's device."""
+    def draw(cls, cfg: Config, g: torch.Generator, dtype: torch.dtype | None = None) -> UpdateNoise:
+        """Fresh draws on the generator's device, in `dtype` or torch's default."""
         h, b, a, d = cfg.horizon, cfg.batch_size, cfg._require("action_dim"), cfg.mlp_dim
-        pairs = _pairs(cfg, 2, g)
+        pairs = _pairs(cfg, 2, g, dtype)
 
         def multipliers(*size: int) -> Tensor | None:
-            return dropout_multipliers(size, cfg.dropout, g) if cfg.dropout > 0 else None
+            return dropout_multipliers(size, cfg.dropout, g, dtype) if cfg.dropout > 0 else None
 
         pixels = cfg.obs == "rgb"
         return cls(
-            td_eps=torch.randn(h, b, a, generator=g, device=g.device),
+            td_eps=torch.randn(h, b, a, generator=g, device=g.device, dtype=dtype),
             td_members=pairs[0],
-            pi_eps=torch.randn(h + 1, b, a, generator=g, device=g.device),
+            pi_eps=torch.randn(h + 1, b, a, generator=g, device=g.device, dtype=dtype),
             pi_members=pairs[1],
             value_dropout=multipliers(cfg.num_q, h, b, d),
             pi_dropout=multipliers(2, h + 1, b, d),

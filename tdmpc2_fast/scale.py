@@ -11,12 +11,12 @@ _PERCENTILES = (5, 95)
 class RunningScale:
     """Moving average of the 5%-95% range of Q values, at least 1 (paper, section 3.1).
 
-    `value` is a (1,) float32 tensor, updated in place.
+    `value` is a (1,) tensor, updated in place.
     """
 
-    def __init__(self, tau: float, device: torch.device) -> None:
+    def __init__(self, tau: float, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.tau = tau
-        self.value = torch.ones(1, device=device)
+        self.value = torch.ones(1, device=device, dtype=dtype)
 
     @torch.no_grad()
     def after(self, q: Tensor) -> Tensor:

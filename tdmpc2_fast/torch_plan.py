@@ -44,7 +44,7 @@ class TorchPlan:
         )
         self._discounts: Tensor | None = None
         if cfg.multitask:
-            self._discounts = torch.tensor(cfg.discounts, device=model.device)
+            self._discounts = torch.tensor(cfg.discounts, device=model.device, dtype=model.dtype)
 
     def plan(
         self,
@@ -58,12 +58,11 @@ class TorchPlan:
         """Actions (E, A); arguments as checked by `Planner.plan`."""
         device = self.model.device
         obs = obs.to(device, non_blocking=True)
-        obs = obs if self.cfg.obs == "rgb" else obs.to(self.model.dtype)
         first, evaluate = (torch.as_tensor(x).to(device).expand(self.num_envs) for x in (t0, eval_mode))
         if task is not None:
             task = task.to(device)
         if noise is None:
-            noise = PlanNoise.draw(self.cfg, self.num_envs, self.generator)
+            noise = PlanNoise.draw(self.cfg, self.num_envs, self.generator, self.model.dtype)
         with matmul_precision(self.cfg, device):
             action, mean = self._plan(obs, first, evaluate, task, noise, trace)
         self.prev_mean.copy_(mean)

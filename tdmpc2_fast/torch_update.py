@@ -7,8 +7,8 @@ constants whose first layer reads the fixed latent once, outside the graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .backend import matmul_precision
 from .batch import Batch, UpdateTrace
-from .compiling import can_compile
-from .errors import NonFiniteError
+from .compiling import can_compile, have_a_cache, in_one_line
+from .errors import NonFiniteError, warn
 from .kernels.policy_head import policy_head
 from .kernels.two_hot import soft_cross_entropy
 from .metrics import termination_statistics
@@ -28,6 +28,8 @@ from .world_model import WorldModel, join
 
 _POLICY_ADAM_EPS = 1e-5
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_PROGRAMS = ("_targets", "_world_losses", "_policy_losses")  # of `TorchUpdate`, that `compile` compiles
+_T = TypeVar("_T")
 TASK_GRADIENT = "task_gradient"  # what the policy loss has left in the task embedding's gradient
 
 
@@ -45,23 +47,24 @@ class TorchUpdate:
         named = list(model.world_parameters())
         encoder = [p for n, p in named if n.startswith("_encoder.")]
         rest = [p for n, p in named if not n.startswith("_encoder.")]
+        have_a_cache()
         groups: list[dict[str, Any]] = [dict(params=encoder, lr=cfg.lr * cfg.enc_lr_scale), dict(params=rest)]
         self.optim = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
         self.pi_optim = torch.optim.Adam(model._pi.parameters(), lr=cfg.lr, eps=_POLICY_ADAM_EPS, fused=True)
-        self.scale = RunningScale(cfg.tau, device)
+        self.scale = RunningScale(cfg.tau, device, model.dtype)
         self._rho = cfg.rho ** torch.arange(cfg.horizon + 1, device=device, dtype=torch.float32)
         self.discount: Tensor | float = cfg.discounts[0]
         if cfg.multitask:
-            self.discount = torch.tensor(cfg.discounts, device=device)
+            self.discount = torch.tensor(cfg.discounts, device=device, dtype=model.dtype)
         self.steps = 0
-        if cfg.compile and can_compile(device):
-            for name in ("_targets", "_world_losses", "_policy_losses"):
-                setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
+        self._compiling = cfg.compile and can_compile(device)
 
     def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
         """As `Updater.step`, the batch checked."""
-        noise = noise or UpdateNoise.draw(self.cfg, self.generator)
-        with matmul_precision(self.cfg, self.model.device):
+        model = self.model
+        batch = batch.to(self.cfg, model.device, model.dtype)
+        noise = noise or UpdateNoise.draw(self.cfg, self.generator, model.dtype)
+        with torch.enable_grad(), matmul_precision(self.cfg, model.device):
             return self._step(batch, noise, trace)
 
     def state(self) -> dict[str, Tensor]:
@@ -100,7 +103,8 @@ class TorchUpdate:
         model.train()
         try:
             with annotate("td_target"):
-                next_z, td_target = self._targets(batch, model.embed(batch.task), noise)
+                e = model.embed(batch.task)
+                next_z, td_target = self._compiled(lambda: self._targets(batch, e, noise))
             with annotate("world"):
                 zs, info = self._world_step(batch, next_z, td_target, noise, trace)
             with annotate("policy"):
@@ -117,11 +121,17 @@ class TorchUpdate:
         self, batch: Batch, next_z: Tensor, td_target: Tensor, noise: UpdateNoise, trace: UpdateTrace | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.model
-        zs, info = self._world_losses(batch, model.embed(batch.task), next_z, td_target, noise)
+        e = model.embed(batch.task)
         leaked = model._task_emb.weight.grad if self.cfg.multitask else None
         if trace is not None and leaked is not None:
             trace.tensors["task_emb_grad_before"] = leaked.clone()
-        info["total_loss"].backward()
+
+        def losses() -> tuple[Tensor, dict[str, Tensor]]:
+            zs, info = self._world_losses(batch, e, next_z, td_target, noise)
+            info["total_loss"].backward()
+            return zs, info
+
+        zs, info = self._compiled(losses)
         params = dict(model.world_parameters())
         info["grad_norm"] = self._clip(params, info, trace)
         self.optim.step()
@@ -135,16 +145,42 @@ class TorchUpdate:
         e = model.embed(task)
         if e is not None and not self.cfg.task_grad_leak:
             e = e.detach()
-        info = self._policy_losses(zs, task, e, noise)
-        # Backward also reaches the task embedding, whose gradient no one clears: the next
-        # world update inherits it. That is what the official code does.
-        info["pi_loss"].backward()
+
+        def losses() -> dict[str, Tensor]:
+            info = self._policy_losses(zs, task, e, noise)
+            # Backward also reaches the task embedding, whose gradient no one clears: the next
+            # world update inherits it. That is what the official code does.
+            info["pi_loss"].backward()
+            return info
+
+        info = self._compiled(losses)
         params = {f"_pi.{n}": p for n, p in model._pi.named_parameters()}
         info["pi_grad_norm"] = self._clip(params, {"pi_loss": info["pi_loss"]}, trace)
         self.scale.value.copy_(info["pi_scale"])
         self.pi_optim.step()
         self.pi_optim.zero_grad(set_to_none=True)
         return info
+
+    def _compiled(self, work: Callable[[], _T]) -> _T:
+        """What `work` gives; from the compiler's first failure in it on, which a warning tells, uncompiled.
+
+        All of it can be done again: a compiled program is one node of the graph, backward as forward, so that
+        none of its gradients is there where it failed, and what is random was drawn before.
+        """
+        if not self._compiling:
+            return work()
+        try:
+            for name in _PROGRAMS:
+                if name not in vars(self):
+                    setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
+            return work()
+        except Exception as e:  # compilers, their caches and processes raise what they like
+            for name in _PROGRAMS:
+                vars(self).pop(name, None)
+            found = work()  # raises what was no fault of the compiler, which is then tried again
+            self._compiling = False
+            warn(f"config key 'compile': got True, and updates run uncompiled from here on: {in_one_line(e)}")
+            return found
 
     @torch.no_grad()
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .backend import Backend, resolve_backend, without_kernels
 from .batch import Batch, UpdateTrace
+from .errors import InputError
 from .kernels.launch import KERNEL_ERRORS
 from .replay import ReplayBuffer
 from .rng import UpdateNoise
 from .scale import RunningScale
+from .surroundings import default_dtype, undisturbed
 from .torch_update import TorchUpdate
 from .world_model import WorldModel
 
@@ -35,7 +37,8 @@ class Updater:
     """Optimisers, running scale and losses around one world model.
 
     What a step needs is allocated, and on a GPU captured in a CUDA graph, when the first one comes:
-    an agent that only plans does without.
+    an agent that only plans does without. A copy or a pickle takes `state` along, and builds the rest
+    anew around its model.
 
     Args:
         model: the world model, trained in place.
@@ -47,12 +50,14 @@ class Updater:
         self._made: TorchUpdate | FusedUpdater | None = None
 
     @property
+    @undisturbed
     def _update(self) -> TorchUpdate | FusedUpdater:
         if self._made is None:
             if self.backend.name == "triton":
                 from .fused_update import FusedUpdater
 
-                self._made = FusedUpdater(self.model)
+                with default_dtype(torch.float32):
+                    self._made = FusedUpdater(self.model)
             else:
                 self._made = TorchUpdate(self.model)
         return self._made
@@ -67,6 +72,7 @@ class Updater:
         """Of Q values, by which the policy loss is divided."""
         return self._update.scale
 
+    @undisturbed
     def step(
         self, batch: Batch, noise: UpdateNoise | None = None, trace: UpdateTrace | None = None
     ) -> dict[str, Tensor]:
@@ -78,15 +84,18 @@ class Updater:
                 to, and the targets, were not updated. On a GPU, where the host does not wait
                 for a step, this may be raised by a later call; until then nothing is updated.
         """
-        batch.check(self.cfg)
+        batch = batch.checked(self.cfg)
         try:
             return self._update.step(batch, noise, trace)
         except KERNEL_ERRORS as e:  # when it is captured, which changes no parameter
             self.backend, self._made = without_kernels(self.cfg, e, "Updater: learning"), None
         return self._update.step(batch, noise, trace)
 
+    @undisturbed
     def step_on(self, buffer: Sampler) -> dict[str, Tensor]:
         """`step` on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
+        if not hasattr(buffer, "sample"):
+            raise InputError(f"buffer: got a {type(buffer).__name__}, allowed: a ReplayBuffer or the official Buffer")
         update = self._update
         if isinstance(buffer, ReplayBuffer) and not isinstance(update, TorchUpdate):
             replay = buffer.on_device()
@@ -105,6 +114,7 @@ class Updater:
         """
         return {} if self._made is None else dict(self._made.state(), steps=torch.tensor(self._made.steps))
 
+    @undisturbed
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned, in the same model; bit for bit on the backend and device it is of.
 
@@ -116,6 +126,16 @@ class Updater:
         self._update.load_state(state)
         self._update.steps = int(state["steps"])
 
+    @undisturbed
+    def __getstate__(self) -> dict[str, Any]:
+        self.synchronise()
+        return dict(model=self.model, state={k: x.detach().clone() for k, x in self.state().items()})
+
+    @undisturbed
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        type(self).__init__(self, kept["model"])
+        self.load_state(kept["state"])
+
     def synchronise(self) -> None:
         """Wait for the device; raises what an update failed with."""
         if self.model.device.type == "cuda":
@@ -123,6 +143,7 @@ class Updater:
         if self._made is not None and not isinstance(self._made, TorchUpdate):
             self._made.synchronise()
 
+    @undisturbed
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
         """r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
         return self._update.td_target(next_z, batch, eps, members)

@@ -7,6 +7,7 @@ task embedding to the caller, so that a planner looks it up once.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .compat.state_dict import add_official_entries, from_official_entries
 from .config import Config
 from .errors import InputError
+from .inputs import indices
 from .kernels.policy_head import PolicyOutput, policy_head
 from .kernels.two_hot import two_hot_inv
 from .layers import (
@@ -29,6 +31,7 @@ from .layers import (
     member_forward,
     stacked_mlp,
 )
+from .surroundings import undisturbed
 
 
 class WorldModel(nn.Module):
@@ -42,6 +45,7 @@ class WorldModel(nn.Module):
     log_std_min: Tensor
     log_std_dif: Tensor
 
+    @torch.inference_mode(False)  # parameters made in it could not be trained later
     def __init__(self, cfg: Config | Any) -> None:
         super().__init__()
         cfg = Config.from_official(cfg)
@@ -72,6 +76,24 @@ class WorldModel(nn.Module):
         self.register_buffer("log_std_dif", torch.tensor(high) - self.log_std_min)
         self.register_state_dict_post_hook(_state_dict_hook)
         self.register_load_state_dict_pre_hook(_load_hook)
+
+    @undisturbed
+    def __deepcopy__(self, memo: dict[int, Any]) -> WorldModel:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if all(p.untyped_storage().nbytes() == p.nbytes for p in self.parameters()):
+            return self.__dict__
+        # Views into the buffers of an update, all of which a pickle would take along with each.
+        return {**self.__dict__, "_modules": copy.deepcopy(self._modules)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if next(self.parameters()).is_inference():
+            with torch.inference_mode(False):  # unpickled in it, they could not be trained later
+                self._modules, self._buffers = copy.deepcopy((self._modules, self._buffers))
 
     @property
     def device(self) -> torch.device:
@@ -118,12 +140,7 @@ class WorldModel(nn.Module):
             return None
         if task is None:
             raise InputError("task: got None, allowed: task indices, this is a multi-task model")
-        task = torch.as_tensor(task, dtype=torch.int64)
-        task = task.view(1) if task.ndim == 0 else task
-        # Only where it is free: on an accelerator the check would make the host wait.
-        if task.device.type == "cpu" and not bool(((task >= 0) & (task < len(self.cfg.tasks))).all()):
-            raise InputError(f"task: got {task.tolist()}, allowed: 0 to {len(self.cfg.tasks) - 1}")
-        return task.to(self.device, non_blocking=True)
+        return indices(task, "task", len(self.cfg.tasks)).to(self.device, non_blocking=True)
 
     # ---- the official face
 

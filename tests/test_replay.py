@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from conftest import random_episode, tiny_config, tiny_multitask
 
-from tdmpc2_fast import Config, ReplayBuffer
+from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.errors import InputError
 from tdmpc2_fast.replay import storage_device
 
@@ -163,8 +165,12 @@ def test_sampling_is_reproducible() -> None:
         (dict(action=np.zeros((20, 3), np.float32)), [r"episode\['action'\]", r"\(20, 2\)"]),
         (dict(reward=np.full(20, np.nan, np.float32)), [r"episode\['reward'\]", "NaN"]),
         (dict(obs=np.full((20, 5), np.inf, np.float32)), [r"episode\['obs'\]", "infinity"]),
-        (dict(obs={"state": 1}), [r"episode\['obs'\]", "dict"]),
+        (dict(obs={"rgb": 1}), [r"episode\['obs'\]", r"a dict with \['rgb'\], allowed: 'state'"]),
         (dict(reward=None), ["episode: got keys", "'reward'"]),
+        (dict(reward=np.zeros(20, complex)), [r"episode\['reward'\]", "complex128"]),
+        (dict(reward=[[1], [1, 2]]), [r"episode\['reward'\]", "a list"]),
+        (dict(reward=np.full(20, 1e300)), [r"episode\['reward'\]", "infinity"]),
+        (dict(obs="abc"), [r"episode\['obs'\]", "a str"]),
     ],
 )
 def test_bad_episodes_are_named(change: dict[str, Any], words: list[str]) -> None:
@@ -173,6 +179,55 @@ def test_bad_episodes_are_named(change: dict[str, Any], words: list[str]) -> Non
     for word in words:
         with pytest.raises(InputError, match=word):
             ReplayBuffer(cfg).add(episode)
+
+
+def arrays(change: Callable[[np.ndarray[Any, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda episode: {k: change(v) for k, v in episode.items()}
+
+
+def frozen(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        arrays(lambda x: x.astype(float)),
+        arrays(lambda x: x[::-1].copy()[::-1]),
+        arrays(frozen),
+        arrays(lambda x: x.astype(x.dtype.newbyteorder(">"))),
+        arrays(lambda x: x.tolist()),
+        arrays(lambda x: torch.tensor(x, requires_grad=True)),
+        lambda e: {**e, "obs": {"state": e["obs"]}, "terminated": e["terminated"] > 0},
+        lambda e: {**e, "obs": list(torch.tensor(e["obs"]))},
+    ],
+)
+def test_episodes_come_as_people_have_them(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    cfg, found = tiny_config(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for episode in (random_episode(cfg, 20), change(random_episode(cfg, 20))):
+            buffer = ReplayBuffer(cfg)
+            buffer.add(episode)
+            found.append(buffer.sample())
+    assert all(torch.equal(x, y) for x, y in zip(*(batch[:4] for batch in found), strict=True))
+    assert not any(x.requires_grad for x in found[1][:4])
+
+
+def test_pixels_are_kept_as_they_are_or_refused() -> None:
+    cfg = Config(obs="rgb", latent_dim=32, device="cpu", buffer_size=50, batch_size=4)
+    cfg = cfg.with_env({"rgb": (1, 64, 64)}, 2, 50)
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 1, 64, 64), dtype=np.uint8)
+    rest = dict(action=np.zeros((20, 2)), reward=np.zeros(20))
+    for obs in (pictures, pictures.astype(float), {"rgb": pictures.astype(int)}):
+        buffer = ReplayBuffer(cfg)
+        buffer.add(dict(rest, obs=obs))
+        assert np.array_equal(buffer.steps(0, 20)["obs"].numpy(), pictures)
+    for obs, words in ((pictures / 255, "multiply by 255"), (pictures / 2, "whole"), (pictures - 9.0, "from -9")):
+        with pytest.raises(InputError, match=rf"episode\['obs'\].*{words}"):
+            ReplayBuffer(cfg).add(dict(rest, obs=obs))
 
 
 def test_a_buffer_too_small_or_too_large_is_named() -> None:
@@ -191,3 +246,11 @@ def test_storage_follows_the_memory_that_is_free(
     device, pin = storage_device(torch.device("cuda"), 10**8, 1)
     assert (device.type, pin) == (where, pinned)
     assert storage_device(torch.device("cpu"), 10**8, 1) == (torch.device("cpu"), False)
+
+
+def test_what_is_no_episode_or_no_buffer_is_named(agent: TDMPC2) -> None:
+    for wrong in (None, [1], "abc"):
+        with pytest.raises(InputError, match=r"episode: got a .*, allowed: a dict of arrays"):
+            ReplayBuffer(agent.cfg).add(wrong)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"buffer: got a .*, allowed: a ReplayBuffer"):
+            agent.update(wrong)  # type: ignore[arg-type]
