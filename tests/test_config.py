@@ -146,6 +146,8 @@ def test_a_mistyped_key_suggests_the_one_that_was_meant_and_no_other(pair: str) 
 def test_what_is_as_close_is_suggested_too() -> None:
     assert nearest("discount", Config.key_names()) == ["discount_min", "discount_max", "discount_denom"]
     assert nearest("xyzzy", Config.key_names()) == nearest("a", []) == []
+
+
 def pixel_dims(cfg: Config) -> tuple[int, int]:
     return cfg.latent_dim, cfg.num_channels
 
