@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from conftest import TINY, random_episode, tiny_config
 
 from tdmpc2_fast import Config, ReplayBuffer, checkpoint
 from tdmpc2_fast.errors import CheckpointError, ConfigError
-from tdmpc2_fast.train import replay_files, runs
+from tdmpc2_fast.train import checkpoints, replay_files, runs
 from tdmpc2_fast.train.checkpoints import Checkpoints, Saved
 from tdmpc2_fast.train.replay_files import ReplayFiles
 from tdmpc2_fast.world_model import WorldModel
@@ -342,3 +343,30 @@ def test_resume_auto_takes_the_words_the_run_was_begun_with(tmp_path: Path, caps
     assert "finished at 10 decisions" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"'horizon': got 2, but the run"):
         runs.start(dict(values, horizon=2))
+
+
+def test_a_run_of_another_machine_goes_on_with_one_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gymnasium")
+    values = dict(QUICK, work_dir=str(tmp_path / "run"), display="lines")
+    runs.start(values)
+    path = max((tmp_path / "run/checkpoints").glob("0*"))
+    elsewhere = dict(device="cuda:0", num_threads=10_000)  # kernels are interpreted here, and would run
+    moved = Config.from_dict({**Checkpoints(tmp_path / "run", 1).newest(print).cfg.to_dict(), **elsewhere})  # type: ignore[union-attr]
+    model = WorldModel(moved.replace(device="cpu"))
+    checkpoint.load_into(model, checkpoint.read(path / "agent.safetensors")[0])
+    model.cfg = moved
+    checkpoint.save(model, path / "agent.safetensors")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = {p.name: replay_files.sha256(p) for p in path.iterdir() if p.name in manifest["files"]}
+    manifest["sha256"] = checkpoints._digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    if torch.cuda.is_available():
+        pytest.skip("this machine has what the other one had")
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="device"):  # what is asked for is not replaced
+        runs.resume(tmp_path / "run", dict(steps=80, device="cuda:0"))
+    assert runs.resume(tmp_path / "run", dict(steps=80)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "cannot be had here" in line]
+    assert len(said) == 1
+    for word in ("device=cuda:0", "num_threads=10000", "used: device=cpu"):
+        assert word in said[0]

@@ -66,8 +66,10 @@ class OnlineTrainer:
         first = make_env(cfg, env_seed(cfg.seed, 0, restarts + dropped))
         self.cfg = cfg = complete(cfg, first)
         self.agent = TDMPC2(cfg)
+        notes = list(getattr(first, "notes", ()))
         if cfg.checkpoint is not None and saved is None:
-            self.agent.load(cfg.checkpoint)
+            path = checkpoint.find_checkpoint(cfg.checkpoint)
+            checkpoint.load_into(self.agent.model, checkpoint.read(path)[0], repr(str(path)), notes.append)
         self.buffer = ReplayBuffer(cfg, self.agent.device)
         self.buffer.check_memory()
         self.folder, self.stop = folder, stop or Stop()
@@ -87,7 +89,7 @@ class OnlineTrainer:
         self._evaluating = False
         self._best = -np.inf
         self._saved_at = time.monotonic()
-        for note in getattr(first, "notes", ()):
+        for note in notes:
             self.log.note(note)
         self.doubts = Doubts(cfg, self.log.warn)
         # Last: what fails before leaves no process.

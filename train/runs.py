@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdmpc2_fast.backend import resolve_device
+from tdmpc2_fast.backend import on_this_machine, resolve_device
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.replay import ReplayBuffer
@@ -80,7 +80,7 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
         saved = Checkpoints(folder, keep=1).newest(notes.append)
         if saved is None:
             raise CheckpointError(f"run {str(folder)!r}: it was stopped before its first checkpoint; start it anew")
-        cfg = _changed(saved.cfg, values, folder)
+        cfg = on_this_machine(_changed(saved.cfg, values, folder), values, notes.append)
         if cfg.enable_wandb:
             wandb_package()
         done = saved.values["decisions"]
