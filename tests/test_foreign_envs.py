@@ -224,7 +224,7 @@ def test_settings_reach_the_environment_and_stay_with_the_run(train: Any, tmp_pa
     assert kept.env_kwargs == given["env_kwargs"]
     with pytest.raises(ConfigError, match=r"'env_kwargs'.*makes it what it is"):
         runs.resume(tmp_path / "run", {"env_kwargs": {"gain": 3}, "steps": 120})
-    assert runs.resume(tmp_path / "run", {"steps": 120}) == 0
+    assert runs.resume(tmp_path / "run", {"steps": 120, "env_kwargs": {"gain": 2}}) == 0  # the others stay
     assert "config key 'env.gian': 'foreign_envs:ForeignSettings-v0' has no such setting" in refused(
         "Settings", env_kwargs={"gian": 2}
     )

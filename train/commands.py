@@ -242,9 +242,8 @@ def _agent(path: Path, values: dict[str, Any]) -> TDMPC2:
     if saved is None and "task" not in values:
         raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
     kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
-    if "env_kwargs" in values:
-        values = {**values, "env_kwargs": {**(kept.get("env_kwargs") or {}), **values["env_kwargs"]}}
-    cfg = Config.from_dict(kept).replace(**{**values, "checkpoint": str(path)})
+    cfg = Config.from_dict(kept)
+    cfg = cfg.replace(**{**keys.beside(values, cfg), "checkpoint": str(path)})
     # Nothing is compiled here, so that nobody need hear whether it could be.
     cfg = on_this_machine(cfg, {*values, "compile"}, note=keys.to_stderr)
     env = make_env(cfg, cfg.seed)

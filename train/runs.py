@@ -11,6 +11,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.replay import ReplayBuffer
 
+from . import keys
 from .checkpoints import Checkpoints, Saved, trained
 from .envs import tried
 from .envs.workers import leave_if_imported_anew
@@ -105,7 +106,7 @@ def _why_no_run(folder: Path) -> str | None:
 
 
 def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
-    given = Config.from_dict(values)
+    given = Config.from_dict(keys.beside(values, saved))
     changes = {k: getattr(given, k) for k in values if getattr(given, k) != getattr(saved, k)}
     for key, value in changes.items():
         if key not in CHANGEABLE:
