@@ -193,7 +193,9 @@ class OnlineTrainer:
             self._updates_due += self.cfg.utd * self.cfg.num_envs
         elif pretraining:
             self._seeded = True
-            self.log.note(f"pretraining on the seed data: {self._seed_steps:,} updates")
+            compiles = self.cfg.compile and self.agent.updater.backend.name == "torch"
+            slow = "; before the first, torch compiles for a minute or more" if compiles else ""
+            self.log.note(f"pretraining on the seed data: {self._seed_steps:,} updates{slow}")
             self._updates_due += self._seed_steps
         self._launch(pretraining)
 

@@ -234,6 +234,7 @@ def _cannot_make(task: str, registered: str, settings: dict[str, Any], e: Except
     if isinstance(e, gymnasium.error.DependencyNotInstalled) and (package := lacks(task)):
         return ConfigError(f"config key 'task': {task!r} {package}")
     if isinstance(e, gymnasium.error.Error) and not isinstance(e, gymnasium.error.DependencyNotInstalled):
+        text = text.partition(" Did you mean")[0].rstrip(".")  # which names no whole id
         hint = did_you_mean(registered, _registered())
         return ConfigError(f"config key 'task': Gymnasium cannot make {task!r}: {text}.{hint}")
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
