@@ -7,23 +7,32 @@ import importlib
 import json
 import os
 import re
-import shlex
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from conftest import TINY, tiny_config
 from loop_oracle import csvs
 
+pytest.importorskip("dm_control")
 pytest.importorskip("click")
 pytest.importorskip("rich")
-from tdmpc2_fast import Config
-from tdmpc2_fast.train import app, keys, sweep
+from tdmpc2_fast import TDMPC2, Config, Planner
+from tdmpc2_fast.train import app, cli, sweep
+from tdmpc2_fast.train.envs import SUITES, make_env
+from tdmpc2_fast.train.envs.base import RenderError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOK = ROOT / "examples" / "first_steps.ipynb"
-SMALL = "latent_dim=16 mlp_dim=16 enc_dim=16 num_q=2 num_samples=32 num_elites=8 batch_size=8 device=cpu num_threads=1"
+SMALL = {k: str(v) for k, v in dict(TINY, iterations=1, device="cpu", num_threads=1).items()}
 
 
 def blocks(path: Path, *languages: str) -> list[str]:
@@ -49,41 +58,240 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in headings(path), target
 
 
-SHOWN_FOR_THE_ANSWER = ("train horizn=5", "train --batch-size 512", "train task=walker-walk batch_size=0")
-PLACEHOLDERS = re.compile(r"(?<==)(\$\w+|\{\}|N)$")  # a number, once a shell or a person has filled it in
+@dataclass(frozen=True)
+class Shown:
+    """A command, or a piece of Python (no output then), as a page shows it, and the lines shown below it."""
+
+    text: str
+    output: list[str]
+    python: bool = False
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words behind `tdmpc2-fast`, or behind a program that stands for it, of every line shown."""
-    text = "\n".join(blocks(page, "console", "sh")).replace("\\\n", " ")
-    found = re.findall(r"(?:\btdmpc2-fast|python \w+\.py|tdmpc2_fast\.train) +([^#'|>\n]+)", text)
-    shown = [shlex.split(line) for line in found if line.strip() not in SHOWN_FOR_THE_ANSWER]
-    return [["train", *words] if "=" in words[0] else words for words in shown]
+def steps(page: Path) -> Iterator[Shown]:
+    """What a reader can run, in the page's order: its blocks, and commands with arguments in a sentence."""
+    pattern = r"^```(\w+)\n(.*?)^```|(?<!`)`((?:tdmpc2-fast|python|make) [^`\n]+ [^`\n]+)`"
+    for language, block, sentence in re.findall(pattern, page.read_text(), re.M | re.S):
+        if language == "python":
+            yield Shown(block, [], python=True)
+        elif language in ("console", "sh"):
+            yield from _commands(block)
+        elif sentence:
+            yield Shown(sentence, [])
+
+
+def _commands(block: str) -> list[Shown]:
+    """The commands of a block: those behind `$ `, where there are any, else every line; a script is one."""
+    if block.startswith("#!"):
+        return [Shown(block, [])]
+    found: list[Shown] = []
+    lines = block.replace("\\\n", " ").splitlines()
+    prompt = "$ " if any(line.startswith("$ ") for line in lines) else ""
+    for line in filter(str.strip, lines):
+        if line.startswith(prompt):
+            found.append(Shown(line.removeprefix(prompt), []))
+        else:
+            found[-1].output.append(line)
+    return found
+
+
+NOT_HERE = {
+    r"python3 -m venv|pip |pre-commit ": "installs",
+    r"docker |mkdir -p runs$": "an image has to be built",
+    r"tensorboard ": "a server, which does not end",
+    r"make ": "sets up .venv and takes minutes; that make knows what to do is tried",
+    r"eval \"\$\(_TDMPC2|_TDMPC2": "shells, of which test_cli.py tries bash",
+    r"python tests/golden_check|python benchmarks/|python -m tdmpc2_fast\.benchmarks": "have tests of their own",
+    r"python train\.py": "the official code",
+    r".*\[.+\.\.\.\]": "says what may stand there",
+}
+"""Commands that no test runs as they are shown, and why."""
 
 
 def test_every_command_is_shown() -> None:
-    shown = {words[0] for page in PAGES for words in commands(page)}
+    shown = {name for page in PAGES for step in steps(page) for name in re.findall(r"tdmpc2-fast (\w+)", step.text)}
     assert shown >= {c.name for c in app.COMMANDS} | {"bench"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_commands_shown_are_understood(page: Path) -> None:
-    own = {c.name: c.own for c in app.COMMANDS}
-    for name, *rest in commands(page):
-        if name in ("bench", "--version") or rest == ["--help"]:
+# A shell takes the lines apart, as a reader's does; what it calls is written down, and done in this process.
+RECORDED = """#!/bin/sh
+printf '%s\\0' "${0##*/}" "$@" "" >> "$CALLS"
+"""
+PROGRAMS = {
+    "tdmpc2-fast": RECORDED,
+    "python": RECORDED,
+    "srun": '#!/bin/sh\nexec "$@"\n',
+    "parallel": """#!/bin/bash
+read -r first; shift 2; line=${*//\\{%\\}/1}; eval "${line//\\{\\}/$first}"
+""",
+}
+
+
+def calls(text: str, folder: Path) -> list[list[str]]:
+    """The programs a shell calls for this text, each with its words; of many, the first and the last one."""
+    there = folder / "bin"
+    there.mkdir(exist_ok=True)
+    for name, program in PROGRAMS.items():
+        (there / name).write_text(program)
+        (there / name).chmod(0o755)
+    record = there / "calls"
+    record.write_text("")
+    env = dict(PATH=f"{there}:{os.environ['PATH']}", HOME=str(folder), CALLS=str(record))
+    env |= dict(SLURM_ARRAY_TASK_ID="2", SLURM_CPUS_PER_TASK="1")
+    subprocess.run(["bash", "-euc", text], env=env, check=True, timeout=60)
+    found = [call.split("\0") for call in record.read_text().split("\0\0")[:-1]]
+    assert found, f"it calls nothing of ours, and is not in NOT_HERE: {text}"
+    return [found[0], *found[1:][-1:]]
+
+
+def small(words: list[str]) -> list[str]:
+    """The same words with a model, episodes and a run that take a second."""
+    name = "train" if "=" in words[0] else words[0]
+    given = dict(w.partition("=")[::2] for w in words if "=" in w)
+    if "dry_run" in given:
+        return words
+    values = {k: v for k, v in dict(steps="70", decision="2", device="cpu", num_envs="2").items() if k in given}
+    if name == "train" or (name == "eval" and words[1].endswith(".pt")):
+        task = given.get("task", "walker-walk")
+        values |= SMALL
+        if re.search(r"-v\d", task):
+            values["episode_length"] = "10"
+        elif "dot-reach" not in task:
+            values["env.task_kwargs.time_limit"] = "0.2"
+        values["eval_episodes"] = str(min(int(given.get("eval_episodes", 1)), 2))
+    if name == "train":
+        values |= dict(steps="60" if "dot-reach" in task else "25", seed_steps="10", eval_freq="10", env_workers="0")
+    return [w for w in words if w.partition("=")[0] not in values] + [f"{k}={v}" for k, v in values.items()]
+
+
+def done(call: list[str]) -> int:
+    """The exit status of a call."""
+    program, *words = call
+    if program == "python" and words[0] == "-m":
+        assert words[1] == "tdmpc2_fast.train"
+        words = words[2:]
+    elif program == "python":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [words[0], *small(words[1:])])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(words[0], run_name="__main__")
+        return int(ended.value.code or 0)
+    return cli.main(small(words))
+
+
+class Here:
+    """A run of a sweep, in this process."""
+
+    def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(sweep._REPORT, env[sweep._REPORT])
+            self.status = cli.main(command[command.index("train") :])
+
+    def wait(self) -> int:
+        return self.status
+
+
+class Ends(sweep.Sweep):
+    """The first and the last run of a sweep."""
+
+    def __init__(self, runs: Sequence[sweep.Run]) -> None:
+        super().__init__([runs[0], runs[-1]])
+
+
+NUMBER, TIME = r"[-+]?\d[\d,.]*(?:e[-+]\d+)?", r"\d+:\d\d:\d\d|-:--:--"
+
+
+def fits(shown: str, real: str) -> bool:
+    """Whether a line is the one shown but for numbers, times, spaces, and what `...` stands for."""
+    pattern = ""
+    for part in re.split(rf"(\.\.\.|{TIME}|{NUMBER})", " ".join(shown.split())):
+        varies = next((p for p in (TIME, NUMBER) if re.fullmatch(p, part)), None)
+        pattern += ".*" if part == "..." else re.escape(part) if varies is None else f"(?:{varies})"
+    return re.fullmatch(pattern, " ".join(real.split())) is not None
+
+
+@pytest.fixture
+def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What pages make and register is gone afterwards; interpreted, the kernels would run for days."""
+    registry = pytest.importorskip("gymnasium").registry
+    registered, modules = {**registry}, {*sys.modules}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("tdmpc2_fast.train.envs.SUITES", {**SUITES})
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
+    monkeypatch.setattr(sweep, "Sweep", Ends)
+    monkeypatch.setattr("tdmpc2_fast.benchmarks.run.bench", lambda options, suites: 0)  # what it does has tests
+    for name in ("_FIRST_LINE", "_BETWEEN_LINES", "_PACE_SECONDS", "_WORTH_A_LINE"):
+        monkeypatch.setattr(f"tdmpc2_fast.train.display.{name}", 0.0)
+    yield tmp_path
+    registry.clear()
+    registry.update(registered)
+    for name in [n for n in {*sys.modules} - modules if (tmp_path / f"{n}.py").exists()]:
+        del sys.modules[name]
+
+
+FILES = {"environments.md": ("carts.py", "mine.py", "dot.py")}
+"""Names under which pages save their first pieces of Python."""
+
+
+def presupposed(page: str) -> dict[str, Any]:
+    """Puts what a page has not made itself into the folder; the names its Python uses without making them."""
+    if page == "benchmarks.md":
+        for checkout in ("tdmpc2/tdmpc2/tdmpc2.py", "tdmpc2-jax/tdmpc2_jax/tdmpc2.py"):
+            Path(checkout).parent.mkdir(parents=True)
+            Path(checkout).touch()
+    if page == "README.md":
+        return dict(obs=torch.zeros(16, 24), first_step=True)
+    if page == "commands.md":
+        TDMPC2(tiny_config(223, 38)).save("dog-1.pt")
+        TDMPC2(tiny_config(3, 1)).save("mine.pt")
+    if page == "environments.md":
+        Path("my_environments.py").write_text(blocks(ROOT / "docs" / page, "python")[0].replace("Cart-v0", "Mine-v0"))
+    if page == "runs.md":
+        return dict(obs=torch.zeros(24))
+    if page in ("curves.md", "rendering.md"):
+        assert cli.main(small(["train", "task=cheetah-run"])) == 0
+        Path("results/tdmpc2").mkdir(parents=True)
+        Path("results/tdmpc2/cheetah-run.csv").write_text("step,reward,seed\n0,1,1\n60,2,1\n")
+    if page == "rendering.md":
+        planner = Planner.from_checkpoint("runs/cheetah-run/default/1")
+        return dict(torch=torch, planner=planner, task="cheetah-run", env=make_env(planner.model.cfg, seed=1))
+    return {}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if [*steps(p)]], ids=lambda p: p.name)
+def test_what_a_page_shows_is_so(page: Path, a_folder_of_its_own: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Followed from an empty folder, in small: each command ends as the page implies and prints such lines."""
+    if page.name in ("pixels.md", "quickstart.md", "rendering.md"):
+        try:
+            make_env(Config(task="walker-walk"), seed=1).render()
+        except RenderError as e:
+            pytest.skip(f"no renderer here: {e}")
+    names = presupposed(page.name)
+    files = iter(FILES.get(page.name, ()))
+    for step in steps(page):
+        if step.python:
+            if file := next(files, None):
+                Path(file).write_text(step.text)
+            else:
+                exec(compile(step.text.replace("decision=60", "decision=2"), page.name, "exec"), names)
             continue
-        assert name in own
-        words = [PLACEHOLDERS.sub("1", w) for w in rest]
-        kind = own[name]
-        if kind is not None:
-            _, words = keys.options(words, kind)
-        paths, words = keys.arguments(words)
-        assert len(paths) == 1 or name in ("train", "tasks", "plot"), rest
-        assert not paths or name != "train", rest
-        notes: list[str] = []
-        for each in [r.words for r in sweep.expand(words)] if name == "train" else [words]:
-            Config.from_dict(keys.parse(each, notes.append))
-        assert not notes, rest
+        if any(re.match(pattern, step.text) for pattern in NOT_HERE):
+            if step.text.startswith("make "):
+                tried = 'make() { command make --dry-run "$@"; }\n' + step.text
+                subprocess.run(["bash", "-c", tried], cwd=ROOT, check=True, capture_output=True)
+            continue
+        capfd.readouterr()
+        fails = step.output[:1] and step.output[0].startswith("error: ")
+        for call in calls(step.text, a_folder_of_its_own):
+            assert (cli.main(call[1:]) if fails else done(call)) == (2 if fails else 0), step.text
+        out, err = capfd.readouterr()
+        if fails:
+            assert err.splitlines() == step.output
+        lines = iter(out.splitlines())
+        for shown in [] if fails else [o for o in step.output if o != "..."]:
+            assert any(fits(shown, line) for line in lines), (shown, out)
 
 
 def run(folder: Path, *words: str) -> str:
@@ -97,18 +305,15 @@ def run(folder: Path, *words: str) -> str:
 
 
 def test_the_environment_of_the_page(tmp_path: Path) -> None:
-    """Trained in worker processes, stopped half-way, gone on with as if it had not been; tried as the page says."""
-    programs = [b for b in blocks(ROOT / "docs" / "environments.md", "python") if "my_environments" not in b]
-    (tmp_path / "dot.py").write_text(programs[1])
-    (tmp_path / "try_it.py").write_text(programs[2])
-    run(tmp_path, "try_it.py")
-    keys = [*SMALL.split(), "task=dot-reach", "num_envs=2", "seed_steps=60", "eval_episodes=1"]
+    """Trained in worker processes, stopped half-way, gone on with as if it had not been."""
+    (tmp_path / "dot.py").write_text(blocks(ROOT / "docs" / "environments.md", "python")[2])
+    keys = [*(f"{k}={v}" for k, v in SMALL.items()), "task=dot-reach", "num_envs=2", "seed_steps=60", "eval_episodes=1"]
     shown = run(tmp_path, "dot.py", "train", *keys, "work_dir=whole", "steps=150", "eval_freq=75", "save_video=true")
     assert "done: return" in shown
     assert len([*(tmp_path / "whole" / "videos").glob("*.mp4")]) == 3
-    run(tmp_path, "dot.py", "train", *keys, "work_dir=halves", "steps=74", "eval_freq=1000")
+    run(tmp_path, "dot.py", "train", *keys, "work_dir=halves", "steps=110", "eval_freq=1000")
     shown = run(tmp_path, "dot.py", "resume", "halves", "steps=150", "eval_freq=75")
-    assert "going on at 74 decisions" in shown
+    assert "going on at 110 decisions" in shown
     assert csvs(tmp_path / "halves")["train.csv"] == csvs(tmp_path / "whole")["train.csv"]
 
 
