@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import checkpoint
 from .backend import Backend, matmul_precision, resolve_device
 from .config import Config
-from .errors import InputError
+from .errors import InputError, kind_of
 from .inputs import check_obs, flags, observation
 from .planner import Planner
 from .seeds import stream_seed
@@ -64,9 +65,9 @@ class TDMPC2:
         """
         obs = observation(obs, self.cfg)
         shape = dict(self.cfg._require("obs_shape"))[self.cfg.obs]
-        single = obs.ndim == len(shape)
+        single = obs.ndim == len(shape) and (self.planner.num_envs == 1 or not self.cfg.mpc)
         if single:
-            obs = obs.unsqueeze(0)
+            obs = check_obs(obs, self.cfg, (), self.model.dtype).unsqueeze(0)
         action = self.plan(obs, t0, eval_mode, task) if self.cfg.mpc else self._prior(obs, eval_mode, task)
         return (action[0] if single else action).cpu()
 
@@ -111,14 +112,15 @@ class TDMPC2:
 
         Raises:
             CheckpointError: of another model (the message says what differs), not finite, or no model at all.
+            InputError: neither a path nor a state dict.
         """
         if isinstance(fp, Mapping):
             checkpoint.load_into(self.model, fp)
-        elif isinstance(fp, (str, Path)):
-            state, _ = checkpoint.read(fp, self.device)
-            checkpoint.load_into(self.model, state, repr(str(fp)))
+        elif isinstance(fp, (str, os.PathLike)):
+            state, saved = checkpoint.read(fp, self.device)
+            checkpoint.load_into(self.model, state, repr(str(fp)), saved=saved)
         else:
-            raise InputError(f"fp: got {type(fp).__name__}, allowed: a path or a state dict")
+            raise InputError(f"fp: got {kind_of(fp)}, allowed: a path or a state dict")
 
 
 @undisturbed
@@ -129,7 +131,7 @@ def load(fp: str | Path, **changes: Any) -> TDMPC2:
     changes: config keys to change, e.g. `device="cuda"`. Others that belong to the machine of the
         checkpoint, such as its device, fall back where this one cannot serve them, with a warning.
     """
-    state, cfg = checkpoint.read_with_config(fp, changes)
+    state, saved, cfg = checkpoint.read_with_config(fp, changes)
     agent = TDMPC2(cfg)
-    checkpoint.load_into(agent.model, state, repr(str(fp)))
+    checkpoint.load_into(agent.model, state, repr(str(fp)), saved=saved)
     return agent

@@ -8,15 +8,14 @@ planner, however often the environment repeats the action.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .config_values import checked, plain
 from .environment import sizes_of
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, kind_of
 
 MODEL_SIZES: dict[int, dict[str, int]] = {
     1: dict(enc_dim=256, mlp_dim=384, latent_dim=128, num_enc_layers=2, num_q=2),
@@ -34,6 +33,7 @@ DEFAULT_DIMS = MODEL_SIZES[5] | dict(num_channels=32)
 
 _WIDE_TASK_EMBEDDING = (1, 317)
 _LARGE_ACTION_DIM = 20
+_OFFICIAL_ONLY = ("task_title", "obs_shapes", "bin_size")  # which look like other keys mistyped
 
 
 def _key(
@@ -187,18 +187,18 @@ class Config:
 
     def __post_init__(self) -> None:
         fields = {f.name: f for f in dataclasses.fields(self)}
-        size = _checked(fields["model_size"], self.model_size)
+        size = checked(fields["model_size"], self.model_size)
         dims: dict[str, Any] = DEFAULT_DIMS if size is None else DEFAULT_DIMS | MODEL_SIZES[size]
         if self.obs == "rgb":
             dims = dims | self._pixel_dims(dims["latent_dim"])
         for name, f in fields.items():
             value = getattr(self, name)
-            object.__setattr__(self, name, _checked(f, dims.get(name) if value is None else value))
+            object.__setattr__(self, name, checked(f, dims.get(name) if value is None else value))
         self._check_relations()
 
     def _pixel_dims(self, latent_dim: int) -> dict[str, Any]:
         """Width of the latent and channels of the pixel encoder, which give it: one follows from the other."""
-        width, channels = _plain(self.latent_dim), _plain(self.num_channels)
+        width, channels = plain(self.latent_dim), plain(self.num_channels)
         if width is None and isinstance(channels, (int, float)):
             return dict(latent_dim=_CHANNEL_LATENTS * channels)
         width = latent_dim if width is None else width
@@ -224,6 +224,15 @@ class Config:
             flat, channels = each * self.num_channels, self.latent_dim // each
             ways = f"{each}*num_channels = {flat} where obs=rgb, or with it num_channels={channels}"
             need(self.latent_dim == flat, "latent_dim", ways)
+        if self.obs_shape is not None:
+            need(self.obs in self.obs_shape, "obs_shape", f"the kind that obs={self.obs} asks for among them")
+            shape = self.obs_shape[self.obs]
+            if self.obs == "rgb":
+                ways = "(channels, 64, 64) of 'rgb', channels first; the command `train` turns and scales images itself"
+                need(len(shape) == 3 and shape[1:] == (64, 64), "obs_shape", ways)
+            else:
+                ways = "one dimension of 'state': flatten it, or take images with obs=rgb"
+                need(len(shape) == 1, "obs_shape", ways)
         if self.multitask:
             need(self.obs == "state", "obs", "state in a multi-task model")
             need(not self.episodic, "episodic", "false in a multi-task model")
@@ -282,16 +291,12 @@ class Config:
             `action_dim` and `max_episode_steps`, or a Gymnasium one, vectorised or not.
 
         Raises:
-            ConfigError: an environment that does not tell, with what is missing.
+            ConfigError: an environment that does not tell, with what is missing, or has what no agent can be made of.
         """
         if not isinstance(obs_shape, Mapping):
             obs_shape, action_dim, episode_length = sizes_of(obs_shape, self.obs, self.episode_length)
-        return self.replace(
-            obs_shape=dict(obs_shape),
-            action_dim=action_dim,
-            episode_length=episode_length,
-            seed_steps=self.seed_steps or max(1000, 5 * episode_length),
-        )
+        cfg = self.replace(obs_shape=obs_shape, action_dim=action_dim, episode_length=episode_length)
+        return cfg.replace(seed_steps=self.seed_steps or max(1000, 5 * cfg._require("episode_length")))
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some keys changed, validated again.
@@ -299,6 +304,7 @@ class Config:
         Other keys keep their values, except that another `model_size` brings its own dims, and that
         `latent_dim` and `num_channels` follow each other where obs=rgb.
         """
+        _check_known(changes)
         if changes.get("model_size", self.model_size) != self.model_size:
             changes = {**dict.fromkeys(DEFAULT_DIMS), **changes}
         pixels, given = changes.get("obs", self.obs) == "rgb", {"latent_dim", "num_channels"} & changes.keys()
@@ -321,10 +327,9 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """A config from keys and values; an unknown key raises `ConfigError` with the nearest one."""
-        known = cls.key_names()
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"unknown config key {key!r}.{did_you_mean(key, known)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"config: got {kind_of(values)}, allowed: a dict of keys and values")
+        _check_known(values)
         return cls(**values)
 
     @classmethod
@@ -332,10 +337,20 @@ class Config:
         """From the official code's `cfg` (dataclass, OmegaConf or any object with attributes).
 
         Keys without a meaning here are left out, unset ones (`???`) take the default.
+
+        Raises:
+            ConfigError: no such object, or a dict with a key that seems to be another one mistyped.
         """
         if isinstance(cfg, Config):
             return cfg
-        get = cfg.get if isinstance(cfg, Mapping) else lambda key, default: getattr(cfg, key, default)
+        if isinstance(cfg, Mapping):
+            get = cfg.get
+            absent = [k for k in cls.key_names() if k not in cfg]  # one that is there is not the one meant
+            _check_known([k for k in cfg if k not in _OFFICIAL_ONLY and did_you_mean(str(k), absent)])
+        elif any(hasattr(cfg, key) for key in ("task", "obs", "obs_shape")):
+            get = functools.partial(getattr, cfg)
+        else:
+            raise ConfigError(f"cfg: got {kind_of(cfg)}, allowed: a Config, the official cfg, a dict of its keys")
         values: dict[str, Any] = {}
         for key in cls.key_names():
             value = get(key, None)
@@ -349,89 +364,14 @@ class Config:
         return cls(**values)
 
 
+def _check_known(keys: Iterable[Any]) -> None:
+    """Raise `ConfigError` for the first that is no config key, with the nearest one."""
+    known = Config.key_names()
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"unknown config key {key!r}.{did_you_mean(str(key), known)}")
+
+
 def task_embedding_dim(task_set: str, model_size: int | None) -> int:
     """Width of the task embedding the official code uses for a task set and size."""
     return 96 if task_set == "mt80" or model_size in _WIDE_TASK_EMBEDDING else 64
-
-
-def _type_name(annotation: str) -> str:
-    return annotation.replace(" | None", "")
-
-
-def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
-    """The value in the field's type and range, or a `ConfigError` that names key and range."""
-    kind, meta = _type_name(str(f.type)), f.metadata
-    optional = "None" in str(f.type)
-    value = _plain(value)
-    if value is None and optional:
-        return None
-    allowed = describe_range(f)
-
-    def fail() -> ConfigError:
-        return ConfigError(f"config key {f.name!r}: got {value!r}, allowed: {allowed}")
-
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise fail()
-    elif kind in ("int", "float"):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise fail()
-        if not math.isfinite(value) or (kind == "int" and value != int(value)):
-            raise fail()
-        value = int(value) if kind == "int" else value
-        low, high = meta["low"], meta["high"]
-        if low is not None and (value < low or (meta["open_low"] and value == low)):
-            raise fail()
-        if high is not None and value > high:
-            raise fail()
-    elif kind == "str":
-        if not isinstance(value, str) or not value:
-            raise fail()
-    elif kind.startswith("tuple"):
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            raise fail()
-        value = tuple(map(_plain, value))
-    elif kind == "Mapping[str, Any]":
-        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise fail()
-        try:  # kept as files keep it, so that a run that goes on has the same
-            value = json.loads(json.dumps(dict(value), allow_nan=False)) or None
-        except (TypeError, ValueError) as e:
-            raise ConfigError(f"config key {f.name!r}: got {value!r}, allowed: {allowed}") from e
-    elif kind.startswith("Mapping"):
-        if not isinstance(value, Mapping) or not value:
-            raise fail()
-        value = {str(k): tuple(int(n) for n in shape) for k, shape in value.items()}
-        unknown = set(value) - {"state", "rgb"}
-        if unknown:
-            raise ConfigError(f"config key 'obs_shape': got kinds {sorted(value)}, allowed: 'state', 'rgb'")
-    if meta["choices"] is not None and value not in meta["choices"]:
-        raise fail()
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy, and paths, as Python has them."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-
-
-def describe_range(f: dataclasses.Field[Any]) -> str:
-    """What a field may hold, in words."""
-    kind, meta = _type_name(str(f.type)), f.metadata
-    if meta["choices"] is not None:
-        return "one of " + ", ".join(str(c) for c in meta["choices"] if c is not None)
-    names = {
-        "int": "an integer",
-        "float": "a number",
-        "bool": "true or false",
-        "str": "a non-empty text",
-        "Mapping[str, Any]": "names with numbers, texts, lists or none, as JSON holds them",
-    }
-    text = names.get(kind, kind)
-    if meta["low"] is not None:
-        text += f" {'above' if meta['open_low'] else 'of at least'} {meta['low']}"
-    if meta["high"] is not None:
-        text += f"{' and' if meta['low'] is not None else ''} at most {meta['high']}"
-    return text

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, kind_of
 
 _ALLOWED = (
     "an environment with obs_shape, action_dim and max_episode_steps, or Gymnasium's with observation_space, "
@@ -13,8 +14,8 @@ _ALLOWED = (
 )
 
 
-def sizes_of(env: Any, obs: str, episode_length: int | None) -> tuple[dict[str, tuple[int, ...]], int, int]:
-    """Shape of the observations of kind `obs`, width of the action, and decisions per episode.
+def sizes_of(env: Any, obs: str, episode_length: int | None) -> tuple[Mapping[str, Any], Any, Any]:
+    """Shape of the observations of kind `obs`, width of the action, and decisions per episode, as it tells them.
 
     episode_length: taken where the environment tells none.
 
@@ -27,14 +28,28 @@ def sizes_of(env: Any, obs: str, episode_length: int | None) -> tuple[dict[str, 
     action_dim = getattr(env, "action_dim", None)
     if action_dim is None:
         (action_dim,) = _shape_of(env, "action_space", obs)
-    spec = getattr(env, "spec", None)
-    length = getattr(spec, "max_episode_steps", None) or getattr(env, "max_episode_steps", None) or episode_length
+    length = _length_of(env) or episode_length
     if length is None:
         raise ConfigError(
-            f"env: {_name(env)} tells no length of its episodes (spec.max_episode_steps is None); allowed: "
+            f"env: {kind_of(env)} tells no length of its episodes (spec.max_episode_steps is None); allowed: "
             "gymnasium.make(ID, max_episode_steps=N), or Config(episode_length=N)"
         )
-    return dict(shape) if isinstance(shape, Mapping) else {obs: tuple(shape)}, int(action_dim), int(length)
+    return shape if isinstance(shape, Mapping) else {obs: shape}, action_dim, length
+
+
+def _length_of(env: Any) -> Any:
+    """Decisions per episode, of an environment or of those in it, or None."""
+    for holder, name in ((getattr(env, "spec", None), ""), (env, ""), (env, "_")):
+        if length := getattr(holder, f"{name}max_episode_steps", None):
+            return length
+    for inner in (getattr(env, "env", None), *(getattr(env, "envs", None) or ())):
+        if inner is not None:
+            return _length_of(inner)
+    if not hasattr(env, "get_attr"):
+        return None
+    # In processes of their own, which end where they are asked for what they do not have.
+    timed = hasattr(env, "call") and all(env.call("has_wrapper_attr", "_max_episode_steps"))
+    return _length_of(SimpleNamespace(**{k: env.get_attr(k)[0] for k in ("spec", *["_max_episode_steps"] * timed)}))
 
 
 def _shape_of(env: Any, name: str, obs: str) -> tuple[int, ...]:
@@ -42,16 +57,12 @@ def _shape_of(env: Any, name: str, obs: str) -> tuple[int, ...]:
     space = getattr(env, f"single_{name}", None)
     space = getattr(env, name, None) if space is None else space
     if space is None:
-        raise ConfigError(f"env: got {_name(env)} without {name}, allowed: {_ALLOWED}")
+        raise ConfigError(f"env: got {kind_of(env)} without {name}, allowed: {_ALLOWED}")
     parts = getattr(space, "spaces", None)
     if name == "observation_space" and isinstance(parts, Mapping) and obs in parts:
         space = parts[obs]
     shape = tuple(getattr(space, "shape", None) or ())
     if not shape or not hasattr(space, "low") or (name == "action_space" and len(shape) > 1):
         allowed = "a Box of one dimension" if name == "action_space" else f"a Box, or a Dict with {obs!r} in it"
-        raise ConfigError(f"env: {_name(env)} has {name}={space}, allowed: {allowed}")
+        raise ConfigError(f"env: {kind_of(env)} has {name}={space}, allowed: {allowed}")
     return shape
-
-
-def _name(env: Any) -> str:
-    return f"a {type(env).__name__}"

@@ -29,6 +29,11 @@ class NonFiniteError(FloatingPointError):
     """A loss or gradient became NaN or infinite; parameters were left as they were."""
 
 
+def kind_of(value: object) -> str:
+    """What came, for a message: the name of its type."""
+    return "None" if value is None else type(value).__name__
+
+
 def warn(text: str) -> None:
     """Say what was done instead of what was asked for, where nobody gave a better place to say it."""
     warnings.warn(text, UserWarning, stacklevel=3)

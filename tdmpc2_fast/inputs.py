@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .errors import InputError
+from .errors import InputError, kind_of
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
@@ -33,10 +33,10 @@ def as_tensor(value: Any, name: str) -> Tensor:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f"{name}: got {_kind(value)} that is no array, allowed: a tensor or array of numbers") from e
+        raise InputError(f"{name}: got {kind_of(value)} that is no array, allowed: a tensor or array of numbers") from e
     if array.dtype.kind not in "biuf":
         of = f" of {array.dtype}" if isinstance(value, np.ndarray) else ""
-        raise InputError(f"{name}: got {_kind(value)}{of}, allowed: a tensor or array of numbers")
+        raise InputError(f"{name}: got {kind_of(value)}{of}, allowed: a tensor or array of numbers")
     # Types that torch has none of, or few ops for, go to the next wider one; others only to native byte order.
     wider = {"u": "i8", "f": "f8"}.get(array.dtype.kind) if array.dtype.name not in _NATIVE else None
     return torch.from_numpy(np.require(array, wider or array.dtype.newbyteorder("="), ["C", "W"]))
@@ -45,8 +45,11 @@ def as_tensor(value: Any, name: str) -> Tensor:
 _NATIVE = ("uint8", "float16", "float32", "float64")
 
 
-def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+def whole(value: Any, name: str, low: int) -> int:
+    """A whole number of at least `low`, of Python or numpy, or an `InputError` that names the argument."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low:
+        raise InputError(f"{name}: got {value!r}, allowed: an integer of at least {low}")
+    return int(value)
 
 
 def observation(obs: Any, cfg: Config, name: str = "obs") -> Tensor:

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from . import checkpoint
 from .backend import resolve_backend, resolve_device, without_kernels
+from .by_value import by_value, from_values
 from .errors import InputError
-from .inputs import check_obs, flags
+from .inputs import check_obs, flags, whole
 from .kernels.launch import KERNEL_ERRORS
 from .plan_trace import PlanTrace
 from .rng import COUNTER, PlanNoise, generator, generator_state, set_generator
 from .surroundings import default_dtype, undisturbed
 from .torch_plan import TorchPlan
-from .world_model import WorldModel
+from .world_model import WorldModel, model_checked
 
 _KEPT_TIMES = 10_000
 
@@ -84,11 +85,10 @@ class Planner:
 
     @undisturbed
     def __init__(self, model: WorldModel, num_envs: int = 1, seed: int | None = None) -> None:
-        cfg = model.cfg
-        if num_envs < 1:
-            raise InputError(f"num_envs: got {num_envs}, allowed: at least 1")
-        self.model, self.cfg, self.num_envs = model, cfg, num_envs
-        self.seed = cfg.seed if seed is None else seed
+        cfg = model_checked(model).cfg
+        self.model, self.cfg = model, cfg
+        self.num_envs = num_envs = whole(num_envs, "num_envs", 1)
+        self.seed = cfg.seed if seed is None else whole(seed, "seed", 0)
         self.generator = generator(self.seed, "plan", model.device)
         self.backend = resolve_backend(cfg, model.device, model.dtype)
         self._busy = threading.Lock()
@@ -115,9 +115,9 @@ class Planner:
         changes: config keys to change, e.g. `device="cuda"`.
         """
         # Nothing that only plans is compiled, so that nobody need hear whether it could be.
-        state, cfg = checkpoint.read_with_config(fp, {"compile": False, **changes})
+        state, saved, cfg = checkpoint.read_with_config(fp, {"compile": False, **changes})
         model = WorldModel(cfg)
-        checkpoint.load_into(model, state, repr(str(fp)))
+        checkpoint.load_into(model, state, repr(str(fp)), saved=saved)
         return cls(model.to(resolve_device(cfg.device)).eval(), num_envs, seed)
 
     @property
@@ -189,13 +189,12 @@ class Planner:
 
     @undisturbed
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: x.clone() for k, x in self.state().items()}
-        return dict(model=self.model, num_envs=self.num_envs, seed=self.seed, state=state)
+        return dict(model=self.model, num_envs=self.num_envs, seed=self.seed, state=by_value(self.state()))
 
     @undisturbed
     def __setstate__(self, kept: dict[str, Any]) -> None:
         type(self).__init__(self, kept["model"], kept["num_envs"], kept["seed"])
-        self.load_state(kept["state"])
+        self.load_state(from_values(kept["state"]))
 
     def stats(self) -> PlanStats:
         """Median and 99th percentile of the last 10,000 calls of `plan`, milliseconds.

@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import mode
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backend import resolve_device
 from .batch import Batch
+from .by_value import by_value, from_values
 from .config import Config
-from .errors import InputError
+from .errors import InputError, kind_of
 from .inputs import as_tensor, indices, observation, pixels
 from .kernels.replay_gather import Steps
 from .rng import generator, generator_state, set_generator
@@ -46,14 +49,16 @@ class ReplayBuffer:
     agent's device. A copy or a pickle holds the steps in use and goes on drawing as this one does.
 
     Args:
-        cfg: a completed config.
+        cfg: a completed config, or the official `cfg` object.
         device: where samples are wanted; the storage follows if it fits.
     """
 
     @undisturbed
-    def __init__(self, cfg: Config, device: torch.device | str = "cpu") -> None:
-        self.cfg = cfg
-        self.device = torch.device(device)
+    def __init__(self, cfg: Config | Any, device: torch.device | str = "cpu") -> None:
+        self.cfg = cfg = Config.from_official(cfg)
+        if not isinstance(device, (str, torch.device)):
+            raise InputError(f"device: got {kind_of(device)}, allowed: a torch.device or its name")
+        self.device = resolve_device(str(device))
         self.capacity = min(cfg.buffer_size, cfg.steps)
         if self.capacity < cfg.horizon + 1:
             raise InputError(
@@ -98,7 +103,7 @@ class ReplayBuffer:
         """Add a whole episode; returns the number of episodes added so far.
 
         episode: `obs` (T, *obs_shape), `action` (T, A), `reward` (T,), optionally
-        `terminated` (T,) and `task` (T,); a dict or TensorDict of tensors, arrays or lists,
+        `terminated` (T,), which may be None, and `task` (T,); a dict or TensorDict of tensors, arrays or lists,
         `obs` also in a dict under its kind. Row 0 holds the reset's
         observation and, as in the official code, NaN action and reward, which no sample
         ever contains. Of an episode longer than the buffer the last steps stay.
@@ -229,8 +234,10 @@ class ReplayBuffer:
         cfg = self.cfg
         rows: dict[str, Tensor] = {}
         if not isinstance(episode, Mapping):
-            raise InputError(f"episode: got a {type(episode).__name__}, allowed: a dict of arrays")
+            raise InputError(f"episode: got {kind_of(episode)}, allowed: a dict of arrays")
         keys = set(episode.keys())
+        if "terminated" in keys and episode["terminated"] is None:
+            keys.remove("terminated")
         needed = ["obs", "action", "reward", *(["task"] if cfg.multitask else [])]
         for name in needed:
             if name not in keys:
@@ -239,7 +246,10 @@ class ReplayBuffer:
         for name in _FIELDS[1:]:
             if name in keys and (name != "task" or cfg.multitask):
                 rows[name] = as_tensor(episode[name], f"episode[{name!r}]")
-        length = rows["reward"].shape[0] if rows["reward"].ndim else 0
+        # Where lengths differ, the one that most parts have is meant.
+        length = mode(len(x) if x.ndim else 0 for x in rows.values())
+        if length == 0:
+            raise InputError("episode: got no steps, allowed: at least one")
         shapes = dict(
             obs=(length, *dict(cfg._require("obs_shape"))[cfg.obs]),
             action=(length, cfg._require("action_dim")),
@@ -248,7 +258,7 @@ class ReplayBuffer:
             task=(length,),
         )
         for name, x in rows.items():
-            if tuple(x.shape) != shapes[name] or length == 0:
+            if tuple(x.shape) != shapes[name]:
                 raise InputError(f"episode[{name!r}]: got shape {tuple(x.shape)}, allowed: {shapes[name]}")
         for name, first in (("obs", 0), ("action", 1), ("reward", 1)):
             if name != "obs" or cfg.obs == "state":  # as stored: what float32 cannot hold is not finite
@@ -297,14 +307,14 @@ class ReplayBuffer:
     @undisturbed
     def __getstate__(self) -> dict[str, Any]:
         start = self._written - len(self)
-        steps = [(start, self.steps(start, self._written))] if self._store else []
-        state = {k: x.clone() for k, x in self.state().items()}
-        return dict(cfg=self.cfg, device=self.device, state=state, steps=steps)
+        steps = [(start, by_value(self.steps(start, self._written)))] if self._store else []
+        return dict(cfg=self.cfg, device=self.device, state=by_value(self.state()), steps=steps)
 
     @undisturbed
     def __setstate__(self, kept: dict[str, Any]) -> None:
         type(self).__init__(self, kept["cfg"], kept["device"])
-        self.restore(kept["state"], kept["steps"])
+        steps = ((start, from_values(rows)) for start, rows in kept["steps"])
+        self.restore(from_values(kept["state"]), steps)
 
     def _append(self, start: int, length: int) -> None:
         if self._last == self._table.shape[0]:

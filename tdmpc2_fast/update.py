@@ -10,14 +10,15 @@ from torch import Tensor
 
 from .backend import Backend, resolve_backend, without_kernels
 from .batch import Batch, UpdateTrace
-from .errors import InputError
+from .by_value import by_value, from_values
+from .errors import InputError, kind_of
 from .kernels.launch import KERNEL_ERRORS
 from .replay import ReplayBuffer
 from .rng import UpdateNoise
 from .scale import RunningScale
 from .surroundings import default_dtype, undisturbed
 from .torch_update import TorchUpdate
-from .world_model import WorldModel
+from .world_model import WorldModel, model_checked
 
 if TYPE_CHECKING:
     from .fused_update import FusedUpdater
@@ -45,7 +46,7 @@ class Updater:
     """
 
     def __init__(self, model: WorldModel) -> None:
-        self.model, self.cfg = model, model.cfg
+        self.model, self.cfg = model, model_checked(model).cfg
         self.backend: Backend = resolve_backend(model.cfg, model.device, model.dtype)
         self._made: TorchUpdate | FusedUpdater | None = None
 
@@ -95,7 +96,7 @@ class Updater:
     def step_on(self, buffer: Sampler) -> dict[str, Tensor]:
         """`step` on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
         if not hasattr(buffer, "sample"):
-            raise InputError(f"buffer: got a {type(buffer).__name__}, allowed: a ReplayBuffer or the official Buffer")
+            raise InputError(f"buffer: got {kind_of(buffer)}, allowed: a ReplayBuffer or the official Buffer")
         update = self._update
         if isinstance(buffer, ReplayBuffer) and not isinstance(update, TorchUpdate):
             replay = buffer.on_device()
@@ -129,12 +130,12 @@ class Updater:
     @undisturbed
     def __getstate__(self) -> dict[str, Any]:
         self.synchronise()
-        return dict(model=self.model, state={k: x.detach().clone() for k, x in self.state().items()})
+        return dict(model=self.model, state=by_value(self.state()))
 
     @undisturbed
     def __setstate__(self, kept: dict[str, Any]) -> None:
         type(self).__init__(self, kept["model"])
-        self.load_state(kept["state"])
+        self.load_state(from_values(kept["state"]))
 
     def synchronise(self) -> None:
         """Wait for the device; raises what an update failed with."""

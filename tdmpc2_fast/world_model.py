@@ -8,6 +8,7 @@ task embedding to the caller, so that a planner looks it up once.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .compat.state_dict import add_official_entries, from_official_entries
 from .config import Config
-from .errors import InputError
+from .errors import InputError, kind_of
 from .inputs import indices
 from .kernels.policy_head import PolicyOutput, policy_head
 from .kernels.two_hot import two_hot_inv
@@ -51,8 +52,6 @@ class WorldModel(nn.Module):
         cfg = Config.from_official(cfg)
         self.cfg = cfg
         obs_shape: dict[str, tuple[int, ...]] = dict(cfg._require("obs_shape"))
-        if cfg.obs not in obs_shape:
-            raise InputError(f"obs_shape: got kinds {sorted(obs_shape)}, allowed: the kind of cfg.obs, {cfg.obs!r}")
         a, z, t, hidden = cfg._require("action_dim"), cfg.latent_dim, cfg.task_dim, 2 * [cfg.mlp_dim]
         if cfg.multitask:
             self._task_emb = nn.Embedding(len(cfg.tasks), t, max_norm=1)
@@ -87,9 +86,15 @@ class WorldModel(nn.Module):
         if all(p.untyped_storage().nbytes() == p.nbytes for p in self.parameters()):
             return self.__dict__
         # Views into the buffers of an update, all of which a pickle would take along with each.
-        return {**self.__dict__, "_modules": copy.deepcopy(self._modules)}
+        modules: Any = copy.deepcopy(self._modules)
+        if self.device.type == "cpu":  # by value: a process they go to would find the copies gone
+            modules = pickle.dumps(modules)
+        return {**self.__dict__, "_modules": modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = state["_modules"]
+        if isinstance(modules, bytes):
+            state = {**state, "_modules": pickle.loads(modules)}
         super().__setstate__(state)
         if next(self.parameters()).is_inference():
             with torch.inference_mode(False):  # unpickled in it, they could not be trained later
@@ -305,6 +310,14 @@ class WorldModel(nn.Module):
         return "\n".join(lines)
 
 
+def model_checked(model: WorldModel) -> WorldModel:
+    """The model that was given, compiled or not, or an `InputError`."""
+    if isinstance(getattr(model, "_orig_mod", model), WorldModel):
+        return model
+    hint = "; its .model is one" if isinstance(getattr(model, "model", None), WorldModel) else ""
+    raise InputError(f"model: got {kind_of(model)}, allowed: a WorldModel{hint}")
+
+
 def join(z: Tensor, e: Tensor | None, a: Tensor | None = None) -> tuple[Tensor, ...]:
     """(z, e, a) without the missing ones."""
     return tuple(x for x in (z, e, a) if x is not None)
@@ -312,11 +325,7 @@ def join(z: Tensor, e: Tensor | None, a: Tensor | None = None) -> tuple[Tensor, 
 
 def _encoder(cfg: Config, shape: tuple[int, ...]) -> nn.Module:
     if cfg.obs == "rgb":
-        if len(shape) != 3 or shape[1:] != (64, 64):
-            raise InputError(f"obs_shape['rgb']: got {shape}, allowed: (channels, 64, 64)")
         return PixelEncoder(shape[0], cfg.num_channels, cfg.simnorm_dim)
-    if len(shape) != 1:
-        raise InputError(f"obs_shape['state']: got {shape}, allowed: one dimension, flatten the observation")
     hidden = max(cfg.num_enc_layers - 1, 1) * [cfg.enc_dim]
     return MLP(shape[0] + cfg.task_dim, hidden, cfg.latent_dim, cfg.simnorm_dim)
 

@@ -22,7 +22,7 @@ import tdmpc2_fast.files
 from tdmpc2_fast import TDMPC2, Config, Planner, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.config import MODEL_SIZES
-from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError
+from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError, InputError
 from tdmpc2_fast.train import cli
 
 
@@ -131,6 +131,8 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"refused|not a checkpoint") as caught:
             TDMPC2(tiny_config()).load(tmp_path / name)
         assert "weights_only" not in str(caught.value)  # torch's own message says how to run it
+        assert "safe_globals" not in str(caught.value)
+        assert "\t" not in str(caught.value)
     assert not marker.exists()
 
 
@@ -146,6 +148,20 @@ def test_missing_files_and_wrong_things_are_named(tmp_path: Path) -> None:
         save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors", metadata=metadata)
         with pytest.raises(CheckpointError, match=words):
             agent.load(tmp_path / "a")
+    for wrong, name in ((None, "None"), (3, "int"), (b"a", "bytes"), ([1], "list")):
+        for use in (agent.load, agent.save, load, Planner.from_checkpoint):
+            with pytest.raises(InputError, match=f"fp: got {name}, allowed"):
+                use(wrong)  # type: ignore[operator]
+    with pytest.raises(InputError, match=r"a state dict goes to TDMPC2\(cfg\)\.load"):
+        load(agent.model.state_dict())  # type: ignore[arg-type]
+    agent.save(tmp_path / "run" / "checkpoints" / "best")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for name in ("checkpoints/best.json", "config.json"):
+        with pytest.raises(CheckpointError, match=r"holds no weights, allowed: .*best\.safetensors"):
+            load(tmp_path / "run" / name)
+    for make in (load, Planner.from_checkpoint):
+        with pytest.raises(ConfigError, match=r"'horizn'\. Did you mean 'horizon'"):
+            make(tmp_path / "run", horizn=3)  # type: ignore[operator]
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="list"):
         agent.load(tmp_path / "list.pt")
@@ -251,6 +267,49 @@ def test_info_and_its_like_see_through_wrappers(name: str, tmp_path: Path, capsy
     assert WRAPPED[name][1] in " ".join(out.split())
 
 
+@pytest.mark.parametrize(
+    "change", [dict(num_bins=0), dict(vmin=-5), dict(vmax=5), dict(simnorm_dim=4), dict(log_std_max=1)], ids=str
+)
+def test_settings_that_give_weights_another_meaning_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    base: dict[str, Any] = dict(num_bins=1) if "num_bins" in change else {}
+    TDMPC2(tiny_config(**base)).save(tmp_path / "a")
+    ((key, value),) = change.items()
+    was = getattr(tiny_config(**base), key)
+    for use in (TDMPC2(tiny_config(**base | change)).load, lambda fp: load(fp, **change)):
+        with pytest.raises(CheckpointError, match=f"{key} is {was} in it and {value} here; set {key}={was}$"):
+            use(tmp_path / "a")
+    load(tmp_path / "a", rho=0.7, horizon=2)
+
+
+def test_bins_that_are_not_there_have_no_range(tmp_path: Path) -> None:
+    TDMPC2(tiny_config(num_bins=0)).save(tmp_path / "a")
+    TDMPC2(tiny_config(num_bins=0, vmin=-3)).load(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"set num_bins=1 or 0$"):
+        TDMPC2(tiny_config()).load(of_another(num_bins=0))
+    with pytest.raises(CheckpointError, match=r"set mlp_dim=32$"):
+        TDMPC2(tiny_config(num_bins=1)).load(of_another(num_bins=0, mlp_dim=32))
+
+
+def test_float8_weights_come_back_rounded() -> None:
+    state = tensors_only(TDMPC2(tiny_config()).model.state_dict())
+    other = TDMPC2(tiny_config(seed=2))
+    other.load({k: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v for k, v in state.items()})
+    assert torch.equal(other.model._pi[0].weight, state["_pi.0.weight"].to(torch.float8_e4m3fn).float())  # type: ignore[arg-type, union-attr]
+
+
+def test_a_size_is_advised_where_it_helps_and_with_it_dims_that_are_given() -> None:
+    def advice(**keys: Any) -> str:
+        cfg = Config(device="cpu", **keys).with_env({"state": (5,)}, 2, 50)
+        with pytest.raises(CheckpointError) as caught:
+            TDMPC2(cfg).load(small)
+        return str(caught.value).rpartition("; set ")[2]
+
+    small = TDMPC2(Config(model_size=1, device="cpu").with_env({"state": (5,)}, 2, 50)).model.state_dict()
+    assert advice() == "model_size=1"
+    assert advice(model_size=1, mlp_dim=64) == "mlp_dim=384"
+    assert advice(mlp_dim=64) == "model_size=1 mlp_dim=384"
+
+
 def test_bfloat16_weights_come_back_rounded() -> None:
     agent, other = TDMPC2(tiny_config(log_std_min=-5.3)), TDMPC2(tiny_config(log_std_min=-5.3, seed=2))
     state = tensors_only(agent.model.state_dict())
@@ -279,6 +338,7 @@ def of_another(**changes: Any) -> dict[str, Any]:
             lambda s: {**s, "_pi.0.bias": s["_pi.0.bias"] * torch.nan, "_reward.2.bias": s["_reward.2.bias"] / 0},
             ["2 of 62 tensors", "NaN or infinity", "_reward.2.bias, _pi.0.bias"],
         ),
+        (lambda s: {**s, "_pi.0.bias": s["_pi.0.bias"].double() + 1e300}, ["infinity as torch.float32: _pi.0.bias"]),
         (lambda s: of_another(**MODEL_SIZES[1]), ["latent_dim is 128", "set model_size=1"]),
         (lambda s: of_another(num_q=4, num_bins=51), ["num_q is 4 in it and 3 here", "set num_q=4 num_bins=51"]),
         (lambda s: of_another(num_enc_layers=4), ["set num_enc_layers=4"]),

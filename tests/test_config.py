@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import GOLDEN, TINY, tiny_config
 
 from tdmpc2_fast import TDMPC2, Config
@@ -17,6 +18,9 @@ from tdmpc2_fast.config import MODEL_SIZES, task_embedding_dim
 from tdmpc2_fast.errors import ConfigError, nearest
 
 gym = pytest.importorskip("gymnasium")
+
+
+WRONG_SHAPES = [(3.5,), (-3,), (0,), 3, (), "3", None, (True,)]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,15 @@ gym = pytest.importorskip("gymnasium")
         (dict(steps=float("nan")), ["steps", "nan"]),
         (dict(multitask=True, tasks=("a",), task_dim=4), ["action_dims", "one entry per task"]),
         (dict(seed=-1), ["seed", "-1"]),
+        (dict(steps=10**5000), ["steps", "an integer of 16610 bits", "63 bits"]),
+        (dict(lr=10**400), ["lr", "63 bits"]),
+        ({3: 3}, ["unknown config key 3"]),
+        (None, ["config: got None", "a dict"]),
+        (dict(env_kwargs={"a": object()}), ["env_kwargs", "as JSON holds them"]),
+        *((dict(obs_shape={"state": s}), [f"{{'state': {s!r}}}", "each at least 1"]) for s in WRONG_SHAPES),
+        (dict(obs_shape={"state": (64, 64, 3)}), ["(64, 64, 3)", "obs=rgb"]),
+        (dict(obs_shape={"rgb": (3, 64, 64)}), ["rgb", "obs=state"]),
+        (dict(obs="rgb", obs_shape={"rgb": (64, 64, 3)}), ["(64, 64, 3)", "channels first", "train"]),
     ],
 )
 def test_bad_values_name_key_value_and_range(values: dict[str, Any], words: list[str]) -> None:
@@ -107,6 +120,17 @@ def test_takes_the_official_cfg(case: str, kind: type) -> None:
     assert cfg.multitask == official["multitask"]
     assert cfg.task_dim == official["task_dim"]
     assert cfg.checkpoint is None
+
+
+def test_what_is_no_official_cfg_is_named() -> None:
+    for wrong in ("walker-walk", None, 3, [], object()):
+        with pytest.raises(ConfigError, match=r"cfg: got .*, allowed: a Config, the official cfg"):
+            TDMPC2(wrong)
+    with pytest.raises(ConfigError, match=r"'horizn'\. Did you mean 'horizon'"):
+        TDMPC2({"horizn": 2})
+    with pytest.raises(ConfigError, match=r"'horizn'\. Did you mean 'horizon'"):
+        Config().replace(horizn=2)
+    assert Config.from_official({"task_title": "A", "obs_shapes": "???", "bin_size": 0.2, "hydra": {}}) == Config()
 
 
 def test_iterations_and_discount() -> None:
@@ -209,6 +233,25 @@ def test_gymnasium_itself_completes_a_config() -> None:
     assert Config().with_env(gym.make_vec("Pendulum-v1", 2)) == Config().with_env({"state": (3,)}, 1, 200)
 
 
+class Endless(gym.Env[Any, Any]):
+    observation_space, action_space = box(3), box(1)
+
+
+@pytest.mark.parametrize("vector", [None, gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv])
+@pytest.mark.parametrize("kind", ["registered", "wrapped"])
+def test_the_length_of_episodes_is_found_in_wrappers_and_vectors(kind: str, vector: Any) -> None:
+    def make() -> Any:
+        if kind == "registered":
+            return gym.make("Pendulum-v1", max_episode_steps=30)
+        return gym.wrappers.ClipAction(gym.wrappers.TimeLimit(Endless(), 30))
+
+    env = make() if vector is None else vector([make] * 2)
+    try:
+        assert Config().with_env(env) == Config().with_env({"state": (3,)}, 1, 30)
+    finally:
+        env.close()
+
+
 @pytest.mark.parametrize(
     ("env", "words"),
     [
@@ -221,7 +264,7 @@ def test_gymnasium_itself_completes_a_config() -> None:
             ["observation_space=Dict", "'state'"],
         ),
         (SimpleNamespace(obs_shape=(3,), action_dim=2), ["max_episode_steps", "Config(episode_length=N)"]),
-        (None, ["a NoneType without observation_space"]),
+        (None, ["got None without observation_space"]),
     ],
 )
 def test_an_environment_that_does_not_tell_is_named(env: Any, words: list[str]) -> None:
@@ -249,5 +292,8 @@ def test_values_of_numpy_and_paths_are_plain_ones() -> None:
     assert [type(k) for k in kinds] == [str, str, int, float, bool, int]
     tasks = Config(multitask=True, tasks=("a", "b"), task_dim=4, action_dims=np.array([1, 2]), episode_lengths=(5, 5))
     assert [type(n) for n in tasks.action_dims] == [int, int]
+    assert Config(device=torch.device("cuda", 1)).device == "cuda:1"  # type: ignore[arg-type]
+    kwargs = {"gain": np.float32(2), "xs": np.array([1, 2]), "deep": {"x": torch.ones(1)}, "file": Path("a")}
+    assert Config(env_kwargs=kwargs).env_kwargs == {"gain": 2.0, "xs": [1, 2], "deep": {"x": [1.0]}, "file": "a"}
     with pytest.raises(ConfigError, match="episodic"):
         Config(episodic=np.int64(1))

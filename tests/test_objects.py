@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import itertools
+import multiprocessing as mp
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,6 +55,27 @@ def test_a_copy_made_in_training_goes_on_alike_and_alone(way: str, backend: str,
     assert everything(agent) == everything(other)
     others.add(random_episode(agent.cfg, 20, task=0))
     assert others.num_eps == buffer.num_eps + 1
+
+
+def go_on(agent: TDMPC2, buffer: ReplayBuffer, answer: Any) -> None:
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    answer.put(learn(agent, buffer, 1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_process_is_given_an_agent_and_its_replay(backend: str) -> None:
+    agent = TDMPC2(tiny_config(**SMALLER, backend=backend))
+    buffer = filled_buffer(agent.cfg)
+    learn(agent, buffer, 1)
+    copied = copy.deepcopy((agent, buffer))
+    ctx = mp.get_context("spawn")
+    answer = ctx.SimpleQueue()
+    child = ctx.Process(target=go_on, args=(agent, buffer, answer))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert answer.get() == learn(*copied, 1)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -18,6 +18,7 @@ from tdmpc2_fast.errors import InputError
 from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, generator
+from tdmpc2_fast.update import Updater
 
 Liven = Callable[[TDMPC2], TDMPC2]
 
@@ -159,9 +160,9 @@ def test_without_mpc_the_policy_acts(cfg: Config) -> None:
 @pytest.mark.parametrize(
     ("obs", "words"),
     [
-        (torch.zeros(4), ["obs", "(1, 4)", "(1, 5)"]),
+        (torch.zeros(4), ["obs", "(4,)", "(5,)"]),
         (torch.zeros(2, 5), ["obs", "(2, 5)", "(1, 5)"]),
-        (torch.tensor([0.0, 1.0, torch.nan, 0.0, 0.0]), ["obs", "nan", "[0, 2]", "finite"]),
+        (torch.tensor([0.0, 1.0, torch.nan, 0.0, 0.0]), ["obs", "nan", "[2]", "finite"]),
         (torch.full((5,), torch.inf), ["obs", "inf"]),
     ],
 )
@@ -175,7 +176,7 @@ def test_bad_observations_are_named(agent: TDMPC2, obs: torch.Tensor, words: lis
 def test_bad_flags_and_counts_are_named(agent: TDMPC2) -> None:
     with pytest.raises(InputError, match="t0"):
         agent.planner.plan(torch.zeros(1, 5), t0=torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(InputError, match="num_envs: got 0"):
+    with pytest.raises(InputError, match=r"num_envs: got 0"):
         Planner(agent.model, 0)
 
 
@@ -226,9 +227,9 @@ def test_observations_come_as_people_have_them(cfg: Config, kind: str, mpc: bool
     ("obs", "words"),
     [
         (None, "obs: got None"),
-        ("abc", "obs: got a str"),
-        (object(), "obs: got a object"),
-        ([[1, 2], [3]], "obs: got a list"),
+        ("abc", "obs: got str"),
+        (object(), "obs: got object"),
+        ([[1, 2], [3]], "obs: got list"),
         ([torch.ones(2), torch.ones(3)], "tensors of different shapes"),
         (np.ones(5, complex), "complex128"),
         (torch.ones(5, dtype=torch.complex64), "complex64"),
@@ -240,13 +241,40 @@ def test_observations_come_as_people_have_them(cfg: Config, kind: str, mpc: bool
         ({"state": None}, "obs: got None"),
         (np.full(5, 1e300), "inf at index"),
         (3.0, r"got shape \(\)"),
-        ([], r"got shape \(1, 0\)"),
+        ([], r"got shape \(0,\), allowed: \(5,\)"),
     ],
 )
 @pytest.mark.parametrize("mpc", [True, False])
 def test_what_is_no_observation_is_named(cfg: Config, obs: Any, words: str, mpc: bool) -> None:
     with pytest.raises(InputError, match=words):
         TDMPC2(cfg.replace(mpc=mpc)).act(obs)
+
+
+def test_what_came_is_named_as_it_came(cfg: Config) -> None:
+    agent = TDMPC2(cfg, num_envs=4)
+    for obs, words in (
+        ([1.0] * 5, r"got shape \(5,\), allowed: \(4, 5\)"),
+        (np.ones((2, 5)), r"got shape \(2, 5\), allowed: \(4, 5\)"),
+    ):
+        with pytest.raises(InputError, match=words):
+            agent.act(obs)
+
+
+def test_a_planner_is_made_of_a_model_and_whole_numbers(cfg: Config) -> None:
+    agent = TDMPC2(cfg)
+    for wrong, words in ((agent, "got TDMPC2, allowed: a WorldModel; its .model is one"), (None, "got None")):
+        for make in (Planner, Updater):
+            with pytest.raises(InputError, match=f"model: {words}"):
+                make(wrong)
+    for count in (0, True, 1.5, "2", None, [1]):
+        with pytest.raises(InputError, match=r"num_envs: got .*, allowed: an integer of at least 1"):
+            Planner(agent.model, count)  # type: ignore[arg-type]
+    for seed in (-1, 1.5, "x", True):
+        with pytest.raises(InputError, match=r"seed: got .*, allowed: an integer of at least 0"):
+            Planner(agent.model, 1, seed)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="num_envs"):
+        TDMPC2(cfg, True)
+    assert Planner(agent.model, np.int64(2), np.int64(3)).plan(np.ones((2, 5))).shape == (2, 2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["t0", "eval_mode"])

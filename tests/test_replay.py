@@ -12,7 +12,7 @@ import torch
 from conftest import random_episode, tiny_config, tiny_multitask
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
-from tdmpc2_fast.errors import InputError
+from tdmpc2_fast.errors import ConfigError, InputError
 from tdmpc2_fast.replay import storage_device
 
 
@@ -166,11 +166,14 @@ def test_sampling_is_reproducible() -> None:
         (dict(reward=np.full(20, np.nan, np.float32)), [r"episode\['reward'\]", "NaN"]),
         (dict(obs=np.full((20, 5), np.inf, np.float32)), [r"episode\['obs'\]", "infinity"]),
         (dict(obs={"rgb": 1}), [r"episode\['obs'\]", r"a dict with \['rgb'\], allowed: 'state'"]),
+        (dict(reward=np.zeros(19)), [r"episode\['reward'\]: got shape \(19,\), allowed: \(20,\)"]),
+        (dict(obs=np.zeros((19, 5))), [r"episode\['obs'\]: got shape \(19, 5\), allowed: \(20, 5\)"]),
+        (dict(obs=[], action=[], reward=[], terminated=[]), ["episode: got no steps, allowed: at least one"]),
         (dict(reward=None), ["episode: got keys", "'reward'"]),
         (dict(reward=np.zeros(20, complex)), [r"episode\['reward'\]", "complex128"]),
-        (dict(reward=[[1], [1, 2]]), [r"episode\['reward'\]", "a list"]),
+        (dict(reward=[[1], [1, 2]]), [r"episode\['reward'\]", "got list"]),
         (dict(reward=np.full(20, 1e300)), [r"episode\['reward'\]", "infinity"]),
-        (dict(obs="abc"), [r"episode\['obs'\]", "a str"]),
+        (dict(obs="abc"), [r"episode\['obs'\]", "got str"]),
     ],
 )
 def test_bad_episodes_are_named(change: dict[str, Any], words: list[str]) -> None:
@@ -248,9 +251,25 @@ def test_storage_follows_the_memory_that_is_free(
     assert storage_device(torch.device("cpu"), 10**8, 1) == (torch.device("cpu"), False)
 
 
+def test_terminated_may_be_none(cfg: Config) -> None:
+    buffer = ReplayBuffer(cfg)
+    assert buffer.add({**random_episode(cfg, 20), "terminated": None}) == 1
+    assert not buffer.steps(0, 20)["terminated"].any()
+
+
+def test_what_is_no_config_or_no_device_is_named(cfg: Config) -> None:
+    for wrong, words in ((None, "cfg: got None"), ({"horizn": 2}, "horizn"), ("x", "cfg: got str")):
+        with pytest.raises(ConfigError, match=words):
+            ReplayBuffer(wrong)
+    for device in (None, 3, "xyz", "mps"):
+        with pytest.raises((InputError, ConfigError), match=f"device.*: got .*{device}.*allowed|device: got int"):
+            ReplayBuffer(cfg, device)  # type: ignore[arg-type]
+    assert ReplayBuffer(cfg.to_dict()).cfg == cfg
+
+
 def test_what_is_no_episode_or_no_buffer_is_named(agent: TDMPC2) -> None:
     for wrong in (None, [1], "abc"):
-        with pytest.raises(InputError, match=r"episode: got a .*, allowed: a dict of arrays"):
+        with pytest.raises(InputError, match=r"episode: got .*, allowed: a dict of arrays"):
             ReplayBuffer(agent.cfg).add(wrong)  # type: ignore[arg-type]
-        with pytest.raises(InputError, match=r"buffer: got a .*, allowed: a ReplayBuffer"):
+        with pytest.raises(InputError, match=r"buffer: got .*, allowed: a ReplayBuffer"):
             agent.update(wrong)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from conftest import GOLDEN, tiny_config, tiny_multitask
 
 from tdmpc2_fast import TDMPC2, Config, WorldModel
 from tdmpc2_fast.config import task_embedding_dim
-from tdmpc2_fast.errors import InputError
+from tdmpc2_fast.errors import ConfigError, InputError
 
 COUNTS = json.loads((GOLDEN / "param_counts.json").read_text())["counts"]
 INIT = json.loads((GOLDEN / "init_stats.json").read_text())
@@ -176,5 +176,5 @@ def test_wrong_use_is_named() -> None:
         multi.encode(torch.randn(1, 5), 3)
     with pytest.raises(InputError, match="'median'"):
         single.Q(torch.rand(1, 16), torch.rand(1, 2), return_type="median")
-    with pytest.raises(InputError, match="obs_shape"):
+    with pytest.raises(ConfigError, match="obs_shape"):
         WorldModel(Config().with_env({"rgb": (9, 64, 64)}, 2, 500))

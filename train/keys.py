@@ -17,7 +17,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tdmpc2_fast.config import DEFAULT_DIMS, MODEL_SIZES, Config, describe_range
+from tdmpc2_fast.config import DEFAULT_DIMS, MODEL_SIZES, Config
+from tdmpc2_fast.config_values import describe_range
 from tdmpc2_fast.errors import ConfigError, did_you_mean, nearest
 
 _MULTI_TASK_BATCH = 1024
