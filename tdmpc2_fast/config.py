@@ -339,14 +339,15 @@ class Config:
         Keys without a meaning here are left out, unset ones (`???`) take the default.
 
         Raises:
-            ConfigError: no such object, or a dict with a key that seems to be another one mistyped.
+            ConfigError: no such object, or a plain dict with a key that seems to be another one mistyped.
         """
         if isinstance(cfg, Config):
             return cfg
         if isinstance(cfg, Mapping):
             get = cfg.get
-            absent = [k for k in cls.key_names() if k not in cfg]  # one that is there is not the one meant
-            _check_known([k for k in cfg if k not in _OFFICIAL_ONLY and did_you_mean(str(k), absent)])
+            if isinstance(cfg, dict):  # written by hand; an OmegaConf has keys of whoever extended it
+                absent = [k for k in cls.key_names() if k not in cfg]  # one that is there is not the one meant
+                _check_known([k for k in cfg if k not in _OFFICIAL_ONLY and did_you_mean(str(k), absent)])
         elif any(hasattr(cfg, key) for key in ("task", "obs", "obs_shape")):
             get = functools.partial(getattr, cfg)
         else:
