@@ -251,7 +251,7 @@ def _agent(path: Path, values: dict[str, Any]) -> TDMPC2:
     env.close()
     choose_threads(cfg)
     agent = TDMPC2(cfg)
-    checkpoint.load_into(agent.model, state, repr(str(path)), note=keys.to_stderr)
+    checkpoint.load_into(agent.model, state, repr(str(path)), keys.to_stderr, saved)
     return agent
 
 

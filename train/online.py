@@ -69,7 +69,8 @@ class OnlineTrainer:
         notes = list(getattr(first, "notes", ()))
         if cfg.checkpoint is not None and saved is None:
             path = checkpoint.find_checkpoint(cfg.checkpoint)
-            checkpoint.load_into(self.agent.model, checkpoint.read(path)[0], repr(str(path)), notes.append)
+            state, made_with = checkpoint.read(path)
+            checkpoint.load_into(self.agent.model, state, repr(str(path)), notes.append, made_with)
         self.buffer = ReplayBuffer(cfg, self.agent.device)
         self.buffer.check_memory()
         self.folder, self.stop = folder, stop or Stop()
