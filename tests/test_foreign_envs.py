@@ -154,10 +154,10 @@ def test_random_state_of_every_kind_goes_on(name: str) -> None:
         ("NoReward", "reward: got None, allowed: a number"),
         ("TwoRewards", "reward: got float64 of shape (2,), allowed: a number"),
         ("RewardInWords", "reward: got '1.0', allowed: a number"),
-        ("NoFlag", "terminated: got None, allowed: a number"),
+        ("NoFlag", "terminated: got None, allowed: true or false"),
         ("SuccessInWords", "info['success']: got 'yes', allowed: a number"),
         ("InfoInAList", "info: got ['success'], allowed: a dict"),
-        ("FourValues", "step: got 4 values, allowed: observation, reward, terminated, truncated, info"),
+        ("FourValues", "got 4), allowed: observation, reward, terminated, truncated, info"),
         ("NoInfoAtReset", "reset: got float32 of shape (3,), allowed: an observation and an info"),
         ("Ragged", "observation: got [1.0, [2.0, 3.0]], allowed: numbers"),
         ("TooMany", "observation: got float64 of shape (4,), allowed: numbers of shape (3,)"),
@@ -271,8 +271,6 @@ def test_actions_are_exact_and_contained(name: str) -> None:
         np.testing.assert_array_equal(foreign_envs.Plain.seen[-1], expected.astype(space.dtype))
     for action in np.random.default_rng().uniform(-1.001, 1.001, (100, env.action_dim)).astype(np.float32):
         env.step(action)  # which asserts that it is contained
-    with pytest.raises(EnvError, match="action: got nan"):
-        envs_base.step(env, np.full(env.action_dim, np.nan, np.float32))
 
 
 def test_a_space_of_the_official_bounds_changes_no_action() -> None:
@@ -367,7 +365,7 @@ def test_images_are_trained_from_pixels(train: Any) -> None:
     [
         ("CameraAndNumbers", {}, "its part 'camera' is an image beside its part 'speed'"),
         ("CameraAndNumbers", dict(obs="rgb", latent_dim=512), "FilterObservation"),
-        ("Plain", dict(obs="rgb", latent_dim=512), "it observes no images, allowed: obs=state"),
+        ("Plain", dict(obs="rgb", latent_dim=512), "got 'rgb', allowed: obs=state, or images"),
         ("WordsInParts", {}, "its part 'inner/log' (Sequence"),
     ],
 )

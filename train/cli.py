@@ -49,7 +49,7 @@ def _failed(e: Exception, args: Sequence[str]) -> int:
     if debug:
         traceback.print_exception(e)
     plain = isinstance(e, OSError) or type(e).__module__.startswith("tdmpc2_fast.")
-    message = str(e) if plain else f"{type(e).__name__}: {e}"
+    message = str(e) if plain else f"{type(e).__name__}: {' '.join(str(e).split())}"
     tell(error=message)
     print(f"error: {message}", file=sys.stderr)
     for note in getattr(e, "__notes__", ()):

@@ -34,20 +34,23 @@ class Doubts:
         """Look at the rewards of an episode that has ended, and at what they add up to."""
         rewards = np.asarray(episode.reward[1:])
         self._longest = max(self._longest, len(rewards))
-        returns, following = np.empty_like(rewards), 0.0
+        discount = self.cfg.discounts[0]
+        # Behind the end of time it goes on as it was.
+        returns, following = np.empty_like(rewards), 0.0 if episode.terminated[-1] else rewards.mean() / (1 - discount)
         for t in reversed(range(len(rewards))):
-            returns[t] = following = rewards[t] + self.cfg.discounts[0] * following
+            returns[t] = following = rewards[t] + discount * following
         low, high = self._range
         for what, values in (("reward", rewards), ("discounted return", returns)):
             beyond = values[(values < low) | (values > high)]
             if len(beyond):
-                most = max(np.abs(rewards).max(), np.abs(returns).max())
-                end = "vmax=" if beyond[0] > 0 else "vmin=-"
+                both = np.concatenate([rewards, returns])
+                ends = [("vmin=-", -both.min()), ("vmax=", both.max())]
+                limits = " ".join(f"{key}{math.ceil(math.log1p(x)) + 1}" for key, x in ends if x > high)
                 self.say(
                     "bins",
                     f"got a {what} of {beyond[0]:,.6g}, beyond the bins, which end at {low:,.0f} and {high:,.0f} "
                     "(symexp of vmin and vmax): it is learned as if it were there. Scale rewards down, or train with "
-                    f"{end}{math.ceil(math.log1p(most)) + 1}",
+                    f"{limits or 'a larger vmax'}",
                 )
 
     def seeded(self, decisions: int, buffer: ReplayBuffer) -> None:

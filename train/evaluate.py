@@ -17,7 +17,7 @@ from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.seeds import stream_seed
 
 from .envs import make_env
-from .envs.base import Array, Env, Failures, close_all, reset, step
+from .envs.base import FAILURES, Array, Env, Failures, check_actions, close_all, reset, step
 from .stop import Stop
 from .video import Film
 
@@ -109,11 +109,12 @@ class Evaluator:
             if was_running:
                 film.add(self._caption(total[0], length[0]))
             actions = self._act(np.stack(obs), t0)
+            check_actions(actions, np.stack(obs))
             t0 = False
             for i in (i for i in range(count) if running[i]):
                 try:
                     now = step(self.envs[first + i], actions[i])
-                except Exception as e:  # whatever a simulator raises
+                except FAILURES as e:
                     self._made_anew(first + i, failures, e)
                     running[i], dropped[i] = False, True
                     continue
@@ -121,7 +122,7 @@ class Evaluator:
                 total[i] += now.reward
                 length[i] += 1
                 success[i] = now.success
-                running[i] = not (now.terminated or now.truncated)
+                running[i] = not (now.terminated or now.truncated or length[i] >= self.envs[0].max_episode_steps)
             if was_running and not running[0]:
                 film.add(self._caption(total[0], length[0]))
             yield max(length)
@@ -132,10 +133,10 @@ class Evaluator:
         while True:
             try:
                 return reset(self.envs[i])
-            except Exception as e:
+            except FAILURES as e:
                 self._made_anew(i, failures, e)
 
-    def _made_anew(self, i: int, failures: Failures, error: Exception) -> None:
+    def _made_anew(self, i: int, failures: Failures, error: BaseException) -> None:
         """Make environment i anew after an error, unless that is to end the run."""
         failures.take(i, error)
         close_all([self.envs[i]])

@@ -168,8 +168,9 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
             note(f"{key} has no effect: {NOT_NEEDED[key]}")
         elif key == "preset" and presets:
             preset = PRESETS.get(value_of(OPTION_FIELDS[key], text), {})
-        elif key == "env_kwargs":
-            raise ConfigError(f"config key {key!r}: got {text!r}, allowed: one by one, env.KEY=VALUE")
+        elif key == "env_kwargs" or key.startswith("env_kwargs."):
+            name = key.partition(".")[2] or "KEY"
+            raise ConfigError(f"config key {key!r}: allowed: one by one, env.{name}=VALUE")
         elif key in CONFIG_FIELDS:
             values[key] = value_of(CONFIG_FIELDS[key], text)
         elif key in OPTION_FIELDS:
@@ -218,6 +219,8 @@ def _setting(key: str, text: str) -> Any:
     named = {"true": True, "false": False, "none": None, "null": None, "": None}
     if text.lower() in named:
         return named[text.lower()]
+    if re.fullmatch(r"[-+]?(inf|infinity|nan)", text, re.IGNORECASE):
+        raise ConfigError(f"config key {key!r}: got {text}, allowed: finite numbers")
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError):
             return read(text)

@@ -32,7 +32,7 @@ from tdmpc2_fast.seeds import stream_seed
 from .checkpoints import Checkpoints, Saved
 from .doubts import Doubts
 from .envs import check_episodic, complete, make_env
-from .envs.base import Actions, EnvState, env_seed
+from .envs.base import Actions, EnvState, check_actions, env_seed
 from .envs.together import environments
 from .envs.workers import leave_if_imported_anew
 from .episode import Episode
@@ -183,7 +183,9 @@ class OnlineTrainer:
         episodes = self._running()
         obs = torch.from_numpy(np.stack([e.obs[-1] for e in episodes]))
         t0 = torch.tensor([len(e) == 0 for e in episodes])
-        return self.agent.act(obs, t0).numpy()
+        actions = self.agent.act(obs, t0).numpy()
+        check_actions(actions, obs.numpy())
+        return actions
 
     def _learn(self) -> None:
         """Launch the updates that are due."""

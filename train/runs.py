@@ -87,8 +87,10 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
         done = saved.values["decisions"]
         if saved.values["evaluated_at"] >= cfg.steps:
             more = 2 * max(cfg.steps, done)
-            print(f"finished at {done:,} decisions; to go on: tdmpc2-fast resume {folder} steps={more}")
-            return 0
+            learned = "updater/steps" in saved.tensors
+            how = "finished" if learned else "finished, and nothing was learned,"
+            print(f"{how} at {done:,} decisions; to go on: tdmpc2-fast resume {folder} steps={more}")
+            return int(not learned)
         choose_threads(cfg)
         return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], tell)
 

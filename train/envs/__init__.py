@@ -13,7 +13,7 @@ from tdmpc2_fast.errors import ConfigError, nearest
 
 from . import dmcontrol, gymnasium_tasks
 from .answers import EnvError
-from .base import Env, Step, close_all, reset, step
+from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step
 from .catalogue import PLANNED
 
 _TRY_DECISIONS, _TRY_SECONDS = 200, 1.0
@@ -109,12 +109,12 @@ def _try(cfg: Config, env: Env) -> None:
                 break
     except ConfigError:
         raise
-    except Exception as e:  # whatever a simulator raises
+    except FAILURES as e:
         if cfg.on_env_error == "drop":
             return
         where = f"{cfg.task} failed in decision {decisions + 1} of a try with random actions"
-        if isinstance(e, EnvError):
-            raise ConfigError(f"config key 'task': {where}: {e}") from e
+        if isinstance(e, (EnvError, SystemExit)):
+            raise ConfigError(f"config key 'task': {where}: {in_a_line(e)}") from e
         e.add_note(f"{where}, before the run; on_env_error=drop goes on without such episodes")
         raise
 

@@ -33,7 +33,10 @@ def flag(value: Any, field: str) -> bool:
     """Return whether `value`, one number as for `number`, is not zero; NaN is no flag."""
     if value is True or value is False:
         return value
-    found = number(value, field)
+    try:
+        found = number(value, field)
+    except EnvError as e:
+        raise unusable(field, value, "true or false") from e
     if found != found:
         raise unusable(field, value, "true or false")
     return found != 0
@@ -47,7 +50,9 @@ def success(info: Any) -> float:
         raise unusable("info", info, "a dict")
     key = "success" if "success" in info else "is_success"
     value = info.get(key)
-    return 0.0 if value is None else number(value, f"info[{key!r}]")
+    found = 0.0 if value is None else number(value, f"info[{key!r}]")
+    finite(found, f"info[{key!r}]")
+    return found
 
 
 def array(value: Any, shape: tuple[int, ...], dtype: Any, field: str) -> NDArray[Any]:

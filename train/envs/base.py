@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import BackendError, ConfigError
+from tdmpc2_fast.errors import BackendError, ConfigError, NonFiniteError
 from tdmpc2_fast.seeds import stream_seed
 
 from .answers import EnvError, array, finite, flag, number, success
 
 _log = logging.getLogger(__name__)
 _MOST_DROPPED = 10
+FAILURES = (Exception, SystemExit)
+"""What other people's code may raise without ending more than an episode."""
 Array = NDArray[np.float32] | NDArray[np.uint8]
 Actions = NDArray[np.float32]  # (A,), or more in front
 
@@ -150,7 +152,6 @@ def step(env: Env, action: Actions) -> Step:
     Raises:
         EnvError: an answer in another form, or one that no number can be learned from.
     """
-    finite(action, "action")
     return judged(env.step(action), lambda obs: _observed(env, obs))
 
 
@@ -179,6 +180,13 @@ def _observed(env: Env, obs: Any) -> Array:
     return found
 
 
+def check_actions(actions: NDArray[Any], obs: NDArray[Any]) -> None:
+    """Raise `NonFiniteError` for actions of an agent that are NaN; no environment is to blame for them."""
+    if not np.isfinite(actions).all():
+        most = np.abs(obs.astype(np.float64)).max()
+        raise NonFiniteError(f"action: got NaN from the agent, for observations of up to {most:.3g}; scale them down")
+
+
 def env_seed(seed: int, index: int, restart: int = 0) -> int:
     """Seed of environment `index` of a run; `restart` counts the times environments were made anew.
 
@@ -195,8 +203,8 @@ def close_all(envs: Iterable[Env]) -> None:
     for env in envs:
         try:
             env.close()
-        except Exception as e:  # what was learned from it is worth more than its last word
-            _log.warning("an environment could not be closed: %s: %s", type(e).__name__, e)
+        except FAILURES as e:  # what was learned from it is worth more than its last word
+            _log.warning("an environment could not be closed: %s", in_a_line(e))
 
 
 class Failures:
@@ -217,7 +225,7 @@ class Failures:
         """Count the episodes that ended with these steps."""
         self.ended += sum(step is not None and (step.terminated or step.truncated) for step in steps)
 
-    def take(self, index: int, error: Exception, trace: str = "") -> None:
+    def take(self, index: int, error: BaseException, trace: str = "") -> None:
         """Drop the episode of environment `index`, which must then be made anew.
 
         trace: where the error came from, if that was in another process.
@@ -227,6 +235,8 @@ class Failures:
             Exception: where they stop it, an error of this process that is not ours, as it is.
         """
         where = f"{self.cfg.task}, environment {index}"
+        if isinstance(error, SystemExit):
+            error = EnvError(f"it called sys.exit({error.code!r})")
         if self.cfg.on_env_error == "stop":
             if isinstance(error, EnvError):
                 raise EnvError(f"{where} raised\n{trace}" if trace else f"{where}: {error}")
@@ -243,7 +253,7 @@ class Failures:
             self.note(f"{where}: {in_a_line(error)}; the episode is dropped ({self.dropped} so far)")
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """Return what an error says in a line; of others' errors, their kind, too."""
     text = " ".join(str(error).split())
     return text if isinstance(error, (EnvError, ConfigError)) else f"{type(error).__name__}: {text}"

@@ -8,6 +8,7 @@ end with the suite's time limit, which is after 500 decisions, and never termina
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError
 
 from . import random_state
-from .base import Array, Env, RenderError
+from .base import Array, Env, RenderError, in_a_line
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 from .pixels import FRAMES, SIZE, Stack
 
@@ -205,7 +206,7 @@ def _load(suite: Any, domain: str, name: str, seed: int, settings: Mapping[str, 
                 f"config key 'env.{key}': got {value!r}, allowed in DMControl: env.task_kwargs.KEY=VALUE and "
                 "env.environment_kwargs.KEY=VALUE"
             )
-    task_kwargs, environment_kwargs = (dict(settings.get(k, {})) for k in _SETTINGS)
+    task_kwargs, environment_kwargs = (copy.deepcopy(settings.get(k, {})) for k in _SETTINGS)
     if "random" in task_kwargs:
         raise ConfigError("config key 'env.task_kwargs.random': allowed: seed=N, which seeds the task")
     try:
@@ -216,10 +217,10 @@ def _load(suite: Any, domain: str, name: str, seed: int, settings: Mapping[str, 
             environment_kwargs=environment_kwargs,
             visualize_reward=False,
         )
-    except (TypeError, ValueError) as e:
+    except Exception as e:  # of the task, or of MuJoCo
         if not settings:
             raise
-        raise ConfigError(f"config key 'env': {domain}-{name} takes none of these settings: {e}") from e
+        raise ConfigError(f"config key 'env': {domain}-{name} takes none of these settings: {in_a_line(e)}") from e
 
 
 def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ bounds (for the official tasks these are the same). Tasks that can terminate nee
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import os
@@ -23,8 +24,8 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, did_you_mean
 
 from . import random_state
-from .answers import unusable
-from .base import Array, Env, RenderError, judged
+from .answers import EnvError, unusable
+from .base import FAILURES, Array, Env, RenderError, in_a_line, judged
 from .catalogue import lacks, with_continuous_actions
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 from .spaces import ActionSpace, ObservationSpace
@@ -86,11 +87,11 @@ class GymnasiumTask:
     def __init__(self, cfg: Config, seed: int) -> None:
         keep_log_out_of_the_way()
         name, length, kwargs = OFFICIAL.get(cfg.task, (cfg.task, 0, {}))
-        self.env, registered = _made(cfg.task, name, {**kwargs, **(cfg.env_kwargs or {})})
-        self._actions = ActionSpace(getattr(self.env, "action_space", None), cfg.task)
-        self._observations = ObservationSpace(getattr(self.env, "observation_space", None), cfg.obs, cfg.task)
-        limits = [x for x in (registered, self.env.spec and self.env.spec.max_episode_steps) if x]
-        steps = length or cfg.episode_length or min(limits, default=None)
+        limit = length or cfg.episode_length
+        self.env = _made(cfg.task, name, {**kwargs, **(cfg.env_kwargs or {})}, limit)
+        self._actions = ActionSpace(_told(self.env, "action_space"), cfg.task)
+        self._observations = ObservationSpace(_told(self.env, "observation_space"), cfg.obs, cfg.task)
+        steps = limit or (self.env.spec and self.env.spec.max_episode_steps)
         if not steps:
             raise ConfigError(f"config key 'episode_length': {name!r} has no time limit; set decisions per episode")
         self.task, self.name = cfg.task, name
@@ -115,7 +116,12 @@ class GymnasiumTask:
 
     def reset(self) -> Array:
         """Start an episode; the first one is seeded, the rest follow from it."""
-        answer = self.env.reset(seed=self._seed)
+        try:
+            answer = self.env.reset(seed=self._seed)
+        except TypeError as e:
+            if "unexpected keyword argument" not in str(e):
+                raise
+            raise EnvError(f"reset: {e}, allowed: reset(self, *, seed=None, options=None)") from e
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise unusable("reset", answer, "an observation and an info")
         self._seed, self._return, self._decisions = None, 0.0, 0
@@ -123,7 +129,14 @@ class GymnasiumTask:
 
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """One environment step."""
-        found = judged(self.env.step(self._actions(action)), lambda obs: self._observations(obs, first=False))
+        try:
+            answer = self.env.step(self._actions(action))
+        except ValueError as e:
+            if "values to unpack (expected 5" not in str(e):
+                raise
+            allowed = "observation, reward, terminated, truncated, info"  # which wrappers of Gymnasium count on, too
+            raise EnvError(f"step: {e}, allowed: {allowed}") from e
+        found = judged(answer, lambda obs: self._observations(obs, first=False))
         self._return += found.reward
         self._decisions += 1
         target = _SUCCESS_RETURN.get(self.task)
@@ -157,18 +170,17 @@ class GymnasiumTask:
 
     def random_state(self) -> dict[str, Any] | None:
         """The seed of the first episode, then the generator of the ones after; None for one of an unknown kind."""
-        state = random_state.told(getattr(self.env.unwrapped, "np_random", None))
+        state = random_state.told(_told(self.env.unwrapped, "np_random"))
         return None if state is None else {"seed": self._seed, "generator": state}
 
     def set_random_state(self, state: dict[str, Any] | None) -> None:
         """As told by `random_state`."""
         if state is None:
             return
-        try:
-            random_state.take(self.env.unwrapped.np_random, state["generator"])
-        except (TypeError, ValueError):  # an environment may change its generator when it is first reset
-            self.env.reset(seed=self._seed)
-            random_state.take(self.env.unwrapped.np_random, state["generator"])
+        if state["seed"] is None:
+            if self._seed is not None:  # an environment may make its generators when it is first reset
+                self.env.reset(seed=self._seed)
+            random_state.take(_told(self.env.unwrapped, "np_random"), state["generator"])
         self._seed = state["seed"]
 
     def close(self) -> None:
@@ -181,32 +193,29 @@ def make(cfg: Config, seed: int) -> Env:
     return GymnasiumTask(cfg, seed)
 
 
-def _made(task: str, name: str, settings: dict[str, Any]) -> tuple[Any, int | None]:
-    """Return what `gymnasium.make` makes of a name and settings, without a time limit, and the limit registered."""
+def _made(task: str, name: str, settings: dict[str, Any], limit: int | None) -> Any:
+    """Return what `gymnasium.make` makes of a name and settings; `limit`: decisions, where another is asked for."""
     import gymnasium
 
     module, _, registered = name.rpartition(":")
     if module:  # of which the import registers the id
         _import(module, name)
-    known = gymnasium.envs.registration.registry
-    spec = known.get(registered)
+    spec = gymnasium.envs.registration.registry.get(registered)
     for key, instead in _OURS.items():
         if key in settings:
             raise ConfigError(f"config key 'env.{key}': got {settings[key]!r}, allowed: {instead}")
-    # Our own checks say more than the passive checker's, and decisions are counted here.
-    tries = [dict(settings, max_episode_steps=-1, disable_env_checker=True)]
+    # Our own checks say more than the passive checker's.
+    tries = [dict(settings, max_episode_steps=limit, disable_env_checker=True)]
     if "render_mode" not in settings and _draws(spec):
         tries.append({**tries[0], "render_mode": "rgb_array"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         while True:
             try:
-                env: Any = gymnasium.make(registered, **tries.pop())
-                made = known[env.unwrapped.spec.id]  # of an id without a version, its newest
-                return env, made.max_episode_steps
-            except Exception as e:  # whatever a constructor raises
+                return gymnasium.make(registered, **copy.deepcopy(tries.pop()))  # a constructor may change them
+            except FAILURES as e:
                 if not tries:  # else it may be made without pictures
-                    raise _cannot_make(task, registered, settings, e) from e
+                    raise _cannot_make(task, name, settings, e) from e
 
 
 def _import(module: str, name: str) -> None:
@@ -221,20 +230,23 @@ def _import(module: str, name: str) -> None:
                 f"config key 'task': {name!r} needs {module}, a module that is neither installed nor in {os.getcwd()!r}"
             ) from e
         raise ConfigError(f"config key 'task': the module {module!r} of {name!r} cannot be imported: {e}") from e
-    except Exception as e:
+    except FAILURES as e:
         raise ConfigError(
-            f"config key 'task': the module {module!r} of {name!r} cannot be imported: {type(e).__name__}: {e}"
+            f"config key 'task': the module {module!r} of {name!r} cannot be imported: {in_a_line(e)}"
         ) from e
 
 
-def _cannot_make(task: str, registered: str, settings: dict[str, Any], e: Exception) -> ConfigError:
+def _cannot_make(task: str, name: str, settings: dict[str, Any], e: BaseException) -> ConfigError:
     import gymnasium
 
+    module, _, registered = name.rpartition(":")
     text = " ".join(str(e).split()).rstrip(".")
     if isinstance(e, gymnasium.error.DependencyNotInstalled) and (package := lacks(task)):
         return ConfigError(f"config key 'task': {task!r} {package}")
     if isinstance(e, gymnasium.error.Error) and not isinstance(e, gymnasium.error.DependencyNotInstalled):
         text = text.partition(" Did you mean")[0].rstrip(".")  # which names no whole id
+        if module:
+            text += f" ({module} is {getattr(sys.modules[module], '__file__', None)})"
         hint = did_you_mean(registered, _registered())
         return ConfigError(f"config key 'task': Gymnasium cannot make {task!r}: {text}.{hint}")
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
@@ -268,10 +280,18 @@ def _draws(spec: Any) -> bool:
 def _frames_per_second(env: Any) -> float:
     """Of simulated time where the environment tells its time step; else as it wants to be shown; else 30."""
     wanted = _metadata(env).get("render_fps")
-    for value, turned in ((getattr(env.unwrapped, "dt", None), True), (wanted, False)):
-        if isinstance(value, (int, float, np.number)) and 0 < value < np.inf:
+    for value, turned in ((_told(env.unwrapped, "dt"), True), (wanted, False)):
+        if isinstance(value, (int, float, np.number)) and 1e-6 < value < 1e6:
             return 1 / float(value) if turned else float(value)
     return 30.0
+
+
+def _told(of: Any, name: str) -> Any:
+    """Return an attribute; None where there is none, or a property of somebody's raises."""
+    try:
+        return getattr(of, name, None)
+    except Exception:
+        return None
 
 
 def _metadata(of: Any) -> dict[str, Any]:

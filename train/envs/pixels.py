@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .answers import array, finite
+from .answers import array, finite, unusable
 
 SIZE = 64  # pixels a side, as in the official code
 FRAMES = 3  # of which an observation is made where the environment stacks none itself
@@ -40,7 +40,7 @@ class Images:
     def __init__(self, box: Any) -> None:
         self._box, self._order = box, _channels_first(box.shape)
         channels = int(np.prod([box.shape[i] for i in self._order[:-2]]))
-        frames = FRAMES if len(box.shape) < 4 and channels < 4 else 1
+        frames = FRAMES if channels < 4 and (len(box.shape) < 4 or box.shape[0] == 1) else 1
         self.shape = (channels * frames, SIZE, SIZE)
         self._stack = Stack(frames)
         self._scale = 255 / _highest(box)
@@ -51,6 +51,10 @@ class Images:
         image = image.reshape(-1, *image.shape[-2:])
         if self._scale != 1 or image.dtype != np.uint8:
             finite(image, field)
+            white = 255 / self._scale
+            fractions = self._box.dtype.kind != "f" and image.dtype.kind == "f" and (image % 1).any()
+            if fractions or image.min() < 0 or image.max() > white:
+                raise unusable(field, image, f"{self._box.dtype} from 0 to {white:g}")
             image = np.clip(np.rint(image.astype(np.float64) * self._scale), 0, 255).astype(np.uint8)
         return self._stack(image if image.shape[1:] == (SIZE, SIZE) else _resized(image), first)
 

@@ -104,7 +104,9 @@ class ObservationSpace:
             )
         if kind == "rgb":
             if not images:
-                raise refuse("obs", "got 'rgb', and it observes no images, allowed: obs=state")
+                raise refuse(
+                    "obs", "got 'rgb', allowed: obs=state, or images: a Box of uint8, or of numbers from 0 to 1 or 255"
+                )
             self._images = Images(self._parts[0][1])
             self.shape: tuple[int, ...] = self._images.shape
             return
@@ -164,7 +166,7 @@ def _named(path: tuple[Any, ...]) -> str:
 
 def _has_fixed_size(part: Any) -> bool:
     try:
-        return bool(part.is_np_flattenable)
+        return bool(part.is_np_flattenable) and _flat_size(part) >= 0
     except (AttributeError, NotImplementedError):  # no space at all, or one of somebody's own
         return False
 
@@ -195,9 +197,15 @@ def _flat(part: Any, value: Any, field: str) -> NDArray[np.float32]:
     if isinstance(part, spaces.Box):
         return array(value, part.shape, np.float32, field).ravel()
     if isinstance(part, spaces.Discrete):
-        value = int(number(value, field))
+        value, given = number(value, field), value
+        if not (value.is_integer() and part.contains(int(value))):
+            raise unusable(field, given, f"one of {_in_a_line(part)}")
+        value = int(value)
     elif isinstance(part, (spaces.MultiBinary, spaces.MultiDiscrete)):
-        value = array(value, part.shape, part.dtype, field)
+        given = array(value, part.shape, None, field)
+        value = given.astype(part.dtype)
+        if not ((value == given).all() and part.contains(value)):
+            raise unusable(field, given, f"one of {_in_a_line(part)}")
     try:
         return np.asarray(spaces.utils.flatten(part, value), np.float32).ravel()
     except EnvError:

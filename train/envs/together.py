@@ -13,6 +13,7 @@ from tdmpc2_fast.config import Config
 
 from . import suite_of
 from .base import (
+    FAILURES,
     Actions,
     Array,
     Env,
@@ -57,7 +58,7 @@ class InProcess:
     def _made(self, i: int) -> Env:
         return self._make(self.cfg, env_seed(self.cfg.seed, i, self.restarts + self.failures.dropped))
 
-    def _made_anew(self, i: int, error: Exception) -> None:
+    def _made_anew(self, i: int, error: BaseException) -> None:
         """Make environment i anew after an error, unless that is to end the run."""
         self.failures.take(i, error)
         close_all([self.envs[i]])
@@ -71,7 +72,7 @@ class InProcess:
                 try:
                     self._origins[i] = self.envs[i].random_state()
                     found[i] = reset(self.envs[i])
-                except Exception as e:  # whatever a simulator raises
+                except FAILURES as e:
                     self._made_anew(i, e)
         return found
 
@@ -86,7 +87,7 @@ class InProcess:
         for i, action in enumerate(self._actions):
             try:
                 found.append(step(self.envs[i], action))
-            except Exception as e:
+            except FAILURES as e:
                 self._made_anew(i, e)
                 found.append(None)
         self.failures.count(found)

@@ -295,8 +295,8 @@ class Workers:
 def _cannot_import(what: str) -> ConfigError:
     program = getattr(sys.modules["__main__"], "__file__", None) or "the program"
     return ConfigError(
-        f"config key 'env_workers': a worker process {what} {program} anew, allowed: a file that trains only under "
-        "`if __name__ == '__main__':`, or env_workers=0"
+        f"config key 'env_workers': a worker process {what} {program} anew (its error stands above), allowed: a "
+        "file that can be imported twice and trains only under `if __name__ == '__main__':`, or env_workers=0"
     )
 
 
