@@ -149,17 +149,17 @@ def small(words: list[str]) -> list[str]:
     given = dict(w.partition("=")[::2] for w in words if "=" in w)
     if "dry_run" in given:
         return words
-    values = {k: v for k, v in dict(steps="70", decision="2", device="cpu", num_envs="2").items() if k in given}
+    dots = any("dot-reach" in w for w in words)  # whose episodes have the length they have
+    further = dict(steps="70" if dots else "40", decision="2", device="cpu", num_envs="2")
+    values = {k: v for k, v in further.items() if k in given}
     if name == "train" or (name == "eval" and words[1].endswith(".pt")):
-        task = given.get("task", "walker-walk")
-        values |= SMALL
-        if re.search(r"-v\d", task):
+        values |= SMALL | dict(eval_episodes=str(min(int(given.get("eval_episodes", 1)), 2)))
+        if re.search(r"-v\d", given.get("task", "")):
             values["episode_length"] = "10"
-        elif "dot-reach" not in task:
+        elif not dots:
             values["env.task_kwargs.time_limit"] = "0.2"
-        values["eval_episodes"] = str(min(int(given.get("eval_episodes", 1)), 2))
     if name == "train":
-        values |= dict(steps="60" if "dot-reach" in task else "25", seed_steps="10", eval_freq="10", env_workers="0")
+        values |= dict(steps="60" if dots else "25", seed_steps="10", eval_freq="10", env_workers="0")
     return [w for w in words if w.partition("=")[0] not in values] + [f"{k}={v}" for k, v in values.items()]
 
 
