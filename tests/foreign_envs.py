@@ -90,6 +90,16 @@ class Settings(Plain):
         return float(self.gain)
 
 
+class ChangesSettings(Plain):
+    """Takes out of its settings what it reads."""
+
+    def __init__(self, parts: Any = None) -> None:
+        self.gain = parts.pop("gain")
+
+    def reward(self) -> Any:
+        return float(self.gain)
+
+
 class ByFunction(Plain):
     def __init__(self, render_mode: str | None = None) -> None:
         self.render_mode = render_mode
@@ -125,6 +135,24 @@ class PythonsRandom(Plain):
         if seed is not None or not hasattr(self, "x"):
             self.np_random: Any = random.Random(seed)
         return np.array([self.np_random.gauss(0, 1) for _ in range(3)])
+
+
+class OwnGenerator(Plain):
+    """Made at the first reset, which is the one that has a seed."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        return super().reset(seed=seed)
+
+    def draw(self, seed: int | None) -> Any:
+        return self.rng.normal(size=3)
+
+
+class Secret(Plain):
+    def draw(self, seed: int | None) -> Any:
+        self.np_random: Any = random.SystemRandom()
+        return np.ones(3)
 
 
 class Untold(Plain):
@@ -379,6 +407,13 @@ class Piling(Plain):
         return 5_000.0
 
 
+class Slow(Plain):
+    """Beyond them only behind the end of time: 1,500 / (1 - 0.95)."""
+
+    def reward(self) -> Any:
+        return 1_500.0
+
+
 class OneStep(Plain):
     def ends(self) -> Any:
         return True
@@ -422,6 +457,28 @@ class FailsAtReset(Plain):
         return super().reset(**kwargs)
 
 
+class Exits(Plain):
+    steps = 0
+
+    def step(self, action: Any) -> Any:
+        type(self).steps += 1
+        if self.steps % 33 == 0:
+            raise SystemExit(0)
+        return super().step(action)
+
+
+class WithoutOptions(Plain):
+    def reset(self, seed: int | None = None) -> Any:  # type: ignore[override]
+        return super().reset(seed=seed)
+
+
+class WrongClass(Plain):
+    observation_space = spaces.Discrete(5)
+
+    def observe(self) -> Any:
+        return -1
+
+
 class AlwaysFails(Plain):
     def step(self, action: Any) -> Any:
         raise FloatingPointError("the simulation diverged")
@@ -438,5 +495,11 @@ for _name, _class in list(globals().items()):
 gym.register("ForeignFunction-v0", entry_point=make_it, max_episode_steps=20)
 gym.register("ForeignLambda-v0", entry_point=lambda: Plain(), max_episode_steps=20)
 gym.register("ForeignLimited-v0", entry_point=make_limited)
+gym.register(
+    "ForeignTimed-v0",  # whose wrapper insists on Gymnasium's time limit
+    entry_point=Plain,
+    max_episode_steps=20,
+    additional_wrappers=(gym.wrappers.TimeAwareObservation.wrapper_spec(),),
+)
 gym.register("ForeignUnversioned", entry_point=Plain, max_episode_steps=20)
 gym.register("ForeignEndless-v0", entry_point=Plain)

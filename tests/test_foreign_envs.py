@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY
 
 from tdmpc2_fast import Config
-from tdmpc2_fast.errors import ConfigError, InputError
+from tdmpc2_fast.errors import ConfigError, InputError, NonFiniteError
 from tdmpc2_fast.train import keys, runs
 from tdmpc2_fast.train.envs import base as envs_base
 from tdmpc2_fast.train.envs import complete, make_env, tried
@@ -86,7 +86,7 @@ FORMS = [
     "OldRandom",
 ]
 FORMS += ["OtherBits", "PythonsRandom", "Untold", "InArrays", "InTensors", "InLists", "Column", "Batch", "OneBuffer"]
-FORMS += ["Parts", "CannotClose"]
+FORMS += ["Parts", "CannotClose", "OwnGenerator", "Secret", "Timed"]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -96,7 +96,7 @@ def test_forms_of_environments_are_trained_to_the_end(name: str, train: Any, tmp
     assert "done: return" in said
     rows = (tmp_path / "run/train.csv").read_text().splitlines()
     assert len(rows) == 1 + 80 // (12 if name == "Limited" else 20)
-    assert said.count("random state of its environments cannot be told") == (name == "Untold")
+    assert said.count("random state of its environments cannot be told") == (name in ("Untold", "Secret"))
     assert "Traceback" not in said
     assert "Warning" not in said
 
@@ -135,9 +135,10 @@ def test_an_environment_that_draws_is_asked_to_and_others_are_not() -> None:
             _begun(name).render()
 
 
-@pytest.mark.parametrize("name", ["OldRandom", "OtherBits", "PythonsRandom", "Plain"])
+@pytest.mark.parametrize("name", ["OldRandom", "OtherBits", "PythonsRandom", "Plain", "Secret"])
 def test_random_state_of_every_kind_goes_on(name: str) -> None:
     env, again = _begun(name), made(name)
+    _begun("OwnGenerator").set_random_state(made("OwnGenerator").random_state())
     state = json.loads(json.dumps(env.random_state()))
     again.set_random_state(state)
     for _ in range(2):
@@ -165,6 +166,8 @@ def test_random_state_of_every_kind_goes_on(name: str) -> None:
         ("TooLarge", "reward: got 1e+39, allowed: finite numbers (float32)"),
         ("NoNumber", "observation: got nan at [1], allowed: finite numbers (float32)"),
         ("MissingPart", "observation: got {'place': [[1, 2], [3, 4]], 'mode': 6}, allowed: one with the part 'more'"),
+        ("WithoutOptions", "unexpected keyword argument 'options', allowed: reset(self, *, seed=None, options=None)"),
+        ("WrongClass", "observation: got -1, allowed: one of Discrete(5)"),
         ("Ends", "config key 'episodic'"),
     ],
 )
@@ -231,6 +234,33 @@ def test_settings_reach_the_environment_and_stay_with_the_run(train: Any, tmp_pa
     assert "config key 'env.max_episode_steps': got 5, allowed: episode_length=N" in refused(
         "Settings", env_kwargs={"max_episode_steps": 5}
     )
+
+
+def test_a_constructor_that_changes_its_settings_changes_no_others(train: Any, tmp_path: Path) -> None:
+    given = {"parts": {"gain": 3}}
+    status, _ = train("ChangesSettings", env_kwargs=given)
+    assert status == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["env_kwargs"] == given == {"parts": {"gain": 3}}
+    assert "60.0" in (tmp_path / "run/train.csv").read_text()
+
+
+def test_a_run_whose_environment_has_a_generator_of_its_own_goes_on(train: Any, tmp_path: Path) -> None:
+    assert train("OwnGenerator", steps=70)[0] == 0  # in the middle of an episode
+    assert runs.resume(tmp_path / "run", {"steps": 90}) == 0
+
+
+def test_a_finished_run_that_learned_nothing_says_so_when_asked_to_go_on(
+    train: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("Plain", steps=40)[0] == 1
+    assert runs.resume(tmp_path / "run", {}) == 1
+    assert "finished, and nothing was learned, at 40 decisions" in capfd.readouterr().out
+    assert runs.resume(tmp_path / "run", {"steps": 80}) == 0
+
+
+def test_actions_that_are_none_are_the_agents_fault() -> None:
+    with pytest.raises(NonFiniteError, match="got NaN from the agent, for observations of up to 1e"):
+        envs_base.check_actions(np.array([[np.nan]]), np.array([[1e25]]))
 
 
 def test_settings_of_dmcontrol() -> None:
@@ -441,7 +471,10 @@ def test_a_horizon_longer_than_all_episodes_is_refused() -> None:
     assert "config key 'horizon': got 21, allowed: at most 20" in refused("Plain", horizon=21)
 
 
-@pytest.mark.parametrize(("name", "words"), [("Huge", "a reward of 1e+06"), ("Piling", "a discounted return of ")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("Huge", "a reward of 1e+06"), ("Piling", "a discounted return of "), ("Slow", "return of 30,000")],
+)
 def test_rewards_beyond_the_bins_are_said_once_with_a_remedy_that_works(
     name: str, words: str, train: Any, tmp_path: Path
 ) -> None:
@@ -466,6 +499,7 @@ def test_rewards_beyond_the_bins_are_said_once_with_a_remedy_that_works(
         ("Diverges", "FloatingPointError: the simulation diverged"),
         ("DivergesSilently", "reward: got nan"),
         ("FailsAtReset", "OSError: no scene"),
+        ("Exits", "it called sys.exit(0)"),
     ],
 )
 def test_episodes_that_fail_are_dropped_and_counted(
