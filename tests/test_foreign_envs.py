@@ -287,6 +287,16 @@ def test_a_length_the_task_does_not_have_is_refused() -> None:
         tried(Config(task="cheetah-run", episode_length=100))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("action_repeat", None), ("max_episode_steps", np.int64(5)), ("action_dim", 2.0)]
+)
+def test_numbers_of_a_suite_are_judged(name: str, value: Any) -> None:
+    env = made("Plain")
+    object.__setattr__(env, name, value)
+    with pytest.raises(ConfigError, match=f"Plain-v0: {name} is .*, allowed: an int of at least 1"):
+        complete(Config(task=task_of("Plain")), env)
+
+
 # ---- actions
 
 

@@ -64,8 +64,12 @@ def complete(cfg: Config, env: Env) -> Config:
     """The config with what the environment knows: shapes, episode length, seed steps.
 
     Raises:
-        ConfigError: an `episode_length` the task does not have.
+        ConfigError: an `episode_length` the task does not have, or numbers of a suite that are none.
     """
+    for name in ("action_dim", "max_episode_steps", "action_repeat"):
+        value = getattr(env, name, None)
+        if type(value) is not int or value < 1:  # they go into files, which hold no number of numpy's
+            raise ConfigError(f"config key 'task': {cfg.task}: {name} is {value!r}, allowed: an int of at least 1")
     length = env.max_episode_steps
     if cfg.episode_length not in (None, length):
         raise ConfigError(f"config key 'episode_length': got {cfg.episode_length}, allowed: {length} for {cfg.task}")
