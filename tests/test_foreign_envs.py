@@ -287,6 +287,14 @@ def test_a_length_the_task_does_not_have_is_refused() -> None:
         tried(Config(task="cheetah-run", episode_length=100))
 
 
+def test_a_state_that_no_file_holds_is_none(monkeypatch: pytest.MonkeyPatch, train: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(GymnasiumTask, "random_state", lambda self: np.arange(3))
+    status, said = train("Plain", steps=70)
+    assert status == 0
+    assert said.count("random state of its environments cannot be told") == 1
+    assert runs.resume(tmp_path / "run", {"steps": 90}) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("action_repeat", None), ("max_episode_steps", np.int64(5)), ("action_dim", 2.0)]
 )

@@ -17,7 +17,7 @@ from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.seeds import stream_seed
 
 from .envs import make_env
-from .envs.base import FAILURES, Array, Env, Failures, check_actions, close_all, reset, step
+from .envs.base import FAILURES, Array, Env, Failures, check_actions, close_all, reset, state_of, step
 from .stop import Stop
 from .video import Film
 
@@ -147,7 +147,7 @@ class Evaluator:
 
     def states(self) -> list[Any]:
         """Random states of the environments between two evaluations."""
-        return [env.random_state() for env in self.envs]
+        return [state_of(env) for env in self.envs]
 
     def restore(self, states: Sequence[Any], planner: Mapping[str, Tensor]) -> None:
         """Evaluate as if the evaluations had come before that those came before whose states these are."""

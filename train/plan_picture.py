@@ -18,7 +18,7 @@ from tdmpc2_fast.plan_trace import PlanTrace
 from tdmpc2_fast.planner import Planner
 from tdmpc2_fast.seeds import stream_seed
 
-from .envs.base import Array, Env, reset, step
+from .envs.base import Array, Env, reset, state_of, step
 from .pictures import rgb
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def draw_plan(
     """
     _check_name(Path(out))
     planner = Planner(agent.model, 1, seed=stream_seed(agent.cfg.seed, "plan picture"))
-    start, random = {name: x.clone() for name, x in planner.state().items()}, env.random_state()
+    start, random = {name: x.clone() for name, x in planner.state().items()}, state_of(env)
     before = min(_DECISION, env.max_episode_steps - 1) if decision is None else decision
     obs, played = _play(planner, env, before)
     while obs is None:

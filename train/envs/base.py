@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -185,6 +186,14 @@ def check_actions(actions: NDArray[Any], obs: NDArray[Any]) -> None:
     if not np.isfinite(actions).all():
         most = np.abs(obs.astype(np.float64)).max()
         raise NonFiniteError(f"action: got NaN from the agent, for observations of up to {most:.3g}; scale them down")
+
+
+def state_of(env: Env) -> Any:
+    """Return the random state of an environment; None where it cannot be told, or no file could hold it."""
+    try:
+        return json.loads(json.dumps(env.random_state()))
+    except Exception:  # of somebody's own
+        return None
 
 
 def env_seed(seed: int, index: int, restart: int = 0) -> int:

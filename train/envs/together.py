@@ -25,6 +25,7 @@ from .base import (
     env_seed,
     reset,
     restore,
+    state_of,
     step,
 )
 from .workers import Workers
@@ -70,7 +71,7 @@ class InProcess:
         for i in which:
             while i not in found:
                 try:
-                    self._origins[i] = self.envs[i].random_state()
+                    self._origins[i] = state_of(self.envs[i])
                     found[i] = reset(self.envs[i])
                 except FAILURES as e:
                     self._made_anew(i, e)
@@ -95,7 +96,7 @@ class InProcess:
 
     def states(self) -> list[EnvState | None]:
         """As `Environments.states`."""
-        return [EnvState(env.random_state(), origin) for env, origin in zip(self.envs, self._origins, strict=True)]
+        return [EnvState(state_of(env), origin) for env, origin in zip(self.envs, self._origins, strict=True)]
 
     def restore(self, states: Sequence[EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
         """As `Environments.restore`."""

@@ -54,6 +54,7 @@ from .base import (
     in_a_line,
     reset,
     restore,
+    state_of,
     step,
 )
 
@@ -349,7 +350,7 @@ class _Obey:
 
     def reset(self, which: Sequence[int]) -> _Failed:
         def begin(i: int) -> None:
-            self.origins[i] = self.envs[i].random_state()
+            self.origins[i] = state_of(self.envs[i])
             self._rows["obs"][i] = reset(self.envs[i])
 
         return self._each(which, begin)
@@ -373,7 +374,7 @@ class _Obey:
         return failed
 
     def states(self) -> dict[int, EnvState]:
-        return {i: EnvState(env.random_state(), self.origins[i]) for i, env in self.envs.items()}
+        return {i: EnvState(state_of(env), self.origins[i]) for i, env in self.envs.items()}
 
     def restore(self, states: Mapping[int, EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
         played = {i: restore(env, states[i], actions.get(i)) for i, env in self.envs.items()}
