@@ -339,8 +339,8 @@ def test_resume_auto_takes_the_words_the_run_was_begun_with(tmp_path: Path, caps
     del values["episode_length"]
     assert runs.start(values) == 1  # nothing was learned
     assert "rho=0.7, fixed by the task mujoco-halfcheetah: the 0.6 asked for has no effect" in capsys.readouterr().err
-    assert runs.start(values) == 0
-    assert "finished at 10 decisions" in capsys.readouterr().out
+    assert runs.start(values) == 1
+    assert "finished, and nothing was learned, at 10 decisions" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"'horizon': got 2, but the run"):
         runs.start(dict(values, horizon=2))
 
