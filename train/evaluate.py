@@ -108,8 +108,9 @@ class Evaluator:
             was_running = running[0]
             if was_running:
                 film.add(self._caption(total[0], length[0]))
-            actions = self._act(np.stack(obs), t0)
-            check_actions(actions, np.stack(obs))
+            seen = np.stack(obs)
+            actions = self._act(seen, t0)
+            check_actions(actions, seen)
             t0 = False
             for i in (i for i in range(count) if running[i]):
                 try:
