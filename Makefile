@@ -61,10 +61,10 @@ gpu:             ## all a GPU has to show, with the torch and triton of PYTHON; 
 	@rm -rf build/gpu && mkdir -p build/gpu/tdmpc2_fast
 	@ln -s $(CURDIR)/tdmpc2_fast/* build/gpu/tdmpc2_fast/
 	@ln -s $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/gpu/tdmpc2_fast/
-	@PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P benchmarks/gpu.py $(PARTS) $(THEIRS) $(if $(WHEELS),wheels=$(abspath $(WHEELS)))
+	@PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m tdmpc2_fast.benchmarks.gpu $(PARTS) $(THEIRS) $(if $(WHEELS),wheels=$(abspath $(WHEELS)))
 
 wheels:          ## fetch what a GPU machine without network lacks, for `make gpu WHEELS=`; FOR=3.12 INTO= HAS="lxml"
-	@$(PYTHON) -P benchmarks/wheels.py for=$(FOR) into=$(INTO) "has=$(HAS)"
+	@$(PYTHON) -P benchmarks/gpu/wheels.py for=$(FOR) into=$(INTO) "has=$(HAS)"
 
 report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.kernels.report

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tdmpc2_fast.benchmarks.harness import Row
+from tdmpc2_fast.benchmarks.harness.measure import Row
 from tdmpc2_fast.benchmarks.report import machine_of, read, what
 
 LEAST, ERRORS = 0.03, 3.0

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from tdmpc2_fast import Config
-from tdmpc2_fast.backend import resolve_device
 from tdmpc2_fast.config import MODEL_SIZES
 from tdmpc2_fast.errors import ConfigError, did_you_mean
-from tdmpc2_fast.kernels.launch import PRECISIONS, interpreting
+from tdmpc2_fast.kernels.device.launch import PRECISIONS, interpreting
+from tdmpc2_fast.runtime.backend import resolve_device
 
 _FLAGS = {"true": True, "false": False}
 

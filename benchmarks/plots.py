@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .ceilings import reached
-from .harness import Row
+from .gpu.ceilings import reached
+from .harness.measure import Row
 
 
 def draw(rows: Sequence[Row], path: Path) -> str:

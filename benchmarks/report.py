@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .harness import COLUMNS, SCHEMA, Row
+from .harness.measure import COLUMNS, SCHEMA, Row
 
 HEAD = (
     "what",

@@ -7,3 +7,23 @@ backend. Shapes use one legend throughout the project:
     L latent         A action     T task embedding         B batch     D mlp width
     Q critics        V SimNorm group
 """
+
+from typing import Any
+
+__all__ = ["consistency", "normed_linear", "squashed_gaussian", "two_hot_cross_entropy"]
+
+_MOVED = dict(
+    autograd_losses="autograd.losses",
+    mppi="plan.mppi",
+    report="inspect.report",
+    update_work="inspect.update_work",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """A public op, imported now: who takes a kernel alone imports no other."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import autograd
+
+    return getattr(autograd, name)

@@ -8,6 +8,7 @@ What needs torch is imported when it is first asked for: a command line that pri
 import os
 from typing import TYPE_CHECKING
 
+from . import moved  # noqa: F401
 from .version import __version__
 
 # torch's OpenMP threads spin for milliseconds between two small ops, so that a process beside
@@ -20,9 +21,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if TYPE_CHECKING:
     from .agent import TDMPC2, load
     from .config import Config
-    from .planner import Planner
-    from .replay import ReplayBuffer
-    from .world_model import WorldModel
+    from .learn.replay import ReplayBuffer
+    from .model.world_model import WorldModel
+    from .plan.planner import Planner
 else:
 
     def __getattr__(name: str):
@@ -38,7 +39,20 @@ else:
 
 
 _HOMES = dict(
-    TDMPC2="agent", load="agent", Config="config", Planner="planner", ReplayBuffer="replay", WorldModel="world_model"
+    TDMPC2="agent",
+    load="agent",
+    Config="config",
+    Planner="plan.planner",
+    ReplayBuffer="learn.replay",
+    WorldModel="model.world_model",
+)
+_MOVED = dict(
+    backend="runtime.backend",
+    checkpoint="model.checkpoint",
+    planner="plan.planner",
+    replay="learn.replay",
+    update="learn.updater",
+    world_model="model.world_model",
 )
 
 __all__ = ["TDMPC2", "Config", "Planner", "ReplayBuffer", "WorldModel", "__version__", "load"]

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
-from .backend import Backend, matmul_precision, resolve_device
 from .config import Config
 from .errors import InputError, kind_of
 from .inputs import check_obs, flags, observation
-from .planner import Planner
+from .learn.updater import Sampler, Updater
+from .model import checkpoint
+from .model.world_model import WorldModel
+from .plan.planner import Planner
+from .runtime.backend import Backend, matmul_precision, resolve_device
+from .runtime.surroundings import undisturbed
 from .seeds import stream_seed
-from .surroundings import undisturbed
-from .update import Sampler, Updater
-from .world_model import WorldModel
 
 
 class TDMPC2:

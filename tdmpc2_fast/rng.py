@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .layers import draw_shift
+from .model.layers import draw_shift
 from .seeds import stream_seed
 
 COUNTER = "rng.counter"

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from tdmpc2_fast.kernels.plan.buffers import ModelSizes, PlanSizes
+from tdmpc2_fast.kernels.update.buffers import UpdateSizes
+
 from .config import Config
-from .kernels.plan_buffers import ModelSizes, PlanSizes
-from .kernels.update_buffers import UpdateSizes
-from .world_model import WorldModel
+from .model.world_model import WorldModel
 
 _Sizes = TypeVar("_Sizes", bound=ModelSizes)
 

@@ -33,7 +33,11 @@ from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 # Small tensors gain nothing from more threads, and one thread does not mind a busy machine.
 torch.set_num_threads(1)
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+SUPPORT = ROOT / "tests" / "support"
+PYTHONPATH = os.pathsep.join(str(ROOT / "tests" / folder) for folder in ("", "support", "experiments"))
+"""Of processes that import what tests share."""
 
 TINY = dict(latent_dim=16, mlp_dim=24, enc_dim=16, num_q=3, num_samples=32, num_elites=8, num_pi_trajs=4, batch_size=8)
 
@@ -119,7 +123,7 @@ def agent(cfg: Config) -> TDMPC2:
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer counts as wide: activations and gradients of LayerNorms are computed once."""
-    monkeypatch.setattr("tdmpc2_fast.kernels.tiles.THROUGHPUT_UPDATE", 0)
+    monkeypatch.setattr("tdmpc2_fast.kernels.layers.tiles.THROUGHPUT_UPDATE", 0)
 
 
 @pytest.fixture

@@ -18,18 +18,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, tiny_config
+from conftest import ROOT, TINY, tiny_config
 from loop_oracle import csvs
 
 pytest.importorskip("dm_control")
 pytest.importorskip("click")
 pytest.importorskip("rich")
 from tdmpc2_fast import TDMPC2, Config, Planner
-from tdmpc2_fast.train import app, cli, sweep
+from tdmpc2_fast.train import cli
+from tdmpc2_fast.train.cli import app, sweep
 from tdmpc2_fast.train.envs import SUITES, make_env
 from tdmpc2_fast.train.envs.base import RenderError
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOK = ROOT / "examples" / "first_steps.ipynb"
 SMALL = {k: str(v) for k, v in dict(TINY, iterations=1, device="cpu", num_threads=1).items()}
@@ -223,7 +223,7 @@ def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(sweep, "Sweep", Ends)
     monkeypatch.setattr("tdmpc2_fast.benchmarks.run.bench", lambda options, suites: 0)  # what it does has tests
     for name in ("_FIRST_LINE", "_BETWEEN_LINES", "_PACE_SECONDS", "_WORTH_A_LINE"):
-        monkeypatch.setattr(f"tdmpc2_fast.train.display.{name}", 0.0)
+        monkeypatch.setattr(f"tdmpc2_fast.train.log.display.{name}", 0.0)
     yield tmp_path
     registry.clear()
     registry.update(registered)

@@ -20,14 +20,14 @@ from test_state import check_goes_on
 from update_oracle import check_gradients, random_batch
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
-from tdmpc2_fast.batch import UpdateTrace
-from tdmpc2_fast.benchmarks import stand_in
+from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.errors import NonFiniteError
-from tdmpc2_fast.fused_plan import FusedPlanner
-from tdmpc2_fast.fused_update import FusedUpdater
-from tdmpc2_fast.plan_trace import PlanTrace
+from tdmpc2_fast.learn.batch import UpdateTrace
+from tdmpc2_fast.learn.triton_update import TritonUpdate
+from tdmpc2_fast.plan.trace import PlanTrace
+from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.rng import PlanNoise
-from tdmpc2_fast.train.online import OnlineTrainer
+from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: pytest -m gpu")]
 
@@ -94,7 +94,7 @@ def test_values_are_as_exact_as_torch_at_the_same_precision(
 def test_a_replay_is_bitwise_an_eager_plan(name: str, count: int, livened: Liven) -> None:
     agent = fused_agent(name, livened, count)
     plan = agent.planner._plan
-    assert isinstance(plan, FusedPlanner)
+    assert isinstance(plan, TritonPlan)
     assert plan.why_eager is None
     obs, task = observation(agent.cfg, count), task_of(agent.cfg, count)
     for t0 in (True, False):
@@ -111,7 +111,7 @@ def test_a_replay_is_bitwise_an_eager_plan(name: str, count: int, livened: Liven
 def test_a_hundred_repeats_are_bitwise_identical(livened: Liven) -> None:
     agent = fused_agent("model_5", livened, 2)
     plan, obs = agent.planner._plan, observation(agent.cfg, 2)
-    assert isinstance(plan, FusedPlanner)
+    assert isinstance(plan, TritonPlan)
     rng = plan.fused.inputs.rng.clone()
     found = []
     for _ in range(100):
@@ -126,7 +126,7 @@ def test_the_persistent_variant_is_the_chain(precision: str, limit: float, liven
     obs, noise = observation(agent.cfg, 1), draw(agent.cfg, 1)
     processors = torch.cuda.get_device_properties(GPU).multi_processor_count
     chain = first_values(agent.planner._plan, agent.cfg, 1, obs, noise)
-    persistent = FusedPlanner(agent.model, 1, 0, persistent=processors)
+    persistent = TritonPlan(agent.model, 1, 0, persistent=processors)
     assert persistent.why_eager is None
     one = first_values(persistent, agent.cfg, 1, obs, noise)
     # The first iteration is the chain in both; the second is the first that one launch rolls out.
@@ -140,7 +140,7 @@ def test_the_persistent_variant_is_the_chain(precision: str, limit: float, liven
 def test_inputs_flags_and_new_parameters_are_honoured_after_capture(livened: Liven) -> None:
     agent = fused_agent("small", livened, 2)
     plan, obs = agent.planner._plan, observation(agent.cfg, 2)
-    assert isinstance(plan, FusedPlanner)
+    assert isinstance(plan, TritonPlan)
     rng = plan.fused.inputs.rng.clone()
 
     def act(obs: torch.Tensor = obs, t0: Any = True, evaluate: Any = False) -> torch.Tensor:
@@ -177,7 +177,7 @@ def put_elsewhere(agent: TDMPC2) -> None:
 def test_tensors_a_graph_reads_itself_may_be_put_elsewhere(livened: Liven) -> None:
     agent = fused_agent("multitask", livened, 3)
     plan, task = agent.planner._plan, task_of(agent.cfg, 3)
-    assert isinstance(plan, FusedPlanner)
+    assert isinstance(plan, TritonPlan)
     obs, rng = observation(agent.cfg, 3), plan.fused.inputs.rng.clone()
 
     def act() -> torch.Tensor:
@@ -199,7 +199,7 @@ def test_the_generator_advances_with_every_replay(livened: Liven) -> None:
     actions = [agent.planner.plan(obs, True) for _ in range(5)]
     assert len({tuple(a.flatten().tolist()) for a in actions}) == 5
     plan = agent.planner._plan
-    assert isinstance(plan, FusedPlanner)
+    assert isinstance(plan, TritonPlan)
     assert int(plan.fused.inputs.rng[1]) == 5
 
 
@@ -275,12 +275,12 @@ def test_overlapped_and_serial_loops_are_bitwise_equal(
         assert not [k for k, v in found[0].items() if v != other[k]]
 
 
-def first_update(name: str, livened: Liven, **changes: Any) -> tuple[TDMPC2, FusedUpdater]:
+def first_update(name: str, livened: Liven, **changes: Any) -> tuple[TDMPC2, TritonUpdate]:
     """An agent whose update is captured."""
     agent = fused_agent(name, livened, **changes)
     agent.updater.step(random_batch(agent.cfg, GPU))
     update = agent.updater._update
-    assert isinstance(update, FusedUpdater)
+    assert isinstance(update, TritonUpdate)
     assert update.why_eager is None
     return agent, update
 
@@ -356,7 +356,7 @@ def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precis
     assert float(torch.stack(losses[-50:]).mean()) < float(torch.stack(losses[:50]).mean())
     assert torch.cuda.memory_stats()["num_device_alloc"] - allocated < 20
     update = agent.updater._update
-    assert isinstance(update, FusedUpdater)
+    assert isinstance(update, TritonUpdate)
     assert (update.fused.inputs.obs[0, ..., 0] == 999).any()
 
 

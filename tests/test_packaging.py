@@ -10,11 +10,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import tdmpc2_fast
 from tdmpc2_fast.version import __version__
 
-ROOT = Path(__file__).parents[1]
 OPTIONAL = ["triton", "nvtx", "mujoco", "dm_control", "gymnasium", "pytest", "matplotlib", "safetensors"]
 
 
@@ -46,7 +46,7 @@ def test_training_and_measuring_need_no_package_for_people_to_look_at() -> None:
 import sys
 sys.modules.update(dict.fromkeys({absent}))
 import tempfile, pathlib
-import tdmpc2_fast.benchmarks.gpu, tdmpc2_fast.benchmarks.run
+import tdmpc2_fast.benchmarks.gpu.parts, tdmpc2_fast.benchmarks.run
 from tdmpc2_fast.benchmarks import stand_in
 from tdmpc2_fast.train.online import OnlineTrainer
 from tdmpc2_fast.config import Config
@@ -71,9 +71,9 @@ assert set(t.__all__) < set(dir(t))
 assert t.Config().horizon == 3 and t.config.Config is t.Config
 assert "torch" not in sys.modules
 from tdmpc2_fast import *
-assert (TDMPC2, load, Planner) == (t.agent.TDMPC2, t.agent.load, t.planner.Planner)
+assert (TDMPC2, load, Planner) == (t.agent.TDMPC2, t.agent.load, t.plan.planner.Planner)
 assert all(getattr(t, name) is globals()[name] for name in t.__all__)
-assert t.reference.ReferenceAgent and t.kernels.mppi and not hasattr(t, "_nothing")
+assert t.reference.ReferenceAgent and t.kernels.plan and not hasattr(t, "_nothing")
 try:
     t.Planer
 except AttributeError as e:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Config
-from ..plan_trace import PlanTrace
+from ..learn.updater import Batch, UpdateTrace
+from ..plan.trace import PlanTrace
 from ..rng import PlanNoise, UpdateNoise
-from ..update import Batch, UpdateTrace
 from . import model as m
 
 

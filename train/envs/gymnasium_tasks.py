@@ -146,7 +146,7 @@ class GymnasiumTask:
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """A picture by the environment's own renderer; one that draws in another shape is fitted into this one."""
-        from ..pictures import fitted, rgb  # which take packages of the extra [train]
+        from ..pictures.frames import fitted, rgb  # which take packages of the extra [train]
 
         if self.env.render_mode != "rgb_array":
             modes = _metadata(self.env).get("render_modes")

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-from ..stop import SIGNALS
+from ..run.stop import SIGNALS
 from .answers import EnvError
 from .base import (
     Actions,

@@ -1,0 +1,1 @@
+"""Other people's implementations, measured beside ours."""

@@ -1,0 +1,192 @@
+"""The official implementation as a baseline, imported from a checkout the user names.
+
+Nothing of it is copied or written to. Its sources name the device `cuda:0`; where another one is
+measured, that name is replaced on the way into the interpreter, and with it `capturable=True`, which
+torch's Adam allows on a GPU only. Random numbers are given to it for the comparison of results alone;
+what is timed is its own code, compiled as it ships on a GPU, with products in tf32 as its train.py sets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import io
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.learn.updater import Batch
+from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
+from tdmpc2_fast.runtime.backend import torch_products
+
+from ..harness.agents import agent_of, numbers, within
+from ..harness.measure import CannotMeasureError, Gate, Variant
+
+_MODULES = ("tdmpc2", "common")
+_LOADS = itertools.count()
+
+
+class _Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the official modules in a checkout and loads them for a device."""
+
+    def __init__(self, checkout: str, device: torch.device) -> None:
+        self.folder, self.device = Path(checkout, "tdmpc2"), device
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.split(".")[0] not in _MODULES:
+            return None
+        file = self.folder.joinpath(*fullname.split("."))
+        package = file.is_dir()
+        file = file / "__init__.py" if package else file.with_suffix(".py")
+        if not file.is_file():
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, origin=str(file), is_package=package)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        origin = str(module.__spec__.origin)
+        text = Path(origin).read_text()
+        if self.device.type != "cuda":
+            text = text.replace("capturable=True", "capturable=False")
+        module.__file__ = origin
+        exec(compile(text.replace("cuda:0", str(self.device)), origin, "exec"), module.__dict__)
+
+
+def load_official(checkout: str, device: torch.device) -> ModuleType:
+    """The official module `tdmpc2`, for a device; other modules of these names are left alone.
+
+    Its modules are kept under names of their own, because torch.compile imports those whose functions it
+    traces by name.
+
+    Raises:
+        CannotMeasureError: a package it needs is missing.
+    """
+    ours = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] in _MODULES}
+    finder = _Sources(checkout, device)
+    sys.meta_path.insert(0, finder)
+    try:
+        return importlib.import_module("tdmpc2")
+    except ImportError as e:
+        raise CannotMeasureError(f"the official code needs {e.name}, which is not installed") from e
+    finally:
+        sys.meta_path.remove(finder)
+        prefix = f"official{next(_LOADS)}"
+        for name in [n for n in sys.modules if n.split(".")[0] in _MODULES]:
+            module = sys.modules.pop(name)
+            module.__name__ = f"{prefix}.{name}"
+            sys.modules[module.__name__] = module
+        sys.modules |= ours
+
+
+def official_agent(checkout: str, agent: TDMPC2, compiled: bool, **changes: Any) -> Any:
+    """An official agent with the weights of ours."""
+    module = load_official(checkout, agent.device)
+    cfg = _Config({**agent.cfg.to_dict(), **changes})
+    cfg.compile = compiled
+    cfg.iterations = agent.cfg.iterations  # it adds the two for many actions itself
+    cfg.bin_size = agent.cfg.bin_size
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = module.TDMPC2(cfg)
+    theirs.load({"model": dict(agent.model.state_dict())})
+    theirs.model.eval()
+    return theirs
+
+
+class _Config(SimpleNamespace):
+    """The official `cfg`: attributes, and `get`."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(**values)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key, default)
+
+
+def official_plan(
+    checkout: str, agent: TDMPC2, obs: Tensor, noise: PlanNoise
+) -> tuple[Callable[[], object], Callable[[], Gate]]:
+    """Its `act` on one observation, and the comparison of one plan from the same draws in float32."""
+    theirs = official_agent(checkout, agent, compiled=agent.device.type == "cuda")
+
+    def gate() -> Gate:
+        plain = official_agent(checkout, agent, compiled=False)
+        ours = TDMPC2(agent.cfg.replace(precision="float32", backend="torch"), 1)
+        ours.load(agent.model.state_dict())
+        with torch_products(tf32=False):
+            with _Draws(plan_draws(noise)), torch.no_grad():
+                wanted = plain.act(obs)
+            got = ours.planner.plan(obs.unsqueeze(0), False, False, None, noise)[0].cpu()
+        return Gate(float((got - wanted).abs().max()), 1e-3)
+
+    return within(agent.cfg, agent.device, lambda: theirs.act(obs)), gate
+
+
+def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
+    """Its `update` on our batch; compared without dropout, whose masks it draws itself, in float32."""
+    theirs = official_agent(checkout, agent, compiled=agent.device.type == "cuda")
+    buffer = SimpleNamespace(sample=lambda: tuple(batch))
+
+    def gate() -> Gate:
+        cfg = agent.cfg.replace(precision="float32", dropout=0.0)
+        ours = agent_of(cfg)
+        plain = official_agent(checkout, ours, compiled=False)
+        noise = UpdateNoise.draw(cfg, generator(cfg.seed, "benchmark", agent.device))
+        with torch_products(tf32=False):
+            got = ours.updater.step(batch, noise)
+            with _Draws(update_draws(noise)):
+                wanted = plain.update(buffer)
+        return Gate.of_metrics(numbers(got), numbers(dict(wanted.items())), 1e-3)
+
+    return Variant(within(agent.cfg, agent.device, lambda: theirs.update(buffer)), gate=gate)
+
+
+def plan_draws(noise: PlanNoise) -> Iterator[Tensor]:
+    """A plan's draws in the order the official code makes them."""
+    yield from noise.pi_eps[0]
+    for i in range(len(noise.samples)):
+        yield noise.samples[i, 0]
+        yield noise.value_eps[i, 0]
+        yield noise.members[i]
+    yield noise.elite[0]
+    yield noise.action[0]
+
+
+def update_draws(noise: UpdateNoise) -> Iterator[Tensor]:
+    """An update's draws in the order the official code makes them, dropout off."""
+    yield noise.td_eps
+    yield noise.td_members
+    yield noise.pi_eps
+    yield noise.pi_members
+
+
+class _Draws(TorchFunctionMode):
+    """Within: torch's random functions give these tensors, one after another."""
+
+    def __init__(self, draws: Iterator[Tensor]) -> None:
+        super().__init__()
+        self._draws = draws
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randperm:
+            return next(self._draws)
+        if func in (torch.randn, torch.randn_like, Tensor.exponential_):
+            draw = next(self._draws)
+            if func is not torch.randn and draw.shape != args[0].shape:
+                raise RuntimeError(f"the official code draws {tuple(args[0].shape)}, expected {tuple(draw.shape)}")
+            return draw.clone()
+        return func(*args, **kwargs)

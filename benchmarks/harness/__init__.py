@@ -1,0 +1,1 @@
+"""How it is measured: cases, turns, gates, and the machine."""

@@ -1,0 +1,132 @@
+"""Product and baselines of planning and learning: equal weights, equal inputs, equal draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from tdmpc2_fast import TDMPC2, Config
+from tdmpc2_fast.compat.state_dict import tensors_only
+from tdmpc2_fast.learn.compiling import why_not_compiled
+from tdmpc2_fast.learn.triton_update import TritonUpdate
+from tdmpc2_fast.learn.updater import Batch
+from tdmpc2_fast.plan.trace import PlanTrace
+from tdmpc2_fast.plan.triton_plan import TritonPlan
+from tdmpc2_fast.reference import ReferenceAgent
+from tdmpc2_fast.rng import PlanNoise, UpdateNoise
+from tdmpc2_fast.runtime.backend import matmul_precision
+
+from .measure import CannotMeasureError
+
+
+def agent_of(cfg: Config, num_envs: int = 1) -> TDMPC2:
+    """An agent with weights of a trained model's size: zero last layers would make all values equal."""
+    agent = TDMPC2(cfg, num_envs)
+    g = torch.Generator().manual_seed(cfg.seed)
+    with torch.no_grad():
+        for p in agent.model.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
+    return agent
+
+
+def reference_of(agent: TDMPC2) -> ReferenceAgent:
+    """The reference with the same weights on the same device."""
+    return ReferenceAgent(agent.cfg, tensors_only(agent.model.state_dict()))
+
+
+def observations(cfg: Config, num_envs: int) -> Tensor:
+    """(E, obs_dim) on the host, where a control loop has them."""
+    shape = dict(cfg._require("obs_shape"))["state"]
+    return torch.randn(num_envs, *shape, generator=torch.Generator().manual_seed(cfg.seed + 1))
+
+
+def batch_of(cfg: Config, device: torch.device) -> Batch:
+    """A batch to learn from."""
+    g = torch.Generator().manual_seed(cfg.seed + 2)
+    h, b, (obs,) = cfg.horizon, cfg.batch_size, dict(cfg._require("obs_shape"))["state"]
+    return Batch(
+        obs=torch.randn(h + 1, b, obs, generator=g).to(device),
+        action=2 * torch.rand(h, b, cfg._require("action_dim"), generator=g).to(device) - 1,
+        reward=torch.rand(h, b, 1, generator=g).to(device),
+        terminated=torch.zeros(h, b, 1, device=device),
+        task=None,
+    )
+
+
+def check_captured(made: object, device: torch.device) -> None:
+    """Raise `RuntimeError` where the kernels of a plan or an update are not replayed, on a GPU."""
+    if device.type == "cuda" and isinstance(made, TritonPlan | TritonUpdate) and made.why_eager:
+        raise RuntimeError(f"launches are no graph, and their time is not what it would be: {made.why_eager}")
+
+
+def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics as floats; those a replay would overwrite are read now."""
+    return {k: float(v.detach().float().mean()) for k, v in metrics.items()}
+
+
+def within(cfg: Config, device: torch.device, run: Callable[[], object]) -> Callable[[], object]:
+    """`run` with torch's products at the config's precision, as the product's are."""
+    if device.type != "cuda":
+        return run
+
+    def inside() -> object:
+        with matmul_precision(cfg, device):
+            return run()
+
+    return inside
+
+
+class CompiledReference:
+    """A reference under `torch.compile(mode="reduce-overhead")`; each method is compiled when first called.
+
+    On a GPU a plan is compiled whole, into a CUDA graph. On a CPU, which has none, its value estimate
+    is, where the time goes: of the unrolled plan the compiler makes the same loops in five times
+    the minutes.
+
+    Raises:
+        CannotMeasureError: where torch.compile gives no fair baseline.
+    """
+
+    num_envs = 1
+
+    def __init__(self, agent: TDMPC2) -> None:
+        if why := why_not_compiled(agent.device):
+            raise CannotMeasureError(why)
+        torch._dynamo.reset()  # what another case compiled counts towards its limits
+        self._reference = it = reference_of(agent)
+        self.prev_mean, self.p = it.prev_mean, it.p
+        self._update = torch.compile(it.update, mode="reduce-overhead")
+        self._plan = self._traced_plan
+        if agent.device.type == "cpu":
+            it.estimate_value = torch.compile(it.estimate_value, mode="reduce-overhead")  # type: ignore[method-assign]
+            return
+        # Without this a graph copies all weights into buffers of its own before each replay, and
+        # refuses to write those it changes.
+        for x in [*it.p.values(), it.prev_mean, it.scale]:
+            torch._dynamo.mark_static_address(x)
+        self._plan = torch.compile(self._traced_plan, mode="reduce-overhead")
+
+    def update(self, batch: Batch, noise: UpdateNoise) -> dict[str, Tensor]:
+        """As the reference's; metrics last until the next one."""
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._update(batch, noise)
+
+    def _traced_plan(self, obs: Tensor, noise: PlanNoise) -> tuple[Tensor, Tensor]:
+        trace = PlanTrace()
+        return self._reference.plan(obs, False, False, None, noise, trace), trace.values[0]
+
+    def plan(
+        self, obs: Tensor, t0: bool, eval_mode: bool, task: None, noise: PlanNoise, trace: PlanTrace | None = None
+    ) -> Tensor:
+        """As the reference's; its flags are compiled in."""
+        assert not t0
+        assert not eval_mode
+        assert task is None
+        torch.compiler.cudagraph_mark_step_begin()
+        action, values = self._plan(obs, noise)
+        if trace is not None:
+            trace.record(values=values)
+        return action

@@ -1,0 +1,150 @@
+"""A case for one op of the product: beside it the op as one writes it in torch, eager and compiled.
+
+The product is the fused kernel on a GPU, and the torch backend's op elsewhere. On a GPU a measurement
+is a CUDA graph of many executions, so that next to no time of the host is in it; what fits into L2 is
+then there, as it is in a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tdmpc2_fast import Config
+from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch, why_not
+from tdmpc2_fast.learn.compiling import why_not_compiled
+
+from ..options import Options
+from .agents import within
+from .measure import Case, Gate, Variant
+
+_INNER = 100  # executions in a CUDA graph
+# RMS difference of two results by the baseline's standard deviation.
+_LIMIT = dict(float32=1e-5, tf32=2e-3, bfloat16=2e-2)
+
+Op = Callable[[], Tensor]
+"""One execution; returns its result for the comparison."""
+
+
+class OpBench:
+    """What ops of one size and precision share.
+
+    envs, batch: of the rows, whichever an op has.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        suite: str,
+        size: int,
+        precision: str,
+        *,
+        envs: int | None = None,
+        batch: int | None = None,
+    ) -> None:
+        self.options, self.suite, self.size, self._envs, self._batch = options, suite, size, envs, batch
+        self.cfg: Config = options.config(size, options.actions[0], precision=precision)
+        self.precision, self.device = Precision(precision), options.torch_device
+        self.fused = why_not(self.device) is None
+        self.pdl = has_dependent_launch(self.device)
+        self._random = torch.Generator(self.device).manual_seed(options.seed)
+
+    def randn(self, *size: int) -> Tensor:
+        """Standard normal numbers on the device."""
+        return torch.randn(*size, generator=self._random, device=self.device)
+
+    def case(
+        self,
+        name: str,
+        fused: Op,
+        ours: Op,
+        plain: Op,
+        reset: Callable[[], object] | None = None,
+        compiled: Callable[[], Op] | None = None,
+        summary: Callable[[Tensor], Tensor] = Tensor.double,
+        limit: float | None = None,
+        shape: str = "",
+        gflop: float | None = None,
+        mbyte: float | None = None,
+    ) -> Case:
+        """A case of these three ways.
+
+        reset: puts back what an execution changes, before those that are compared.
+        compiled: makes the compiled baseline, where it is not `plain` compiled whole.
+        summary: what of the results is compared.
+        """
+        allowed = _LIMIT[self.precision.name] if limit is None else limit
+        product = fused if self.fused else ours
+
+        def result(op: Op) -> Tensor:
+            if reset is not None:
+                reset()
+            found = within(self.cfg, self.device, op)()
+            assert isinstance(found, Tensor)
+            return summary(found).clone()
+
+        def gate(baseline: Op) -> Gate:
+            wanted, got = result(baseline), result(product)
+            error = (got.double() - wanted.double()).square().mean().sqrt() / wanted.double().std()
+            return Gate(float(error), allowed)
+
+        variants = {"triton" if self.fused else "torch": self._variant(product)}
+        variants["reference"] = self._variant(plain, partial(gate, plain))
+        missing = {}
+        if self.options.compiled:
+            if why := why_not_compiled(self.device):
+                missing["compiled reference"] = why
+            else:
+                torch._dynamo.reset()
+                fast = torch.compile(plain) if compiled is None else compiled()
+                variants["compiled reference"] = self._variant(fast, partial(gate, fast))
+        return Case(
+            self.suite,
+            name,
+            variants,
+            missing,
+            size=self.size,
+            envs=self._envs,
+            actions=self.options.actions[0],
+            batch=self._batch,
+            precision=self.precision.name,
+            shape=shape,
+            gflop=gflop,
+            mbyte=mbyte,
+        )
+
+    def _variant(self, op: Op, gate: Callable[[], Gate] | None = None) -> Variant:
+        run = within(self.cfg, self.device, op)
+        if self.device.type != "cuda":
+            return Variant(run, gate=gate)
+        graph: list[torch.cuda.CUDAGraph] = []
+
+        def captured() -> None:
+            if not graph:
+                graph.append(_capture(run))
+            graph[0].replay()
+
+        return Variant(captured, inner=_INNER, gate=gate)
+
+
+def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of several executions."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(_INNER):
+            run()
+    return graph
+
+
+def mbyte(*tensors: Tensor) -> float:
+    """Of what must be read and written at least once."""
+    return sum(x.numel() * x.element_size() for x in tensors) / 1e6

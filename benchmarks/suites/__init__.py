@@ -1,0 +1,1 @@
+"""What is measured: a file a suite of `tdmpc2-fast bench`."""

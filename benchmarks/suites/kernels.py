@@ -1,0 +1,353 @@
+"""The ops of a plan, each alone, at the shapes an iteration gives them.
+
+Where a plan activates in launches of their own, so do these cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer
+from tdmpc2_fast.kernels.layers.policy_head import policy_action
+from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer
+from tdmpc2_fast.kernels.layers.rows import Layer, Rows
+from tdmpc2_fast.kernels.layers.scalar_head import scalar_head
+from tdmpc2_fast.kernels.layers.tiles import activates_once
+from tdmpc2_fast.kernels.layers.two_hot import two_hot_inv
+from tdmpc2_fast.kernels.plan.buffers import PlanDraws
+from tdmpc2_fast.kernels.plan.mppi import elite_update, sample_actions, shift_mean
+from tdmpc2_fast.kernels.plan.mppi_begin import mppi_begin
+from tdmpc2_fast.kernels.plan.mppi_refine import mppi_refine
+from tdmpc2_fast.kernels.plan.noise import draw_plan_noise
+from tdmpc2_fast.sizes import plan_sizes
+
+from ..harness.measure import CannotMeasureError, Case
+from ..harness.ops import OpBench, mbyte
+from ..options import Options
+
+OPS = (
+    "first_layer",
+    "layer",
+    "activation",
+    "two_hot_head",
+    "policy_head",
+    "first_samples",
+    "elite_update",
+    "plan_noise",
+)
+
+
+def cases(options: Options) -> Iterator[Callable[[], Case]]:
+    """Every op at each size, number of environments and precision."""
+    for size in options.size:
+        for envs in options.envs:
+            for precision in options.precisions:
+                bench = partial(_Bench, options, size, envs, precision)
+                for op in OPS:
+                    yield partial(_case, bench, op)
+
+
+def _case(bench: Callable[[], _Bench], op: str) -> Case:
+    it = bench()
+    found: Case = getattr(it, op)()
+    return found
+
+
+class _Bench(OpBench):
+    """Inputs of one size, and the ops on them."""
+
+    def __init__(self, options: Options, size: int, envs: int, precision: str) -> None:
+        super().__init__(options, "kernels", size, precision, envs=envs)
+        self.envs = envs
+        self.throughput = activates_once(self._count())
+
+    def _layer(self, groups: int, d: int, k: int, side: int = 0, norm: bool = True, simnorm: int = 0) -> Layer:
+        operand = self.precision.operand
+        return Layer(
+            weight=operand(self.randn(groups, d, k) / k**0.5),
+            bias=self.randn(groups, d),
+            ln_weight=1 + 0.3 * self.randn(groups, d) if norm else None,
+            ln_bias=0.3 * self.randn(groups, d) if norm else None,
+            side=operand(self.randn(groups, d, side) / side**0.5) if side else None,
+            simnorm_dim=simnorm,
+        )
+
+    def _rows(self, groups: int, width: int, simnorm: int = 0) -> Rows:
+        """Pre-activations of a layer, their activation due, as the kernels hand them on."""
+        n, layer = self.cfg.num_samples, self._layer(groups, width, 64, simnorm=simnorm)
+        x = Rows(self.randn(groups, self.envs, n, 64).to(self.precision.dtype))
+        if not self.fused:
+            return Rows(torch.einsum("gdk,genk->gend", layer.weight.float(), x.x.float()).contiguous(), layer=layer)
+        out = Rows.empty(groups, self.envs, n, width, self.precision.dtype, self.device)
+        return grouped_layer(x, None, layer, out, precision=self.precision)
+
+    def _inputs(self, groups: int, width: int, simnorm: int = 0) -> Rows:
+        """What a layer reads: rows whose activation is due, or, of many, rows that are activated."""
+        x = self._rows(groups, width, simnorm)
+        return Rows(self._plain(x)) if self.throughput else x
+
+    def _plain(self, x: Rows) -> Tensor:
+        """Each group's rows activated as one writes it, in the precision's own type: (G, E, n, K)."""
+        if x.layer is None:
+            return x.x
+        assert x.layer.ln_weight is not None
+        assert x.layer.ln_bias is not None
+        y = (
+            F.layer_norm(x.x.float(), x.x.shape[-1:]) * x.layer.ln_weight[:, None, None]
+            + x.layer.ln_bias[:, None, None]
+        )
+        v = x.layer.simnorm_dim
+        y = y.unflatten(-1, (-1, v)).softmax(-1).flatten(-2) if v else F.mish(y)
+        return y.to(self.precision.dtype)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(G, E, n, K) by (G, D, K), batched: (G, E, n, D) float32."""
+        return torch.einsum("gdk,genk->gend", weight, x).float() + bias[:, None, None]
+
+    def layer(self) -> Case:
+        """Second layers of dynamics and reward: 2 x act(LN(x)) W + b."""
+        d = self.cfg.mlp_dim
+        x, layer = self._inputs(2, d), self._layer(2, d, d)
+        out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
+        return self.case(
+            "normed linear, 2 heads",
+            lambda: grouped_layer(x, None, layer, out, precision=self.precision, pdl=self.pdl).x,
+            lambda: torch.stack(
+                [F.linear(y, w, b) for y, w, b in zip(x.activated(), layer.weight, layer.bias, strict=True)]
+            ),
+            lambda: self._product(self._plain(x), layer.weight, layer.bias),
+            gflop=2 * 2 * self._count() * d * d / 1e9,
+            mbyte=mbyte(x.x, layer.weight, out.x),
+            shape=f"2 x ({self._count()}, {d}) by ({d}, {d})",
+        )
+
+    def first_layer(self) -> Case:
+        """First layers of dynamics and reward: 2 x SimNorm(LN(z)) Wz + a Wa + b, nothing concatenated."""
+        d, k, a_dim = self.cfg.mlp_dim, self.cfg.latent_dim, self.options.actions[0]
+        z, layer = self._inputs(1, k, self.cfg.simnorm_dim), self._layer(2, d, k, a_dim)
+        a = self.randn(self.envs, self.cfg.num_samples, a_dim).clamp(-1, 1)
+        out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
+        assert layer.side is not None
+        weight = torch.cat([layer.weight, layer.side], -1)
+
+        def ours() -> Tensor:
+            y = z.activated()[0]
+            pairs = zip(layer.weight, layer.side, layer.bias, strict=True)  # type: ignore[arg-type]
+            return torch.stack([F.linear(y, w, b) + F.linear(a, s) for w, s, b in pairs])
+
+        def plain() -> Tensor:
+            x = torch.cat([self._plain(z)[0], a.to(self.precision.dtype)], -1)
+            return self._product(x.expand(2, *x.shape), weight, layer.bias)
+
+        return self.case(
+            "normed linear of (z, a), 2 heads",
+            lambda: grouped_layer(z, a, layer, out, precision=self.precision, pdl=self.pdl).x,
+            ours,
+            plain,
+            gflop=2 * 2 * self._count() * d * (k + a_dim) / 1e9,
+            mbyte=mbyte(z.x, a, layer.weight, out.x),
+            shape=f"({self._count()}, {k} + {a_dim}) by 2 x ({k + a_dim}, {d})",
+        )
+
+    def activation(self) -> Case:
+        """Mish(LN(x)) of both hidden layers in a launch of its own, as plans for many environments have it."""
+        x = self._rows(2, self.cfg.mlp_dim)
+        out = torch.empty_like(x.x)
+        return self.case(
+            "activation, 2 heads",
+            lambda: activate_rows(x, out, self.pdl).x,
+            x.activated,
+            lambda: self._plain(x),
+            mbyte=mbyte(x.x, out),
+            shape=f"2 x ({self._count()}, {self.cfg.mlp_dim})",
+        )
+
+    def first_samples(self) -> Case:
+        """Warm start and the first iteration's samples."""
+        cfg, e, a_dim = self.cfg, self.envs, self.options.actions[0]
+        n, p, h = cfg.num_samples, cfg.num_pi_trajs, cfg.horizon
+        before, noise = self.randn(e, h, a_dim), self.randn(e, h, n - p, a_dim)
+        actions, mean, std = torch.empty(e, h, n, a_dim, device=self.device), before.clone(), before.clone()
+        t0 = torch.zeros(e, dtype=torch.bool, device=self.device)
+
+        def fused() -> Tensor:
+            outs = dict(actions=actions, mean=mean, std=std)
+            mppi_begin(before, t0, noise, None, cfg.max_std, **outs, pdl=self.pdl)
+            return actions[:, :, p:]
+
+        def ours() -> Tensor:
+            return sample_actions(shift_mean(before, t0), torch.full_like(before, cfg.max_std), noise)
+
+        def plain() -> Tensor:
+            start = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], 1)
+            return (start.unsqueeze(2) + cfg.max_std * noise).clamp(-1, 1)
+
+        return self.case(
+            "first samples", fused, ours, plain, mbyte=mbyte(before, noise, noise), shape=f"{e} x {n - p} sequences"
+        )
+
+    def two_hot_head(self) -> Case:
+        """Last layers to scalars: rewards of all steps and two critics."""
+        d, bins, groups = self.cfg.mlp_dim, self.cfg.num_bins, self.cfg.horizon + 2
+        x, layer = self._rows(groups, d), self._layer(groups, bins, d, norm=False)
+        out = torch.empty(groups, self.envs, self.cfg.num_samples, device=self.device)
+        edges = (bins, self.cfg.vmin, self.cfg.vmax)
+        support = torch.linspace(self.cfg.vmin, self.cfg.vmax, bins, device=self.device)
+
+        def fused() -> Tensor:
+            scalar_head(
+                x,
+                layer,
+                out,
+                precision=self.precision,
+                num_bins=bins,
+                vmin=self.cfg.vmin,
+                vmax=self.cfg.vmax,
+                pdl=self.pdl,
+            )
+            return out
+
+        def ours() -> Tensor:
+            logits = [F.linear(y, w, b) for y, w, b in zip(x.activated(), layer.weight, layer.bias, strict=True)]
+            return two_hot_inv(torch.stack(logits), *edges).squeeze(-1)
+
+        def plain() -> Tensor:
+            y = (self._product(self._plain(x), layer.weight, layer.bias).softmax(-1) * support).sum(-1)
+            return y.sign() * (y.abs().exp() - 1)
+
+        return self.case(
+            "two-hot head",
+            fused,
+            ours,
+            plain,
+            gflop=2 * groups * self._count() * d * bins / 1e9,
+            mbyte=mbyte(x.x, layer.weight, out),
+            shape=f"{groups} x ({self._count()}, {d}) by ({d}, {bins})",
+        )
+
+    def policy_head(self) -> Case:
+        """Last layer of the policy, sampled."""
+        d, a_dim = self.cfg.mlp_dim, self.options.actions[0]
+        x, layer = self._rows(1, d), self._layer(1, 2 * a_dim, d, norm=False)
+        eps = self.randn(self.envs, self.cfg.num_samples, a_dim)
+        out = torch.empty_like(eps)
+        low, high = self.cfg.log_std_min, self.cfg.log_std_max
+        packed = Layer(interleave(layer.weight[0])[None], interleave(layer.bias[0][:, None])[None, :, 0])
+
+        def fused() -> Tensor:
+            policy_layer(x, packed, eps, out, precision=self.precision, low=low, high=high, pdl=self.pdl)
+            return out
+
+        def plain() -> Tensor:
+            mean, log_std = self._product(self._plain(x), layer.weight, layer.bias)[0].chunk(2, -1)
+            log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1)
+            return torch.tanh(mean + eps * log_std.exp())
+
+        return self.case(
+            "policy head",
+            fused,
+            lambda: policy_action(F.linear(x.activated()[0], layer.weight[0], layer.bias[0]), eps, low, high),
+            plain,
+            gflop=2 * self._count() * d * 2 * a_dim / 1e9,
+            mbyte=mbyte(x.x, layer.weight, eps, out),
+            shape=f"({self._count()}, {d}) by ({d}, {2 * a_dim})",
+        )
+
+    def elite_update(self) -> Case:
+        """Values, elites, mean, std and the next samples."""
+        cfg, e, n, h = self.cfg, self.envs, self.cfg.num_samples, self.cfg.horizon
+        a_dim, p, k = self.options.actions[0], cfg.num_pi_trajs, cfg.num_elites
+        scalars, noise = self.randn(h + 2, e, n), self.randn(e, h, n - p, a_dim)
+        start = self.randn(e, h, n, a_dim).clamp(-1, 1)
+        discount = torch.full((e,), cfg.discounts[0], device=self.device)
+        actions, mean, std = start.clone(), *(torch.empty(e, h, a_dim, device=self.device) for _ in range(2))
+        values, scores = torch.empty(e, n, device=self.device), torch.empty(e, k, device=self.device)
+        elites = torch.empty(e, k, dtype=torch.int64, device=self.device)
+        limits = (k, cfg.temperature, cfg.min_std, cfg.max_std)
+
+        def fused() -> Tensor:
+            outs = dict(values=values, elites=elites, scores=scores, mean=mean, std=std, next_noise=noise)
+            mppi_refine(scalars, discount, None, actions, None, *limits, **outs, pdl=self.pdl)  # type: ignore[arg-type]
+            return actions[:, :, p:]
+
+        def returns() -> Tensor:
+            weights = discount[:, None] ** torch.arange(h + 1, device=self.device)
+            rewards = torch.einsum("hen,eh->en", scalars[:h], weights[:, :h])
+            return rewards + weights[:, h:] * (scalars[h] + scalars[h + 1]) / 2
+
+        def ours() -> Tensor:
+            _, _, m, s = elite_update(returns(), start, *limits)
+            return sample_actions(m, s, noise)
+
+        def plain() -> Tensor:
+            value = returns()
+            best, index = torch.topk(value, k, dim=-1)
+            chosen = start.gather(2, index[:, None, :, None].expand(e, h, k, a_dim))
+            score = ((best - best[:, :1]) * cfg.temperature).softmax(-1)[:, None, :, None]
+            m = (score * chosen).sum(2, keepdim=True)
+            s = (score * (chosen - m).square()).sum(2, keepdim=True).sqrt().clamp(cfg.min_std, cfg.max_std)
+            return (m + s * noise).clamp(-1, 1)
+
+        return self.case(
+            "elite update",
+            fused,
+            ours,
+            plain,
+            reset=lambda: actions.copy_(start),
+            mbyte=mbyte(scalars, actions, noise, noise),
+            shape=f"{e} x {n} sequences, {k} elites",
+        )
+
+    def plan_noise(self) -> Case:
+        """All random numbers of a plan. Generators draw different numbers, so their moments are compared."""
+        if not self.fused:
+            raise CannotMeasureError("the kernel that draws a plan's noise needs a GPU; elsewhere torch draws it")
+        sizes = plan_sizes(self.cfg, self.envs)
+        draws = PlanDraws.empty(sizes, self.device)
+        state = torch.tensor([self.options.seed, 0], device=self.device)
+
+        def fused() -> Tensor:
+            draw_plan_noise(
+                state,
+                pi_eps=draws.pi_eps,
+                samples=draws.samples,
+                value_eps=draws.value_eps,
+                elite=draws.elite,
+                action=draws.action,
+                members=draws.members,
+                num_q=sizes.num_q,
+                pdl=self.pdl,
+            )
+            return draws.samples
+
+        def plain() -> Tensor:
+            for x in (draws.pi_eps, draws.samples, draws.value_eps, draws.action):
+                x.normal_()
+            draws.elite.exponential_()
+            draws.members.copy_(torch.rand(len(draws.members), sizes.num_q, device=self.device).argsort(-1)[:, :2])
+            return draws.samples
+
+        floats = sum(x.numel() for x in (draws.pi_eps, draws.samples, draws.value_eps, draws.action, draws.elite))
+        return self.case(
+            "plan noise",
+            fused,
+            fused,
+            plain,
+            summary=_moments,
+            limit=8 / draws.samples.numel() ** 0.5,
+            mbyte=4 * floats / 1e6,
+            shape=f"{floats} floats",
+        )
+
+    def _count(self) -> int:
+        return self.envs * self.cfg.num_samples
+
+
+def _moments(x: Tensor) -> Tensor:
+    """Of standard normal numbers: 0, 1, 0, 3 divided by what each varies by."""
+    return torch.stack([x.mean(), x.square().mean(), x.pow(3).mean() / 4, x.pow(4).mean() / 10])

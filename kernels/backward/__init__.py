@@ -1,0 +1,1 @@
+"""Layers backward: gradients of inputs, weights, norms and activations over one gradient tile."""

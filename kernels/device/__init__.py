@@ -1,0 +1,1 @@
+"""What every kernel uses: launches, random numbers, tile arithmetic."""

@@ -1,0 +1,1 @@
+"""What kernels cost, seen without a GPU: compile reports, and launches, FLOP and bytes counted."""

@@ -1,0 +1,205 @@
+"""Compiles every kernel configuration of plans and updates, for chips that need not be there.
+
+    python -m tdmpc2_fast.kernels.report [--precision ...] [--arch ...] [--size ...] [--envs ...] [--json FILE]
+
+Prints registers, spills, shared memory, tensor-core instruction and code size of each. Exit code
+1: a configuration spills, needs more shared memory than the chip has, lacks a tensor-core
+instruction where one is meant, or does not compile. 2: nothing can be compiled here.
+
+Configurations come from dry plans and updates, so they are those that are launched. Launches that differ only
+in what Triton derives from their arguments (alignment, strides of 1) count as one configuration,
+of which the first is compiled; `--variants` compiles them all. The defaults are what CI has time for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ..device.launch import PRECISIONS, Precision, interpreting, triton
+from ..plan.buffers import PlanSizes
+from ..update.buffers import UpdateSizes
+from .compile import SHARED_LIMIT, Compiled, Specialisation, specialisation, try_compile
+from .plan_work import KERNELS, UPDATE_KERNELS, dry_plan
+from .update_work import dry_update
+
+# Architecture by millions of parameters (paper, Table 9).
+MODEL_SIZES = {
+    1: dict(enc_dim=256, mlp_dim=384, latent_dim=128, num_enc_layers=2, num_q=2),
+    5: dict(enc_dim=256, mlp_dim=512, latent_dim=512, num_enc_layers=2, num_q=5),
+    19: dict(enc_dim=1024, mlp_dim=1024, latent_dim=768, num_enc_layers=3, num_q=5),
+    48: dict(enc_dim=1792, mlp_dim=1792, latent_dim=768, num_enc_layers=4, num_q=5),
+    317: dict(enc_dim=4096, mlp_dim=4096, latent_dim=1376, num_enc_layers=5, num_q=8),
+}
+# What a plan can be besides: a multi-task model adds an embedding and an action mask, an episodic
+# one the termination head.
+FORMS: dict[str, dict[str, Any]] = {"single": {}, "multi": dict(task_dim=96), "episodic": dict(episodic=True)}
+
+# What is compiled unless other sizes are asked for. Updates of wide layers take kernels of their own.
+_PLANS, _UPDATES = (1, 5), (1, 5, 19)
+
+_OBS_DIM = 24
+_LARGE = 19  # millions of parameters from which a batch is 1024
+
+# The persistent variant is an option for few environments on Hopper, at tensor-core precisions.
+_PERSISTENT, _PERSISTENT_ARCH, _PROCESSORS = "persistent_kernel", 90, 132
+
+Row = tuple[str, Compiled, list[str]]
+"""Precision, what came out, faults."""
+
+
+def plan_sizes(size: int, envs: int, actions: int, form: str = "single") -> PlanSizes:
+    """A plan of a published model size; two more iterations for many actions, as in the paper."""
+    dims: dict[str, Any] = {**MODEL_SIZES[size], **FORMS[form]}
+    return PlanSizes(
+        envs=envs,
+        obs_dim=_OBS_DIM,
+        action_dim=actions,
+        iterations=8 if actions >= 20 else 6,
+        **dims,
+    )
+
+
+def configurations(
+    sizes: Iterable[PlanSizes], precision: Precision, variants: bool = False, updates: Iterable[UpdateSizes] = ()
+) -> list[Specialisation]:
+    """Distinct configurations of plans and updates of these sizes, in the order they are first launched."""
+    found: dict[str, Specialisation] = {}
+    for s in sizes:
+        # Chips without programmatic dependent launch have it taken out when they are compiled for.
+        for launch in dry_plan(s, precision, pdl=True)[1]:
+            spec = specialisation(launch)
+            found.setdefault(str(spec) if variants else spec.configuration, spec)
+        if s.envs == 1 and not s.episodic and precision.name != "float32":
+            log = dry_plan(s, precision, persistent=_PROCESSORS)[1]
+            spec = specialisation(next(x for x in log if x.name == _PERSISTENT))
+            found.setdefault(spec.configuration, spec)
+    for u in updates:
+        for launch in dry_update(u, precision, pdl=True)[0]:
+            spec = specialisation(launch)
+            found.setdefault(str(spec) if variants else spec.configuration, spec)
+    return list(found.values())
+
+
+def update_sizes(size: int, actions: int, form: str = "single") -> UpdateSizes:
+    """An update of a published model size at its published batch size."""
+    dims: dict[str, Any] = {**MODEL_SIZES[size], **FORMS[form]}
+    return UpdateSizes(batch=256 if size < _LARGE else 1024, obs_dim=_OBS_DIM, action_dim=actions, **dims)
+
+
+def compile_all(specs: list[Specialisation], archs: list[int], jobs: int) -> Iterator[Row]:
+    """Rows of all configurations on all chips, compiled in `jobs` processes; one job is this process."""
+    work = [(spec, arch) for arch in archs for spec in specs if spec.name != _PERSISTENT or arch == _PERSISTENT_ARCH]
+    with ExitStack() as stack:
+        run: Callable[..., Iterator[Compiled | str]] = map
+        if min(jobs, len(work)) > 1:
+            # Forked, a process would share the locks of threads it does not have.
+            context = multiprocessing.get_context("spawn")
+            run = stack.enter_context(ProcessPoolExecutor(min(jobs, len(work)), mp_context=context)).map
+        results = run(try_compile, [spec for spec, _ in work], [arch for _, arch in work])
+        for (spec, arch), done in zip(work, results, strict=True):
+            if isinstance(done, str):
+                failed = Compiled(spec.name, arch, spec.label, spec.options.get("num_warps", 4), 0, 0, 0, "-", 0)
+                yield spec.precision, failed, [done]
+            else:
+                yield spec.precision, done, done.faults(spec.needs_tensor)
+
+
+HEAD = ("kernel", "configuration", "precision", "arch", "warps", "registers", "spills", "shared", "tensor", "code")
+
+
+def table(rows: list[Row]) -> str:
+    """One line a configuration and chip; spills in bytes a thread, shared memory and code in bytes."""
+    lines: list[tuple[str, ...]] = [HEAD]
+    for precision, c, _ in rows:
+        numbers = (c.arch, c.warps, c.registers, c.spills, c.shared, c.tensor, c.size)
+        lines.append((c.name.removesuffix("_kernel"), c.config, precision, *map(str, numbers)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """The most registers and shared memory of each chip."""
+    lines = []
+    for arch in sorted({c.arch for _, c, _ in rows}):
+        here = [c for _, c, _ in rows if c.arch == arch]
+        most, largest = max(here, key=lambda c: c.registers), max(here, key=lambda c: c.shared)
+        lines.append(
+            f"sm_{arch}: {len(here)} configurations, at most {most.registers} registers ({most.name} {most.config})"
+            f" and {largest.shared} of {SHARED_LIMIT[arch]} bytes of shared memory ({largest.name} {largest.config})"
+        )
+    return "\n".join(lines)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tdmpc2_fast.kernels.report", description=__doc__.split("\n")[0]
+    )
+    many: dict[str, Any] = dict(nargs="+", metavar="X")
+    parser.add_argument("--precision", **many, choices=PRECISIONS, default=["bfloat16", "tf32", "float32"])
+    parser.add_argument("--arch", **many, type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
+    parser.add_argument(
+        "--size", **many, type=int, choices=MODEL_SIZES, help=f"default: {_PLANS}, and {_UPDATES} of updates"
+    )
+    parser.add_argument("--envs", **many, type=int, default=[1, 64], help="environments at once")
+    parser.add_argument("--actions", **many, type=int, default=[6], help="action dimensions")
+    parser.add_argument("--form", **many, choices=FORMS, default=["single"], help="single, multi (task), episodic")
+    parser.add_argument(
+        "--kernel", **many, choices=[*KERNELS, *UPDATE_KERNELS, _PERSISTENT], help="these alone, by name"
+    )
+    parser.add_argument("--variants", action="store_true", help="every alignment, not one of each configuration")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, default all processors"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows, too")
+    return parser.parse_args(argv)
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None where it can."""
+    if triton is None:
+        return "the package triton is not installed, so nothing can be compiled"
+    return "TRITON_INTERPRET=1 interprets kernels, unset it to compile them" if interpreting() else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, print, and judge: the exit code."""
+    args = _arguments(argv)
+    if reason := why_not():
+        print(f"report: {reason}", file=sys.stderr)
+        return 2
+    start = time.perf_counter()
+    sizes = [plan_sizes(*x) for x in product(args.size or _PLANS, args.envs, args.actions, args.form)]
+    updates = [update_sizes(*x) for x in product(args.size or _UPDATES, args.actions, args.form)]
+    specs: dict[str, Specialisation] = {}
+    for precision in args.precision:
+        for spec in configurations(sizes, Precision(precision), args.variants, updates):
+            if args.kernel is None or spec.name in args.kernel:
+                specs.setdefault(str(spec), spec)
+    rows = list(compile_all(list(specs.values()), args.arch, args.jobs))
+    print(table(rows))
+    print()
+    print(summary(rows))
+    print(f"{len(rows)} compiled in {time.perf_counter() - start:.0f} s")
+    if args.json:
+        listed = [{"precision": p, **asdict(c), "faults": f} for p, c, f in rows]
+        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": listed}, indent=1) + "\n")
+    faults = [(p, c, fault) for p, c, found in rows for fault in found]
+    for p, c, fault in faults:
+        print(f"fault: sm_{c.arch} {p} {c.name} {c.config}: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

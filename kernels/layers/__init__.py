@@ -1,0 +1,1 @@
+"""Layers forward: rows in, rows out, and the heads that read them."""

@@ -1,0 +1,145 @@
+"""Which tile a layer is cut into: a table that works unmeasured, and what a measurement may change.
+
+Two regimes. *Latency* (few environments): rows are few, one layer is a dependent step, so tiles
+are small enough for every multiprocessor to have one. *Throughput* (many environments): full
+tensor-core tiles; a layer's input is then normalised and activated once by a launch of its own
+instead of by each of its readers, because the tensor cores, not the steps, are what is short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..device.launch import cdiv, interpreting, pow2
+
+# Multiprocessors of an H100 or H200; A100 has 108, B200 148.
+_PROCESSORS = 132
+
+THROUGHPUT_ROWS = 8192
+"""Rows (environments x samples) from which the throughput regime is taken."""
+
+THROUGHPUT_UPDATE = 2**21
+"""Rows times width of hidden layers from which an update takes it: 19M at batch 1024, 317M at 256."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM rows, BN columns and BK of the depth per step; warps and pipeline stages of a program."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int = 4
+    stages: int = 3
+
+    def options(self, depth: int) -> dict[str, int | bool]:
+        """Constants and compiler options of a kernel whose product is over `depth`."""
+        shape = dict(BM=self.BM, BN=self.BN, BK=self.BK, EVEN_K=depth % self.BK == 0)
+        return shape | dict(num_warps=self.warps, num_stages=self.stages)
+
+
+# A100-and-newer shapes by precision, widest first; registers and shared memory of each are in the
+# compile report (report.py). Narrower than 64 x 64, eight warps are there because four spill on an
+# A100; so does a 128 x 128 tile of bfloat16 that adds nothing but an action to a bias.
+_LATENCY = {
+    "bfloat16": (Tile(64, 64, 64, 8), Tile(32, 64, 64, 8), Tile(32, 32, 128), Tile(16, 32, 128)),
+    "tf32": (Tile(64, 64, 32, 8), Tile(32, 64, 32, 8), Tile(32, 32, 64, 8), Tile(16, 32, 64)),
+    "float32": (Tile(32, 32, 32, 8), Tile(16, 32, 32)),
+}
+_THROUGHPUT = {
+    "bfloat16": Tile(128, 64, 64, 8),
+    "tf32": Tile(128, 64, 32, 8),
+    "float32": Tile(32, 32, 32, 8),
+}
+# Of products whose operands are ready: nothing but loads and tensor cores. The first that fills the chip.
+_READY = {
+    "bfloat16": (Tile(128, 128, 64, 8), Tile(128, 64, 64, 8)),
+    "tf32": (Tile(128, 128, 32, 8), Tile(128, 64, 32, 8)),
+    "float32": (),
+}
+_HEAD_ROWS = {"bfloat16": (64, 64), "tf32": (64, 32), "float32": (32, 16)}
+
+# The interpreter pays by the number of operations, not by their size.
+_INTERPRETED = 512
+
+
+def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
+    """Tile of a layer: `rows` (of all environments) x `columns`, times `groups`, over `depth`."""
+    if interpreting():
+        side = [min(_INTERPRETED, pow2(n, least)) for n, least in ((rows, 16), (columns, 32), (depth, 16))]
+        return Tile(*side)
+    if rows >= THROUGHPUT_ROWS:
+        return _shallow(_THROUGHPUT[precision], depth)
+    fitting = [t for t in _LATENCY[precision] if pow2(rows, 16) >= t.BM]
+    for tile in fitting:
+        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= 0.75 * _PROCESSORS:
+            return _shallow(tile, depth)
+    return _shallow(fitting[-1], depth)
+
+
+# A step of a backward product reads the gradient and what it is the gradient of: narrower steps, and
+# fewer of them in flight, where registers would not do.
+_INPUT_DEPTH = {"bfloat16": 64, "tf32": 32, "float32": 16}
+_WEIGHT_DEPTH = {"bfloat16": 32, "tf32": 32, "float32": 16}
+
+
+def input_gradient_tile(rows: int, groups: int, columns: int, depth: int, precision: str, summed: bool = False) -> Tile:
+    """Tile of a layer's dL/dx: `rows` x `columns`, times `groups` or `summed` over them, over the layer's width."""
+    tile = layer_tile(rows, groups, columns, depth, precision)
+    if summed and tile.BM == 16 and rows > 16:
+        tile = next(t for t in reversed(_LATENCY[precision]) if t.BM == 32)
+    fewer = summed and tile.BM > 16
+    return _narrower(tile, _INPUT_DEPTH[precision], 2 if fewer else tile.stages)
+
+
+def weight_gradient_tile(width: int, groups: int, columns: int, rows: int, precision: str) -> Tile:
+    """Tile of a layer's dL/dW: `width` x `columns`, times `groups`, over all `rows`."""
+    tile = layer_tile(width, groups, columns, rows, precision)
+    return _narrower(tile, _WEIGHT_DEPTH[precision], 2 if precision == "bfloat16" else tile.stages)
+
+
+def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str, through: bool = False) -> Tile | None:
+    """Tile of a product of ready operands, `rows` x `columns` over `depth`; None leaves it to its kernel's table.
+
+    through: the result goes through an activation's gradient, which takes registers.
+    """
+    for tile in () if interpreting() else _READY[precision][through:]:
+        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= _PROCESSORS:
+            return _shallow(tile, depth)
+    return None
+
+
+def _narrower(tile: Tile, depth: int, stages: int) -> Tile:
+    return tile if interpreting() else replace(tile, BK=min(tile.BK, depth), stages=stages)
+
+
+def _shallow(tile: Tile, depth: int) -> Tile:
+    """The tile, no deeper than the layer: an observation is."""
+    return replace(tile, BK=min(tile.BK, pow2(depth, 16)))
+
+
+def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
+    """Tile of a last layer: all its `columns` in one program, which reduces over them."""
+    if interpreting():
+        return Tile(min(_INTERPRETED, pow2(rows, 16)), pow2(columns, 16), min(_INTERPRETED, pow2(depth, 16)))
+    most, bk = _HEAD_ROWS[precision]
+    bm = min(most, pow2(rows, 16))
+    while bm > 16 and cdiv(rows, bm) * groups < _PROCESSORS:
+        bm //= 2
+    bn = pow2(columns, 16)
+    return Tile(bm, bn, bk, 8 if bm * bn >= 8192 else 4, 3)
+
+
+def activates_once(rows: int) -> bool:
+    """Whether a plan's activations get a launch of their own (throughput) or are left to each reader (latency)."""
+    return rows >= THROUGHPUT_ROWS
+
+
+def finishes_once(rows: int, width: int) -> bool:
+    """Whether an update's activations and gradients get launches of their own.
+
+    Each reader's programs would compute those of all rows and columns they read: width / BN times in
+    total. A column of bfloat16 costs a tensor core BN multiplications and an activation some thirty
+    instructions, so with tiles of 64 columns wide layers wait for activations, not for products.
+    """
+    return rows * width >= THROUGHPUT_UPDATE

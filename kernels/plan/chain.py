@@ -1,0 +1,313 @@
+"""A whole plan as a chain of fused launches: encoder, policy prior, MPPI iterations, choice.
+
+    encode obs                                   one launch a layer
+    first layers' share of z0, once a plan       dynamics, policy and reward in one launch
+    each iteration, each step t                  3 launches: first and second layers of dynamics and
+                                                 reward together, then the next latent
+    terminal value                               policy 3, the two drawn critics 2 launches
+    all rewards and both critics to scalars      1 launch
+    elites, mean, std, next samples              1 launch
+
+The policy-prior sequences are rolled out in the first iteration, beside the sampled ones; their
+rewards and last latents stay where they are (their actions never change). Everything lives in
+buffers allocated once, so the chain can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..device.launch import Precision, log_launches
+from ..experiments.persistent import PersistentRollout
+from ..layers.grouped_layer import activate_rows, grouped_layer
+from ..layers.policy_layer import policy_layer
+from ..layers.rows import EACH, Layer, Rows, Slabs
+from ..layers.scalar_head import scalar_head
+from ..layers.tiles import activates_once, layer_tile
+from .buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanDraws, PlanInputs, PlanSizes, PlanState, PlanWeights
+from .mppi_begin import mppi_begin
+from .mppi_refine import Choice, mppi_refine
+from .noise import draw_plan_noise
+
+Observer = Callable[[str], None]
+"""Called before each update ("values") and after it ("update"): for traces and tests."""
+
+_PAIR = Slabs(DYNAMICS, REWARD - DYNAMICS)
+_SHARED = Slabs(0, 0)
+
+
+class PlanChain:
+    """The chain of launches for one set of sizes, and the buffers it works in.
+
+    Args:
+        sizes: of everything.
+        weights: packed; read in place by every run.
+        precision: of the products.
+        device: of `weights`.
+        pdl: programmatic dependent launch.
+        throughput: whether an activation gets a launch of its own; None lets the table decide.
+        persistent: multiprocessors to use for one launch an iteration in place of a chain of
+            small ones (persistent.py); 0: the chain.
+        annotate: makes a named range for profilers.
+    """
+
+    def __init__(
+        self,
+        sizes: PlanSizes,
+        weights: PlanWeights,
+        precision: Precision,
+        device: torch.device,
+        pdl: bool = False,
+        throughput: bool | None = None,
+        persistent: int = 0,
+        annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.sizes, self.weights, self.precision, self.pdl = sizes, weights, precision, pdl
+        self._annotate = annotate
+        self.inputs, self.draws = PlanInputs.empty(sizes, device), PlanDraws.empty(sizes, device)
+        self.state = PlanState(sizes, precision, device)
+        rows = sizes.envs * sizes.num_samples
+        self.throughput = activates_once(rows) if throughput is None else throughput
+        # Sampled and prior rows of one buffer are written by different launches and read by one,
+        # so their tiles must be of one width: that of all rows together.
+        d, z = sizes.mlp_dim, sizes.latent_dim
+        self._second_tile = layer_tile(rows, 2, d, d, precision.name)
+        self._third_tile = layer_tile(rows, 1, z, d, precision.name)
+        third = (None, 0) if self.throughput else (weights.third, self._third_tile.BN)
+        self.z = Rows(self.state.z.x, self.state.z.stats, third[0], _SHARED, third[1])
+        self._persistent = self._one_launch(persistent) if persistent and sizes.iterations > 1 else None
+
+    def run(self, draw: bool = True, observe: Observer | None = None) -> None:
+        """One plan from `inputs` to `state.action`; `draw`: fresh random numbers first."""
+        if draw:
+            self.draw()
+        with self._annotate("encode"):
+            shared = self.share(self.encode())
+        with self._annotate("prior"):
+            if self.sizes.num_pi_trajs:
+                self.first_prior_action(shared)
+            self.begin()
+        for i in range(self.sizes.iterations):
+            with self._annotate("iteration"):
+                if self._persistent and i:
+                    self._persistent.run(i - 1)
+                else:
+                    self.rollout(None, shared, 0 if i == 0 else self.sizes.num_pi_trajs, act=i == 0)
+                    self.terminal_value(i)
+            if observe:
+                observe("values")
+            last = i == self.sizes.iterations - 1
+            with self._annotate("select"):
+                self.update(None if last else self.draws.samples[i + 1], choose=last)
+            if observe:
+                observe("update")
+
+    def _one_launch(self, processors: int) -> PersistentRollout:
+        """All iterations but the first, which draws the prior's actions, as one launch each."""
+        if self.throughput or self.sizes.episodic:
+            what = "the throughput regime" if self.throughput else "an episodic model"
+            raise ValueError(f"persistent: got {what}, allowed: few environments, without termination")
+        iterations = []
+        for i in range(1, self.sizes.iterations):
+            with log_launches(dry=True) as log:
+                self.rollout(None, self.state.shared)
+                self.terminal_value(i)
+            iterations.append(log)
+        # A kernel that holds every kind of phase has no registers to spare for deep blocks.
+        tile = replace(self._second_tile, BK=min(self._second_tile.BK, 32))
+        return PersistentRollout(iterations, self.precision, processors, tile)
+
+    def draw(self) -> None:
+        """Fill `draws` from the counter RNG."""
+        d = self.draws
+        draw_plan_noise(
+            self.inputs.rng,
+            pi_eps=d.pi_eps,
+            samples=d.samples,
+            value_eps=d.value_eps,
+            elite=d.elite,
+            action=d.action,
+            members=d.members,
+            num_q=self.sizes.num_q,
+            shift=d.shift,
+            pdl=self.pdl,
+        )
+
+    def encode(self) -> Rows:
+        """Latent of the observation, (1, E, 1, L), its SimNorm due."""
+        inputs = self.inputs
+        if inputs.z0 is not None:
+            return Rows(inputs.z0[None, :, None])
+        x = Rows(inputs.obs[None, :, None])
+        side = None if inputs.task_embedding is None else inputs.task_embedding.unsqueeze(1)
+        for layer, out in zip(self.weights.encoder, self.state.encoded, strict=True):
+            x = self._layer(x, side, layer, out, _SHARED)
+            side = None
+        return x
+
+    def share(self, z0: Rows | None) -> Rows:
+        """What z0 and the task embedding add to the first layers of dynamics, policy and reward.
+
+        It is the same for all samples, (3, E, 1, D). z0 None: the task embedding alone.
+        """
+        task, share = self.inputs.task_embedding, self.state.task_share
+        if share is not None:
+            assert self.weights.task is not None
+            assert task is not None
+            self._layer(None, task.unsqueeze(1), self.weights.task, share, EACH)
+        if z0 is None:
+            return self.state.shared
+        return self._layer(z0, None, self.weights.first, self.state.shared, EACH, self._task_bias)
+
+    @property
+    def _task_bias(self) -> Tensor | None:
+        share = self.state.task_share
+        return None if share is None else share.x[:, :, 0]
+
+    def first_prior_action(self, shared: Rows) -> None:
+        """Policy actions at z0 for the prior sequences: one latent, P samples of its policy."""
+        s, p = self.state, self.sizes.num_pi_trajs
+        first = shared[POLICY : POLICY + 1, :]
+        x = self._layer(first, None, self.weights.second, s.policy[:, :1], Slabs(POLICY))
+        self._act(x.expand(p), self.draws.pi_eps[:, 0], s.actions[:, 0, :p])
+
+    def begin(self) -> None:
+        """Warm start and the first samples."""
+        s = self.state
+        mppi_begin(
+            self.inputs.prev_mean,
+            self.inputs.t0,
+            self.draws.samples[0],
+            self.inputs.mask,
+            self.sizes.max_std,
+            actions=s.actions,
+            mean=s.mean,
+            std=s.std,
+            pdl=self.pdl,
+        )
+
+    def rollout(self, z0: Rows | None, shared: Rows, start: int = 0, act: bool = False) -> None:
+        """Latents of all steps, and the reward's second layer, of sequences from `start` on.
+
+        z0: latents (1, E, N, L) to start from; None: the one of `share`. act: draw the actions
+        of the prior sequences on the way, after the first step's.
+        """
+        s, w, p = self.state, self.weights, self.sizes.num_pi_trajs
+        rows = slice(start, self.sizes.num_samples)
+        if rows.start == rows.stop:
+            return
+        for t in range(self.sizes.horizon):
+            before = self.z[t - 1 : t, rows] if t else z0
+            if act and p and t:
+                self._act(self._policy(self.z[t - 1 : t, :p]), self.draws.pi_eps[:, t], s.actions[:, t, :p])
+            bias = shared.x[:, :, 0] if before is None else self._task_bias
+            h = self._layer(before, s.actions[:, t, rows], w.first, s.first[:, rows], _PAIR, bias)
+            h = self._layer(self._activated(h), None, w.second, s.second[: 2 + t : 1 + t, rows], _PAIR)
+            z = self._layer(self._activated(h[:1, :]), None, w.third, s.z[t : t + 1, rows], _SHARED)
+            self._activated(z)
+
+    def terminal_value(self, iteration: int) -> None:
+        """Scalars of all sequences: rewards, two critics at a policy action after the last step."""
+        s, w, h, members = self.state, self.weights, self.sizes.horizon, self.draws.members[iteration]
+        last = self.z[h - 1 : h, :]
+        self._act(self._policy(last), self.draws.value_eps[iteration], s.terminal_action)
+        critics = Slabs(CRITICS, members=members)
+        x = self._layer(last, s.terminal_action, w.first, s.first, critics, self._task_bias)
+        x = self._layer(self._activated(x), None, w.second, s.second[h + 1 :, :], critics)
+        # Slab -1 of the draws is the reward, below the critics in every packed layer.
+        slabs = self.draws.slabs[iteration]
+        hidden = s.second[1:, :]
+        hidden = Rows(hidden.x, hidden.stats, w.second, Slabs(CRITICS, members=slabs), self._second_tile.BN)
+        self._scalars(hidden, w.scalars, s.scalars, Slabs(1, members=slabs), self.sizes.num_bins)
+        if w.termination is not None:
+            assert s.termination_first is not None
+            assert s.termination_second is not None
+            assert s.termination is not None
+            x = self._layer(self.z, None, w.termination[0], s.termination_first, _SHARED)
+            x = self._layer(self._activated(x), None, w.termination[1], s.termination_second, _SHARED)
+            self._scalars(x, w.termination[2], s.termination, _SHARED, 0)
+
+    def update(self, next_noise: Tensor | None = None, choose: bool = False) -> None:
+        """Values, elites, mean and std; then the next samples, or the choice of the action."""
+        s, d, inputs, sizes = self.state, self.draws, self.inputs, self.sizes
+        choice = Choice(
+            elite_noise=d.elite,
+            action_noise=d.action,
+            eval_mode=inputs.eval_mode,
+            action=s.action,
+            prev_mean=inputs.prev_mean,
+            picked=s.picked,
+            chosen=s.chosen,
+            counter=inputs.rng,
+        )
+        mppi_refine(
+            s.scalars,
+            inputs.discount,
+            s.termination,
+            s.actions,
+            inputs.mask,
+            sizes.num_elites,
+            sizes.temperature,
+            sizes.min_std,
+            sizes.max_std,
+            values=s.values,
+            elites=s.elites,
+            scores=s.scores,
+            mean=s.mean,
+            std=s.std,
+            next_noise=next_noise,
+            choice=choice if choose else None,
+            pdl=self.pdl,
+        )
+
+    def _layer(
+        self, x: Rows | None, a: Tensor | None, layer: Layer, out: Rows, slabs: Slabs, bias: Tensor | None = None
+    ) -> Rows:
+        tile = None
+        if layer is self.weights.second and out.x.shape[0] == 2:
+            tile = self._second_tile
+        elif layer is self.weights.third:
+            tile = self._third_tile
+        return grouped_layer(
+            x, a, layer, out, precision=self.precision, slabs=slabs, bias=bias, tile=tile, pdl=self.pdl
+        )
+
+    def _activated(self, x: Rows) -> Rows:
+        return activate_rows(x, x.x, self.pdl) if self.throughput else x
+
+    def _policy(self, z: Rows) -> Rows:
+        """The policy's second layer at latents (1, E, n, L)."""
+        slab, n = Slabs(POLICY), z.x.shape[2]
+        x = self._layer(z, None, self.weights.first, self.state.first[:1, :n], slab, self._task_bias)
+        return self._layer(self._activated(x), None, self.weights.second, self.state.policy[:, :n], slab)
+
+    def _act(self, x: Rows, eps: Tensor, out: Tensor) -> None:
+        policy_layer(
+            x,
+            self.weights.policy,
+            eps,
+            out,
+            precision=self.precision,
+            low=self.sizes.log_std_min,
+            high=self.sizes.log_std_max,
+            mask=self.inputs.mask,
+            pdl=self.pdl,
+        )
+
+    def _scalars(self, x: Rows, layer: Layer, out: Tensor, slabs: Slabs, num_bins: int) -> None:
+        scalar_head(
+            x,
+            layer,
+            out,
+            precision=self.precision,
+            num_bins=num_bins,
+            vmin=self.sizes.vmin,
+            vmax=self.sizes.vmax,
+            slabs=slabs,
+            pdl=self.pdl,
+        )

@@ -1,0 +1,1 @@
+"""An update: batches from the replay, the chain of launches that learns from one, and the optimiser."""

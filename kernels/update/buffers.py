@@ -1,0 +1,279 @@
+"""What an update is made of: its sizes, parameters in flat buffers, inputs, draws and working memory.
+
+All parameters of an optimiser lie in one flat buffer, as do their gradients and moments, so that
+norm, clipping, Adam and the targets' average are two launches. A first layer's columns are padded
+with zeros, which stay zeros: its inputs are 0 there, hence its gradients, hence its steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..backward.gradient_tile import Gradient
+from ..backward.weight_gradient import LayerGradient
+from ..device.launch import Precision, cdiv
+from ..layers.rows import Layer, Rows
+from ..plan.buffers import ModelSizes
+from .optim import new_partials
+
+_COLUMNS = 16  # widths of first layers are multiples of this
+_ALIGNED = 32  # floats: where a tensor in a flat buffer begins
+
+
+def padded(width: int) -> int:
+    """Columns that an input of this width takes."""
+    return cdiv(width, _COLUMNS) * _COLUMNS
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSizes(ModelSizes):
+    """What an update is made of; names as in the config."""
+
+    batch: int
+    dropout: float = 0.01
+    encoder_numel: int = 0  # parameters of an encoder of pixels
+    num_tasks: int = 0
+    rho: float = 0.5
+    consistency_coef: float = 20.0
+    reward_coef: float = 0.1
+    value_coef: float = 0.1
+    termination_coef: float = 1.0
+    entropy_coef: float = 1e-4
+    lr: float = 3e-4
+    enc_lr_scale: float = 0.3
+    grad_clip_norm: float = 20.0
+    tau: float = 0.01
+
+    @property
+    def input_dim(self) -> int:
+        """Columns of [z, e, a]."""
+        return self.latent_dim + self.task_dim + self.action_dim
+
+
+@dataclass(frozen=True)
+class FlatLayer:
+    """S layers of equal shape in a flat buffer: where each tensor begins."""
+
+    slabs: int
+    d: int
+    k: int
+    weight: int
+    bias: int
+    ln_weight: int | None
+    ln_bias: int | None
+    simnorm_dim: int = 0
+
+    def _view(self, flat: Tensor, start: int, *size: int) -> Tensor:
+        return flat[start : start + self.slabs * prod(size)].view(self.slabs, *size)
+
+    def layer(self, param: Tensor, operand: Tensor) -> Layer:
+        """As kernels read it: weights from `operand`, vectors from `param`."""
+        gamma, beta = (None if x is None else self._view(param, x, self.d) for x in (self.ln_weight, self.ln_bias))
+        weight, bias = self._view(operand, self.weight, self.d, self.k), self._view(param, self.bias, self.d)
+        return Layer(weight, bias, gamma, beta, simnorm_dim=self.simnorm_dim)
+
+    def moved(self, by: int) -> FlatLayer:
+        """The same layers elsewhere in their buffer."""
+        ln_weight, ln_bias = (None if at is None else at + by for at in (self.ln_weight, self.ln_bias))
+        return replace(self, weight=self.weight + by, bias=self.bias + by, ln_weight=ln_weight, ln_bias=ln_bias)
+
+    def gradient(self, grad: Tensor) -> LayerGradient:
+        """Where its gradients go."""
+        layer = self.layer(grad, grad)
+        return LayerGradient(layer.weight, layer.bias, layer.ln_weight, layer.ln_bias)
+
+
+class _Allocator:
+    """Deals out aligned places in a flat buffer."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def take(self, count: int) -> int:
+        start = self.size
+        self.size += cdiv(count, _ALIGNED) * _ALIGNED
+        return start
+
+    def layer(self, slabs: int, d: int, k: int, norm: bool = True, simnorm_dim: int = 0) -> FlatLayer:
+        vectors = slabs * d
+        weight, bias = self.take(vectors * k), self.take(vectors)
+        gamma, beta = (self.take(vectors), self.take(vectors)) if norm else (None, None)
+        return FlatLayer(slabs, d, k, weight, bias, gamma, beta, simnorm_dim)
+
+    def mlp(self, slabs: int, k: int, d: int, out: int, simnorm_dim: int = 0) -> tuple[FlatLayer, ...]:
+        first, second = self.layer(slabs, d, k), self.layer(slabs, d, d)
+        return first, second, self.layer(slabs, out, d, simnorm_dim > 0, simnorm_dim)
+
+
+class WorldLayout:
+    """Where the world model's parameters lie: the encoder first, which learns at a rate of its own."""
+
+    def __init__(self, s: UpdateSizes) -> None:
+        flat = _Allocator()
+        widths = s.encoder_widths
+        self.encoder = []
+        for i, (k, out) in enumerate(pairwise(widths)):
+            last = i == len(widths) - 2
+            k = k if i else padded(k + s.task_dim)
+            self.encoder.append(flat.layer(1, out, k, simnorm_dim=s.simnorm_dim if last else 0))
+        self.pixels = flat.take(s.encoder_numel)
+        self.encoder_end = flat.size
+        self.task = flat.take(s.num_tasks * s.task_dim)
+        # Slab 0 is the reward, the others the critics. The targets' buffer has this layout, too.
+        self.heads_start = flat.size
+        self.heads = flat.mlp(1 + s.num_q, padded(s.input_dim), s.mlp_dim, max(s.num_bins, 1))
+        self.heads_end = flat.size
+        self.dynamics = flat.mlp(1, padded(s.input_dim), s.mlp_dim, s.latent_dim, s.simnorm_dim)
+        self.termination = flat.mlp(1, s.latent_dim, s.mlp_dim, 1) if s.episodic else None
+        self.size = flat.size
+
+
+class PolicyLayout:
+    """Where the policy's parameters lie."""
+
+    def __init__(self, s: UpdateSizes) -> None:
+        flat = _Allocator()
+        self.policy = flat.mlp(1, s.latent_dim + s.task_dim, s.mlp_dim, 2 * s.action_dim)
+        self.size = flat.size
+
+
+class FlatParameters:
+    """Flat parameters of one optimiser, with all that Adam keeps of them."""
+
+    def __init__(self, size: int, precision: Precision, device: torch.device) -> None:
+        self.param, self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
+        # Parameters as operands of products; at float32 that is what they are.
+        self.shadow = None if precision.name == "float32" else torch.zeros(size, dtype=precision.dtype, device=device)
+        self.partials = new_partials(self.grad)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+
+    @property
+    def operand(self) -> Tensor:
+        """What products read."""
+        return self.param if self.shadow is None else self.shadow
+
+
+@dataclass
+class UpdateInputs:
+    """Buffers an update reads; their addresses stay."""
+
+    obs: Tensor  # (1, H+1, B, columns): [obs, e, 0]
+    x: Tensor  # (1, H+1, B, columns): [z, e, a, 0]; the actions of the batch, then of the policy
+    next_x: Tensor  # (1, H, B, columns): [z of the next observation, e, a of the policy, 0]
+    target: Tensor  # (2, H, B): rewards, TD targets
+    terminated: Tensor  # (1, H, B)
+    discount: Tensor  # (B,)
+    mask: Tensor | None  # (B, A)
+    rng: Tensor  # (2,) int64: seed, number of updates so far
+    flag: Tensor  # (1,) int64: 0, or which step was not finite
+
+    @classmethod
+    def empty(cls, s: UpdateSizes, device: torch.device) -> UpdateInputs:
+        """Zeros: padding is never written again."""
+        h, b = s.horizon, s.batch
+
+        def floats(*size: int) -> Tensor:
+            return torch.zeros(size, device=device)
+
+        return cls(
+            obs=floats(1, h + 1, b, padded(s.obs_dim + s.task_dim) if s.obs_dim else 0),
+            x=floats(1, h + 1, b, padded(s.input_dim)),
+            next_x=floats(1, h, b, padded(s.input_dim)),
+            target=floats(2, h, b),
+            terminated=floats(1, h, b),
+            discount=floats(b),
+            mask=floats(b, s.action_dim) if s.task_dim else None,
+            rng=torch.zeros(2, dtype=torch.int64, device=device),
+            flag=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+
+
+@dataclass
+class UpdateDraws:
+    """Buffers of an update's random draws."""
+
+    td_eps: Tensor  # (H, B, A) normal
+    pi_eps: Tensor  # (H+1, B, A) normal
+    td_members: Tensor  # (2,) int64
+    pi_members: Tensor  # (2,) int64
+    value_keep: Tensor | None  # (Q, H, B, D) uint8
+    pi_keep: Tensor | None  # (2, H+1, B, D) uint8
+    shift: Tensor | None  # (H+1, B, 1, 1, 2) int64, only for pixels
+
+    @classmethod
+    def empty(cls, s: UpdateSizes, device: torch.device) -> UpdateDraws:
+        """Room for all draws."""
+        h, b, a, d = s.horizon, s.batch, s.action_dim, s.mlp_dim
+
+        def keep(*size: int) -> Tensor | None:
+            return torch.ones(size, dtype=torch.uint8, device=device) if s.dropout > 0 else None
+
+        pair = torch.arange(2, device=device)
+        return cls(
+            td_eps=torch.zeros(h, b, a, device=device),
+            pi_eps=torch.zeros(h + 1, b, a, device=device),
+            td_members=pair,
+            pi_members=pair.clone(),
+            value_keep=keep(s.num_q, h, b, d),
+            pi_keep=keep(2, h + 1, b, d),
+            shift=None if s.obs_dim else torch.zeros(h + 1, b, 1, 1, 2, dtype=torch.int64, device=device),
+        )
+
+
+class UpdateState:
+    """Buffers an update works in: pre-activations, their gradients, losses of rows.
+
+    once: whether activations and gradients of LayerNorms are kept, too.
+    """
+
+    def __init__(self, s: UpdateSizes, precision: Precision, device: torch.device, once: bool) -> None:
+        h, b, d, z, heads = s.horizon, s.batch, s.mlp_dim, s.latent_dim, 1 + s.num_q
+        bins = max(s.num_bins, 1)
+
+        def rows(groups: int, steps: int, width: int) -> Rows:
+            """Of a hidden layer, whose activation is read by several."""
+            return Rows.empty(groups, steps, b, width, precision.dtype, device, active=once)
+
+        def latent(steps: int) -> Rows:
+            """Of a layer that ends in a latent, which is stored."""
+            return Rows.empty(1, steps, b, z, precision.dtype, device)
+
+        def gradient(groups: int, steps: int, width: int, vectors: bool = once) -> Gradient:
+            return Gradient.empty(groups, steps, b, width, precision.dtype, device, vectors)
+
+        def gradients(groups: int, steps: int, out: int, vectors: bool = once) -> list[Gradient]:
+            """Of three layers, the last one without a LayerNorm."""
+            hidden = [gradient(groups, steps, d, vectors) for _ in range(2)]
+            return [*hidden, gradient(groups, steps, out, vectors=False)]
+
+        def floats(*size: int) -> Tensor:
+            return torch.zeros(size, device=device)
+
+        # Gradients of a layer's rows are named as the rows.
+        self.encoded = [rows(1, h + 1, width) for width in s.encoder_widths[1:-1]]
+        self.encoded += [latent(h + 1)] * (len(s.encoder_widths) > 1)
+        self.d_encoded = [gradient(1, 1, width) for width in s.encoder_widths[1:]]
+        self.dynamics = [rows(1, h, d), rows(1, h, d), latent(h)]
+        self.d_dynamics = [gradient(1, h, width) for width in (d, d, z)]
+        self.heads = [rows(heads, h, d) for _ in range(2)]
+        self.d_heads = gradients(heads, h, bins)
+        self.termination = [rows(1, h, d) for _ in range(2)] if s.episodic else []
+        self.d_termination = gradients(1, h, 1) if s.episodic else []
+        # One step more in the policy loss; the TD target, which comes before, uses the first of them.
+        logits = Rows.empty(1, h + 1, b, 2 * s.action_dim, torch.float32, device)
+        self.policy = [rows(1, h + 1, d), rows(1, h + 1, d), logits]
+        self.d_policy = gradients(1, h + 1, 2 * s.action_dim)
+        self.critics = [rows(2, h + 1, d) for _ in range(2)]
+        self.d_critics = gradients(2, h + 1, bins, vectors=False)
+        self.q = floats(2, h + 1, b)
+        self.target_q = floats(2, h, b)
+        self.d_x = floats(1, h + 1, b, z + s.task_dim)  # of [z, e]
+        self.d_obs = floats(1, 1, b, s.task_dim)  # of e in the encoder's input
+        self.d_action = floats(1, h + 1, b, s.task_dim + s.action_dim)  # of [e, a], from the critics
+        self.d_policy_task = floats(1, h + 1, b, s.task_dim)
+        self.scale, self.new_scale = torch.ones(1, device=device), torch.ones(1, device=device)

@@ -1,0 +1,459 @@
+"""A whole update as a chain of fused launches: targets, losses, gradients, optimisers (paper, eq. 3-5).
+
+    encode all observations                      a launch a layer, two to store the latents
+    TD target                                    policy 4, two target critics 3, target 1
+    latent rollout                               4 a step: three layers, the next latent
+    reward and all critics                       first, second layer, then last layer with loss and gradient
+    their gradients                              2 a layer: input, weights
+    back through the rollout                     3 a step; weights of all steps together, 1 a layer
+    norm, clip, Adam, targets' average           2
+    policy loss and its gradients                as above, the critics being constants
+
+Where layers are wide, activations and gradients of LayerNorms have launches of their own beside.
+Environments of the layers are time steps here, so that the H steps of a slice are one launch where
+nothing depends on the step before. Everything lives in buffers allocated once; what is looked up or
+encoded by torch (task embeddings, pixels) is written into them between the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backward.activation_gradient import activation_gradient
+from ..backward.gradient_tile import Gradient
+from ..backward.input_gradient import input_gradient
+from ..backward.norm_gradient import add_up, norm_gradient
+from ..backward.weight_gradient import LayerGradient, weight_gradient
+from ..device.launch import Precision
+from ..layers.grouped_layer import activate_rows, grouped_layer
+from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
+from ..layers.scalar_head import scalar_head
+from ..layers.tiles import Tile, finishes_once, input_gradient_tile, ready_tile
+from ..losses.latent_loss import consistency, td_target
+from ..losses.policy_sample import policy_gradient, policy_sample
+from ..losses.running_scale import running_scale
+from ..losses.two_hot_loss import BINARY, two_hot_loss
+from .buffers import (
+    FlatLayer,
+    FlatParameters,
+    PolicyLayout,
+    UpdateDraws,
+    UpdateInputs,
+    UpdateSizes,
+    UpdateState,
+    WorldLayout,
+)
+from .metrics import UpdateLosses
+from .noise import draw_update_noise
+from .optim import adam_step, squared_norm
+
+WORLD, POLICY = 1, 2
+"""What `flag` says was not finite first."""
+
+_POLICY_ADAM_EPS = 1e-5
+_WORLD_ADAM_EPS = 1e-8
+
+
+class _Net:
+    """Layers of one network: packed, and where their gradients go."""
+
+    def __init__(self, layers: tuple[FlatLayer, ...] | list[FlatLayer], flat: FlatParameters) -> None:
+        self.layers = [x.layer(flat.param, flat.operand) for x in layers]
+        self.grads = [x.gradient(flat.grad) for x in layers]
+
+
+class UpdateChain:
+    """The chain of launches for one set of sizes, its parameters and the buffers it works in.
+
+    Args:
+        sizes: of everything.
+        precision: of the products.
+        device: where.
+        pdl: programmatic dependent launch.
+        throughput: whether activations and gradients of LayerNorms get launches of their own; None
+            lets the table decide.
+        annotate: makes a named range for profilers.
+    """
+
+    def __init__(
+        self,
+        sizes: UpdateSizes,
+        precision: Precision,
+        device: torch.device,
+        pdl: bool = False,
+        throughput: bool | None = None,
+        annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.sizes, self.precision, self.pdl, self._annotate = sizes, precision, pdl, annotate
+        self.layout, self.policy_layout = WorldLayout(sizes), PolicyLayout(sizes)
+        layout = self.layout
+        self.world = FlatParameters(layout.size, precision, device)
+        self.policy = FlatParameters(self.policy_layout.size, precision, device)
+        self.target = torch.zeros(layout.heads_end - layout.heads_start, device=device)
+        shadowed = self.world.shadow is not None
+        self.target_shadow = torch.zeros(len(self.target), dtype=precision.dtype, device=device) if shadowed else None
+        self.inputs, self.draws = UpdateInputs.empty(sizes, device), UpdateDraws.empty(sizes, device)
+        rows = sizes.horizon * sizes.batch
+        self._once = finishes_once(rows, sizes.mlp_dim) if throughput is None else throughput
+        self.state = UpdateState(sizes, precision, device, self._once)
+        self._encoder, self._heads = _Net(layout.encoder, self.world), _Net(layout.heads, self.world)
+        self._dynamics, self._policy = _Net(layout.dynamics, self.world), _Net(self.policy_layout.policy, self.policy)
+        self._termination = None if layout.termination is None else _Net(layout.termination, self.world)
+        operand = self.target if self.target_shadow is None else self.target_shadow
+        self._targets = [x.moved(-layout.heads_start).layer(self.target, operand) for x in layout.heads]
+        self.losses = UpdateLosses(sizes, device)
+        # How last layers are read, with what every launch is given.
+        self._code: dict[str, Any] = dict(
+            precision=precision, num_bins=sizes.num_bins, vmin=sizes.vmin, vmax=sizes.vmax, pdl=pdl
+        )
+
+    def run(self) -> None:
+        """One update from `inputs`, of a model of states and a single task."""
+        self.draw()
+        self.encode()
+        self.td_target()
+        self.world_losses()
+        self.encoder_gradients()
+        self.step_world()
+        self.policy_losses()
+        self.step_policy()
+        self.summarise()
+
+    # ---- stages, in their order
+
+    def draw(self) -> None:
+        """Fill `draws` from the counter RNG."""
+        s, d = self.sizes, self.draws
+        draw_update_noise(
+            self.inputs.rng,
+            td_eps=d.td_eps,
+            pi_eps=d.pi_eps,
+            td_members=d.td_members,
+            pi_members=d.pi_members,
+            value_keep=d.value_keep,
+            pi_keep=d.pi_keep,
+            shift=d.shift,
+            num_q=s.num_q,
+            p=s.dropout,
+            pdl=self.pdl,
+        )
+
+    def encode(self) -> None:
+        """Latents of all observations: the first into `inputs.x`, the others into `inputs.next_x`."""
+        rows, inputs, z = Rows(self.inputs.obs), self.inputs, self.sizes.latent_dim
+        self._encoded = [rows]
+        for layer, out in zip(self._encoder.layers, self.state.encoded, strict=True):
+            rows = self._layer(rows, layer, out)
+            self._encoded.append(rows)
+        activate_rows(rows.steps(slice(0, 1)), inputs.x[:, :1, :, :z], self.pdl)
+        activate_rows(rows.steps(slice(1, None)), inputs.next_x[..., :z], self.pdl)
+
+    def td_target(self) -> None:
+        """TD targets of all steps, by the targets at an action of the policy (no gradient)."""
+        state, inputs, draws, h = self.state, self.inputs, self.draws, self.sizes.horizon
+        with self._annotate("td_target"):
+            self._act(inputs.next_x, slice(0, h), draws.td_eps)
+            slabs = Slabs(1, members=draws.td_members)
+            x = Rows(inputs.next_x)
+            for layer, rows in zip(self._targets[:2], state.critics, strict=True):
+                x = self._layer(x, layer, rows.steps(slice(0, h)), slabs)
+            scalar_head(x.ready(), self._targets[2], state.target_q, slabs=slabs, **self._code)
+            target = inputs.target
+            td_target(state.target_q, target[0], inputs.terminated[0], inputs.discount, target[1], pdl=self.pdl)
+
+    def world_losses(self) -> None:
+        """Rollout, consistency, reward, values, termination; then back to the encoder's latent."""
+        with self._annotate("world"):
+            self._roll_out()
+            self._losses()
+            self._back_through_heads()
+            self._back_through_rollout()
+
+    def encoder_gradients(self) -> None:
+        """From the first latent to the encoder's parameters, and to the task embedding in its input."""
+        net, first = self._encoder, slice(0, 1)
+        gradient = self._d_latent
+        for i in reversed(range(len(net.layers))):
+            below = self._encoded[i].steps(first)
+            gradient = self._finished(gradient, net.grads[i])
+            self._weights(gradient, below, net.layers[i], net.grads[i])
+            if i:
+                gradient = self._inputs(gradient, net.layers[i], below, self.state.d_encoded[i - 1])
+        if self.sizes.task_dim:
+            self._inputs(gradient, net.layers[0], None, Gradient(self.state.d_obs), first=self.sizes.obs_dim)
+
+    def step_world(self) -> None:
+        """Norm, clip, Adam of the world model, and the targets' step towards the new critics."""
+        s, layout = self.sizes, self.layout
+        self._step(
+            self.world,
+            WORLD,
+            lr=s.lr,
+            head_lr=s.lr * s.enc_lr_scale,
+            head=layout.encoder_end,
+            eps=_WORLD_ADAM_EPS,
+            target=self.target,
+            target_shadow=self.target_shadow,
+            target_at=layout.heads_start,
+            tau=s.tau,
+        )
+
+    def policy_losses(self) -> None:
+        """Value and entropy of the policy at all latents, the running scale, gradients of the policy."""
+        with self._annotate("policy"):
+            s, state, inputs, draws = self.sizes, self.state, self.inputs, self.draws
+            policy = self._act(inputs.x, slice(None), draws.pi_eps, (self.losses.log_prob, self.losses.entropy))
+            slabs = Slabs(1, members=draws.pi_members)
+            dropout = None if draws.pi_keep is None else self._dropout(draws.pi_keep, 0)
+            first = self._layer(Rows(inputs.x), self._heads.layers[0], state.critics[0], slabs, dropout)
+            second = self._layer(first, self._heads.layers[1], state.critics[1], slabs)
+            layer, d = self._heads.layers[2], state.d_critics[2].x
+            scalar_head(second.ready(), layer, state.q, slabs=slabs, gradient=d, **self._code)
+            torch.mean(state.q, 0, out=self.losses.q)
+            state.new_scale.copy_(state.scale)
+            running_scale(self.losses.q[0], state.new_scale, tau=s.tau, pdl=self.pdl)
+            # Critics are constants: only what reaches [e, a] is of interest.
+            back = self._finished(self._inputs(Gradient(d), layer, second, state.d_critics[1], slabs))
+            back = self._finished(self._inputs(back, self._heads.layers[1], first, state.d_critics[0], slabs))
+            self._inputs(back, self._heads.layers[0], None, Gradient(state.d_action), slabs, first=s.latent_dim)
+            self._back_through_policy(policy)
+
+    def step_policy(self) -> None:
+        """Norm, clip and Adam of the policy."""
+        self._step(self.policy, POLICY, lr=self.sizes.lr, head_lr=0.0, head=0, eps=_POLICY_ADAM_EPS)
+
+    def summarise(self) -> None:
+        """The metrics; unless a step failed, keep the new scale and count the update."""
+        state = self.state
+        self.losses.summarise(state.new_scale)
+        fine = self.inputs.flag == 0
+        torch.where(fine, state.new_scale, state.scale, out=state.scale)
+        self.inputs.rng[1:].add_(fine)
+
+    # ---- parts of stages
+
+    def _roll_out(self) -> None:
+        inputs, state, z = self.inputs, self.state, self.sizes.latent_dim
+        rows: list[Rows] = []
+        for t in range(self.sizes.horizon):
+            now = slice(t, t + 1)
+            rows = [Rows(inputs.x[:, now])]
+            for layer, out in zip(self._dynamics.layers, state.dynamics, strict=True):
+                rows.append(self._layer(rows[-1], layer, out.steps(now)))
+            activate_rows(rows[-1], inputs.x[:, t + 1 : t + 2, :, :z], self.pdl)
+        # Of all steps: their tiles are the same.
+        self._rolled = [
+            replace(out, layer=x.layer, tile=x.tile) for x, out in zip(rows[1:], state.dynamics, strict=True)
+        ]
+
+    def _losses(self) -> None:
+        state, inputs, h, z = self.state, self.inputs, self.sizes.horizon, self.sizes.latent_dim
+        state.d_x.zero_()
+        consistency(
+            inputs.x[0, 1:, :, :z],
+            inputs.next_x[0, ..., :z],
+            self.losses.consistency_weight,
+            self.losses.consistency_loss,
+            state.d_x[0, 1:, :, :z],
+            pdl=self.pdl,
+        )
+        dropout = None if self.draws.value_keep is None else self._dropout(self.draws.value_keep, 1)
+        first = self._layer(Rows(inputs.x[:, :h]), self._heads.layers[0], state.heads[0], EACH, dropout)
+        self._headed = [first, self._layer(first, self._heads.layers[1], state.heads[1])]
+        losses, d = self.losses, state.d_heads[2].x
+        last = self._headed[1].ready(), self._heads.layers[2]
+        two_hot_loss(*last, inputs.target, losses.head_weight, losses.head_loss, d, **self._code)
+
+    def _back_through_heads(self) -> None:
+        state, h, net = self.state, self.sizes.horizon, self._heads
+        self._back_to(state.d_x[:, :h], net, Rows(self.inputs.x[:, :h]), self._headed, state.d_heads)
+        if self._termination is None:
+            return
+        net = self._termination
+        x = Rows(self.inputs.x[:, 1:, :, : self.sizes.latent_dim])
+        first = self._layer(x, net.layers[0], state.termination[0])
+        rows = [first, self._layer(first, net.layers[1], state.termination[1])]
+        losses, d = self.losses, state.d_termination[2].x
+        goal, weight = self.inputs.terminated, losses.termination_weight
+        code = self._code | dict(num_bins=BINARY)
+        two_hot_loss(rows[1].ready(), net.layers[2], goal, weight, losses.termination_loss, d, **code)
+        self._back_to(state.d_x[:, 1:], net, x, rows, state.d_termination)
+
+    def _back_through_rollout(self) -> None:
+        state, h, z, net = self.state, self.sizes.horizon, self.sizes.latent_dim, self._dynamics
+        first, second, third = self._rolled
+        d_first, d_second, d_third = state.d_dynamics
+        last = slice(h - 1, h)
+        # Steps are read together afterwards, so their sums are of tiles of one width.
+        sizes = self.sizes.batch, 1, z, self.sizes.mlp_dim
+        tile = self._tile(*sizes, True) or input_gradient_tile(*sizes, self.precision.name)
+        d = activation_gradient(
+            state.d_x[:, h:, :, :z], third.steps(last), d_third.steps(last), columns=tile.BN, pdl=self.pdl
+        )
+        for t in reversed(range(h)):
+            now, before = slice(t, t + 1), slice(t - 1, t)
+            d = self._finished(d)
+            below_second = self._finished(self._inputs(d, net.layers[2], second.steps(now), d_second.steps(now)))
+            below_first = self._inputs(below_second, net.layers[1], first.steps(now), d_first.steps(now))
+            below_first = self._finished(below_first)
+            d_z = state.d_x[:, now, :, :z]
+            below: Rows | None = None
+            out = Gradient(d_z)
+            if t:
+                below, out = third.steps(before), d_third.steps(before)
+            elif self._encoder.layers:
+                below, out = self._encoded[-1].steps(slice(0, 1)), state.d_encoded[-1]
+            d = self._inputs(below_first, net.layers[0], below, out, add=d_z, tile=tile)
+        self._d_latent = d
+        if self._once:
+            whole = [Gradient(g.x) for g in state.d_dynamics]
+            for g, grads in zip(state.d_dynamics, net.grads, strict=True):
+                assert g.vectors is not None
+                add_up(g.vectors, grads, pdl=self.pdl)
+        else:
+            tiles = below_first.tile, below_second.tile, tile.BN
+            whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, self._rolled, tiles, strict=True)]
+        inputs = [Rows(self.inputs.x[:, :h]), first, second]
+        for gradient, x, layer, grads in zip(whole, inputs, net.layers, net.grads, strict=True):
+            self._weights(gradient, x, layer, grads)
+        if self.sizes.task_dim:
+            d_e = state.d_x[:, :h, :, z:]
+            self._inputs(whole[0], net.layers[0], None, Gradient(d_e), first=z, add=d_e)
+
+    def _back_through_policy(self, rows: list[Rows]) -> None:
+        s, state, net = self.sizes, self.state, self._policy
+        policy_gradient(
+            rows[2].x,
+            self.draws.pi_eps,
+            self.inputs.mask,
+            state.d_action[0, ..., s.task_dim :],
+            self.losses.policy_weight,
+            state.new_scale,
+            state.d_policy[2].x,
+            low=s.log_std_min,
+            high=s.log_std_max,
+            entropy_coef=s.entropy_coef,
+            pdl=self.pdl,
+        )
+        x = Rows(self.inputs.x[..., : s.latent_dim + s.task_dim])
+        gradient = self._back(net, x, rows[:2], state.d_policy)
+        if s.task_dim:
+            self._inputs(gradient, net.layers[0], None, Gradient(state.d_policy_task), first=s.latent_dim)
+
+    def _back(self, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient]) -> Gradient:
+        """From the last product's gradient, in `outs`, to all parameters of a head; returns that of its first rows."""
+        gradient = Gradient(outs[2].x)
+        for i in (2, 1):
+            self._weights(gradient, hidden[i - 1], net.layers[i], net.grads[i])
+            gradient = self._inputs(gradient, net.layers[i], hidden[i - 1], outs[i - 1])
+            gradient = self._finished(gradient, net.grads[i - 1])
+        self._weights(gradient, x, net.layers[0], net.grads[0])
+        return gradient
+
+    def _back_to(self, d_x: Tensor, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient]) -> None:
+        """`_back`, and on to the head's input: added to `d_x`."""
+        self._inputs(self._back(net, x, hidden, outs), net.layers[0], None, Gradient(d_x), add=d_x)
+
+    def _act(self, x: Tensor, steps: slice, eps: Tensor, logs: tuple[Tensor, Tensor] | tuple[()] = ()) -> list[Rows]:
+        """The policy at rows x, its actions written into them; returns the rows of its layers."""
+        s, at = self.sizes, self.sizes.latent_dim + self.sizes.task_dim
+        rows = [Rows(x[..., :at])]
+        for layer, out in zip(self._policy.layers, self.state.policy, strict=True):
+            rows.append(self._layer(rows[-1], layer, out.steps(steps)))
+        action = x[0, ..., at : at + s.action_dim]
+        policy_sample(
+            rows[3].x, eps, self.inputs.mask, action, *logs, low=s.log_std_min, high=s.log_std_max, pdl=self.pdl
+        )
+        return rows[1:]
+
+    def _layer(self, x: Rows, layer: Layer, out: Rows, slabs: Slabs = EACH, dropout: Dropout | None = None) -> Rows:
+        groups, e, n, d = out.x.shape
+        rows = grouped_layer(
+            x.ready(),
+            None,
+            layer,
+            out,
+            precision=self.precision,
+            slabs=slabs,
+            dropout=dropout,
+            tile=self._tile(e * n, groups, d, layer.weight.shape[-1]),
+            pdl=self.pdl,
+        )
+        if out.active is None:
+            return rows
+        activate_rows(rows, out.active, self.pdl)
+        return replace(rows, active=out.active)
+
+    def _inputs(
+        self,
+        gradient: Gradient,
+        layer: Layer,
+        below: Rows | None,
+        out: Gradient,
+        slabs: Slabs = EACH,
+        first: int = 0,
+        add: Tensor | None = None,
+        tile: Tile | None = None,
+    ) -> Gradient:
+        written, e, n, width = out.x.shape
+        return input_gradient(
+            gradient,
+            layer,
+            below,
+            out,
+            precision=self.precision,
+            slabs=slabs,
+            first=first,
+            add=add,
+            tile=tile or self._tile(e * n, written, width, layer.width, below is not None),
+            pdl=self.pdl,
+        )
+
+    def _weights(self, gradient: Gradient, x: Rows, layer: Layer, out: LayerGradient) -> None:
+        groups, d, k = out.weight.shape
+        if self._once and out.ln_weight is not None:
+            out = replace(out, bias=None)  # it came with the LayerNorm's gradient
+        tile = self._tile(d, groups, k, gradient.x.shape[1] * gradient.x.shape[2])
+        weight_gradient(gradient, x.ready(), layer, out, precision=self.precision, tile=tile, pdl=self.pdl)
+
+    def _finished(self, gradient: Gradient, out: LayerGradient | None = None) -> Gradient:
+        """The gradient as its readers take it; where that is of the product itself, vectors go to `out`."""
+        if not self._once or gradient.rows is None:
+            return gradient
+        done = norm_gradient(gradient, pdl=self.pdl)
+        if out is not None:
+            assert gradient.vectors is not None
+            add_up(gradient.vectors, out, pdl=self.pdl)
+        return done
+
+    def _tile(self, rows: int, groups: int, columns: int, depth: int, through: bool = False) -> Tile | None:
+        """Of a product whose operands are ready; None: as its kernel's table says."""
+        return ready_tile(rows, groups, columns, depth, self.precision.name, through) if self._once else None
+
+    def _dropout(self, keep: Tensor, first: int) -> Dropout:
+        return Dropout(keep, 1 / (1 - self.sizes.dropout), first)
+
+    def _step(self, flat: FlatParameters, code: int, **options: Any) -> None:
+        squared_norm(flat.grad, flat.partials, flat.step, pdl=self.pdl)
+        adam_step(
+            flat.param,
+            flat.grad,
+            flat.exp_avg,
+            flat.exp_avg_sq,
+            flat.partials,
+            flat.step,
+            self.inputs.flag,
+            self.losses.metric("grad_norm" if code == WORLD else "pi_grad_norm"),
+            code=code,
+            max_norm=self.sizes.grad_clip_norm,
+            shadow=flat.shadow,
+            precision=self.precision,
+            pdl=self.pdl,
+            **options,
+        )

@@ -1,0 +1,298 @@
+"""A batch of slices, drawn and gathered in one launch (the sampling law of the replay).
+
+A slice is H+1 consecutive steps of one episode: an episode uniformly, then a start uniformly inside
+it. Steps lie one behind another in a ring of C rows; step s of all time lies in row s % C.
+
+    episode = floor(u0 count / 2^64)            u0, u1: 64-bit words of Philox (philox.py)
+    start   = floor(u1 (length - H) / 2^64)
+
+A choice among n so has a bias of at most n / 2^64 of its probability: 2^-33 for 2^31 steps.
+
+Programs take BB slices, one step, and BO columns of the observation; each draws its slices anew, for
+that is cheaper than a launch between. Reads and writes every number of the batch once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..device.launch import cdiv, interpreting, jit, launch, pow2, tl
+from ..device.philox import check_state, four_words, stream_words
+from ..layers.linear_tile import await_producers, store_rounded
+
+_STREAM = 22
+# Entries of an observation a program takes.
+_TILE = 1024
+_INTERPRETED_TILE = 16384
+
+STREAM = tl.constexpr(_STREAM)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The replay's storage: a ring of C steps. Row 0 of an episode has NaN action and reward."""
+
+    obs: Tensor  # (C, O) float32, or uint8 pixels
+    action: Tensor  # (C, A) float32
+    reward: Tensor  # (C,) float32
+    terminated: Tensor  # (C,) bool
+    task: Tensor | None = None  # (C,) int64
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Where a batch goes; rows of obs and action are contiguous, all other strides are free."""
+
+    obs: Tensor  # (H+1, B, O) float32 or bfloat16, uint8 pixels
+    action: Tensor  # (H, B, A) float32 or bfloat16
+    reward: Tensor  # (H, B) float32
+    terminated: Tensor  # (H, B) float32
+    task: Tensor | None = None  # (B,) int64
+
+
+@jit
+def share_of(high, low, count):
+    """The 64-bit word times count / 2^64, rounded down; count below 2^31."""
+    return (high.to(tl.int64) * count + ((low.to(tl.int64) * count) >> 32)) >> 32
+
+
+@jit
+def draw_slices_kernel(
+    state_ptr,
+    table_ptr,
+    first_ptr,
+    count_ptr,
+    starts_ptr,
+    obs_ptr,
+    action_ptr,
+    reward_ptr,
+    terminated_ptr,
+    task_ptr,
+    obs_out_ptr,
+    action_out_ptr,
+    reward_out_ptr,
+    terminated_out_ptr,
+    task_out_ptr,
+    obs_t,
+    obs_b,
+    action_t,
+    action_b,
+    reward_t,
+    reward_b,
+    terminated_t,
+    terminated_b,
+    C,
+    R,
+    B,
+    H,
+    width,
+    A,
+    DRAWN: tl.constexpr,
+    TASK: tl.constexpr,
+    BB: tl.constexpr,
+    BO: tl.constexpr,
+    BA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BB slices, one step, BO columns of obs; grid (slice tiles, H+1, column tiles)."""
+    await_producers(PDL)
+    t, tile = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    b = tl.program_id(0) * BB + tl.arange(0, BB)  # [BB]
+    live = b < B
+    if DRAWN:
+        w0, w1, w2, w3 = four_words(state_ptr, b, STREAM)
+        row = (tl.load(first_ptr) + share_of(w0, w1, tl.load(count_ptr))) % R
+        start = tl.load(table_ptr + 2 * row, mask=live, other=0)
+        length = tl.load(table_ptr + 2 * row + 1, mask=live, other=0)
+        start += share_of(w2, w3, length - H)
+    else:
+        start = tl.load(starts_ptr + b, mask=live, other=0)
+    b = b.to(tl.int64)
+    step = (start + t) % C  # [BB]
+
+    o = tile * BO + tl.arange(0, BO)  # [BO]
+    ok = live[:, None] & (o < width)[None, :]
+    x = tl.load(obs_ptr + step[:, None] * width + o[None, :], mask=ok, other=0)  # [BB, BO]
+    store_rounded(obs_out_ptr + t * obs_t + b[:, None] * obs_b + o[None, :], x, ok, INTERPRETED)
+    if tile == 0:
+        if t == 0:
+            if TASK:
+                tl.store(task_out_ptr + b, tl.load(task_ptr + step, mask=live, other=0), mask=live)
+        else:
+            a = tl.arange(0, BA)  # [BA]
+            a_ok = live[:, None] & (a < A)[None, :]
+            action = tl.load(action_ptr + step[:, None] * A + a[None, :], mask=a_ok, other=0.0)  # [BB, BA]
+            to = action_out_ptr + (t - 1) * action_t + b[:, None] * action_b + a[None, :]
+            store_rounded(to, action, a_ok, INTERPRETED)
+            reward = tl.load(reward_ptr + step, mask=live, other=0.0)
+            tl.store(reward_out_ptr + (t - 1) * reward_t + b * reward_b, reward, mask=live)
+            ended = tl.load(terminated_ptr + step, mask=live, other=0).to(tl.float32)
+            tl.store(terminated_out_ptr + (t - 1) * terminated_t + b * terminated_b, ended, mask=live)
+
+
+def _check(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    contiguous: bool = True,
+) -> None:
+    """Refuse another shape, type, device or layout than the kernel works on."""
+    rows = x.is_contiguous() if contiguous else x.ndim < 3 or x.shape[-1] == 1 or x.stride(-1) == 1
+    if tuple(x.shape) != shape or x.dtype not in dtypes or x.device != device or not rows:
+        got = f"{tuple(x.shape)} {x.dtype} on {x.device}, strides {x.stride()}"
+        layout = "contiguous" if contiguous else "last stride 1"
+        raise ValueError(f"{name}: got {got}, allowed: {shape} {' or '.join(map(str, dtypes))} on {device}, {layout}")
+
+
+def _check_slices(
+    state: Tensor,
+    table: Tensor,
+    first: Tensor,
+    count: Tensor,
+    steps: Steps,
+    out: Slices,
+    starts: Tensor | None,
+) -> tuple[int, int, int]:
+    """H, B and C."""
+    check_state(state)
+    device, words, floats = state.device, (torch.int64,), (torch.float32,)
+    if table.ndim != 2 or not 1 <= table.shape[0] < 2**31:
+        raise ValueError(f"table: got shape {tuple(table.shape)}, allowed: (R, 2), R from 1")
+    _check("table", table, (table.shape[0], 2), words, device)
+    _check("first", first, (1,), words, device)
+    _check("count", count, (1,), words, device)
+    if steps.obs.ndim != 2 or steps.action.ndim != 2 or out.obs.ndim != 3:
+        shapes = [tuple(x.shape) for x in (steps.obs, steps.action, out.obs)]
+        raise ValueError(f"steps.obs, steps.action, out.obs: got shapes {shapes}, allowed: (C, O), (C, A), (H+1, B, O)")
+    (c, o), a, (h, b, _) = steps.obs.shape, steps.action.shape[1], out.obs.shape
+    h -= 1
+    if not 1 <= h < c:
+        raise ValueError(f"out.obs: got {h + 1} steps a slice, allowed: 2 to {c}, what the ring holds")
+    pixels = steps.obs.dtype == torch.uint8
+    wanted = (torch.uint8,) if pixels else (torch.float32, torch.bfloat16)
+    _check("steps.obs", steps.obs, (c, o), (torch.float32, torch.uint8), device)
+    _check("steps.action", steps.action, (c, a), floats, device)
+    _check("steps.reward", steps.reward, (c,), floats, device)
+    _check("steps.terminated", steps.terminated, (c,), (torch.bool,), device)
+    _check("out.obs", out.obs, (h + 1, b, o), wanted, device, contiguous=False)
+    _check("out.action", out.action, (h, b, a), (torch.float32, torch.bfloat16), device, contiguous=False)
+    _check("out.reward", out.reward, (h, b), floats, device, contiguous=False)
+    _check("out.terminated", out.terminated, (h, b), floats, device, contiguous=False)
+    if (steps.task is None) != (out.task is None):
+        raise ValueError("out.task: got tasks on one side alone, allowed: steps.task and out.task, or neither")
+    if steps.task is not None and out.task is not None:
+        _check("steps.task", steps.task, (c,), words, device)
+        _check("out.task", out.task, (b,), words, device)
+    if starts is not None:
+        _check("starts", starts, (b,), words, device)
+    return h, b, c
+
+
+def draw_slices(
+    state: Tensor,
+    table: Tensor,
+    first: Tensor,
+    count: Tensor,
+    steps: Steps,
+    out: Slices,
+    *,
+    starts: Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """Draw a batch of slices and copy their steps, in place and in one launch.
+
+    Args:
+        state: (2,) int64 seed and counter; another kernel counts.
+        table: (R, 2) int64, start (in steps of all time) and length of the episodes a slice can come
+            from, each of H+1 steps at least, all still in the ring.
+        first: (1,) int64, row of the oldest of them.
+        count: (1,) int64, how many there are, from 1, below 2^31: rows first, first + 1, ... modulo R.
+        steps: the ring.
+        out: the batch: obs of steps 0 to H of each slice; action, reward, terminated of 1 to H; task.
+        starts: (B,) int64 first steps, of all time, to take instead of drawing.
+        pdl: programmatic dependent launch.
+
+    `first` and `count` are read when the kernel runs, so a captured graph sees episodes that came later.
+
+    Raises:
+        ValueError: a tensor of another shape, type, device or layout.
+    """
+    h, b, c = _check_slices(state, table, first, count, steps, out, starts)
+    o, a = steps.obs.shape[1], steps.action.shape[1]
+    tile = _INTERPRETED_TILE if interpreting() else _TILE * 4 // steps.obs.element_size()
+    bo = min(pow2(o), tile)
+    # Few slices a program: the loads of one wait for each other, programs do not.
+    bb = max(1, min(pow2(b), tile // max(bo, pow2(a)), tile if interpreting() else 16))
+    unused = state  # stands where a kernel of this form reads and writes nothing
+    launch(
+        draw_slices_kernel,
+        (cdiv(b, bb), h + 1, cdiv(o, bo)),
+        state,
+        table,
+        first,
+        count,
+        unused if starts is None else starts,
+        steps.obs,
+        steps.action,
+        steps.reward,
+        steps.terminated,
+        unused if steps.task is None else steps.task,
+        out.obs,
+        out.action,
+        out.reward,
+        out.terminated,
+        unused if out.task is None else out.task,
+        *out.obs.stride()[:2],
+        *out.action.stride()[:2],
+        *out.reward.stride(),
+        *out.terminated.stride(),
+        c,
+        table.shape[0],
+        b,
+        h,
+        o,
+        a,
+        DRAWN=starts is None,
+        TASK=steps.task is not None,
+        BB=bb,
+        BO=bo,
+        BA=pow2(a),
+        INTERPRETED=interpreting(),
+        pdl=pdl,
+        num_warps=4,
+    )
+
+
+def draw_slices_reference(
+    state: Tensor,
+    table: Tensor,
+    first: Tensor,
+    count: Tensor,
+    steps: Steps,
+    out: Slices,
+    *,
+    starts: Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """`draw_slices` in plain torch: the same slices, bit for bit."""
+    h, b, c = _check_slices(state, table, first, count, steps, out, starts)
+    if starts is None:
+        words = stream_words(state, _STREAM, 4 * b).unbind(1)
+
+        def share(high: Tensor, low: Tensor, count: Tensor) -> Tensor:
+            return high * count + (low * count >> 32) >> 32
+
+        start, length = table[(first + share(words[0], words[1], count)) % len(table)].unbind(1)
+        starts = start + share(words[2], words[3], length - h)
+    index = (starts + torch.arange(h + 1, device=state.device).unsqueeze(1)) % c  # (H+1, B)
+    out.obs.copy_(steps.obs[index])
+    for name in ("action", "reward", "terminated"):
+        getattr(out, name).copy_(getattr(steps, name)[index[1:]])
+    if steps.task is not None and out.task is not None:
+        out.task.copy_(steps.task[index[0]])

@@ -1,0 +1,1 @@
+"""Learning: the replay, `Updater`, and the backends that compute an update."""

@@ -1,0 +1,1 @@
+"""Planning: `Planner`, and the backends that compute a plan."""

@@ -1,0 +1,193 @@
+"""Which device, precision and implementation of the ops an agent uses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from tdmpc2_fast.kernels.device.launch import Precision, why_not
+
+from ..config import Config
+from ..errors import BackendError, ConfigError, warn
+from ..learn.compiling import why_not_compiled
+
+_WIDEST_SIMNORM = 16
+
+
+class Backend(NamedTuple):
+    """An implementation of planning or learning, and why it is this one."""
+
+    name: str  # torch or triton
+    why: str
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device a config names; `auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise ConfigError(f"config key 'device': got {name!r}, allowed: auto, cpu, cuda, cuda:N") from e
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(f"config key 'device': got {name!r}, allowed: cpu or one of {count} CUDA devices")
+    elif device.type != "cpu":
+        raise ConfigError(f"config key 'device': got {name!r}, allowed: auto, cpu, cuda, cuda:N")
+    return device
+
+
+def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
+    """The implementation of planning and learning to use, and why.
+
+    `auto` takes the kernels on a GPU that can run them, else torch. `triton` where it cannot
+    run raises `BackendError` with the reason.
+    """
+    if cfg.backend == "torch":
+        return _torch("backend=torch was asked for", cfg)
+    reason = _why_no_kernels(cfg, device, dtype)
+    if cfg.backend == "triton":
+        if reason is not None:
+            raise BackendError(f"backend='triton' cannot run: {reason}; use backend='torch' or 'auto'")
+        return _triton("backend=triton was asked for", cfg)
+    if reason is None and device.type != "cuda":
+        reason = "the interpreter is for tests: ask for it with backend='triton'"
+    if reason is not None:
+        return _torch(reason, cfg)
+    return _triton(f"the kernels run on {torch.cuda.get_device_name(device)}", cfg)
+
+
+def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], object] = warn) -> Config:
+    """A config from elsewhere, with keys of its machine that this one cannot serve left to choice.
+
+    given: keys that were asked for here: they stay, to be honoured or refused.
+    note: hears, once, which keys could not be served, why, and what is used instead.
+    """
+    changes: dict[str, Any] = {}
+    reasons = []
+
+    def leave(key: str, why: str, default: Any = "auto") -> None:
+        if key not in given:
+            changes[key] = default
+            reasons.append(why)
+
+    try:
+        device = resolve_device(cfg.device)
+    except ConfigError:
+        if "device" in given:
+            raise
+        device = resolve_device("auto")
+        leave("device", f"this machine has {torch.cuda.device_count()} CUDA devices")
+    no_kernels = _why_no_kernels(cfg, device, torch.float32)
+    if cfg.backend == "triton" and no_kernels is not None:
+        leave("backend", no_kernels)
+    asked = cfg.backend == "triton" or (cfg.backend == "auto" and device.type == "cuda")
+    if no_kernels is not None or not asked:
+        if cfg.precision == "bfloat16":
+            leave("precision", "bfloat16 needs the Triton kernels")
+        if cfg.compile and "compile" not in given and (why := why_not_compiled(device)):
+            leave("compile", why, False)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for key in ("num_threads", "env_workers"):
+        if (getattr(cfg, key) or 0) > cores:
+            leave(key, f"{cores} cores", None)
+    if not changes:
+        return cfg
+    found = cfg.replace(**changes)
+    saved, used = (" ".join(f"{k}={str(getattr(c, k)).lower()}" for k in changes) for c in (cfg, found))
+    note(
+        f"the checkpoint's {saved} cannot be had here ({'; '.join(dict.fromkeys(reasons))}); "
+        f"used: {used.replace('device=auto', f'device={device}')}"
+    )
+    return found
+
+
+def without_kernels(cfg: Config, error: Exception, what: str) -> Backend:
+    """Torch, and a warning, where a kernel turned out not to fit the device: `error`, of `KERNEL_ERRORS`.
+
+    what: who does what, as in "Planner: planning". Where kernels must run it is a `BackendError`.
+    """
+    why = f"a kernel cannot run on this device: {str(error).strip().splitlines()[-1]}"
+    if cfg.backend == "triton" or cfg.precision == "bfloat16":
+        raise BackendError(f"backend='triton' cannot run: {why}") from error
+    who, doing = what.split(": ")
+    warnings.warn(f"{who}: {why}; {doing} with torch", RuntimeWarning, stacklevel=3)
+    return Backend("torch", why)
+
+
+def _triton(why: str, cfg: Config) -> Backend:
+    return Backend("triton", why + ("; compile=true has no effect on kernels" if cfg.compile else ""))
+
+
+def _torch(why: str, cfg: Config) -> Backend:
+    if cfg.precision == "bfloat16":
+        raise BackendError(f"precision='bfloat16' needs the Triton kernels, and torch plans and learns here: {why}")
+    return Backend("torch", why)
+
+
+def _why_no_kernels(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot plan for this config on this device, or None where they can."""
+    v = cfg.simnorm_dim
+    if v & (v - 1) or v > _WIDEST_SIMNORM:
+        return f"simnorm_dim is {v}, allowed: a power of two up to {_WIDEST_SIMNORM}"
+    if dtype != torch.float32:
+        return f"the model is {dtype}, allowed: torch.float32"
+    return why_not(device)
+
+
+def plan_precision(cfg: Config, device: torch.device) -> Precision:
+    """How the kernels compute products: `auto` is tf32 on a GPU and exact elsewhere."""
+    if cfg.precision == "auto":
+        return Precision("tf32" if device.type == "cuda" else "float32")
+    return Precision(cfg.precision)
+
+
+@contextlib.contextmanager
+def matmul_precision(cfg: Config, device: torch.device) -> Iterator[None]:
+    """Within: float32 products and convolutions of torch as the config asks.
+
+    tf32 on a GPU, or exact. `bfloat16` is for kernels: what torch computes beside them is tf32.
+    Gradients of convolutions repeat bit for bit.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.deterministic
+    cudnn.deterministic = True
+    try:
+        with torch_products(tf32=cfg.precision != "float32"):
+            yield
+    finally:
+        cudnn.deterministic = before
+
+
+@contextlib.contextmanager
+def torch_products(tf32: bool) -> Iterator[None]:
+    """Within: torch's float32 products and convolutions in tf32 where a device has it, or IEEE; as before after it.
+
+    torch keeps this twice, by `set_float32_matmul_precision` and `allow_tf32`, and for each kind of op by
+    `fp32_precision`; it refuses to read the first where they disagree, and code that mixes them is common.
+    """
+    backends: Any = torch.backends
+    ops = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    before = [op.fp32_precision for op in ops]
+    try:
+        named = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        named = "high" if before[0] == "tf32" else "highest"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(named)
+        backends.cudnn.allow_tf32 = before[2] == "tf32"
+        for op, precision in zip(ops, before, strict=True):
+            op.fp32_precision = precision

@@ -1,0 +1,176 @@
+"""Counts of a plan's work, by hand for a small one, and how they scale."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tdmpc2_fast.kernels.device.launch import Precision, log_launches
+from tdmpc2_fast.kernels.inspect.plan_work import dry_plan, launch_work, plan_work
+from tdmpc2_fast.kernels.inspect.report import plan_sizes
+from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer
+from tdmpc2_fast.kernels.layers.rows import Layer, Rows
+from tdmpc2_fast.kernels.layers.tiles import Tile
+from tdmpc2_fast.kernels.plan.buffers import PlanSizes
+
+BFLOAT16, FLOAT32 = Precision("bfloat16"), Precision("float32")
+
+# One iteration of one step; obs 3, action 2, latent 8, width 16, four samples, none of the prior.
+SMALL = PlanSizes(
+    envs=1,
+    obs_dim=3,
+    action_dim=2,
+    latent_dim=8,
+    mlp_dim=16,
+    enc_dim=8,
+    num_enc_layers=2,
+    num_q=2,
+    num_bins=5,
+    horizon=1,
+    iterations=1,
+    num_samples=4,
+    num_pi_trajs=0,
+    num_elites=2,
+)
+
+
+def test_launches_of_a_small_plan() -> None:
+    kernels = plan_work(SMALL, FLOAT32).kernels
+    # encoder 2, share of z0, first, second, third of the step, policy 2, critics 2
+    assert kernels == dict(
+        noise_kernel=1,
+        grouped_layer_kernel=10,
+        policy_layer_kernel=1,
+        begin_kernel=1,
+        scalar_head_kernel=1,
+        refine_kernel=1,
+    )
+
+
+def test_flops_of_a_small_plan() -> None:
+    n = 4
+    encoder = 3 * 8 + 8 * 8
+    share = 3 * 16 * 8
+    step = n * (2 * 16 * 2 + 2 * 16 * 16 + 8 * 16)
+    policy = n * (16 * 8 + 16 * 16 + 2 * 2 * 16)
+    critics = n * 2 * (16 * (8 + 2) + 16 * 16)
+    scalars = n * 3 * 5 * 16
+    assert plan_work(SMALL, FLOAT32).flops == 2 * (encoder + share + step + policy + critics + scalars)
+
+
+def test_bytes_of_a_small_plan() -> None:
+    encoder = 8 * 3 + 8 * 8 + 2 * 3 * 8
+    first = 5 * (16 * 8 + 3 * 16) + 4 * 16 * 2  # the policy takes no action
+    second = 5 * (16 * 16 + 3 * 16)
+    last = 8 * 16 + 3 * 8 + 3 * (5 * 16 + 5) + 2 * 2 * 16 + 2 * 2
+    inputs = 3 + 1 + 1 * 2  # obs, discount, previous mean
+    draws = 4 * 2 + 4 * 2 + 2 + 2  # samples, terminal actions, elites, exploration
+    outputs = 2 + 1 * 2  # action, mean
+    flags, integers = 2, 8 * (2 + 3 + 1)  # t0 and eval_mode; seed and counter, slabs, counter
+    floats = encoder + first + second + last + inputs + draws + outputs
+    assert plan_work(SMALL, FLOAT32).bytes == 4 * floats + flags + integers
+
+
+@pytest.mark.parametrize(("act", "side"), [(False, False), (True, False), (True, True)])
+def test_work_of_one_layer(act: bool, side: bool) -> None:
+    """(2, 70, 40) rows times (2, 100, 40) in tiles of 32 rows, 64 columns, 16 deep: 3 x 2 tiles."""
+    groups, rows, d, k, a = 2, 70, 100, 40, 6
+    cpu = torch.device("cpu")
+
+    def layer(d: int, k: int, side: int) -> Layer:
+        vectors = [torch.empty(groups, d) for _ in range(3)]
+        return Layer(torch.empty(groups, d, k), *vectors, torch.empty(groups, d, side) if side else None)
+
+    x = Rows.empty(groups, 1, rows, k, torch.float32, cpu)
+    x = Rows(x.x, x.stats, layer(k, 8, 0), tile=32) if act else Rows(x.x)
+    with log_launches(dry=True) as log:
+        grouped_layer(
+            x,
+            torch.empty(1, rows, a) if side else None,
+            layer(d, k, a),
+            Rows.empty(groups, 1, rows, d, torch.float32, cpu),
+            precision=FLOAT32,
+            tile=Tile(32, 64, 16),
+        )
+    (launch,) = log
+    work = launch_work(launch)
+    depth, padded_depth = k + a * side, 48 + 16 * side
+    assert work.flops == 2 * groups * rows * d * depth
+    assert work.padded_flops == 2 * groups * (3 * 32) * (2 * 64) * padded_depth
+    read = 2 * rows * depth + 3 * d * depth + 3 * d  # x and a a column tile; W and bias a row tile
+    if act:
+        read += 2 * rows * 2 * 2 + 6 * 2 * k  # statistics of two tiles of x; gamma and beta a program
+    written = rows * d + rows * 2 * 2
+    assert work.bytes == 4 * groups * (read + written)
+
+
+def test_the_persistent_variant_is_one_launch_an_iteration() -> None:
+    log = dry_plan(plan_sizes(5, 1, 6), Precision("bfloat16"), persistent=132)[1]
+    assert [x.name for x in log].count("persistent_kernel") == 5  # the first iteration draws the prior's actions
+    assert len(log) == 39
+
+
+def test_launches_of_a_plan_stay_few() -> None:
+    launches = plan_work(plan_sizes(5, 1, 6), BFLOAT16).launches
+    assert launches <= 130, f"a plan of the 5M model for one environment is {launches} launches, allowed: 130"
+
+
+@pytest.mark.parametrize(
+    ("size", "actions", "gflop"),
+    [(1, 6, 12.2), (5, 6, 31.7), (5, 38, 43.4), (19, 6, 108), (48, 6, 263), (317, 6, 1260)],
+)
+def test_nothing_is_computed_that_need_not_be(size: int, actions: int, gflop: float) -> None:
+    work = plan_work(plan_sizes(size, 1, actions), BFLOAT16)
+    assert work.flops / 1e9 == pytest.approx(gflop, rel=0.01)
+    assert work.flops < work.padded_flops < 1.1 * work.flops
+
+
+def test_work_scales_with_environments() -> None:
+    one, two, eight, many = (plan_work(plan_sizes(5, e, 6), BFLOAT16) for e in (1, 2, 8, 64))
+    assert [w.flops for w in (two, eight, many)] == [e * one.flops for e in (2, 8, 64)]
+    assert one.kernels == two.kernels == eight.kernels
+    # Weights and slabs are read once for all environments.
+    per_env = two.bytes - one.bytes
+    assert (eight.bytes, many.bytes) == (one.bytes + 7 * per_env, one.bytes + 63 * per_env)
+    assert per_env < one.bytes / 10
+    assert one.l2_bytes < eight.l2_bytes < 8 * one.l2_bytes
+    assert set(many.kernels) - set(one.kernels) == {"activate_kernel"}
+
+
+@pytest.mark.parametrize("changes", [dict(task_dim=96), dict(episodic=True), dict(obs_dim=0)])
+def test_other_plans_are_counted(changes: dict[str, int]) -> None:
+    plain, other = (plan_work(s, BFLOAT16) for s in (SMALL, replace(SMALL, **changes)))  # type: ignore[arg-type]
+    assert (other.flops > plain.flops) == (other.bytes > plain.bytes) == ("obs_dim" not in changes)
+
+
+def test_precision_halves_the_weights() -> None:
+    half, full = (plan_work(plan_sizes(19, 1, 6), p) for p in (BFLOAT16, FLOAT32))
+    assert half.flops == full.flops
+    assert half.bytes == pytest.approx(full.bytes / 2, rel=0.02)
+
+
+def test_interpreter_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for value in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        counts.append(plan_work(plan_sizes(1, 1, 6), FLOAT32))
+        assert os.environ["TRITON_INTERPRET"] == value
+    assert counts[0] == counts[1]
+
+
+def test_needs_no_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from tdmpc2_fast.kernels.device.launch import Precision, triton\n"
+        "from tdmpc2_fast.kernels.inspect.report import plan_sizes\n"
+        "from tdmpc2_fast.kernels.inspect.plan_work import plan_work\n"
+        "assert triton is None\n"
+        "print(plan_work(plan_sizes(1, 1, 6), Precision('float32')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(plan_work(plan_sizes(1, 1, 6), FLOAT32)), done.stderr

@@ -1,0 +1,450 @@
+"""Learning curves: what is read, the statistics against hand-made and rliable's numbers, and the pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from tdmpc2_fast.errors import ConfigError, InputError
+from tdmpc2_fast.train.pictures.curves import (
+    Band,
+    Curve,
+    find_runs,
+    group,
+    iqm,
+    iqm_interval,
+    iqm_over_tasks,
+    mean_over_seeds,
+    read_curves,
+    read_reference,
+)
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import FillBetweenPolyCollection, LineCollection
+
+from tdmpc2_fast.train.pictures.plots import _STYLE, draw, format_step, plot_runs, x_axis, y_limits
+
+
+def csv_file(path: Path, *rows: Sequence[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in (("step", "reward", "seed"), *rows)))
+    return path
+
+
+def run(root: Path, task: str, exp_name: str, seed: int, *points: tuple[int, float]) -> Path:
+    """A run folder as the trainer leaves it; `points` are step and reward."""
+    folder = root / task / exp_name / str(seed)
+    csv_file(folder / "eval.csv", *((*p, seed) for p in points))
+    (folder / "config.json").write_text(json.dumps(dict(task=task, exp_name=exp_name, seed=seed)))
+    return folder
+
+
+def curve(steps: Sequence[float], returns: Sequence[float], task: str = "cheetah-run", seed: int = 1) -> Curve:
+    return Curve("default", task, seed, np.array(steps, float), np.array(returns, float))
+
+
+class TestReading:
+    def test_runs_by_folder_by_the_folder_above_and_by_file(self, tmp_path: Path) -> None:
+        one = run(tmp_path, "cheetah-run", "quick", 1, (0, 5.5), (7000, 60))
+        two = run(tmp_path, "walker-walk", "default", 2, (0, 20))
+        published = csv_file(tmp_path / "sac/cheetah-run.csv", (0, 1, 3), (0, 2, 4), (100, 8, 3))
+        assert find_runs([one]) == [one / "eval.csv"]
+        # what is named twice is there once
+        assert find_runs([tmp_path, two, one / "eval.csv"]) == [one / "eval.csv", two / "eval.csv"]
+        (c,) = read_curves(one / "eval.csv")
+        assert (c.label, c.task, c.seed, c.steps.tolist(), c.returns.tolist()) == (
+            *("quick", "cheetah-run", 1),
+            *([0, 7000], [5.5, 60]),
+        )
+        both = read_curves(published)
+        assert [(c.label, c.task, c.seed, len(c.steps)) for c in both] == [
+            ("sac", "cheetah-run", 3, 2),
+            ("sac", "cheetah-run", 4, 1),
+        ]
+
+    def test_steps_are_put_in_order_and_the_row_written_last_counts(self, tmp_path: Path) -> None:
+        folder = run(tmp_path, "cheetah-run", "quick", 1, (0, 1), (20, 3), (10, 2), (20, 4))
+        (c,) = read_curves(folder / "eval.csv")
+        assert (c.steps.tolist(), c.returns.tolist()) == ([0, 10, 20], [1, 2, 4])
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "line 1: got 'an empty file'"),
+            ("step,reward,seed\n", "line 2: got nothing"),
+            ("step,success,seed\n0,1,1\n", "line 1: got 'step,success,seed', allowed: the columns step,reward,seed"),
+            ("step,reward,seed\n0,1,1\n10,nan,1\n", "line 3: got step=10,reward=nan,seed=1, allowed: step an integer"),
+            ("step,reward,seed\n0,1,1\n\n10,x,1\n", "line 4"),
+            ("step,reward,seed\n0,1\n", "seed=None"),
+            ("step,reward,seed\n-2,1,1\n", "line 2"),
+            ("step,reward,seed\n1.5,1,1\n", "step=1.5"),
+            ("step,reward,seed\n\xff,1,1\n", "UTF-8"),
+        ],
+    )
+    def test_a_malformed_file_is_named_with_its_line(self, tmp_path: Path, text: str, message: str) -> None:
+        path = tmp_path / "sac/cheetah-run.csv"
+        path.parent.mkdir()
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(InputError) as e:
+            read_curves(path)
+        assert message in str(e.value)
+        assert str(path) in str(e.value)
+
+    def test_where_there_is_no_run(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/config.json").write_text("{}")
+        for path, message in (("gone", "no such file"), ("empty", "no run in this folder"), ("new", "no evaluation")):
+            with pytest.raises(InputError, match=message):
+                find_runs([tmp_path / path])
+        with pytest.raises(InputError, match="none given"):
+            find_runs([])
+        for text in (None, "not json", "{}", "[]"):
+            folder = run(tmp_path, "cheetah-run", "quick", 1, (0, 1))
+            (folder / "config.json").unlink() if text is None else (folder / "config.json").write_text(text)
+            with pytest.raises(InputError, match=r"allowed: the config\.json of a run"):
+                read_curves(folder / "eval.csv")
+
+    def test_reference_of_one_method_and_of_several(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for method in ("sac", "tdmpc2"):
+            csv_file(tmp_path / method / "cheetah-run.csv", (0, 1, 1))
+        csv_file(tmp_path / "sac/hopper-hop.csv", (0, 1, 1))
+        assert {c.label for c in read_reference(tmp_path, ["cheetah-run"])} == {"sac", "tdmpc2"}
+        assert {c.label for c in read_reference(tmp_path / "sac", ["cheetah-run"])} == {"sac"}
+        assert not caplog.messages
+        assert read_reference(tmp_path, ["hopper-stand"]) == []
+        assert "no curve of hopper-stand; it has 2 tasks, such as hopper-hop" in caplog.text
+        for path, message in (("gone", "no such folder"), ("", "no CSV file")):
+            (tmp_path / "none").mkdir(exist_ok=True)
+            with pytest.raises(InputError, match=message):
+                read_reference(tmp_path / "none" / path, ["cheetah-run"])
+
+    def test_a_seed_counts_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        short, long, other = curve([0, 5], [0, 1]), curve([0, 9], [0, 1]), curve([0, 9], [0, 2], seed=2)
+        for curves in ([short, long, other], [long, short, other]):
+            caplog.clear()
+            assert group(curves) == {("cheetah-run", "default"): [long, other]}
+            assert "seed 1 has several runs" in caplog.text
+
+
+class TestStatistics:
+    def test_mean_and_interval_by_hand(self) -> None:
+        band = mean_over_seeds([curve([0, 10], [1, 3]), curve([0, 10], [2, 6], seed=2), curve([0, 10], [3, 9], seed=3)])
+        assert band.centre.tolist() == [2, 6]
+        # Student's t with 2 degrees of freedom: 4.3027; standard deviations 1 and 3
+        half = 4.3027 / math.sqrt(3) * np.array([1, 3])
+        assert band.low == pytest.approx(band.centre - half, rel=1e-4)
+        assert band.high == pytest.approx(band.centre + half, rel=1e-4)
+
+    def test_interpolated_only_where_every_seed_has_been(self) -> None:
+        band = mean_over_seeds([curve([0, 10, 30], [0, 10, 50]), curve([5, 20], [100, 400], seed=2)])
+        # the steps of both from 5 to 20, where the first seed is at 5, 10, 30 and the second at 100, 200, 400
+        assert band.steps.tolist() == [5, 10, 20]
+        assert band.centre == pytest.approx([52.5, 105, 215])
+        with pytest.raises(InputError, match=r"no step that all of them cover: .*seed 1 0 to 4.*seed 2 5 to 9"):
+            mean_over_seeds([curve([0, 4], [0, 1]), curve([5, 9], [0, 1], seed=2)])
+
+    @pytest.mark.parametrize("seeds", [1, 2])
+    def test_no_interval_of_one_or_two_seeds(self, seeds: int) -> None:
+        curves = [curve([0, 10], [s, 2 * s], seed=s) for s in range(seeds)]
+        for band in (mean_over_seeds(curves), iqm_over_tasks({"cheetah-run": curves, "walker-walk": curves})):
+            assert band.low is None
+            assert band.high is None
+
+    def test_the_interval_holds_the_mean_as_often_as_it_says(self) -> None:
+        draws = np.random.default_rng(0).normal(500, 80, (2000, 3))
+        steps = list(range(2000))
+        band = mean_over_seeds([curve(steps, draws[:, i].tolist(), seed=i) for i in range(3)])
+        assert band.low is not None
+        assert band.high is not None
+        held = float(((band.low < 500) & (band.high > 500)).mean())
+        assert abs(held - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+    def test_iqm_by_hand(self) -> None:
+        # of 8 values the lowest 2 and highest 2 go; of 6, one each
+        assert iqm(np.array([[9.0, 1, 2, 3, 4, 5, 6, -90], [1, 1, 1, 2, 2, 2, 2, 100]])) == pytest.approx([3.5, 1.75])
+        assert iqm(np.array([1.0, 2, 3, 4, 5, 600])) == pytest.approx(3.5)
+        # all 6 runs of both tasks in one pool, by 1000
+        tasks = {
+            task: [curve([0, 10], [v, 100 * v], task, seed) for seed, v in enumerate(values)]
+            for task, values in (("cheetah-run", (1, 2, 3)), ("walker-walk", (4, 5, 6)))
+        }
+        assert iqm_over_tasks(tasks).centre == pytest.approx([0.0035, 0.35])
+
+    def test_bootstrap_draws_runs_within_their_task(self) -> None:
+        # Runs of a task are alike and tasks differ: whatever is drawn, every task keeps its share.
+        low, high = iqm_interval([np.full((3, 1), 0.1), np.full((3, 1), 0.5), np.full((3, 1), 0.9)])
+        assert (low.tolist(), high.tolist()) == ([0.5], [0.5])
+        # One task of 2 runs, 0 and 1: all draws are 00, 01, 10, 11, and the IQM of two values is their mean.
+        low, high = iqm_interval([np.array([[0.0], [1.0]])])
+        assert (low.tolist(), high.tolist()) == ([0.0], [1.0])
+
+    def test_tasks_without_a_scale_have_no_iqm(self) -> None:
+        with pytest.raises(InputError, match="Hopper-v5"):
+            iqm_over_tasks({"cheetah-run": [curve([0], [1])], "Hopper-v5": [curve([0], [1])]})
+
+    def test_iqm_is_rliables(self) -> None:
+        metrics = pytest.importorskip("rliable.metrics")
+        rng = np.random.default_rng(0)
+        for runs, tasks in ((3, 5), (5, 4), (10, 7), (1, 1)):
+            scores = rng.random((runs, tasks))
+            assert float(iqm(scores.ravel())) == pytest.approx(metrics.aggregate_iqm(scores), rel=1e-12)
+
+    def test_intervals_are_rliables(self) -> None:
+        pytest.importorskip("rliable")
+        try:
+            from rliable import library, metrics
+        except Exception as e:  # it imports arch, some versions of which fail with newer pandas
+            pytest.skip(f"rliable cannot be imported: {e!r}")
+        rng = np.random.default_rng(0)
+        scores = np.linspace(0.2, 0.9, 6) + 0.15 * rng.standard_normal((5, 6))  # 5 runs of 6 tasks
+        resamples = 20_000
+        np.random.seed(1)  # noqa: NPY002, rliable draws from it
+        _, ends = library.get_interval_estimates(
+            {"a": scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=resamples
+        )
+        ours = np.concatenate(iqm_interval([scores[:, [t]] for t in range(6)], resamples))
+        # Both are quantiles of draws: as of a normal of the interval's width, five standard errors of their difference,
+        # which is 3% of the width.
+        spread = (ends["a"][1, 0] - ends["a"][0, 0]) / (2 * 1.96)
+        error = spread * math.sqrt(2 * 0.025 * 0.975 / resamples) / 0.0584
+        assert ours == pytest.approx(ends["a"][:, 0], abs=5 * error)
+
+
+class TestPictures:
+    def several(self, root: Path, tasks: Sequence[str] = ("cheetah-run", "walker-walk"), seeds: int = 3) -> Path:
+        for task in tasks:
+            for seed in range(1, seeds + 1):
+                run(root / "runs", task, "default", seed, (0, 0), (50_000, 200.0 + seed), (100_000, 400 + 10 * seed))
+        return root / "runs"
+
+    def published(self, root: Path, tasks: Sequence[str] = ("cheetah-run", "walker-walk")) -> Path:
+        for task in tasks:
+            rows = [(100_000 * i, 300 + 5 * i + seed, seed) for seed in (1, 2, 3) for i in range(41)]
+            csv_file(root / "reference/tdmpc2" / f"{task}.csv", *rows)
+        return root / "reference"
+
+    def figure(self, runs: Path, reference: Path | None = None, **keys: Any) -> Any:
+        ours = group(c for f in find_runs([runs]) for c in read_curves(f))
+        theirs = group(read_reference(reference, sorted({t for t, _ in ours}))) if reference else {}
+        return draw(ours, theirs, **keys)
+
+    def test_where_they_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        runs = self.several(tmp_path)
+        one = runs / "cheetah-run/default/1"
+        assert plot_runs([one]) == [one / "curve.png", one / "curve.svg"]
+        assert plot_runs([runs]) == [Path("curves.png"), Path("curves.svg")]
+        out = tmp_path / "new/a.svg"
+        assert plot_runs(str(one), out=str(out)) == [out]
+        assert sorted(p.name for p in tmp_path.rglob("*.??g")) == [
+            *("a.svg", "curve.png", "curve.svg", "curves.png", "curves.svg"),
+        ]
+        before = out.read_bytes()
+        plot_runs([runs], out=out)  # what is named is written
+        assert out.read_bytes() != before
+        with pytest.raises(InputError, match=r"\.png or \.svg"):
+            plot_runs([one], out=tmp_path / "a.pdf")
+        with pytest.raises(InputError, match="max_step"):
+            plot_runs([one], max_step=0)
+
+    @pytest.mark.parametrize("package", ["matplotlib", "scipy.stats"])
+    def test_what_is_missing_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ConfigError, match=rf"plots need {package}; pip install 'tdmpc2-fast\[train\]'"):
+            plot_runs([self.several(tmp_path)], tmp_path / "a.png")
+
+    def test_png_has_the_size_of_its_grid(self, tmp_path: Path) -> None:
+        def size(*names: str) -> tuple[int, int]:
+            (path,) = plot_runs([self.several(tmp_path / "-".join(names), names)], out=tmp_path / "a.png")
+            head = path.read_bytes()[:24]
+            assert head[:8] == b"\x89PNG\r\n\x1a\n"
+            width, height = struct.unpack(">II", head[16:])
+            return width, height
+
+        assert size("cheetah-run") == (896, 672)
+        # with the panel of their IQM, three and then four panels: two rows of three
+        assert size("cheetah-run", "walker-walk") == (1776, 560)
+        assert size("cheetah-run", "walker-walk", "dog-run") == (1776, 1040)
+
+    def test_svg_has_words_and_the_same_bytes_every_time(self, tmp_path: Path) -> None:
+        runs, reference = self.several(tmp_path), self.published(tmp_path)
+        run(runs, "cheetah-run", "ablation", 1, (0, 1), (90_000, 300))
+        first, second = (plot_runs([runs], tmp_path / f"{n}.svg", reference)[0] for n in "ab")
+        assert first.read_bytes() == second.read_bytes()
+        texts = {"".join(e.itertext()) for e in ElementTree.parse(first).iter() if e.tag.endswith("}text")}
+        assert texts >= {
+            *("cheetah-run", "walker-walk", "IQM of 2 tasks", "episode return", "return / 1000", "environment steps"),
+            *("default (3 seeds)", "tdmpc2 (3 seeds)", "ablation (1 seed, no band)", "0", "50k", "100k"),
+        }
+
+    def test_nothing_global_is_left_behind(self, tmp_path: Path) -> None:
+        code = f"""
+import sys, matplotlib
+from pathlib import Path
+from tdmpc2_fast.train.plots import plot_runs
+assert not {{"scipy", "matplotlib.figure"}} & set(sys.modules)
+matplotlib.rcParams["axes.facecolor"] = "red"
+settings = lambda: {{k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}}
+before = settings()
+plot_runs([Path({str(self.several(tmp_path))!r})], Path({str(tmp_path / "b.svg")!r}))
+assert settings() == before
+assert "matplotlib.pyplot" not in sys.modules
+print("fine")
+"""
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "fine", done.stderr
+        # nor does a reader's own style change the picture
+        plot_runs([tmp_path / "runs"], tmp_path / "a.svg")
+        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+    def test_lines_and_bands_are_the_statistics(self, tmp_path: Path) -> None:
+        figure = self.figure(self.several(tmp_path), self.published(tmp_path))
+        assert [ax.get_title() for ax in figure.axes] == ["cheetah-run", "walker-walk", "IQM of 2 tasks"]
+        for ax, scale in zip(figure.axes, (1, 1, 1000), strict=True):
+            theirs, ours = ax.lines
+            assert (theirs.get_label(), ours.get_label()) == ("tdmpc2", "default")
+            assert ours.get_xdata().tolist() == [0, 50_000, 100_000]
+            assert ours.get_ydata() == pytest.approx(np.array([0, 202, 420]) / scale)
+            bands = [c for c in ax.collections if isinstance(c, FillBetweenPolyCollection)]
+            assert len(bands) == 2
+            assert ax.get_xlim()[1] == pytest.approx(1.02 * 150_000)
+        # Student's t of 410, 420, 430
+        ends = figure.axes[0].collections[1].get_paths()[0].vertices[:, 1]
+        assert (ends.min(), ends.max()) == pytest.approx((0, 420 + 4.3027 * 10 / math.sqrt(3)), rel=1e-4)
+
+    def test_every_seed_is_drawn_and_a_wide_band_leaves_them_room(self, tmp_path: Path) -> None:
+        for seed, end in enumerate((-1400, -900, -150)):
+            run(tmp_path / "runs", "Pendulum-v1", "default", seed, (0, -1500), (20_000, end))
+        (ax,) = self.figure(tmp_path / "runs").axes
+        band, each = ax.collections
+        assert isinstance(each, LineCollection)
+        assert [path.vertices[-1, 1] for path in each.get_paths()] == [-1400, -900, -150]
+        low, high = ax.get_ylim()
+        ends = band.get_paths()[0].vertices[:, 1]
+        assert low < ends.min() < ends.max() < high  # its ends are seen
+        assert 1350 / (high - low) > 0.35
+        run(tmp_path / "one", "Pendulum-v1", "default", 1, (0, -1500), (20_000, -200))
+        assert not self.figure(tmp_path / "one").axes[0].collections
+
+    @pytest.mark.parametrize(
+        ("heights", "edges", "full", "expected"),
+        [
+            ([0, 100], [], None, (-10, 110)),
+            ([0, 100], [-40, 130], None, (-50, 140)),
+            ([0, 100], [-9000, 9000], None, (-75, 175)),  # as far as the curves keep two fifths
+            ([5], [], None, (4.8, 5.2)),
+            ([3e6, 3e6], [], None, (2.97e6, 3.03e6)),
+            ([], [], None, (-0.2, 0.2)),
+            ([0, 400], [], 1000, (-10, 520)),
+            ([0, 400], [-300, 700], 1000, (-14, 728)),
+            ([0, 800], [-900, 1900], 1000, (-20, 1040)),  # nothing is above the highest return
+            ([1000], [], 1000, (-20, 1040)),  # and a line there is whole
+        ],
+    )
+    def test_how_high_the_axis_goes(
+        self, heights: list[float], edges: list[float], full: float | None, expected: tuple[float, float]
+    ) -> None:
+        assert y_limits(heights, edges, full) == pytest.approx(expected)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_long_names_stay_inside_the_picture(self, tmp_path: Path, count: int) -> None:
+        for n in range(count):
+            name = f"my.own_package.environments:AVeryLongNameOfATask-With-Words-v{n}"
+            run(tmp_path, name, "an_experiment-lr_0.0003-batch_size_512-model_size_5-and_more", 1, (0, 0), (9, 3))
+        with rc_context(_STYLE):
+            figure = self.figure(tmp_path)
+            FigureCanvasAgg(figure).draw()
+        width, height = figure.canvas.get_width_height()
+        for text in (*(ax.title for ax in figure.axes), *figure.legends[0].get_texts()):
+            box = text.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= width
+            assert 0 <= box.y0 < box.y1 <= height
+
+    def test_where_nothing_is_seen(self, tmp_path: Path) -> None:
+        run(tmp_path, "Reacher-v5", "default", 1, (500, -9), (1000, -8))
+        (ax,) = self.figure(tmp_path, max_step=100).axes
+        assert ax.get_xlim()[1] == pytest.approx(102)
+
+    def test_a_run_that_ends_before_the_first_published_point(self, tmp_path: Path) -> None:
+        run(tmp_path / "runs", "cheetah-run", "quick", 1, (0, 4), (7000, 60))
+        figure = self.figure(tmp_path / "runs", self.published(tmp_path))
+        (ax,) = figure.axes
+        theirs, ours = ax.lines
+        assert (ours.get_xdata().tolist(), ours.get_marker()) == ([0, 7000], "o")
+        assert theirs.get_xdata()[0] == 100_000  # nothing is drawn across what was not measured
+        assert (ax.get_xscale(), ax.get_xlabel()) == ("symlog", "environment steps (log scale)")
+        figure.canvas.draw()
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1k", "10k", "100k", "1M"]
+        left, right = (ax.transData.transform((x, 0))[0] for x in (0, 7000))
+        assert right - left > 0.3 * ax.bbox.width  # legible
+        (ax,) = self.figure(tmp_path / "runs", self.published(tmp_path), max_step=300_000).axes
+        assert (ax.get_xscale(), ax.get_xlim()[1]) == ("linear", pytest.approx(306_000))
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs", "expected"),
+        [
+            ([0, 500], [], (500, None)),
+            ([0], [], (1, None)),
+            ([0], [0, 100, 4000], (4000, None)),
+            ([0, 70], [0, 100, 4000], (4000, 10)),
+            ([0, 100], [0, 100, 4000], (150, None)),
+            ([0, 4000], [0, 100, 4000], (4000, None)),
+            ([0, 9000], [0, 100, 4000], (9000, None)),
+        ],
+    )
+    def test_how_far_the_axis_goes(self, ours: list[float], theirs: list[float], expected: tuple[float, None]) -> None:
+        bands = [[Band(np.array(s, float), np.zeros(len(s)), None, None)] if s else [] for s in (ours, theirs)]
+        assert x_axis(*bands) == expected
+
+    def test_what_cannot_be_compared_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        runs = self.several(tmp_path)
+        run(runs, "cheetah-run", "ablation", 1, (0, 1), (90_000, 300))
+        reference = self.published(tmp_path, ["cheetah-run"])
+        figure = self.figure(runs, reference)
+        assert [line.get_label() for line in figure.axes[2].lines] == ["default"]
+        assert "ablation is not in the IQM over tasks: it has no curve of walker-walk" in caplog.messages
+        assert "tdmpc2 is not in the IQM over tasks: it has no curve of walker-walk" in caplog.messages
+        caplog.clear()
+        run(runs, "Hopper-v5", "default", 1, (0, 1), (90_000, 3000))
+        run(runs, "cheetah-run", "ablation", 2, (0, 1), (9_000, 300))
+        with caplog.at_level(logging.WARNING):
+            plot_runs([runs], tmp_path / "a.png")
+        assert "no IQM over tasks: no known scale of returns for Hopper-v5" in caplog.messages
+        assert "ablation of cheetah-run ends at 9k, where seed 2 ends; others go on to 90k" in caplog.messages
+
+    def test_methods_look_the_same_whatever_is_beside_them(self, tmp_path: Path) -> None:
+        runs, reference = self.several(tmp_path, ["cheetah-run"]), self.published(tmp_path)
+
+        def looks() -> dict[str, SimpleNamespace]:
+            lines = self.figure(runs, reference).axes[0].lines
+            return {x.get_label(): SimpleNamespace(c=x.get_color(), dash=x._dash_pattern) for x in lines}
+
+        alone = looks()
+        for method in ("another", "sac", "zero", "a", "b", "c"):
+            csv_file(reference / method / "cheetah-run.csv", (0, 0, 1), (100_000, 300, 1))
+        among = looks()
+        assert {k: among[k] for k in alone} == alone
+        assert len({(x.c, str(x.dash)) for x in among.values()}) == len(among) == 8
+
+    @pytest.mark.parametrize(
+        ("step", "text"), [(0, "0"), (500, "500"), (7000, "7k"), (250_000, "250k"), (1e6, "1M"), (1.5e6, "1.5M")]
+    )
+    def test_steps_as_people_write_them(self, step: float, text: str) -> None:
+        assert format_step(step) == text

@@ -1,0 +1,481 @@
+"""Environments in worker processes: the same trajectories, and an orderly answer to whatever goes wrong in one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scripted_env
+from conftest import PYTHONPATH, TINY, tiny_config
+from loop_oracle import everything
+from scripted_env import DIE, HANG, NORMAL, RAISE, SYSTEM_EXIT, config
+
+from tdmpc2_fast import Config
+from tdmpc2_fast.benchmarks.harness import stand_in
+from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.train.envs import workers
+from tdmpc2_fast.train.envs.base import Environments, Failures, env_seed
+from tdmpc2_fast.train.envs.together import InProcess, environments
+from tdmpc2_fast.train.envs.workers import EnvError, Workers
+from tdmpc2_fast.train.run.trainer import OnlineTrainer
+
+LONG = 60.0  # what happens happens at once; this is for a machine that is stuck
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one whose parent does not fetch it has, too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + LONG
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def shared_files() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+class Made:
+    """Workers of a test, with the lines they logged."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.made: list[Workers] = []
+
+    def __call__(self, count: int, processes: int, make: Any = scripted_env.make, **changes: Any) -> Workers:
+        cfg = config(count, **changes)
+        self.made.append(Workers(cfg, make, processes, Failures(cfg, self.notes.append)))
+        return self.made[-1]
+
+
+@pytest.fixture
+def made() -> Iterator[Made]:
+    """Every test leaves no process behind."""
+    made = Made()
+    yield made
+    pids = [w.process.pid for x in made.made for w in x._workers]
+    for x in made.made:
+        x.close()
+        x.close()
+    assert all(gone(pid) for pid in pids if pid is not None)
+
+
+def pids_of(envs: Environments) -> list[int]:
+    assert isinstance(envs, Workers)
+    return [w.process.pid or 0 for w in envs._workers]
+
+
+def act(envs: Environments, *what: float) -> list[Any]:
+    """One decision, each environment told what to do."""
+    envs.step_async(np.array([[x, 0.5] for x in what], np.float32))
+    return envs.step_wait()
+
+
+def test_trajectories_are_those_of_one_process(made: Made) -> None:
+    cfg = config(3, seed=int(np.random.default_rng().integers(2**31)))
+    here: Environments = InProcess(cfg, scripted_env.make, Failures(cfg, print))
+    there = made(3, 2, seed=cfg.seed)
+    # More than one environment a process.
+    assert [w.indices for w in there._workers] == [[0, 1], [2]]
+    rng, which = np.random.default_rng(), [0, 1, 2]
+    ends = 0
+    for _ in range(40):
+        if which:
+            a, b = (x.reset(which) for x in (here, there))
+            assert list(a) == list(b) == which
+            assert all(np.array_equal(a[i], b[i]) and a[i].dtype == b[i].dtype for i in which)
+        actions = np.stack([np.zeros(3), rng.uniform(-1, 1, 3)], 1).astype(np.float32)
+        found = []
+        for envs in (here, there):
+            envs.step_async(actions)
+            found.append(envs.step_wait())
+        for x, y in zip(*found, strict=True):
+            assert x is not None
+            assert y is not None
+            assert x.obs.tobytes() == y.obs.tobytes()
+            assert x[1:] == y[1:]
+            assert [type(v) for v in x[1:]] == [type(v) for v in y[1:]] == [float, bool, bool, float]
+        which = [i for i, x in enumerate(found[0]) if x.terminated or x.truncated]  # type: ignore[union-attr]
+        ends += len(which)
+    assert ends > 10
+
+
+def test_what_was_returned_is_not_overwritten(made: Made) -> None:
+    envs = made(1, 1)
+    first = envs.reset([0])[0]
+    kept = first.copy()
+    (step,) = act(envs, NORMAL)
+    obs = step.obs.copy()
+    act(envs, NORMAL)
+    assert np.array_equal(first, kept)
+    assert np.array_equal(step.obs, obs)
+
+
+@pytest.mark.parametrize(("what", "code"), [(DIE, 7), (SYSTEM_EXIT, 3), ("SIGKILL", -9)])
+def test_a_process_that_dies_is_replaced_and_the_others_go_on(what: Any, code: int, made: Made) -> None:
+    envs = made(3, 2)
+    envs.reset([0, 1, 2])
+    before = act(envs, NORMAL, NORMAL, NORMAL)
+    pids = pids_of(envs)
+    if what == "SIGKILL":
+        os.kill(pids[1], signal.SIGKILL)
+        assert wait_until(lambda: gone(pids[1]))
+        what = NORMAL
+    steps = act(envs, NORMAL, NORMAL, what)
+    assert steps[2] is None
+    assert [s.obs[2] for s in steps[:2]] == [2, 2]
+    assert pids_of(envs)[0] == pids[0]
+    assert wait_until(lambda: gone(pids[1]))
+    (note,) = made.notes
+    for word in ("walker-walk, environment 2:", "died", f"exit code {code}", "restart 1 of at most 10"):
+        assert word in note
+    new = envs.reset([2])
+    assert list(new) == [2]
+    # a stream of its own, by the law of restarts
+    assert new[2][0] == np.float32(env_seed(1, 2, restart=1) % 1000) != before[2].obs[0]
+    assert [s.obs[2] for s in act(envs, NORMAL, NORMAL, NORMAL)] == [3, 3, 1]
+
+
+def test_a_process_that_hangs_is_replaced(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = made(2, 2)
+    envs.reset([0, 1])
+    pids = pids_of(envs)
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 1.0)
+    steps = act(envs, HANG, NORMAL)
+    assert steps[0] is None
+    assert steps[1].obs[2] == 1
+    assert gone(pids[0])
+    assert "environment 0: the process gave no answer in 1 s and was killed (exit code -9)" in made.notes[0]
+    # its first answer has the time of a start again
+    assert envs.reset([0])[0][1] == 1
+
+
+def test_a_death_during_a_reset_loses_every_episode_of_the_process(made: Made) -> None:
+    envs = made(3, 1)
+    envs.reset([0, 1, 2])
+    act(envs, NORMAL, NORMAL, NORMAL)
+    os.kill(pids_of(envs)[0], signal.SIGKILL)
+    found = envs.reset([1])
+    assert sorted(found) == [0, 1, 2]
+    assert all(obs[1] == 1 and obs[2] == 0 for obs in found.values())
+    assert len(made.notes) == 1
+
+
+def test_restarts_are_bounded(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "MOST_RESTARTS", 1)
+    envs = made(2, 2, make=scripted_env.make_dying)
+    with pytest.raises(EnvError) as e:
+        envs.reset([0, 1])
+    for word in ("walker-walk, environment", "died", "exit code 9", "allowed: 1 restarts a run"):
+        assert word in str(e.value)
+    assert len(made.notes) == 1
+    envs.close()
+
+
+def test_an_exception_is_raised_with_its_traceback(made: Made) -> None:
+    envs = made(2, 2)
+    envs.reset([0, 1])
+    with pytest.raises(EnvError) as e:
+        act(envs, NORMAL, RAISE)
+    for word in ("environment 1 raised", "ZeroDivisionError: the physics are broken", "scripted_env.py"):
+        assert word in str(e.value)
+    broken = made(1, 1, make=scripted_env.make_raising)
+    with pytest.raises(EnvError, match="FileNotFoundError: no such scene"):
+        broken.reset([0])
+    assert made.notes == []
+
+
+def test_close_does_not_wait_for_a_process_that_hangs(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_CLOSE_SECONDS", 0.5)
+    envs = made(2, 2)
+    envs.reset([0, 1])
+    pids = pids_of(envs)
+    envs.step_async(np.array([[HANG, 0], [NORMAL, 0]], np.float32))
+    envs.close()
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_is_the_trainers_to_answer(number: signal.Signals, made: Made) -> None:
+    envs = made(2, 2)
+    envs.reset([0, 1])
+    for pid in pids_of(envs):
+        os.kill(pid, number)
+    assert [s.obs[2] for s in act(envs, NORMAL, NORMAL)] == [1, 1]
+    assert made.notes == []
+
+
+ORPHANS = """
+import signal, sys
+import numpy as np, scripted_env
+from tdmpc2_fast.train.envs.base import Failures
+from tdmpc2_fast.train.envs.workers import Workers
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    cfg = scripted_env.config(2)
+    envs = Workers(cfg, scripted_env.make, 2, Failures(cfg, print))
+    envs.reset([0, 1])
+    envs.step_async(np.array([[scripted_env.HANG, 0], [scripted_env.NORMAL, 0]], np.float32))
+    print(*(w.process.pid for w in envs._workers), flush=True)
+    if sys.argv[1] == "exception":
+        raise ValueError
+    envs.step_wait()
+"""
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "exception"])
+def test_workers_leave_with_their_trainer(end: str, tmp_path: Path) -> None:
+    before = shared_files()
+    script = tmp_path / "trains.py"
+    script.write_text(ORPHANS)
+    paths = os.pathsep.join(p for p in [PYTHONPATH, *sys.path] if p)
+    run = subprocess.Popen(
+        [sys.executable, "-P", str(script), end],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    pids = [int(x) for x in run.stdout.readline().split()]
+    assert len(pids) == 2
+    if end == "SIGINT":
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all of them
+    elif end != "exception":
+        os.kill(run.pid, getattr(signal, end))
+    _, errors = run.communicate(timeout=LONG)
+    assert wait_until(lambda: all(gone(pid) for pid in pids))
+    assert errors.count("Traceback") == {"SIGINT": 1, "exception": 1}.get(end, 0), errors
+    assert "leaked" not in errors
+    assert shared_files() <= before
+
+
+@pytest.mark.parametrize(
+    ("count", "env_workers", "processes"),
+    [(1, None, 0), (2, None, 2), (9, None, 4), (9, 0, 0), (1, 1, 1), (9, 7, 7), (9, 20, 9)],
+)
+def test_where_environments_run(
+    count: int, env_workers: int | None, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.install(2)
+    monkeypatch.setattr(Workers, "_start", lambda self, indices: indices)
+    monkeypatch.setattr(Workers, "begin", lambda self: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    cfg = tiny_config(obs_dim=24, task=stand_in.NAME, num_envs=count, env_workers=env_workers)
+    envs = environments(cfg, stand_in.StandIn(2, 5, 0), print)
+    if processes == 0:
+        assert isinstance(envs, InProcess)
+        assert len(envs.envs) == count
+    else:
+        assert isinstance(envs, Workers)
+        parts: Any = envs._workers
+        assert len(parts) == processes
+        assert [i for part in parts for i in part] == list(range(count))
+        parts.clear()  # they are no processes that could be ended
+
+
+QUICK = dict(
+    TINY,
+    task=stand_in.NAME,
+    num_samples=16,
+    iterations=1,
+    seed_steps=30,
+    steps=92,
+    eval_freq=1000,
+    eval_episodes=1,
+    device="cpu",
+    num_envs=2,
+)
+
+
+def train(folder: Path, **changes: Any) -> OnlineTrainer:
+    folder.mkdir()
+    return OnlineTrainer(Config.from_dict({**QUICK, **changes}), folder)
+
+
+def test_a_run_is_bitwise_the_same_wherever_its_environments_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "_DECISIONS", 10)
+    stand_in.install(2)
+    seed = int(np.random.default_rng().integers(2**31))
+    found = []
+    for name, keys in dict(here=dict(env_workers=0), there=dict(env_workers=2, overlap=True)).items():
+        trainer = train(tmp_path / name, seed=seed, **keys)
+        trainer.run()
+        found.append(everything(trainer))
+    assert isinstance(trainer.envs, Workers)
+    assert trainer.envs._workers == []
+    assert trainer.agent.updater.steps == 30 + (92 - 32)
+    assert not [k for k, v in found[0].items() if v != found[1][k]], f"seed {seed}"
+
+
+def test_the_episode_of_a_killed_process_never_reaches_the_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stand_in, "_DECISIONS", 20)
+    stand_in.install(2)
+    trainer = train(tmp_path / "run", seed_steps=100_000, steps=80)
+    lost: list[Any] = []
+    step = trainer.step
+
+    def step_and_kill() -> None:
+        if trainer._decisions == 10:
+            episode = trainer._episodes[1]
+            assert episode is not None
+            assert len(episode) == 5
+            lost.extend(episode.obs)
+            os.kill(pids_of(trainer.envs)[1], signal.SIGKILL)
+        step()
+
+    monkeypatch.setattr(trainer, "step", step_and_kill)
+    trainer.run()
+    # 40 decisions each: two episodes of the one that went on; one of the other, and 14 steps of its next
+    assert trainer.buffer.num_eps == 3
+    assert trainer.buffer._table[:3, 1].tolist() == [21] * 3
+    held = {row.tobytes() for row in trainer.buffer._store["obs"][: len(trainer.buffer)].numpy()}
+    assert not held & {obs.tobytes() for obs in lost}
+    episode = trainer._episodes[1]
+    assert episode is not None
+    assert len(episode) == 14
+    assert "environment 1: the process died (exit code -9)" in capsys.readouterr().err
+    assert len((tmp_path / "run/train.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_a_process_lost_while_its_state_is_asked_is_started_anew(made: Made) -> None:
+    there = made(3, 2)
+    before = there.reset([0, 1, 2])
+    there.step_async(np.zeros((3, 2), np.float32))
+    there.step_wait()
+    os.kill(pids_of(there)[1], signal.SIGKILL)
+    states = there.states()
+    assert [state is None for state in states] == [False, False, True]
+    assert there.restarts == 1
+    assert "died" in made.notes[0]
+    again = there.reset([2])
+    assert again[2][1] == 1  # its first episode
+    assert set(again) == {2}
+    assert before.keys() == {0, 1, 2}
+
+
+@pytest.mark.parametrize("what", ["obs", "reward"])
+def test_numbers_that_are_none_end_the_run_and_name_the_environment(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.install(2)
+    step = stand_in.StandIn.step
+
+    def broken(self: stand_in.StandIn, action: Any) -> Any:
+        obs, reward, *rest = step(self, action)
+        return (obs * np.nan, reward, *rest) if what == "obs" else (obs, np.nan, *rest)
+
+    monkeypatch.setattr(stand_in.StandIn, "step", broken)
+    trainer = train(tmp_path / "run", env_workers=0)
+    field = {"obs": "observation", "reward": "reward"}[what]
+    with pytest.raises(EnvError, match=f"{stand_in.NAME}, environment 0: {field}: got nan"):
+        trainer.run()  # already in the first evaluation
+    saved = [p.name for p in (tmp_path / "run/checkpoints").glob("0*")]
+    assert saved == ["0001-at-0"]  # it is the one before the evaluation, with all that belongs to it
+
+
+PROGRAM = """
+import sys
+import gymnasium, foreign_envs
+from tdmpc2_fast.train.cli import main
+{register}
+{guard}
+    {register_late}
+    sys.exit(main({words}))
+"""
+REGISTER = "gymnasium.register('OfTheProgram-v0', foreign_envs.Plain, max_episode_steps=20)"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("without a guard", "a worker process ended (exit code 1) when it imported"),
+        ("registered under the guard", "worker processes cannot make what this one could"),
+        ("from standard input", "a worker process cannot import <stdin> anew"),
+        ("well", ""),
+    ],
+)
+def test_what_workers_cannot_import_is_explained_in_a_line_and_not_tried_again(
+    how: str, words: str, tmp_path: Path
+) -> None:
+    late = how == "registered under the guard"
+    program = PROGRAM.format(
+        register="" if late else REGISTER,
+        guard="if True:" if how == "without a guard" else "if __name__ == '__main__':",
+        register_late=REGISTER if late else "pass",
+        words=["train", "task=OfTheProgram-v0", "num_envs=2", *(f"{k}={v}" for k, v in FEW.items())],
+    )
+    (tmp_path / "program.py").write_text(program)
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-" if how == "from standard input" else "program.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, input=program, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert "Traceback" not in done.stderr
+    if how == "well":
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: config key 'env_workers': ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "env_workers=0" in errors[0]
+    assert "restart" not in done.stderr
+    assert not list(tmp_path.glob("runs/OfTheProgram-v0/*/*"))  # nothing came of it
+
+
+FEW = dict(
+    TINY,
+    iterations=1,
+    num_samples=16,
+    num_elites=4,
+    seed_steps=45,
+    steps=60,
+    eval_episodes=1,
+    device="cpu",
+    num_threads=1,
+)
+
+
+def test_a_function_that_no_process_can_import_is_refused(made: Made) -> None:
+    with pytest.raises(ConfigError, match="cannot be made in another process"):
+        made(1, 1, make=lambda cfg, seed: None)
+
+
+def test_of_environments_that_fail_in_a_process_the_others_go_on(made: Made) -> None:
+    envs = made(3, 2, on_env_error="drop")
+    envs.reset([0, 1, 2])
+    act(envs, NORMAL, NORMAL, NORMAL)
+    found = act(envs, RAISE, NORMAL, NORMAL)
+    assert [step is None for step in found] == [True, False, False]
+    assert [s.obs[2] for s in found[1:]] == [2, 2]
+    assert envs.failures.dropped == 1
+    assert (
+        "walker-walk, environment 0: ZeroDivisionError: the physics are broken; the episode is dropped" in made.notes[0]
+    )
+    new = envs.reset([0])
+    assert list(new) == [0]
+    assert new[0][0] == np.float32(env_seed(1, 0, restart=1) % 1000)  # a stream of its own
+    assert [s.obs[2] for s in act(envs, NORMAL, NORMAL, NORMAL)] == [1, 3, 3]
+    assert envs.restarts == 0  # no process was lost

@@ -1,0 +1,291 @@
+"""What the commands do. Each takes the words behind its name and returns the exit status.
+
+What takes a second to import is imported where the words have turned out to be right.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError, did_you_mean
+
+from . import keys, sweep, tables
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tdmpc2_fast.agent import TDMPC2
+
+
+def train(words: Sequence[str]) -> int:
+    """Train an agent, or several in a sweep.
+
+    Several values, as in seed=1,2,3 or seed=1..3, run one after another.
+    """
+    options, words = keys.options(words, keys.Options)
+    each = sweep.expand(words)
+    configs = [Config.from_dict(keys.parse(run.words, note=lambda _: None)) for run in each]
+    from ..envs import suite_of
+
+    for cfg in configs:  # all mistakes are answered before the first run starts
+        suite_of(cfg.task)
+    if options.job is not None:
+        run = sweep.pick(each, options.job)
+        if not options.dry_run:
+            print(f"job {options.job} of {len(each)}: {run.command}", flush=True)
+        each = [run]
+    if options.dry_run:
+        print("\n".join(run.command for run in each))
+        return 0
+    if len(each) == 1:
+        from ..run import lifecycle as runs
+
+        return runs.start(keys.parse(each[0].words), sweep.tell)
+    several = sweep.Sweep(each)
+    status = several.run()
+    print(tables.rendered(tables.section("sweep", tables.grid(several.rows(), ("run", "result", "took", "where")))))
+    return status
+
+
+def resume(words: Sequence[str]) -> int:
+    """Go on with a run that was stopped.
+
+    RUN is its folder. It goes on from its newest checkpoint, bit for bit as if it had not been
+    stopped; keys say how far, where and what is shown, as in steps=2_000_000 or device=cuda.
+    """
+    paths, words = keys.arguments(words)
+    path, values = _only(paths, "resume RUN [key=value ...]"), keys.parse(words, presets=False)
+    from ..run import lifecycle as runs
+
+    return runs.resume(path, values, sweep.tell)
+
+
+def plot(words: Sequence[str]) -> int:
+    """Draw the learning curves of runs.
+
+    RUN is a run's folder, a folder with runs anywhere in it, or a csv file with the columns of
+    eval.csv. Runs of one task and exp_name are one line, with the band of their seeds.
+    """
+    options, words = keys.options(words, keys.PlotOptions)
+    paths, others = keys.arguments(words)
+    if others or not paths:
+        close = did_you_mean(others[0].partition("=")[0], keys.names(keys.PlotOptions)) if others else ""
+        got = f"got {others[0]!r}" if others else "no run given"
+        raise ConfigError(
+            f"{got}, allowed: tdmpc2-fast plot RUN... [{'=] ['.join(keys.names(keys.PlotOptions))}=].{close}"
+        )
+    out, reference = (None if x is None else Path(x).expanduser() for x in (options.out, options.reference))
+    from ..pictures.plots import plot_runs
+
+    for path in plot_runs([Path(p) for p in paths], out, reference, options.max_step):
+        print(path)
+    return 0
+
+
+def plan(words: Sequence[str]) -> int:
+    """Draw one decision of the planner.
+
+    CHECKPOINT is a file or a run folder. The picture shows the action sequences that were tried and
+    kept in each iteration, and how their values went.
+    """
+    options, words = keys.options(words, keys.PlanOptions)
+    paths, words = keys.arguments(words)
+    given = _only(paths, "plan CHECKPOINT [decision=N] [out=FILE] [key=value ...]")
+    values = keys.parse(words, presets=False)
+    from tdmpc2_fast.model import checkpoint
+
+    from ..envs import make_env
+    from ..pictures.plan_picture import draw_plan
+    from ..run.checkpoints import trained
+
+    path = checkpoint.find_checkpoint(given)
+    agent = _agent(path, values)
+
+    print(f"{path}: {trained(path)}")
+    env = make_env(agent.cfg, agent.cfg.seed)
+    try:
+        out = Path(options.out).expanduser() if options.out else path.with_name(f"{path.stem}-plan.png")
+        print(draw_plan(agent, env, options.decision, out))
+    finally:
+        env.close()
+    return 0
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """Play episodes with a checkpoint.
+
+    CHECKPOINT is a file or a run folder, of which it takes the best one (checkpoint=PATH says the
+    same). Keys given here win over those in the checkpoint; save_video=true films the first episode.
+    """
+    paths, words = keys.arguments(words)
+    values = keys.parse(words, presets=False)
+    paths += [values["checkpoint"]] if values.get("checkpoint") else []
+    given = _only(paths, "eval CHECKPOINT [key=value ...]")
+    from tdmpc2_fast.model import checkpoint
+
+    from ..run.checkpoints import trained
+    from ..run.evaluate import Evaluator
+
+    path = checkpoint.find_checkpoint(given)
+    agent = _agent(path, values)
+
+    print(f"{path}: {trained(path)}")
+    evaluator = Evaluator(agent)
+    video = _free(path.with_suffix(".mp4")) if values.get("save_video") else None
+    try:
+        hidden = not sys.stderr.isatty()
+        with click.progressbar(length=0, label="decisions", file=sys.stderr, show_pos=True, hidden=hidden) as bar:
+
+            def busy(done: int, total: int) -> None:
+                bar.length = total
+                bar.update(done - bar.pos)
+
+            found = evaluator.run(busy=busy, video=video, warn=keys.to_stderr)
+    finally:
+        evaluator.close()
+    for i, (value, length) in enumerate(zip(found.returns, found.lengths, strict=True)):
+        print(f"episode {i:3}  return {value:8.1f}  decisions {length}")
+    print(
+        f"{agent.cfg.task}: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes"
+    )
+    if video is not None and video.exists():
+        print(video)
+    return 0
+
+
+def tasks(words: Sequence[str]) -> int:
+    """List the tasks, or those with TEXT in their names."""
+    text = _only(words, "tasks [TEXT]").lower() if words else ""
+    from ..envs import SUITES
+    from ..envs.catalogue import PLANNED, lacks
+
+    parts = []
+    known: list[str] = []
+    for name, suite in SUITES.items():
+        known += suite.names
+        there = importlib.util.find_spec(suite.package) is not None
+        state = "installed" if there else f"needs pip install 'tdmpc2-fast[{suite.extra}]'"
+        parts += _listed(f"{name}: {state}", [n for n in suite.names if text in n.lower() and not lacks(n)])
+    for need in sorted({lacks(n) for n in known} - {""}):
+        parts += _listed(f"more of Gymnasium: {need}", [n for n in known if text in n.lower() and lacks(n) == need])
+    for name in dict.fromkeys(PLANNED.values()):
+        parts += _listed(
+            f"{name}: not in this version", [n for n, s in PLANNED.items() if s == name and text in n.lower()]
+        )
+    if not parts:
+        hint = did_you_mean(text, [*known, *PLANNED]) or " tdmpc2-fast tasks lists all."
+        raise ConfigError(f"no task has {text!r} in its name.{hint}")
+    if not text:
+        parts.append("\nAny other Gymnasium id with a bounded Box action space works, too.")
+    print(tables.rendered(*parts).lstrip("\n"))
+    return 0
+
+
+def info(words: Sequence[str]) -> int:
+    """Say what a checkpoint holds.
+
+    That is its format, size, parameters, tensors and config; official .pt files have no config.
+    """
+    given = _only(words, "info CHECKPOINT")
+    from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensors_only, unwrapped
+    from tdmpc2_fast.model import checkpoint
+
+    from ..run.checkpoints import trained
+
+    path = checkpoint.find_checkpoint(given)
+    found, cfg = checkpoint.read(path)
+    state, taken_off = unwrapped(found, repr(str(path)))
+    kind = f"{checkpoint.FORMAT}, the checksum of its tensors is right"
+    if cfg is None:
+        kind = f"official, {'older' if '_Qs.params.0' in state else 'current'} generation (weights only, no config)"
+    from_official_entries(state, "", {k: v for k, v in state.items() if k == "_action_masks"})
+    tensors = tensors_only(state)
+    modules: dict[str, list[Tensor]] = {}
+    for name, x in tensors.items():
+        if "." in name:  # others are constants, such as the bounds of log std
+            modules.setdefault(name.partition(".")[0].strip("_"), []).append(x)
+    learnable = sum(x.numel() for k, x in tensors.items() if "." in k and not k.startswith(TARGETS))
+    facts = [("file", str(path)), ("format", kind), ("size", f"{path.stat().st_size / 1e6:,.1f} MB")]
+    facts += [("trained", trained(path))]
+    facts += [("parameters", f"{learnable:,} learnable"), ("model", _model(tensors))]
+    facts += [("wrapped in", taken_off)] if taken_off else []
+    print(tables.rendered(tables.grid(facts)))
+    if cfg is not None:
+        changed = _changed(cfg)
+        print(tables.rendered(tables.section("config, where it is not the default", tables.grid(changed))))
+    rows = [
+        (name, f"{len(xs)}", f"{sum(x.numel() for x in xs):,}", ", ".join(sorted({str(x.dtype)[6:] for x in xs})))
+        for name, xs in modules.items()
+    ]
+    print(tables.rendered(tables.section("tensors", tables.grid(rows, ("module", "tensors", "numbers", "dtype")))))
+    return 0
+
+
+def _agent(path: Path, values: dict[str, Any]) -> TDMPC2:
+    """The agent of a checkpoint; values given win over those it was made with."""
+    from tdmpc2_fast.agent import TDMPC2
+    from tdmpc2_fast.model import checkpoint
+    from tdmpc2_fast.runtime.backend import on_this_machine
+
+    from ..envs import complete, make_env
+    from ..run.threads import choose_threads
+
+    state, saved = checkpoint.read(path)
+    if saved is None and "task" not in values:
+        raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
+    kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
+    cfg = Config.from_dict(kept)
+    cfg = cfg.replace(**{**keys.beside(values, cfg), "checkpoint": str(path)})
+    # Nothing is compiled here, so that nobody need hear whether it could be.
+    cfg = on_this_machine(cfg, {*values, "compile"}, note=keys.to_stderr)
+    env = make_env(cfg, cfg.seed)
+    cfg = complete(cfg, env)
+    env.close()
+    choose_threads(cfg)
+    agent = TDMPC2(cfg)
+    checkpoint.load_into(agent.model, state, repr(str(path)), keys.to_stderr, saved)
+    return agent
+
+
+def _free(path: Path) -> Path:
+    """The name, with a number behind it where it is taken."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2)))
+    return next(p for p in names if not p.exists())
+
+
+def _only(given: Sequence[str], usage: str) -> str:
+    if len(given) != 1:
+        got = f"{len(given)} arguments ({' '.join(given)})" if given else "no argument"
+        raise ConfigError(f"got {got}, allowed: tdmpc2-fast {usage}")
+    return given[0]
+
+
+def _listed(title: str, names: Sequence[str]) -> list[Any]:
+    return [tables.section(f"{title} ({len(names)})", "  ".join(names))] if names else []
+
+
+def _model(tensors: dict[str, Tensor]) -> str:
+    """Sizes a person needs to build the model, read off the shapes."""
+    from tdmpc2_fast.compat.state_dict import dims
+
+    found = dims(tensors)
+    width = {f"{found['obs']} channels" if found["obs"] == "rgb" else "observation": found["observation"]}
+    sizes = width | {k: found[k] for k in ("action_dim", "latent_dim", "mlp_dim", "num_q")}
+    sizes |= {k: found[k] for k in ("tasks", "task_dim") if found["tasks"]}
+    return ", ".join(f"{k} {v}" for k, v in sizes.items())
+
+
+def _changed(cfg: Config) -> list[tuple[str, str]]:
+    default = Config(model_size=cfg.model_size).to_dict()
+    default["model_size"] = default["env_kwargs"] = None
+    found = {k: v for k, v in cfg.to_dict().items() if v != default[k] or k == "task"}
+    found |= keys.settings(found.pop("env_kwargs", None))
+    return [(f"{k}={v}", "") for k, v in found.items()]

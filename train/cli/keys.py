@@ -1,0 +1,373 @@
+"""The `key=value` grammar of all commands: words of a command line in, config values out.
+
+It is the official one, Hydra's as far as `train.py` of the official code needs it. Nothing here
+knows a terminal, so that programs without one (`benchmarks/gpu/soak.py`) read their words with it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import json
+import operator
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tdmpc2_fast.config import DEFAULT_DIMS, MODEL_SIZES, Config
+from tdmpc2_fast.config_values import describe_range
+from tdmpc2_fast.errors import ConfigError, did_you_mean, nearest
+
+_MULTI_TASK_BATCH = 1024
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(
+        task="cheetah-run",
+        model_size=1,
+        num_samples=128,
+        num_elites=16,
+        batch_size=128,
+        seed_steps=1000,
+        steps=5000,
+        eval_freq=2000,
+        eval_episodes=1,
+        exp_name="quick",
+        save_video=True,
+    ),
+    **{
+        f"{size}m": dict(model_size=size) | (dict(batch_size=_MULTI_TASK_BATCH) if size >= 19 else {})
+        for size in MODEL_SIZES
+    },
+}
+"""Named settings; keys given beside a preset win over it.
+
+`quick` is a look at learning in minutes, a fifth of them for its four evaluations. The sizes from 19M on come
+from the official multi-task runs and have their batch; `model_size=19` alone leaves it at 256.
+"""
+
+FILLED_IN = ("obs_shape", "action_dim", "multitask", "tasks", "action_dims", "episode_lengths")
+"""Keys of `Config` that only an environment sets."""
+
+_FROM_ENV = "it comes from the environment"
+NOT_NEEDED: dict[str, str] = {
+    "task_title": "it is a title made from the task's name",
+    "multitask": "it follows from the task",
+    "tasks": "they follow from the task",
+    "obs_shape": _FROM_ENV,
+    "action_dim": _FROM_ENV,
+    "obs_shapes": "they come from the environments of a multi-task run",
+    "action_dims": "they come from the environments of a multi-task run",
+    "episode_lengths": "they come from the environments of a multi-task run",
+    "bin_size": "it follows from vmin, vmax and num_bins",
+    "cudagraphs": "the Triton backend always replays CUDA graphs; backend= chooses",
+}
+"""Official keys, of any generation, that nothing here reads, and why."""
+
+RENAMED = {"wandb": "enable_wandb", "terminated_coef": "termination_coef"}
+"""Other names of keys: a short one, and one of an older generation of the official code."""
+
+_GROUPS = {
+    "task": "environment",
+    "checkpoint": "evaluation",
+    "steps": "training",
+    "mpc": "planning",
+    "log_std_min": "policy prior",
+    "num_bins": "critic",
+    "model_size": "architecture",
+    "wandb_project": "logging",
+    "compile": "misc",
+    "obs_shape": "from the environment",
+    "num_envs": "of this project",
+}
+_SETTING = "env."
+_QUOTED = re.compile(r"""(['"])(.*)\1""", re.DOTALL)
+_SUM = re.compile(r"(\d+)([-+*/])(\d+)")
+_SUMS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+
+
+def _option(default: Any, help: str, low: int | None = None, choices: tuple[Any, ...] | None = None) -> Any:
+    return field(default=default, metadata=dict(help=help, low=low, high=None, open_low=False, choices=choices))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys of the command `train` itself, which are no part of a run's config."""
+
+    preset: str | None = _option(None, "settings by name; keys given beside it win", choices=(None, *PRESETS))
+    dry_run: bool = _option(False, "print the command of every run of a sweep and run none")
+    job: int | None = _option(None, "run only this one of a sweep's runs, counted from 1", low=1)
+    debug: bool = _option(False, "show where an error came from, as TDMPC2_DEBUG=1 does for every command")
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """Keys of the command `plot`."""
+
+    out: str | None = _option(None, "the picture, .png or .svg; none writes both: RUN/curve.*, for several curves.*")
+    reference: str | None = _option(None, "folder of published curves to draw beside them: METHOD/TASK.csv")
+    max_step: float | None = _option(None, "environment steps at which the axis ends", low=1)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Keys of the command `plan`, beside those of a config."""
+
+    decision: int | None = _option(
+        None, "decisions of the episode that come before the one drawn; none: 50, or what a shorter episode has", low=0
+    )
+    out: str | None = _option(None, "the picture, .png or .svg; none writes CHECKPOINT-plan.png")
+
+
+CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in FILLED_IN}
+OPTION_FIELDS = {f.name: f for f in dataclasses.fields(Options)}
+_KNOWN = [
+    *(k for k in CONFIG_FIELDS if k != "env_kwargs"),
+    f"{_SETTING}KEY",
+    *OPTION_FIELDS,
+    *RENAMED,
+    "disable_wandb",
+    *NOT_NEEDED,
+]
+
+
+def to_stderr(text: str) -> None:
+    """A note beside a command's output."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, presets: bool = True) -> dict[str, Any]:
+    """`key=value` words as values for `Config.from_dict`; a bad one raises `ConfigError`.
+
+    Official keys that have no meaning here go to `note` with the reason; `???` leaves a key at
+    its default. `presets` allows `preset=NAME`.
+    """
+    values: dict[str, Any] = {}
+    seen: set[str] = set()
+    preset: dict[str, Any] = {}
+    for i, word in enumerate(words):
+        key, text = pair(word, words[i + 1 :])
+        if key == "disable_wandb":
+            key, text = "enable_wandb", {"true": "false", "false": "true"}.get(text.lower(), text)
+        key = RENAMED.get(key, key)
+        if key in seen:
+            raise ConfigError(f"config key {key!r}: given twice, allowed: once")
+        seen.add(key)
+        if text == "???":
+            continue
+        if key.startswith(_SETTING):
+            _put(values.setdefault("env_kwargs", {}), key, text)
+            continue
+        if key in NOT_NEEDED:
+            note(f"{key} has no effect: {NOT_NEEDED[key]}")
+        elif key == "preset" and presets:
+            preset = PRESETS.get(value_of(OPTION_FIELDS[key], text), {})
+        elif key == "env_kwargs" or key.startswith("env_kwargs."):
+            name = key.partition(".")[2] or "KEY"
+            raise ConfigError(f"config key {key!r}: allowed: one by one, env.{name}=VALUE")
+        elif key in CONFIG_FIELDS:
+            values[key] = value_of(CONFIG_FIELDS[key], text)
+        elif key in OPTION_FIELDS:
+            raise ConfigError(f"config key {key!r}: belongs to the command train, and is not allowed here")
+        else:
+            hint = did_you_mean(key, _KNOWN) or " tdmpc2-fast train --help lists the keys."
+            raise ConfigError(f"unknown config key {key!r}.{hint}{_range_of_nearest(key)}")
+    return {**preset, **values}
+
+
+def settings(env_kwargs: Mapping[str, Any] | None, prefix: str = "env") -> dict[str, Any]:
+    """Return the settings of an environment by the keys a person gives them with."""
+    found: dict[str, Any] = {}
+    for name, value in (env_kwargs or {}).items():
+        key = f"{prefix}.{name}"
+        found.update(settings(value, key) if isinstance(value, dict) and value else {key: value})
+    return found
+
+
+def beside(values: Mapping[str, Any], saved: Config) -> dict[str, Any]:
+    """Return the values given for a config that was saved, with the environment's other settings as they were."""
+    given = values.get("env_kwargs")
+    return {**values, "env_kwargs": {**(saved.env_kwargs or {}), **given}} if given else dict(values)
+
+
+def _put(values: dict[str, Any], key: str, text: str) -> None:
+    """Put a setting of the environment, `env.KEY` or `env.KEY.KEY`, into `values`."""
+    *path, last = key.removeprefix(_SETTING).split(".")
+    for name in path:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"config key {key!r}: {name!r} has a value of its own already, allowed: one of the two")
+    if not (last and all(path)) or last in values:
+        raise ConfigError(
+            f"config key {key!r}: allowed: env.KEY=VALUE, every KEY once, with a name between any two dots"
+        )
+    values[last] = _setting(key, text)
+
+
+def _setting(key: str, text: str) -> Any:
+    """Return a setting's value: a number, true, false, none, a list or dict; else the text as it stands."""
+    quoted = _QUOTED.fullmatch(text)
+    if quoted:
+        return quoted[2]
+    text = text.strip()
+    named = {"true": True, "false": False, "none": None, "null": None, "": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    if re.fullmatch(r"[-+]?(inf|infinity|nan)", text, re.IGNORECASE):
+        raise ConfigError(f"config key {key!r}: got {text}, allowed: finite numbers")
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    if text.startswith("[") and text.endswith("]"):  # of bare words, as Hydra has them
+        return [_setting(key, word) for word in text[1:-1].split(",")]
+    if text.startswith(("[", "{")):
+        raise ConfigError(f"config key {key!r}: got {text!r}, allowed: a list or dict as JSON or Python writes it")
+    return text
+
+
+def names(kind: type[Options] | type[PlotOptions] | type[PlanOptions]) -> list[str]:
+    """Of the keys of a command."""
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+T = TypeVar("T", Options, PlotOptions, PlanOptions)
+
+
+def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
+    """The options of a command among the words, and the words that are left.
+
+    `plot` and `plan` take theirs with dashes, too: `--reference DIR`. `preset` stays, since a sweep
+    may go over it. Hydra's `--multirun` is left out: several values are a sweep here as they are.
+    """
+    known = {f.name: f for f in dataclasses.fields(kind) if f.name != "preset"}
+    found: dict[str, Any] = {}
+    rest = []
+    for word in words if kind is Options else _undashed(words, known):
+        key, equals, text = word.partition("=")
+        if key in known and equals:
+            if key in found:
+                raise ConfigError(f"config key {key!r}: given twice, allowed: once")
+            found[key] = value_of(known[key], text)
+            low = known[key].metadata["low"]
+            if low is not None and found[key] is not None and not found[key] >= low:
+                raise ConfigError(f"config key {key!r}: got {found[key]!r}, allowed: {describe_range(known[key])}")
+        elif word not in ("-m", "--multirun"):
+            rest.append(word)
+    return kind(**found), rest
+
+
+def _undashed(words: Sequence[str], known: Collection[str]) -> Iterator[str]:
+    """`--out FILE` and `--out=FILE` as `out=FILE`, for options that are no keys of a config."""
+    left = iter(words)
+    for word in left:
+        name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in known:
+            yield word
+            continue
+        value = text if equals else next(left, None)
+        if value is None:
+            raise ConfigError(f"argument {word!r}: allowed: {name}=VALUE, or {word} VALUE")
+        yield f"{name}={value}"
+
+
+def arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words apart: arguments such as a path, and those meant as `key=value`."""
+    meant = [bool(re.match(r"[-+~]|\w+(\.\w+)*=|hydra[./]", w)) for w in words]
+    return [w for w, m in zip(words, meant, strict=True) if not m], [w for w, m in zip(words, meant, strict=True) if m]
+
+
+def pair(word: str, following: Sequence[str] = ()) -> tuple[str, str]:
+    """Key and text of a word `key=value`, `+key=value` or `++key=value`.
+
+    A word in another grammar raises `ConfigError` with the right spelling; `following` are the
+    words behind it.
+    """
+    key, equals, text = word.partition("=")
+    key = key.lstrip("+")
+    if key.startswith("-"):
+        name = key.lstrip("-").replace("-", "_")
+        shown, value = word, text
+        if not equals:
+            boolean = name in CONFIG_FIELDS and str(CONFIG_FIELDS[name].type).startswith("bool")
+            takes = bool(following) and not boolean and not re.match(r"-\D|\+*\w+=", following[0])
+            shown, value = (f"{word} {following[0]}", following[0]) if takes else (word, "true" if boolean else "VALUE")
+        hint = (
+            "" if name in _KNOWN or name.startswith(_SETTING) else f" {name!r} is no key.{did_you_mean(name, _KNOWN)}"
+        )
+        raise ConfigError(f"argument {shown!r}: keys have no dashes, allowed: {name}={value}.{hint}")
+    if key.startswith("~"):
+        raise ConfigError(f"argument {word!r}: nothing can be removed from the config, allowed: KEY=VALUE, or KEY=none")
+    if re.match(r"hydra[./]|hydra$", key):
+        raise ConfigError(
+            f"argument {word!r}: Hydra does not run here. work_dir=FOLDER sets the run folder, several values "
+            "(seed=1,2,3) are a sweep, and docs/sweeps.md has the recipe for SLURM"
+        )
+    if not equals:
+        if key in _KNOWN or key.startswith(_SETTING):
+            raise ConfigError(f"argument {word!r}: allowed: {key}=VALUE")
+        hint = f" Did you mean task={word}?" if "-" in word else did_you_mean(key, _KNOWN)
+        raise ConfigError(f"argument {word!r}: allowed: key=value.{hint}")
+    return key, text
+
+
+def value_of(f: dataclasses.Field[Any], text: str) -> Any:
+    """The text as a value of the field's type; one that cannot be raises `ConfigError`."""
+    quoted = _QUOTED.fullmatch(text)
+    text, plain = (quoted[2], False) if quoted else (text.strip(), True)
+    kind, choices = str(f.type), f.metadata["choices"]
+    if text.lower() in ("none", "null", "") and "None" in kind:
+        return None
+    try:
+        if plain and text.startswith("["):
+            raise ValueError
+        if kind.startswith("bool"):
+            return {"true": True, "false": False}[text.lower()]
+        if kind.startswith(("int", "float")):
+            return _number(text, kind.startswith("int"))
+        if f.name in OPTION_FIELDS and choices is not None and text not in choices:
+            raise ValueError
+    except (KeyError, ValueError, ZeroDivisionError) as e:
+        close = did_you_mean(text, map(str, choices)) if choices and kind.startswith("str") else ""
+        raise ConfigError(f"config key {f.name!r}: got {text!r}, allowed: {describe_range(f)}.{close}") from e
+    return text
+
+
+def _range_of_nearest(key: str) -> str:
+    """What the key that was meant may hold."""
+    f = next((CONFIG_FIELDS.get(k) for k in nearest(key, _KNOWN, 1)), None)
+    return "" if f is None else f" {f.name}: {describe_range(f)}."
+
+
+def _number(text: str, whole: bool) -> int | float:
+    """A number, or a sum of two as in the official code (`steps=7*1000000`)."""
+    if found := _SUM.fullmatch(text):
+        return float(_SUMS[found[2]](int(found[1]), int(found[3])))
+    return int(text) if whole and text.lstrip("+-").replace("_", "").isdigit() else float(text)
+
+
+def groups(own: type[Any] | None, config: bool = True) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The keys a command takes: its own, then those of `Config` that a person can set, under its headings."""
+    found: dict[str, list[dataclasses.Field[Any]]] = {}
+    if own is not None:
+        found["command line"] = list(dataclasses.fields(own))
+    heading = ""
+    for f in dataclasses.fields(Config) if config else ():
+        heading = _GROUPS.get(f.name, heading)
+        if f.name not in FILLED_IN:
+            found.setdefault(heading, []).append(f)
+    return found
+
+
+def default_text(f: dataclasses.Field[Any]) -> str:
+    """The default as a person would write it behind `key=`."""
+    default = DEFAULT_DIMS.get(f.name, f.default)
+    if default is None or isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:_}" if isinstance(default, int) else str(default)

@@ -1,0 +1,136 @@
+"""What becomes of the numbers of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.model.files import replacing
+
+from .display import Clock, Status, choose
+from .sinks import Csv, Disk, Sink, TensorBoard, WandB
+
+WALL_CLOCK = ("elapsed_time", "decisions_per_second")
+"""The last columns of `train.csv`: what two equal runs differ in."""
+
+
+class RunLog:
+    """Keeps `config.json`, the CSV files, TensorBoard, Weights & Biases and the display of a run.
+
+    `step` counts environment steps, action repeat included, like the published curves;
+    decisions are calls of the planner.
+
+    Args:
+        cfg: the completed config.
+        folder: the run folder.
+        action_repeat: environment steps per decision.
+        about: facts for the header, in order, e.g. `{"model": "1,012,345 parameters", "device": "cpu"}`.
+        resumed: what `state` returned when the checkpoint was written that the run goes on from.
+            Rows after it are taken back: they belong to a stretch that is run again.
+
+    Raises:
+        ConfigError: `enable_wandb` or `display=live` without the package.
+        OSError: a file that cannot be written at the start.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        folder: Path,
+        action_repeat: int,
+        about: Mapping[str, str],
+        resumed: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.cfg, self.folder, self.action_repeat = cfg, folder, action_repeat
+        self.clock = Clock()
+        self._status = Status(cfg, folder, action_repeat, about, self.clock)
+        self._closed = False
+        self._warned: set[str] = set()
+        saved: Mapping[str, Any] = resumed or {}
+        if resumed is not None:
+            self._status.load(resumed["status"])
+        self._write_config()
+        self._display = choose(self._status)
+        self._disk = Disk(self.note, self.warn)
+        self._sinks: dict[str, Sink] = {}
+        if cfg.enable_wandb:
+            self._sinks["wandb"] = WandB(cfg, folder, saved.get("wandb"), self.note, self.warn)
+        if cfg.save_csv:
+            self._sinks["csv"] = Csv(folder, cfg.seed, self._disk, saved.get("csv"), self.warn)
+        if cfg.tensorboard:
+            try:
+                self._sinks["tensorboard"] = TensorBoard(folder, self._disk, saved.get("tensorboard"), self.warn)
+            except ImportError:
+                self.note("no TensorBoard files: the package is missing; pip install 'tdmpc2-fast[train]'")
+
+    def _write_config(self) -> None:
+        path, text = self.folder / "config.json", json.dumps(self.cfg.to_dict(), indent=1) + "\n"
+        if not path.exists() or path.read_text() != text:
+            with replacing(path) as tmp:
+                tmp.write_text(text)
+
+    def step(self, decisions: int, replay: float) -> None:
+        """After every decision: how many there were, and the filled share of the replay, 0 to 1."""
+        now = self._status.step(decisions, replay)
+        if now >= self._display.due:
+            self._display.show(now)
+
+    def busy(self, what: str, done: int, total: int) -> None:
+        """Inside a long stretch between two decisions, e.g. `busy("pretraining", 10, 1000)`."""
+        now = self._status.busy(what, done, total)
+        if text := self._status.foretold(now):
+            self.note(text)
+        if now >= self._display.due:
+            self._display.show(now)
+
+    def episode(self, decisions: int, row: Mapping[str, Any]) -> None:
+        """One finished training episode: its row of `train.csv`; None for what is not known yet."""
+        self._status.row = row
+        rate = self._status.rate
+        clock = round(self._status.elapsed, 2), None if rate is None else round(rate, 3)
+        self._write("train", decisions, dict(decisions=decisions, **row, **dict(zip(WALL_CLOCK, clock, strict=True))))
+
+    def evaluation(self, decisions: int, mean: float, std: float, episodes: int, success: float = 0.0) -> None:
+        """One evaluation, at this many decisions of training: mean and spread of the returns."""
+        self._status.evaluated(mean)
+        self._write("eval", decisions, {"return": mean, "return_std": std, "success": success})
+        succeeded = f"  success {success:.2f}" if success else ""
+        self._display.note(
+            f"eval   step {decisions * self.action_repeat:>9,}  return {mean:8.1f} ± {std:.1f}{succeeded}"
+            f"  ({episodes} episode{'s' * (episodes != 1)})"
+        )
+
+    def _write(self, kind: str, decisions: int, values: Mapping[str, Any]) -> None:
+        for sink in self._sinks.values():
+            sink.write(kind, decisions * self.action_repeat, values)
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self._display.note(text)
+
+    def warn(self, text: str) -> None:
+        """Something went wrong and the run goes on; shown by every display."""
+        self._display.warn(text)
+
+    def warn_once(self, text: str) -> None:
+        """`warn`, but not of what this session was warned of in the same words."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready, for `resumed` of a later session; CSV rows so far are on the disk when it returns."""
+        return dict(status=self._status.state(), **{name: sink.state() for name, sink in self._sinks.items()})
+
+    def close(self, summary: Sequence[str] = ()) -> None:
+        """End the display and the files, then print the lines of `summary`; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        lost = [text for text in (sink.close() for sink in self._sinks.values()) if text]
+        if lost:
+            self.warn(f"never written: {', '.join(lost)}")
+        self._display.close(summary)

@@ -1,0 +1,1 @@
+"""Curves, plans and episodes as pictures and videos."""

@@ -1,0 +1,224 @@
+"""Checkpoints of a run: all it takes to go on bit for bit, each of them whole or absent.
+
+    checkpoints/0007-at-12000/   agent.safetensors + agent.json   the weights, as `tdmpc2_fast.load` takes them
+                                 training.safetensors             optimisers, scale, random streams, episodes under way
+                                 manifest.json                    counters, checksums, the files of the replay
+    checkpoints/latest.*, best.*                                  weights of the newest, and of the best evaluation
+    replay/0000000000-0000011500.safetensors                      steps, shared by all checkpoints
+
+A checkpoint is written in a folder of another name, flushed to disk and renamed: a run that is
+killed while it writes one leaves those before as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import CheckpointError
+from tdmpc2_fast.learn.replay import ReplayBuffer
+from tdmpc2_fast.model import checkpoint
+from tdmpc2_fast.model.files import flush, read_metadata, read_tensors, replacing, write_tensors
+from tdmpc2_fast.model.world_model import WorldModel
+
+from .replay_files import Chunk, ReplayFiles, sha256
+
+FORMAT = "tdmpc2-fast-run/1"
+_NAME = re.compile(r"(\d+)-at-\d+")
+_WEIGHTS = "agent.safetensors"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, read and found whole.
+
+    weights: state dict of the world model; tensors, values: what was given to `Checkpoints.save`;
+    chunks: files of the replay.
+    """
+
+    folder: Path
+    cfg: Config
+    weights: dict[str, Any]
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    chunks: list[Chunk]
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder; the newest `keep` stay."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.folder, self.keep = run / "checkpoints", keep
+        self.replay = ReplayFiles(run / "replay")
+
+    def save(
+        self,
+        model: WorldModel,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        buffer: ReplayBuffer,
+        about: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a checkpoint; returns its folder.
+
+        values: JSON-ready, `decisions` among them; about: what `trained` is to tell of the weights.
+
+        Raises:
+            OSError: it cannot be written; those before are as they were.
+        """
+        self.folder.mkdir(exist_ok=True)
+        taken = (_NAME.fullmatch(p.name) for p in self.folder.iterdir())  # also by one that lost its manifest
+        number = max((int(match[1]) for match in taken if match), default=0) + 1
+        folder = self.folder / f"{number:04d}-at-{values['decisions']}"
+        tmp = self.folder / f".{folder.name}.tmp"
+        try:
+            if tmp.exists():  # of a run that was killed while it wrote the same one
+                shutil.rmtree(tmp)
+            tmp.mkdir()
+            chunks = self.replay.save(buffer)
+            _tell(checkpoint.save(model, tmp / _WEIGHTS).with_suffix(".json"), about)
+            write_tensors(tmp / "training.safetensors", tensors)
+            manifest = dict(
+                format=FORMAT,
+                values=dict(values),
+                files={p.name: sha256(p) for p in sorted(tmp.iterdir())},
+                replay=[c._asdict() for c in chunks],
+            )
+            manifest["sha256"] = _digest(manifest)
+            with replacing(tmp / "manifest.json") as path:
+                path.write_text(json.dumps(manifest, indent=1) + "\n")
+            tmp.rename(folder)
+            for changed in (self.folder, self.folder.parent):  # the latter by the first checkpoint
+                flush(changed)
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        self._point("latest", folder)
+        self._prune()
+        return folder
+
+    def mark_best(self, about: Mapping[str, Any] | None = None) -> None:
+        """`best` are the weights of the newest checkpoint from here on; `about` as for `save`."""
+        self._point("best", max(self._present())[1])
+        _tell(self.folder / "best.json", about)
+
+    def newest(self, note: Callable[[str], None]) -> Saved | None:
+        """The newest checkpoint that is whole; None where there is none at all.
+
+        Damaged ones after it are set aside, and `note` is told.
+
+        Raises:
+            CheckpointError: all are damaged, or one is of another version.
+            PermissionError: one may not be read.
+        """
+        damaged: list[tuple[Path, Exception]] = []
+        for _, folder in sorted(self._present(), reverse=True):
+            try:
+                manifest = json.loads((folder / "manifest.json").read_text())
+                if manifest["format"] == FORMAT:
+                    saved = self._read(folder, manifest)
+                    break
+            except PermissionError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+                damaged.append((folder, e))
+                continue
+            raise CheckpointError(f"checkpoint {folder}: format {manifest['format']!r}, allowed: {FORMAT!r}")
+        else:
+            if damaged:
+                raise CheckpointError(
+                    "no checkpoint of this run is whole: " + "; ".join(f"{p}: {e}" for p, e in damaged)
+                )
+            return None
+        for folder, why in damaged:
+            names = (folder.with_name(f"damaged-{'again-' * n}{folder.name}") for n in itertools.count())
+            aside = next(p for p in names if not p.exists())
+            note(f"checkpoint {folder} is damaged ({why}); it is kept as {aside.name}, the one before is taken")
+            folder.rename(aside)
+        return saved
+
+    def last(self) -> Path | None:
+        """The folder of the newest, read by nobody yet."""
+        return max(self._present(), default=(0, None))[1]
+
+    def _read(self, folder: Path, manifest: dict[str, Any]) -> Saved:
+        if _digest(manifest) != manifest["sha256"]:
+            raise CheckpointError("the checksum of manifest.json differs from what it holds")
+        chunks = [Chunk(**entry) for entry in manifest["replay"]]
+        sums = [(folder / name, expected) for name, expected in manifest["files"].items()]
+        for path, expected in sums + [(self.replay.folder / c.file, c.sha256) for c in chunks]:
+            if sha256(path) != expected:
+                raise CheckpointError(f"checksum of {path.name} differs from its manifest")
+        weights, cfg = checkpoint.read(folder / _WEIGHTS)
+        assert cfg is not None
+        tensors, _ = read_tensors(folder / "training.safetensors")
+        return Saved(folder, cfg, weights, tensors, manifest["values"], chunks)
+
+    def _present(self) -> list[tuple[int, Path]]:
+        """Number and folder of every checkpoint, in no order."""
+        names = ((_NAME.fullmatch(p.name), p) for p in self.folder.glob("*-at-*") if (p / "manifest.json").exists())
+        return [(int(match[1]), p) for match, p in names if match]
+
+    def _point(self, name: str, folder: Path) -> None:
+        """Make `name` the weights of this checkpoint: the same file, where the file system can."""
+        for source in (folder / _WEIGHTS, (folder / _WEIGHTS).with_suffix(".json")):
+            with replacing(self.folder / f"{name}{source.suffix}") as tmp:
+                tmp.unlink()
+                try:
+                    os.link(source, tmp)
+                except OSError:
+                    shutil.copyfile(source, tmp)
+
+    def _prune(self) -> None:
+        """Delete what was there before the newest `keep`, and what runs that were killed left behind."""
+        kept = [p for _, p in sorted(self._present())[-self.keep :]]
+        for path in self.folder.iterdir():
+            whole = _NAME.fullmatch(path.name) and path not in kept
+            if path.suffix == ".tmp" and not path.is_dir():
+                path.unlink()
+            elif whole or path.suffix == ".tmp":
+                (path / "manifest.json").unlink(missing_ok=True)  # first: without it, it is none
+                shutil.rmtree(path)
+        needed = {c["file"] for p in kept for c in json.loads((p / "manifest.json").read_text())["replay"]}
+        self.replay.prune(needed)
+
+
+def trained(path: Path) -> str:
+    """How far the weights in a file were trained and what they returned then, in words, as the JSON beside it tells."""
+    try:
+        told = json.loads(path.with_suffix(".json").read_text())
+        facts, of_these = told["trained"], json.loads(read_metadata(path)["manifest"])["sha256"] == told["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # an official file, an older one, one without its JSON
+        of_these = False
+    if not of_these:
+        return "step and return unknown"
+    updates = f"{facts['updates']:,} updates" if facts["updates"] else "no update yet"
+    text = f"step {facts['step']:,} ({facts['decisions']:,} decisions, {updates})"
+    if "return" not in facts:
+        return f"{text}, not evaluated"
+    return f"{text}, return {facts['return']:.1f} ± {facts['return_std']:.1f} over {facts['episodes']} episodes"
+
+
+def _tell(manifest: Path, about: Mapping[str, Any] | None) -> None:
+    """Put what `trained` reads into the JSON beside weights; the file with the weights stays as it is."""
+    if about:
+        told = json.loads(manifest.read_text()) | dict(trained=dict(about))
+        with replacing(manifest) as tmp:
+            tmp.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over all of it but this."""
+    held = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()

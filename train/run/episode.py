@@ -1,0 +1,74 @@
+"""One episode of training, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..envs.base import Actions, Array, Step
+
+
+class Episode:
+    """The steps of one episode as they come; row 0 is the reset, with NaN action and reward."""
+
+    def __init__(self, obs: Array, action_dim: int) -> None:
+        self.obs = [obs]
+        self.action = [np.full(action_dim, np.nan, dtype=np.float32)]
+        self.reward, self.terminated = [np.nan], [np.nan]
+        self.ended = False
+        self.success = 0.0
+
+    def __len__(self) -> int:
+        return len(self.obs) - 1
+
+    def append(self, action: Actions, step: Step) -> None:
+        """One decision and what came of it."""
+        self.obs.append(step.obs)
+        self.action.append(action)
+        self.reward.append(step.reward)
+        self.terminated.append(float(step.terminated))
+        self.ended = step.terminated or step.truncated
+        self.success = step.success
+
+    @property
+    def total(self) -> float:
+        """Return so far."""
+        return float(np.sum(self.reward[1:]))
+
+    @property
+    def actions(self) -> Actions:
+        """What was done so far: (T, A)."""
+        return np.stack(self.action)[1:]
+
+    def rows(self) -> dict[str, Any]:
+        """As `ReplayBuffer.add` takes it."""
+        return dict(
+            obs=np.stack(self.obs),
+            action=np.stack(self.action),
+            reward=np.asarray(self.reward, dtype=np.float32),
+            terminated=np.asarray(self.terminated, dtype=np.float32),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, to be kept."""
+        exact = dict(reward=np.asarray(self.reward), flags=np.array([self.ended, self.success]))
+        return {k: torch.from_numpy(v) for k, v in (self.rows() | exact).items()}
+
+    @classmethod
+    def replayed(cls, kept: Mapping[str, Tensor], steps: list[Step]) -> Episode | None:
+        """The episode `tensors` was called of, played again: None where something else came of it."""
+        action = kept["action"].numpy()
+        episode = cls(steps[0].obs, action.shape[1])
+        for a, step in zip(action[1:], steps[1:], strict=True):
+            episode.append(a, step)
+        same = all(_equal(x.numpy(), kept[k].numpy()) for k, x in episode.tensors().items())
+        return episode if same else None
+
+
+def _equal(x: NDArray[Any], y: NDArray[Any]) -> bool:
+    return x.shape == y.shape and x.tobytes() == y.tobytes()

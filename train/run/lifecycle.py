@@ -1,0 +1,186 @@
+"""A run from its first step to its summary: begun, gone on with, stopped, finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
+from tdmpc2_fast.learn.replay import ReplayBuffer
+from tdmpc2_fast.runtime.backend import on_this_machine, resolve_device
+
+from ..cli import keys
+from ..envs import tried
+from ..envs.workers import leave_if_imported_anew
+from ..log.sinks import wandb_package
+from ..pictures.plots import plot_runs
+from .checkpoints import Checkpoints, Saved, trained
+from .folder import discard, home, locked, new_folder
+from .stop import Stop, Stopped
+from .threads import choose_threads
+from .trainer import OnlineTrainer
+
+CHANGEABLE = (
+    *("steps", "eval_freq", "eval_episodes", "checkpoint_minutes", "keep_checkpoints", "save_video"),
+    *("enable_wandb", "wandb_project", "wandb_entity", "wandb_silent", "tensorboard", "display"),
+    *("device", "backend", "precision", "compile", "num_threads", "overlap", "env_workers"),
+    *("buffer_size", "on_env_error"),
+)
+"""Keys a run may go on with other values of: how long, where, what fits there, and what is shown. The rest is fixed."""
+
+
+def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
+    """Begin a run, or with `resume=auto` go on with the one in its folder; returns the exit status.
+
+    tell: told `folder`, and `mean_return` and `std_return` of the last evaluation.
+    """
+    cfg = Config.from_dict(values)
+    leave_if_imported_anew()
+    fixed = tried(cfg)  # errors before a folder is made
+    ReplayBuffer(fixed, resolve_device(cfg.device)).check_memory()
+    if cfg.resume == "auto" and any((home(cfg) / "checkpoints").glob("[!.]*-at-*")):
+        as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
+        return resume(home(cfg), as_begun, tell)
+    if cfg.enable_wandb:
+        wandb_package()
+    cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
+    folder = new_folder(cfg)
+    notes = [
+        f"{k}={getattr(fixed, k)}, fixed by the task {cfg.task}: the {getattr(cfg, k)} asked for has no effect"
+        for k in values
+        if getattr(fixed, k) != getattr(cfg, k)
+    ]
+    if cfg.data_dir:
+        notes.append("data_dir has no effect: training from data sets is not in this version")
+    with locked(folder):
+        try:
+            return _run(cfg, folder, None, notes, tell)
+        finally:
+            discard(folder)  # where nothing came of it
+
+
+def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
+    """Go on with a run from its newest checkpoint; returns the exit status.
+
+    Args:
+        run: its folder.
+        values: keys to change, of `CHANGEABLE`; others may be given if they are as they were.
+        tell: as for `start`.
+
+    Raises:
+        CheckpointError: no run, or none of its checkpoints is whole.
+        ConfigError: a key that cannot be changed, or another process has the run.
+    """
+    folder = Path(run)
+    if (why := _why_no_run(folder)) is not None:
+        raise CheckpointError(f"run {str(folder)!r}: {why}, allowed: the folder of a run")
+    notes: list[str] = []
+    with locked(folder):
+        saved = Checkpoints(folder, keep=1).newest(notes.append)
+        if saved is None:
+            raise CheckpointError(f"run {str(folder)!r}: it was stopped before its first checkpoint; start it anew")
+        cfg = on_this_machine(_changed(saved.cfg, values, folder), values, notes.append)
+        if cfg.enable_wandb:
+            wandb_package()
+        done = saved.values["decisions"]
+        if saved.values["evaluated_at"] >= cfg.steps:
+            more = 2 * max(cfg.steps, done)
+            learned = "updater/steps" in saved.tensors
+            how = "finished" if learned else "finished, and nothing was learned,"
+            print(f"{how} at {done:,} decisions; to go on: tdmpc2-fast resume {folder} steps={more}")
+            return int(not learned)
+        choose_threads(cfg)
+        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], tell)
+
+
+def _why_no_run(folder: Path) -> str | None:
+    """What else than the folder of a run with checkpoints it is; None where it is one."""
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    if (folder / "checkpoints").is_dir():
+        return None
+    if (folder / "config.json").is_file():
+        return "a run that wrote no checkpoint to go on from"
+    inside = sorted(p.parent.relative_to(folder) for p in folder.glob("*/checkpoints"))
+    return f"no run, but runs are in it ({', '.join(map(str, inside))})" if inside else "no run"
+
+
+def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
+    given = Config.from_dict(keys.beside(values, saved))
+    changes = {k: getattr(given, k) for k in values if getattr(given, k) != getattr(saved, k)}
+    for key, value in changes.items():
+        if key not in CHANGEABLE:
+            raise ConfigError(
+                f"config key {key!r}: got {value!r}, but the run in {str(folder)!r} has {getattr(saved, key)!r}, which "
+                f"makes it what it is. Allowed: the same; changes of {', '.join(CHANGEABLE)}; or a run of its own "
+                "(another exp_name or work_dir; checkpoint=PATH begins with the weights of this one)"
+            )
+    return saved.replace(**changes)
+
+
+def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], tell: Callable[..., None]) -> int:
+    tell(folder=str(folder))
+    stop = Stop()
+    with stop.listening():
+        trainer = OnlineTrainer(cfg, folder, saved, stop)
+        summary: list[str] = []
+        for note in notes:  # of a new run: what was asked for and has no effect
+            (trainer.log.warn if saved is None else trainer.log.note)(note)
+        try:
+            found = trainer.run()
+        except Stopped as e:
+            summary = [f"stopped by {e}", *_how_to_go_on(cfg, folder)]
+            return 128 + e.signal
+        except KeyboardInterrupt:
+            summary = ["stopped at once", *_how_to_go_on(cfg, folder)]
+            return 130
+        except ConfigError:
+            summary = _how_to_go_on(cfg, folder)[:1]  # going on would fail in the same way
+            raise
+        except BaseException:
+            summary = _how_to_go_on(cfg, folder)
+            raise
+        else:
+            tell(mean_return=found.mean_return, std_return=found.std_return)
+            result = f"return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes"
+            if dropped := trainer.envs.failures.dropped:
+                result += f"; {dropped} training episodes were dropped, since their environment failed"
+            if not trainer.agent.updater.steps:
+                why = f"nothing was learned: {trainer.doubts.why_nothing_learned(trainer.buffer)}"
+                tell(error=why)
+                summary = [f"done, but {why}", result, *_files(folder)]
+                return 1
+            summary = [f"done: {result}", *_files(folder)]
+            last = Checkpoints(folder, cfg.keep_checkpoints).last()
+            if cfg.save_agent and (last is None or int(last.name.rpartition("-")[2]) < cfg.steps):
+                tell(error="the weights of the end could not be written")
+                summary = [
+                    f"done, but the weights of the end could not be written: {result}",
+                    *_how_to_go_on(cfg, folder),
+                ]
+                return 1
+            return 0
+        finally:
+            trainer.log.close(summary)
+
+
+def _files(folder: Path) -> list[str]:
+    """What lies where; the learning curve among it is drawn now."""
+    try:
+        curve = str(plot_runs([folder])[0])
+    except (ConfigError, InputError, OSError) as e:
+        curve = f"not drawn: {e}"
+    videos = sorted((folder / "videos").glob("*.mp4"), key=lambda p: int(p.stem))
+    places = [("numbers", folder / "eval.csv"), ("numbers", folder / "train.csv"), *(("video", p) for p in videos[-1:])]
+    places += [("weights", folder / "checkpoints" / "best.safetensors"), ("TensorBoard", folder / "tensorboard")]
+    found = [("curve", curve), *((name, str(path)) for name, path in places if path.exists())]
+    return [f"  {name:12} {text}" + (f": {trained(Path(text))}" if name == "weights" else "") for name, text in found]
+
+
+def _how_to_go_on(cfg: Config, folder: Path) -> list[str]:
+    last = Checkpoints(folder, cfg.keep_checkpoints).last()
+    if last is None:
+        return [f"no checkpoint was written{'' if cfg.save_agent else ' (save_agent=false)'}"]
+    return [f"last checkpoint: {last}", f"to go on: tdmpc2-fast resume {folder}"]
