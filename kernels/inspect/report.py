@@ -143,9 +143,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tdmpc2_fast.kernels.report", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tdmpc2_fast.kernels.report", description=__doc__.split("\n")[0])
     many: dict[str, Any] = dict(nargs="+", metavar="X")
     parser.add_argument("--precision", **many, choices=PRECISIONS, default=["bfloat16", "tf32", "float32"])
     parser.add_argument("--arch", **many, type=int, choices=SHARED_LIMIT, default=list(SHARED_LIMIT))

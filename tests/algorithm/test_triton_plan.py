@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import golden_check
+import golden_runner
 import plan_oracle
 import pytest
 import torch
@@ -31,12 +31,12 @@ pytestmark = [pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)), QUIE
 
 Liven = Callable[[TDMPC2], TDMPC2]
 
-PLANS = [(case, k) for case in golden_check.cases(GOLDEN) for k in range(len(Case(GOLDEN, case).meta["plans"]))]
+PLANS = [(case, k) for case in golden_runner.cases(GOLDEN) for k in range(len(Case(GOLDEN, case).meta["plans"]))]
 
 
 @pytest.mark.parametrize(("case", "k"), PLANS)
 def test_recorded_plans_are_reproduced_draw_by_draw(case: str, k: int) -> None:
-    checker = golden_check.Checker(Case(GOLDEN, case), "triton")
+    checker = golden_runner.Checker(Case(GOLDEN, case), "triton")
     checker.plan(k)
     bad = [f"{d.name} off by {d.worst:.2e}, limit {d.limit:.1e}" for d in checker.found if not d.ok]
     assert not bad, "\n".join(bad)

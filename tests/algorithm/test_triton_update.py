@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import golden_check
+import golden_runner
 import pytest
 import torch
 from conftest import GOLDEN, filled_buffer, random_episode, tiny_config, tiny_multitask
@@ -47,9 +47,9 @@ CONFIGS = dict(
 )
 
 
-@pytest.mark.parametrize("case", golden_check.cases(GOLDEN))
+@pytest.mark.parametrize("case", golden_runner.cases(GOLDEN))
 def test_recorded_updates_are_reproduced_draw_by_draw(case: str) -> None:
-    checker = golden_check.Checker(Case(GOLDEN, case), "triton")
+    checker = golden_runner.Checker(Case(GOLDEN, case), "triton")
     checker.updates()
     bad = [f"{d.section}: {d.name} off by {d.worst:.2e}, limit {d.limit:.1e}" for d in checker.found if not d.ok]
     assert not bad, "\n".join(bad)
