@@ -37,7 +37,7 @@ SUITES: dict[str, Suite] = {
 
 
 def make_env(cfg: Config, seed: int) -> Env:
-    """The environment of `cfg.task`, seeded.
+    """Make the environment of `cfg.task`, seeded.
 
     Raises:
         ConfigError: an unknown task (with the nearest names and the extras that add more),
@@ -53,7 +53,7 @@ def make_env(cfg: Config, seed: int) -> Env:
 
 
 def suite_of(task: str) -> Suite:
-    """The family a task belongs to; an unknown task raises `ConfigError`."""
+    """Return the family a task belongs to; an unknown task raises `ConfigError`."""
     for suite in SUITES.values():
         if suite.accepts(task):
             return suite
@@ -61,10 +61,10 @@ def suite_of(task: str) -> Suite:
 
 
 def complete(cfg: Config, env: Env) -> Config:
-    """The config with what the environment knows: shapes, episode length, seed steps.
+    """Complete the config with what the environment knows: shapes, episode length, seed steps.
 
     Raises:
-        ConfigError: an `episode_length` the task does not have, or numbers of a suite that are none.
+        ConfigError: an `episode_length` the task does not have, or sizes of the environment that are no whole numbers.
     """
     for name in ("action_dim", "max_episode_steps", "action_repeat"):
         value = getattr(env, name, None)
@@ -79,8 +79,8 @@ def complete(cfg: Config, env: Env) -> Config:
 def tried(cfg: Config) -> Config:
     """Return the completed config of a run whose environment answered a try with random actions.
 
-    The try is at most an episode, 200 decisions and a second long: what is found in it is said
-    before the run begins, and not after an hour.
+    The try is at most an episode, 200 decisions and a second long, so that mistakes are told before
+    the run begins and not after an hour.
 
     Raises:
         ConfigError: as `make_env` and `complete`; the task terminates and `episodic` is not set; a `horizon` longer

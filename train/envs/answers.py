@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -30,16 +31,14 @@ def number(value: Any, field: str) -> float:
 
 
 def flag(value: Any, field: str) -> bool:
-    """Return whether `value`, one number as for `number`, is not zero; NaN is no flag."""
+    """Tell whether `value`, one number as for `number`, is not zero; NaN is no flag."""
     if value is True or value is False:
         return value
-    try:
+    with contextlib.suppress(EnvError):
         found = number(value, field)
-    except EnvError as e:
-        raise unusable(field, value, "true or false") from e
-    if found != found:
-        raise unusable(field, value, "true or false")
-    return found != 0
+        if found == found:
+            return found != 0
+    raise unusable(field, value, "true or false")
 
 
 def success(info: Any) -> float:
@@ -56,11 +55,9 @@ def success(info: Any) -> float:
 
 
 def array(value: Any, shape: tuple[int, ...], dtype: Any, field: str) -> NDArray[Any]:
-    """Return a new array of this shape and dtype; a batch of one, or a column for a row, is what is in it.
+    """Return a new array of this shape and dtype; a batch of one, or a column for a row, is taken for what it holds.
 
-    dtype: None keeps that of the value.
-
-    Numbers that the dtype cannot hold become infinite, and are found by `finite`.
+    dtype: None keeps that of the value. Numbers that it cannot hold become infinite, which `finite` finds.
     """
     found = _plain(value, field)
     same = [n for n in found.shape if n != 1] == [n for n in shape if n != 1]

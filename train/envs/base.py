@@ -38,15 +38,15 @@ class Env(Protocol):
     frames_per_second: float  # decisions per second of simulated time
 
     def reset(self) -> Array:
-        """Start an episode; returns the observation, float32 (or uint8 pixels)."""
+        """Start an episode and return its observation, float32 (or uint8 pixels)."""
         ...
 
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Observation, reward, terminated, truncated, info (with `success`) after one decision."""
+        """Make one decision; return observation, reward, terminated, truncated, info (with `success`, where told)."""
         ...
 
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
-        """An RGB picture (height, width, 3), uint8; drawing it changes nothing in the environment.
+        """Draw an RGB picture (height, width, 3), uint8, which changes nothing in the environment.
 
         Raises:
             RenderError: the task has no pictures, or nothing here can draw them.
@@ -54,15 +54,15 @@ class Env(Protocol):
         ...
 
     def overrides(self, cfg: Config) -> Config:
-        """The config with settings the official code fixes for this task."""
+        """Return the config with the settings that the official code fixes for this task."""
         ...
 
     def random_state(self) -> Any:
-        """All that the episodes to come are drawn from, JSON-ready; None where it cannot be told."""
+        """Return all that the episodes to come are drawn from, JSON-ready; None where it cannot be told."""
         ...
 
     def set_random_state(self, state: Any) -> None:
-        """Draw the episodes to come as the environment did whose `random_state` this is."""
+        """Draw the episodes to come as the environment that told this `random_state` would have."""
         ...
 
     def close(self) -> None:
@@ -99,30 +99,29 @@ class Environments(Protocol):
     """Episodes dropped since their environment failed."""
 
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
-        """Start an episode in these environments; observations by index.
+        """Start an episode in these environments and return observations by index.
 
-        Others may be among them: those that had to be made anew meanwhile, whose episodes
-        are lost.
+        Others may be among them: those made anew meanwhile, whose episodes are lost.
         """
         ...
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
-        """Give every environment its action, (E, A); ended by `step_wait`."""
+        """Give every environment its action, (E, A); `step_wait` ends the step."""
         ...
 
     def step_wait(self) -> list[Step | None]:
-        """What came of it; None where the environment had to be made anew and its episode is lost."""
+        """Return what came of it; None where the environment had to be made anew and its episode is lost."""
         ...
 
     def states(self) -> list[EnvState | None]:
-        """Where each stands between two steps; None where it had to be made anew and its episode is lost."""
+        """Return where each stands between two steps; None where it was made anew and its episode is lost."""
         ...
 
     def restore(self, states: Sequence[EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
-        """Take environments just made to where those stood that `states` is of.
+        """Take environments just made to where those stood that told `states`.
 
-        actions: what has been done, (T, A), in the episodes under way: they are played again
-        from their origin. What came of it is returned by index, the reset (reward 0) first.
+        actions: what has been done, (T, A), in the episodes under way, which are played again
+            from their origin. What comes of it is returned by index, the reset (reward 0) first.
         """
         ...
 
@@ -131,19 +130,8 @@ class Environments(Protocol):
         ...
 
 
-def restore(env: Env, state: EnvState, actions: Actions | None) -> list[Step] | None:
-    """`Environments.restore` for one."""
-    if actions is None:
-        if state.now is not None:
-            env.set_random_state(state.now)
-        return None
-    if state.origin is not None:
-        env.set_random_state(state.origin)
-    return [Step(reset(env), 0.0, False, False, 0.0), *(step(env, a) for a in actions)]
-
-
 def reset(env: Env) -> Array:
-    """Start an episode; raises `EnvError` for an observation that is none."""
+    """Start an episode; an observation that is unusable raises `EnvError`."""
     return _observed(env, env.reset())
 
 
@@ -153,15 +141,7 @@ def step(env: Env, action: Actions) -> Step:
     Raises:
         EnvError: an answer in another form, or one that no number can be learned from.
     """
-    return judged(env.step(action), lambda obs: _observed(env, obs))
-
-
-def judged(answer: Any, observe: Callable[[Any], Array]) -> Step:
-    """Return what a step answered, every field in its one form; `observe` brings the observation into its own.
-
-    Raises:
-        EnvError: as `step`.
-    """
+    answer: Any = env.step(action)
     if not isinstance(answer, (tuple, list)) or len(answer) != 5:
         got = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else type(answer).__name__
         raise EnvError(f"step: got {got}, allowed: observation, reward, terminated, truncated, info")
@@ -169,7 +149,7 @@ def judged(answer: Any, observe: Callable[[Any], Array]) -> Step:
     found = number(reward, "reward")
     finite(found, "reward")
     ends = flag(terminated, "terminated"), flag(truncated, "truncated")
-    return Step(observe(obs), found, *ends, success(info))
+    return Step(_observed(env, obs), found, *ends, success(info))
 
 
 def _observed(env: Env, obs: Any) -> Array:
@@ -197,7 +177,7 @@ def state_of(env: Env) -> Any:
 
 
 def env_seed(seed: int, index: int, restart: int = 0) -> int:
-    """Seed of environment `index` of a run; `restart` counts the times environments were made anew.
+    """Return the seed of environment `index` of a run; `restart` counts the times environments were made anew.
 
     The first environment has the run's own seed, as in the official code; every other one,
     and every one made anew, has a stream of its own.
@@ -233,6 +213,14 @@ class Failures:
     def count(self, steps: Iterable[Step | None]) -> None:
         """Count the episodes that ended with these steps."""
         self.ended += sum(step is not None and (step.terminated or step.truncated) for step in steps)
+
+    def replace(
+        self, envs: list[Env] | dict[int, Env], index: int, error: BaseException, make: Callable[[int], Env]
+    ) -> None:
+        """Make environment `index` anew after an error; raises as `take` does."""
+        self.take(index, error)
+        close_all([envs[index]])
+        envs[index] = make(index)
 
     def take(self, index: int, error: BaseException, trace: str = "") -> None:
         """Drop the episode of environment `index`, which must then be made anew.

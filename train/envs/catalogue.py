@@ -48,14 +48,14 @@ PLANNED: dict[str, str] = {
 
 
 def lacks(task: str) -> str:
-    """What a task of Gymnasium needs that is not installed, as advice; empty where nothing is known to be missing."""
+    """Advise what to install for a task of Gymnasium; the text is empty where nothing is known to be missing."""
     if task.startswith(_BOX2D) and importlib.util.find_spec("Box2D") is None:
         return "needs pip install 'tdmpc2-fast[box2d]'"
     return ""
 
 
 def with_continuous_actions(registry: Mapping[str, Any]) -> list[str]:
-    """The newest version of each environment in Gymnasium's registry that is not known to have other actions."""
+    """List the newest version of each environment in Gymnasium's registry that may have continuous actions."""
     newest: dict[tuple[str | None, str], Any] = {}
     for spec in registry.values():
         before = newest.setdefault((spec.namespace, spec.name), spec)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError
@@ -24,43 +25,20 @@ from .base import Array, Env, RenderError, in_a_line
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 from .pixels import FRAMES, SIZE, Stack
 
-TASKS = (
-    "acrobot-swingup",
-    "cartpole-balance",
-    "cartpole-balance-sparse",
-    "cartpole-swingup",
-    "cartpole-swingup-sparse",
-    "cheetah-run",
-    "cup-catch",
-    "dog-run",
-    "dog-stand",
-    "dog-trot",
-    "dog-walk",
-    "finger-spin",
-    "finger-turn-easy",
-    "finger-turn-hard",
-    "fish-swim",
-    "hopper-hop",
-    "hopper-stand",
-    "humanoid-run",
-    "humanoid-stand",
-    "humanoid-walk",
-    "pendulum-swingup",
-    "quadruped-run",
-    "quadruped-walk",
-    "reacher-easy",
-    "reacher-hard",
-    "walker-run",
-    "walker-stand",
-    "walker-walk",
-)
+_STANDARD = """
+acrobot-swingup cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse cheetah-run
+cup-catch dog-run dog-stand dog-trot dog-walk finger-spin finger-turn-easy finger-turn-hard fish-swim hopper-hop
+hopper-stand humanoid-run humanoid-stand humanoid-walk pendulum-swingup quadruped-run quadruped-walk
+reacher-easy reacher-hard walker-run walker-stand walker-walk
+"""
+TASKS = tuple(_STANDARD.split())
 _DOMAINS = {"cup": "ball_in_cup"}
 _ACTION_REPEAT = 2
 _DECISIONS = 500
 _SETTINGS = ("task_kwargs", "environment_kwargs")
 
 
-class DMControl:
+class DMControl(Env):
     """A DMControl task. `seed` seeds the task's own random state, as in the official code."""
 
     action_repeat = _ACTION_REPEAT
@@ -82,13 +60,13 @@ class DMControl:
         self.task = task
         self._decisions = 0
 
+    @override
     def reset(self) -> Array:
-        """Start an episode from the task's random state."""
         self._decisions = 0
         return _flatten(self.env.reset().observation)
 
+    @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """One decision: the action twice, rewards summed."""
         action = action.astype(np.float64)
         reward = 0.0
         for _ in range(_ACTION_REPEAT):
@@ -100,8 +78,9 @@ class DMControl:
         over = step.last() or self._decisions >= self.max_episode_steps
         return _flatten(step.observation), reward, False, over, {"success": 0.0}
 
+    @override
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
-        """The official camera's picture."""
+        """Draw what the official code's camera sees, as `Env.render`."""
         try:
             picture: NDArray[np.uint8] = self.env.physics.render(height, width, self.camera_id)
         except ValueError as e:  # larger than the model's own buffer, which most leave at 640x480
@@ -110,82 +89,59 @@ class DMControl:
             raise cannot_render(self.task, e) from e
         return picture
 
+    @override
     def overrides(self, cfg: Config) -> Config:
-        """Nothing is fixed for these tasks."""
         return cfg
 
+    @override
     def random_state(self) -> dict[str, Any]:
-        """Of the task."""
         return random_state.told(self.env.task.random)  # type: ignore[no-any-return]
 
+    @override
     def set_random_state(self, state: dict[str, Any]) -> None:
-        """Of the task."""
         random_state.take(self.env.task.random, state)
 
+    @override
     def close(self) -> None:
-        """Free the physics."""
         self.env.close()
 
 
-class Pixels:
+class Pixels(DMControl):
     """Three stacked 64x64 frames, channels first, instead of the state."""
 
-    def __init__(self, env: DMControl) -> None:
-        self.env = env
-        self.obs_shape: tuple[int, ...] = (3 * FRAMES, SIZE, SIZE)
-        self.action_dim = env.action_dim
-        self.action_repeat, self.max_episode_steps = env.action_repeat, env.max_episode_steps
-        self.frames_per_second = env.frames_per_second
+    def __init__(self, task: str, seed: int, settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__(task, seed, settings)
+        self.obs_shape = (3 * FRAMES, SIZE, SIZE)
         self._stack = Stack(FRAMES)
 
     def _observe(self, first: bool = False) -> Array:
-        return self._stack(self.env.render(SIZE, SIZE).transpose(2, 0, 1), first)
+        return self._stack(self.render(SIZE, SIZE).transpose(2, 0, 1), first)
 
+    @override
     def reset(self) -> Array:
-        """Start an episode; the first frame fills the stack."""
-        self.env.reset()
+        super().reset()
         return self._observe(first=True)
 
+    @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """One decision, seen through the camera."""
-        _, *rest = self.env.step(action)
+        _, *rest = super().step(action)
         return (self._observe(), *rest)  # type: ignore[return-value]
-
-    def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
-        """The official camera's picture."""
-        return self.env.render(width, height)
-
-    def overrides(self, cfg: Config) -> Config:
-        """Nothing is fixed for these tasks."""
-        return cfg
-
-    def random_state(self) -> dict[str, Any]:
-        """Of the task."""
-        return self.env.random_state()
-
-    def set_random_state(self, state: dict[str, Any]) -> None:
-        """Of the task."""
-        self.env.set_random_state(state)
-
-    def close(self) -> None:
-        """Free the physics."""
-        self.env.close()
 
 
 def make(cfg: Config, seed: int) -> Env:
-    """The task, from states or (`obs=rgb`) pixels."""
-    env = DMControl(cfg.task, seed, cfg.env_kwargs)
+    """Make the task, from states or (`obs=rgb`) pixels."""
     if cfg.obs == "state":
-        return env
+        return DMControl(cfg.task, seed, cfg.env_kwargs)
+    env = Pixels(cfg.task, seed, cfg.env_kwargs)
     try:
         env.render(8, 8)
     except RenderError as e:
         raise ConfigError(f"config key 'obs': 'rgb' needs a renderer; {e}") from e
-    return Pixels(env)
+    return env
 
 
 def _import_suite() -> tuple[Any, Any]:
-    """`dm_control.suite` and its action scaling; the import takes or refuses the renderer that MUJOCO_GL names."""
+    """Import `dm_control.suite` and its action scaling, which takes or refuses the renderer that MUJOCO_GL names."""
     prepare_rendering()
     try:
         from dm_control import suite

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, did_you_mean
 
 from . import random_state
 from .answers import EnvError, unusable
-from .base import FAILURES, Array, Env, RenderError, in_a_line, judged
+from .base import FAILURES, Array, Env, RenderError, in_a_line
 from .catalogue import lacks, with_continuous_actions
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 from .spaces import ActionSpace, ObservationSpace
@@ -48,7 +49,7 @@ _OFFICIAL_OVERRIDES = dict(discount_max=0.99, rho=0.7)
 
 
 def names() -> tuple[str, ...]:
-    """Official names and, where gymnasium is installed, what it has with continuous actions."""
+    """List the official names and, where gymnasium is installed, its tasks with continuous actions."""
     return (*OFFICIAL, *with_continuous_actions(_registered()))
 
 
@@ -62,7 +63,7 @@ def _registered() -> Mapping[str, Any]:
 
 
 def accepts(name: str) -> bool:
-    """Whether the name is an official one, a registered id, or looks like an id (Name-v0, module:Name)."""
+    """Tell whether a name is an official one, a registered id, or looks like an id (Name-v0, module:Name)."""
     return name in OFFICIAL or name in _registered() or _looks_like_id(name)
 
 
@@ -71,7 +72,7 @@ def _looks_like_id(name: str) -> bool:
     return bool(stem and dash and version.isdigit()) or all(name.partition(":"))
 
 
-class GymnasiumTask:
+class GymnasiumTask(Env):
     """A Gymnasium environment, as `gymnasium.make` makes it, with the project's conventions.
 
     Args:
@@ -99,11 +100,11 @@ class GymnasiumTask:
         self.obs_shape, self.action_dim = self._observations.shape, self._actions.size
         self.frames_per_second = _frames_per_second(self.env)
         self._seed: int | None = seed
-        self._return, self._decisions = 0.0, 0
+        self._return = 0.0
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of how it is trained, a line each."""
+        """What a person should know of how it is trained, one line for each fact."""
         found = []
         shape = self._observations.flattened
         if self._actions.fixed:
@@ -114,8 +115,8 @@ class GymnasiumTask:
             found.append(f"{self.name}: observations {shape} are flattened to {self.obs_shape[0]:,} numbers")
         return found
 
+    @override
     def reset(self) -> Array:
-        """Start an episode; the first one is seeded, the rest follow from it."""
         try:
             answer = self.env.reset(seed=self._seed)
         except TypeError as e:
@@ -124,28 +125,27 @@ class GymnasiumTask:
             raise EnvError(f"reset: {e}, allowed: reset(self, *, seed=None, options=None)") from e
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise unusable("reset", answer, "an observation and an info")
-        self._seed, self._return, self._decisions = None, 0.0, 0
+        self._seed, self._return = None, 0.0
         return self._observations(answer[0], first=True)
 
+    @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """One environment step."""
         try:
-            answer = self.env.step(self._actions(action))
+            obs, reward, terminated, truncated, info = self.env.step(self._actions(action))
         except ValueError as e:
             if "values to unpack (expected 5" not in str(e):
                 raise
             allowed = "observation, reward, terminated, truncated, info"  # which wrappers of Gymnasium count on, too
             raise EnvError(f"step: {e}, allowed: {allowed}") from e
-        found = judged(answer, lambda obs: self._observations(obs, first=False))
-        self._return += found.reward
-        self._decisions += 1
         target = _SUCCESS_RETURN.get(self.task)
-        won = found.success if target is None else float(self._return > target)
-        truncated = found.truncated or self._decisions >= self.max_episode_steps
-        return found.obs, found.reward, found.terminated, truncated, {"success": won}
+        if target is not None:
+            self._return += float(reward)
+            info = {"success": float(self._return > target)}
+        return self._observations(obs, first=False), reward, terminated, truncated, info
 
+    @override
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
-        """A picture by the environment's own renderer; one that draws in another shape is fitted into this one."""
+        """Draw with the environment's own renderer, whose picture is fitted into this shape."""
         from ..pictures.frames import fitted, rgb  # which take packages of the extra [train]
 
         if self.env.render_mode != "rgb_array":
@@ -164,17 +164,18 @@ class GymnasiumTask:
         except Exception as e:  # of OpenGL, or of a package that is missing
             raise cannot_render(self.name, e) if mujoco else RenderError(f"{self.name}: no pictures: {e}") from e
 
+    @override
     def overrides(self, cfg: Config) -> Config:
-        """The official code fixes discount_max and rho for its named Gymnasium tasks."""
         return cfg.replace(**_OFFICIAL_OVERRIDES) if self.task in OFFICIAL else cfg
 
+    @override
     def random_state(self) -> dict[str, Any] | None:
-        """The seed of the first episode, then the generator of the ones after; None for one of an unknown kind."""
+        """Return the seed of the first episode, then the state of the generator; None for one of an unknown kind."""
         state = random_state.told(_told(self.env.unwrapped, "np_random"))
         return None if state is None else {"seed": self._seed, "generator": state}
 
+    @override
     def set_random_state(self, state: dict[str, Any] | None) -> None:
-        """As told by `random_state`."""
         if state is None:
             return
         if state["seed"] is None:
@@ -183,8 +184,8 @@ class GymnasiumTask:
             random_state.take(_told(self.env.unwrapped, "np_random"), state["generator"])
         self._seed = state["seed"]
 
+    @override
     def close(self) -> None:
-        """Free the environment."""
         self.env.close()
 
 
@@ -224,16 +225,12 @@ def _import(module: str, name: str) -> None:
         sys.path.append(os.getcwd())  # behind all others, so that it hides none
     try:
         importlib.import_module(module)
-    except ImportError as e:
-        if e.name is not None and f"{module}.".startswith(f"{e.name}."):
-            raise ConfigError(
-                f"config key 'task': {name!r} needs {module}, a module that is neither installed nor in {os.getcwd()!r}"
-            ) from e
-        raise ConfigError(f"config key 'task': the module {module!r} of {name!r} cannot be imported: {e}") from e
     except FAILURES as e:
-        raise ConfigError(
-            f"config key 'task': the module {module!r} of {name!r} cannot be imported: {in_a_line(e)}"
-        ) from e
+        text = str(e) if isinstance(e, ImportError) else in_a_line(e)
+        why = f"the module {module!r} of {name!r} cannot be imported: {text}"
+        if isinstance(e, ImportError) and e.name is not None and f"{module}.".startswith(f"{e.name}."):
+            why = f"{name!r} needs {module}, a module that is neither installed nor in {os.getcwd()!r}"
+        raise ConfigError(f"config key 'task': {why}") from e
 
 
 def _cannot_make(task: str, name: str, settings: dict[str, Any], e: BaseException) -> ConfigError:
@@ -257,7 +254,7 @@ def _cannot_make(task: str, name: str, settings: dict[str, Any], e: BaseExceptio
 
 
 def _draws(spec: Any) -> bool:
-    """Return whether an environment has pictures and its constructor takes `render_mode`.
+    """Tell whether an environment has pictures and its constructor takes `render_mode`.
 
     MuJoCo's, Box2D's and Gymnasium's own draw only when asked to.
     """
@@ -278,7 +275,7 @@ def _draws(spec: Any) -> bool:
 
 
 def _frames_per_second(env: Any) -> float:
-    """Of simulated time where the environment tells its time step; else as it wants to be shown; else 30."""
+    """Return decisions per second of simulated time, by the time step it tells; else its `render_fps`; else 30."""
     wanted = _metadata(env).get("render_fps")
     for value, turned in ((_told(env.unwrapped, "dt"), True), (wanted, False)):
         if isinstance(value, (int, float, np.number)) and 1e-6 < value < 1e6:

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 def cannot_render(what: str, e: Exception) -> RenderError:
-    """The error for a picture that OpenGL, as `MUJOCO_GL` chooses it, does not give."""
+    """Return the error for a picture that OpenGL, as `MUJOCO_GL` chooses it, does not give."""
     return RenderError(
         f"{what}: no pictures with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: {e or type(e).__name__}; start Python "
         "with MUJOCO_GL=egl (a GPU's driver, or the package libegl1) or MUJOCO_GL=osmesa (the package libosmesa6); "
@@ -25,16 +25,16 @@ def cannot_render(what: str, e: Exception) -> RenderError:
 
 
 def prepare_rendering() -> None:
-    """To be called before anything loads an OpenGL driver: before dm_control is imported, or a viewer opened."""
+    """Choose a renderer; call this before dm_control is imported or a viewer opened, which load an OpenGL driver."""
     _load_triton_first()
     _choose_renderer()
 
 
 def keep_log_out_of_the_way() -> None:
-    """MuJoCo writes warnings to MUJOCO_LOG.TXT in the working directory; log them instead, each once.
+    """Log MuJoCo's warnings, each once, which it would write to MUJOCO_LOG.TXT in the working directory.
 
-    To be called before a model is loaded: loading warns, too. And after dm_control was imported,
-    which then logs them as often as they come.
+    Call this before a model is loaded, since loading warns, too, and after dm_control was imported,
+    which sets itself up to log them as often as they come.
     """
     try:
         import mujoco
@@ -47,7 +47,7 @@ def keep_log_out_of_the_way() -> None:
 
 @functools.lru_cache(maxsize=256)
 def _say_once(message: str) -> None:
-    """Every environment made repeats what the file of its model is warned about."""
+    """Log a message once, though every environment made repeats what its model's file is warned about."""
     # What a simulator's own model files should be written like one day is nothing its user can act on.
     _log.log(logging.INFO if "deprecated" in message else logging.WARNING, "MuJoCo: %s", message)
 
@@ -64,7 +64,7 @@ def _load_triton_first() -> None:
 
 
 def _choose_renderer() -> None:
-    """Headless rendering where the machine has it; left to dm_control where there is a screen.
+    """Choose headless rendering where the machine has it; leave the choice to dm_control where there is a screen.
 
     dm_control decides once, when it is imported, and refuses to be imported with a renderer
     that is named and missing. Without a name it takes GLFW even where there is no screen.
@@ -80,7 +80,7 @@ def _choose_renderer() -> None:
 
 
 def _egl_devices() -> int:
-    """How many devices EGL can draw on: none where its library is there, and no driver."""
+    """Count the devices EGL can draw on: none where its library is there without a driver."""
     name = ctypes.util.find_library("EGL")
     if name is None:
         return 0

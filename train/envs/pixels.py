@@ -60,7 +60,7 @@ class Images:
 
 
 def is_image(space: Any) -> bool:
-    """Return whether a space is a Box of images, by shape, dtype and bounds."""
+    """Tell whether a space is a Box of images, by shape, dtype and bounds."""
     if len(getattr(space, "shape", None) or ()) not in (2, 3, 4) or not hasattr(space, "low"):
         return False
     if not _channels_first(space.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,9 +34,7 @@ class ActionSpace:
     def __init__(self, space: Any, name: str) -> None:
         import gymnasium
 
-        def refuse(what: str) -> ConfigError:
-            return ConfigError(f"config key 'task': {name!r} has the action space {_in_a_line(space)}; {what}")
-
+        refuse = functools.partial(_refused, name, "action", space, "task")
         if not isinstance(space, gymnasium.spaces.Box):
             raise refuse("allowed: a Box with finite bounds")
         self._shape, self._dtype = space.shape, space.dtype
@@ -83,9 +82,7 @@ class ObservationSpace:
     """
 
     def __init__(self, space: Any, kind: str, name: str) -> None:
-        def refuse(key: str, what: str) -> ConfigError:
-            return ConfigError(f"config key {key!r}: {name!r} has the observation space {_in_a_line(space)}; {what}")
-
+        refuse = functools.partial(_refused, name, "observation", space)
         self._parts = list(_parts(space))
         images = [path for path, part in self._parts if is_image(part)]
         others = [path for path, _ in self._parts if path not in images]
@@ -154,6 +151,10 @@ def _parts(space: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
         return
     for key, part in inner:
         yield from _parts(part, (*path, key))
+
+
+def _refused(name: str, kind: str, space: Any, key: str, what: str) -> ConfigError:
+    return ConfigError(f"config key {key!r}: {name!r} has the {kind} space {_in_a_line(space)}; {what}")
 
 
 def _in_a_line(space: Any) -> str:

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from tdmpc2_fast.config import Config
 
 from . import suite_of
-from .base import (
-    FAILURES,
-    Actions,
-    Array,
-    Env,
-    Environments,
-    EnvState,
-    Failures,
-    Step,
-    close_all,
-    env_seed,
-    reset,
-    restore,
-    state_of,
-    step,
-)
+from .base import FAILURES, Actions, Array, Env, Environments, EnvState, Failures, Step, close_all, env_seed, step
+from .held import Held
 from .workers import Workers
 
 
-class InProcess:
+class InProcess(Environments):
     """Environments stepped one after the other by the caller of `step_wait`.
+
+    An episode is lost only with its own environment; where failures stop a run, its error is raised as it is.
 
     Args:
         cfg: a completed config.
@@ -51,74 +39,68 @@ class InProcess:
         restarts: int = 0,
     ) -> None:
         self.cfg, self._make, self.failures, self.restarts = cfg, make, failures, restarts
-        self.envs = [] if first is None else [first]
-        self.envs += [self._made(i) for i in range(len(self.envs), cfg.num_envs)]
-        self._origins: list[Any] = [None] * cfg.num_envs
+        self._held = Held({i: first if i == 0 and first is not None else self._made(i) for i in range(cfg.num_envs)})
         self._actions: NDArray[np.float32] | None = None
+
+    @property
+    def envs(self) -> dict[int, Env]:
+        """The environments by index."""
+        return self._held.envs
 
     def _made(self, i: int) -> Env:
         return self._make(self.cfg, env_seed(self.cfg.seed, i, self.restarts + self.failures.dropped))
 
-    def _made_anew(self, i: int, error: BaseException) -> None:
-        """Make environment i anew after an error, unless that is to end the run."""
-        self.failures.take(i, error)
-        close_all([self.envs[i]])
-        self.envs[i] = self._made(i)
-
+    @override
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
-        """As `Environments.reset`; the episodes of no others are ever lost."""
         found: dict[int, Array] = {}
         for i in which:
             while i not in found:
                 try:
-                    self._origins[i] = state_of(self.envs[i])
-                    found[i] = reset(self.envs[i])
+                    found[i] = self._held.begin(i)
                 except FAILURES as e:
-                    self._made_anew(i, e)
+                    self.failures.replace(self.envs, i, e, self._made)
         return found
 
+    @override
     def step_async(self, actions: NDArray[np.float32]) -> None:
-        """Keep the actions."""
         self._actions = actions
 
+    @override
     def step_wait(self) -> list[Step | None]:
-        """Step; where failures stop a run, an error of an environment is raised as it is."""
         assert self._actions is not None, "step_async comes first"
         found: list[Step | None] = []
         for i, action in enumerate(self._actions):
             try:
                 found.append(step(self.envs[i], action))
             except FAILURES as e:
-                self._made_anew(i, e)
+                self.failures.replace(self.envs, i, e, self._made)
                 found.append(None)
         self.failures.count(found)
         return found
 
+    @override
     def states(self) -> list[EnvState | None]:
-        """As `Environments.states`."""
-        return [EnvState(state_of(env), origin) for env, origin in zip(self.envs, self._origins, strict=True)]
+        return list(self._held.states().values())
 
+    @override
     def restore(self, states: Sequence[EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
-        """As `Environments.restore`."""
-        played = {i: restore(env, states[i], actions.get(i)) for i, env in enumerate(self.envs)}
-        self._origins = [state.origin for state in states]
-        return {i: steps for i, steps in played.items() if steps is not None}
+        return self._held.restore(dict(enumerate(states)), actions)
 
+    @override
     def close(self) -> None:
-        """Free the environments."""
-        close_all(self.envs)
+        self._held.close()
 
 
 def environments(
     cfg: Config, first: Env, note: Callable[[str], None], restarts: int = 0, dropped: int = 0
 ) -> Environments:
-    """The `num_envs` environments of a run, where `env_workers` says.
+    """Make the `num_envs` environments of a run where `env_workers` says.
 
     Args:
         cfg: a completed config.
         first: the environment that completed it, untouched since; it becomes the first of
             the run or is closed.
-        note: told in a line when a worker process had to be started anew, or an episode is dropped.
+        note: told in a line when a worker process is started anew or an episode is dropped.
         restarts: times processes of the run were started anew so far.
         dropped: episodes of the run that were dropped so far.
 

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
@@ -46,17 +47,16 @@ from .base import (
     Actions,
     Array,
     Env,
+    Environments,
     EnvState,
     Failures,
     Step,
     close_all,
     env_seed,
     in_a_line,
-    reset,
-    restore,
-    state_of,
     step,
 )
+from .held import Held
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
 START_SECONDS = 300.0  # the first answer includes the imports and making the environments
@@ -79,12 +79,12 @@ class _Worker:
     answer: Any = None  # the last
 
     def tell(self, name: str, *args: Any) -> None:
-        """A method of `_Obey` and its arguments; a dead process is noticed when it should answer."""
+        """Send a method of `_Obey` and its arguments; a dead process is noticed when it should answer."""
         with contextlib.suppress(OSError):
             self.pipe.send((name, *args))
 
     def end(self, patience: float) -> int | None:
-        """Wait that long for the process to end, kill it if it does not; returns its exit code."""
+        """Wait so many seconds for the process to end, kill it if it does not, and return its exit code."""
         self.pipe.close()
         self.process.join(patience)
         if self.process.is_alive():
@@ -93,7 +93,7 @@ class _Worker:
         return self.process.exitcode
 
 
-class Workers:
+class Workers(Environments):
     """The `num_envs` environments of a run, spread over `count` processes.
 
     Args:
@@ -135,10 +135,10 @@ class Workers:
         Raises:
             ConfigError: a process cannot import the program, or make what the trainer could.
         """
-        self._ask_all(lambda worker: ("begin",))
+        self._ask_all(lambda worker: ("reset", ()))  # of none, once they are made
 
+    @override
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
-        """As `Environments.reset`."""
         parts = [[i for i in worker.indices if i in which] for worker in self._workers]
         for worker, part in zip(self._workers, parts, strict=True):
             if part:
@@ -147,23 +147,22 @@ class Workers:
         for k, part in enumerate(parts):
             start, left = told, part
             while left:
-                if self._answered(k, start):
-                    left = self._made_anew(k)
-                else:
-                    left = parts[k] = self._workers[k].indices
+                left = self._lost(k, start)
                 if left:
+                    parts[k] = sorted({*parts[k], *left})
                     start = time.monotonic()
                     self._workers[k].tell("reset", left)
         return {i: self._rows["obs"][i].copy() for part in parts for i in part}
 
+    @override
     def step_async(self, actions: NDArray[np.float32]) -> None:
-        """As `Environments.step_async`; the environments begin at once."""
         self._rows["action"][:] = actions
         for worker in self._workers:
             worker.tell("step")
 
+    @override
     def step_wait(self) -> list[Step | None]:
-        """As `Environments.step_wait`.
+        """Return what came of the step, as `Environments.step_wait`.
 
         Raises:
             EnvError: an environment raised, or processes died too often.
@@ -171,20 +170,21 @@ class Workers:
         start = time.monotonic()
         found: list[Step | None] = []
         for k in range(len(self._workers)):
-            lost = self._made_anew(k) if self._answered(k, start) else self._workers[k].indices
+            lost = self._lost(k, start)
             found += [None if i in lost else self._result(i) for i in self._workers[k].indices]
         self.failures.count(found)
         return found
 
+    @override
     def states(self) -> list[EnvState | None]:
-        """As `Environments.states`."""
         found: dict[int, EnvState] = {}
         for worker, answer in self._ask_all(lambda worker: ("states",)):
             found.update(answer or dict.fromkeys(worker.indices))
         return [found[i] for i in range(self.cfg.num_envs)]
 
+    @override
     def restore(self, states: Sequence[EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
-        """As `Environments.restore`.
+        """Take the environments to these states, as `Environments.restore`.
 
         Raises:
             EnvError: an environment raised, or a process did not answer.
@@ -202,7 +202,7 @@ class Workers:
         return found
 
     def _ask_all(self, command: Callable[[_Worker], tuple[Any, ...]]) -> list[tuple[_Worker, Any]]:
-        """Answers of all processes to a command between two steps; None of one that was started anew instead."""
+        """Return all processes' answers to a command between two steps; None for one that was started anew instead."""
         for worker in self._workers:
             worker.tell(*command(worker))
         start, found = time.monotonic(), []
@@ -210,6 +210,7 @@ class Workers:
             found.append((worker, worker.answer if self._answered(k, start) else None))
         return found
 
+    @override
     def close(self) -> None:
         """End the processes; those in the middle of something have a few seconds."""
         _close(self._workers)
@@ -233,8 +234,10 @@ class Workers:
         theirs.close()  # the process has the only one: when it dies, our end is told
         return _Worker(indices, process, ours)
 
-    def _made_anew(self, k: int) -> list[int]:
-        """Have those environments of process k made anew that failed in what it just answered; returns what is lost."""
+    def _lost(self, k: int, start: float) -> list[int]:
+        """Wait for process k, have its environments made anew that failed, and return those whose episodes are lost."""
+        if not self._answered(k, start):
+            return self._workers[k].indices
         failed: _Failed = self._workers[k].answer
         for i, (ours, line, trace) in failed.items():
             self.failures.take(i, ours or EnvError(line), "" if ours else trace)
@@ -247,7 +250,7 @@ class Workers:
         return env_seed(self.cfg.seed, i, self.restarts + self.failures.dropped)
 
     def _answered(self, k: int, start: float) -> bool:
-        """Wait for the answer of process k, due so long after `start`; if it fails, start it anew."""
+        """Wait for the answer of process k, whose time runs from `start`; start the process anew if it fails."""
         worker = self._workers[k]
         limit = ANSWER_SECONDS if worker.answered else START_SECONDS
         try:
@@ -275,7 +278,7 @@ class Workers:
         return False
 
     def _error(self, worker: _Worker, ours: Exception | None, line: str, trace: str) -> Exception:
-        """Return the error of a command that failed as a whole."""
+        """Return the error for a command that failed as a whole."""
         if not worker.answered and isinstance(ours, ConfigError):
             return ConfigError(
                 f"config key 'env_workers': worker processes cannot make what this one could ({line}). They "
@@ -304,7 +307,7 @@ def _cannot_import(what: str) -> ConfigError:
 def leave_if_imported_anew() -> None:
     """End this process where it is a worker that, for want of a guard, begins to train in its imports.
 
-    multiprocessing would refuse with a page of advice in every process; the trainer says it in a line.
+    multiprocessing would refuse with a page of advice in every process; the trainer's message is a line.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit(1)
@@ -327,22 +330,12 @@ def _portable(e: Exception) -> _Error:
     return ours, in_a_line(e), traceback.format_exc()
 
 
-class _Obey:
-    """The environments of a process, made at the first command."""
+class _Obey(Held):
+    """The environments of a process, whose methods are its commands."""
 
     def __init__(self, make: Callable[[int], Env], seeds: Mapping[int, int], rows: NDArray[Any]) -> None:
-        self._make, self._seeds, self._rows = make, seeds, rows
-
-    @functools.cached_property
-    def envs(self) -> dict[int, Env]:
-        return {i: self._make(seed) for i, seed in self._seeds.items()}
-
-    @functools.cached_property
-    def origins(self) -> dict[int, Any]:
-        return dict.fromkeys(self.envs)
-
-    def begin(self) -> list[int]:
-        return list(self.envs)
+        super().__init__({i: make(seed) for i, seed in seeds.items()})
+        self._make, self._rows = make, rows
 
     def make_anew(self, i: int, seed: int) -> None:
         close_all([self.envs[i]])
@@ -350,8 +343,7 @@ class _Obey:
 
     def reset(self, which: Sequence[int]) -> _Failed:
         def begin(i: int) -> None:
-            self.origins[i] = state_of(self.envs[i])
-            self._rows["obs"][i] = reset(self.envs[i])
+            self._rows["obs"][i] = self.begin(i)
 
         return self._each(which, begin)
 
@@ -364,7 +356,7 @@ class _Obey:
         return self._each(self.envs, decide)
 
     def _each(self, which: Iterable[int], do: Callable[[int], None]) -> _Failed:
-        """Do it with these environments; returns the errors of those that failed."""
+        """Do it with these environments and return the errors of those that failed."""
         failed: _Failed = {}
         for i in which:
             try:
@@ -372,14 +364,6 @@ class _Obey:
             except Exception as e:
                 failed[i] = _portable(e)
         return failed
-
-    def states(self) -> dict[int, EnvState]:
-        return {i: EnvState(state_of(env), self.origins[i]) for i, env in self.envs.items()}
-
-    def restore(self, states: Mapping[int, EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
-        played = {i: restore(env, states[i], actions.get(i)) for i, env in self.envs.items()}
-        self.origins.update((i, state.origin) for i, state in states.items())
-        return {i: steps for i, steps in played.items() if steps is not None}
 
 
 def _work(
@@ -390,7 +374,7 @@ def _work(
     row: np.dtype[Any],
     pipe: Connection,
 ) -> None:
-    """What a process does: answer each command with a traceback or None, and what the command returns."""
+    """Answer each command with its error, or None, and what it returned, until the trainer closes the pipe."""
     # Ctrl-C, a closed terminal and what ends a job on a cluster reach all processes; the trainer says when to end.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -398,18 +382,19 @@ def _work(
     torch.set_num_threads(1)  # the cores are the other environments'
     with contextlib.suppress(OSError):  # a trainer that is gone already is noticed below
         pipe.send(_BEGUN)
-    obey = _Obey(functools.partial(make, cfg), seeds, np.frombuffer(memory, row))
+    obey: _Obey | None = None
     with contextlib.suppress(EOFError, ConnectionError):  # of the pipe: the trainer closed its end
         while True:
             name, *args = pipe.recv()
             error = answer = None
             try:
+                obey = obey or _Obey(functools.partial(make, cfg), seeds, np.frombuffer(memory, row))
                 answer = getattr(obey, name)(*args)
             except Exception as e:
                 error = _portable(e)
             pipe.send((error, answer))
-    if "envs" in obey.__dict__:
-        close_all(obey.envs.values())
+    if obey is not None:
+        obey.close()
 
 
 def _leave_with_parent() -> None:

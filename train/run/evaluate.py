@@ -139,9 +139,11 @@ class Evaluator:
 
     def _made_anew(self, i: int, failures: Failures, error: BaseException) -> None:
         """Make environment i anew after an error, unless that is to end the run."""
-        failures.take(i, error)
-        close_all([self.envs[i]])
-        self.envs[i] = make_env(self.cfg, stream_seed(self.cfg.seed, f"eval env {i} after {failures.dropped}") % 2**31)
+
+        def made(i: int) -> Env:
+            return make_env(self.cfg, stream_seed(self.cfg.seed, f"eval env {i} after {failures.dropped}") % 2**31)
+
+        failures.replace(self.envs, i, error, made)
 
     def _caption(self, total: float, decisions: int) -> str:
         return f"{self.cfg.task}   return {total:.1f}   decision {decisions}"
