@@ -8,9 +8,9 @@ planner, however often the environment repeats the action.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from .config_values import checked, plain
@@ -37,6 +37,7 @@ _OFFICIAL_ONLY = ("task_title", "obs_shapes", "bin_size")  # which look like oth
 
 
 def _key(
+    group: str,
     default: Any,
     help: str,
     *,
@@ -45,8 +46,8 @@ def _key(
     open_low: bool = False,
     choices: tuple[Any, ...] | None = None,
 ) -> Any:
-    """A config field that carries its meaning and range, for validation and for `--help`."""
-    meta = dict(help=help, low=low, high=high, open_low=open_low, choices=choices)
+    """Return a config field that carries its meaning and range, for validation, and with its group for `--help`."""
+    meta = dict(group=group, help=help, low=low, high=high, open_low=open_low, choices=choices)
     return field(default=default, metadata=meta)
 
 
@@ -59,131 +60,132 @@ class Config:
     `action_dim` and `episode_length` come from the environment (`with_env`).
     """
 
-    # environment
-    task: str = _key("walker-walk", "task name, e.g. walker-walk or Hopper-v5")
-    obs: str = _key("state", "kind of observation", choices=("state", "rgb"))
-    episodic: bool = _key(False, "the task can end by termination (adds a termination head)")
+    key = partial(_key, "environment")
+    task: str = key("walker-walk", "task name, e.g. walker-walk or Hopper-v5")
+    obs: str = key("state", "kind of observation", choices=("state", "rgb"))
+    episodic: bool = key(False, "the task can end by termination (adds a termination head)")
 
-    # evaluation
-    checkpoint: str | None = _key(None, "checkpoint to start from or to evaluate")
-    eval_episodes: int = _key(10, "episodes per evaluation", low=1)
-    eval_freq: int = _key(50_000, "decisions between evaluations", low=1)
+    key = partial(_key, "evaluation")
+    checkpoint: str | None = key(None, "checkpoint to start from or to evaluate")
+    eval_episodes: int = key(10, "episodes per evaluation", low=1)
+    eval_freq: int = key(50_000, "decisions between evaluations", low=1)
 
-    # training
-    steps: int = _key(10_000_000, "decisions to train for", low=1)
-    batch_size: int = _key(256, "slices per update", low=1)
-    reward_coef: float = _key(0.1, "weight of the reward loss", low=0)
-    value_coef: float = _key(0.1, "weight of the value loss", low=0)
-    termination_coef: float = _key(1.0, "weight of the termination loss", low=0)
-    consistency_coef: float = _key(20.0, "weight of the latent consistency loss", low=0)
-    rho: float = _key(0.5, "decay of loss weights along the horizon", low=0, high=1)
-    lr: float = _key(3e-4, "learning rate", low=0, open_low=True)
-    enc_lr_scale: float = _key(0.3, "encoder learning rate as a share of lr", low=0)
-    grad_clip_norm: float = _key(20.0, "gradient norm is clipped to this", low=0, open_low=True)
-    tau: float = _key(0.01, "step of target networks and running scale", low=0, high=1)
-    discount_denom: float = _key(5.0, "discount = (T/d - 1)/(T/d) for T decisions", low=0, open_low=True)
-    discount_min: float = _key(0.95, "smallest discount", low=0, high=1)
-    discount_max: float = _key(0.995, "largest discount", low=0, high=1)
-    buffer_size: int = _key(1_000_000, "replay capacity in decisions", low=1)
-    exp_name: str = _key("default", "name of the experiment, part of the run folder")
-    data_dir: str | None = _key(None, "folder of an offline data set")
+    key = partial(_key, "training")
+    steps: int = key(10_000_000, "decisions to train for", low=1)
+    batch_size: int = key(256, "slices per update", low=1)
+    reward_coef: float = key(0.1, "weight of the reward loss", low=0)
+    value_coef: float = key(0.1, "weight of the value loss", low=0)
+    termination_coef: float = key(1.0, "weight of the termination loss", low=0)
+    consistency_coef: float = key(20.0, "weight of the latent consistency loss", low=0)
+    rho: float = key(0.5, "decay of loss weights along the horizon", low=0, high=1)
+    lr: float = key(3e-4, "learning rate", low=0, open_low=True)
+    enc_lr_scale: float = key(0.3, "encoder learning rate as a share of lr", low=0)
+    grad_clip_norm: float = key(20.0, "gradient norm is clipped to this", low=0, open_low=True)
+    tau: float = key(0.01, "step of target networks and running scale", low=0, high=1)
+    discount_denom: float = key(5.0, "discount = (T/d - 1)/(T/d) for T decisions", low=0, open_low=True)
+    discount_min: float = key(0.95, "smallest discount", low=0, high=1)
+    discount_max: float = key(0.995, "largest discount", low=0, high=1)
+    buffer_size: int = key(1_000_000, "replay capacity in decisions", low=1)
+    exp_name: str = key("default", "name of the experiment, part of the run folder")
+    data_dir: str | None = key(None, "folder of an offline data set")
 
-    # planning
-    mpc: bool = _key(True, "act by planning; false acts by the policy prior")
-    iterations: int = _key(6, "MPPI iterations; 2 more where action_dim >= 20", low=1)
-    num_samples: int = _key(512, "action sequences per iteration", low=1)
-    num_elites: int = _key(64, "sequences that shape the next distribution", low=1)
-    num_pi_trajs: int = _key(24, "sequences drawn from the policy prior", low=0)
-    horizon: int = _key(3, "planning horizon and length of training slices", low=1)
-    min_std: float = _key(0.05, "smallest sampling std", low=0)
-    max_std: float = _key(2.0, "largest and initial sampling std", low=0, open_low=True)
-    temperature: float = _key(0.5, "sharpness of the elite weights", low=0)
+    key = partial(_key, "planning")
+    mpc: bool = key(True, "act by planning; false acts by the policy prior")
+    iterations: int = key(6, "MPPI iterations; 2 more where action_dim >= 20", low=1)
+    num_samples: int = key(512, "action sequences per iteration", low=1)
+    num_elites: int = key(64, "sequences that shape the next distribution", low=1)
+    num_pi_trajs: int = key(24, "sequences drawn from the policy prior", low=0)
+    horizon: int = key(3, "planning horizon and length of training slices", low=1)
+    min_std: float = key(0.05, "smallest sampling std", low=0)
+    max_std: float = key(2.0, "largest and initial sampling std", low=0, open_low=True)
+    temperature: float = key(0.5, "sharpness of the elite weights", low=0)
 
-    # policy prior
-    log_std_min: float = _key(-10, "smallest log std of the policy")
-    log_std_max: float = _key(2, "largest log std of the policy")
-    entropy_coef: float = _key(1e-4, "weight of the policy entropy", low=0)
+    key = partial(_key, "policy prior")
+    log_std_min: float = key(-10, "smallest log std of the policy")
+    log_std_max: float = key(2, "largest log std of the policy")
+    entropy_coef: float = key(1e-4, "weight of the policy entropy", low=0)
 
-    # critic
-    num_bins: int = _key(101, "bins of discrete regression; 1 symlog, 0 plain regression", low=0)
-    vmin: float = _key(-10, "lowest bin, in symlog space")
-    vmax: float = _key(10, "highest bin, in symlog space")
+    key = partial(_key, "critic")
+    num_bins: int = key(101, "bins of discrete regression; 1 symlog, 0 plain regression", low=0)
+    vmin: float = key(-10, "lowest bin, in symlog space")
+    vmax: float = key(10, "highest bin, in symlog space")
 
-    # architecture
-    model_size: int | None = _key(None, "millions of parameters; sets dims not given", choices=(None, *MODEL_SIZES))
-    num_enc_layers: int = _key(None, "encoder layers", low=1)
-    enc_dim: int = _key(None, "encoder width", low=1)
-    num_channels: int = _key(None, "channels of the pixel encoder, latent_dim / 16", low=1)
-    mlp_dim: int = _key(None, "width of all heads", low=1)
-    latent_dim: int = _key(None, "width of the latent z", low=1)
-    task_dim: int = _key(0, "width of the task embedding; 0 for a single task", low=0)
-    num_q: int = _key(None, "critics", low=2)
-    dropout: float = _key(0.01, "dropout in the first layer of the critics", low=0, high=0.99)
-    simnorm_dim: int = _key(8, "width of a SimNorm group", low=1)
+    key = partial(_key, "architecture")
+    model_size: int | None = key(None, "millions of parameters; sets dims not given", choices=(None, *MODEL_SIZES))
+    num_enc_layers: int = key(None, "encoder layers", low=1)
+    enc_dim: int = key(None, "encoder width", low=1)
+    num_channels: int = key(None, "channels of the pixel encoder, latent_dim / 16", low=1)
+    mlp_dim: int = key(None, "width of all heads", low=1)
+    latent_dim: int = key(None, "width of the latent z", low=1)
+    task_dim: int = key(0, "width of the task embedding; 0 for a single task", low=0)
+    num_q: int = key(None, "critics", low=2)
+    dropout: float = key(0.01, "dropout in the first layer of the critics", low=0, high=0.99)
+    simnorm_dim: int = key(8, "width of a SimNorm group", low=1)
 
-    # logging
-    wandb_project: str | None = _key(None, "Weights & Biases project")
-    wandb_entity: str | None = _key(None, "Weights & Biases entity")
-    wandb_silent: bool = _key(False, "quiet Weights & Biases")
-    enable_wandb: bool = _key(False, "log to Weights & Biases")
-    save_csv: bool = _key(True, "write eval.csv and train.csv")
-    tensorboard: bool = _key(True, "write TensorBoard event files")
-    display: str = _key(
+    key = partial(_key, "logging")
+    wandb_project: str | None = key(None, "Weights & Biases project")
+    wandb_entity: str | None = key(None, "Weights & Biases entity")
+    wandb_silent: bool = key(False, "quiet Weights & Biases")
+    enable_wandb: bool = key(False, "log to Weights & Biases")
+    save_csv: bool = key(True, "write eval.csv and train.csv")
+    tensorboard: bool = key(True, "write TensorBoard event files")
+    display: str = key(
         "auto",
         "what the terminal shows: a live table, lines, or nothing; auto is live in a terminal",
         choices=("auto", "live", "lines", "none"),
     )
 
-    # misc
-    compile: bool = _key(False, "torch.compile the losses of an update of the torch backend")
-    save_video: bool = _key(False, "record the first episode of every evaluation")
-    save_agent: bool = _key(True, "write checkpoints")
-    checkpoint_minutes: float | None = _key(
+    key = partial(_key, "misc")
+    compile: bool = key(False, "torch.compile the losses of an update of the torch backend")
+    save_video: bool = key(False, "record the first episode of every evaluation")
+    save_agent: bool = key(True, "write checkpoints")
+    checkpoint_minutes: float | None = key(
         10.0, "minutes between checkpoints; none writes them at evaluations and at the end only", low=0
     )
-    keep_checkpoints: int = _key(2, "newest checkpoints that are kept, the best one aside", low=1)
-    resume: str | None = _key(
+    keep_checkpoints: int = key(2, "newest checkpoints that are kept, the best one aside", low=1)
+    resume: str | None = key(
         None, "auto goes on with the run in this run's folder, if there is one", choices=(None, "auto")
     )
-    seed: int = _key(1, "seed of everything random", low=0, high=2**32 - 1)
-    work_dir: str | None = _key(None, "run folder; default runs/TASK/EXP_NAME/SEED")
+    seed: int = key(1, "seed of everything random", low=0, high=2**32 - 1)
+    work_dir: str | None = key(None, "run folder; default runs/TASK/EXP_NAME/SEED")
 
-    # filled in from the environment
-    obs_shape: Mapping[str, tuple[int, ...]] | None = _key(None, "shape per kind of observation")
-    action_dim: int | None = _key(None, "width of the action", low=1)
-    episode_length: int | None = _key(None, "decisions per episode", low=1)
-    seed_steps: int | None = _key(None, "random decisions at the start; default max(1000, 5 episodes)", low=1)
-    multitask: bool = _key(False, "one model for several tasks")
-    tasks: tuple[str, ...] = _key((), "names of the tasks of a multi-task model")
-    action_dims: tuple[int, ...] = _key((), "action width per task (multi-task)")
-    episode_lengths: tuple[int, ...] = _key((), "decisions per episode per task (multi-task)")
+    key = partial(_key, "from the environment")
+    obs_shape: Mapping[str, tuple[int, ...]] | None = key(None, "shape per kind of observation")
+    action_dim: int | None = key(None, "width of the action", low=1)
+    episode_length: int | None = key(None, "decisions per episode", low=1)
+    seed_steps: int | None = key(None, "random decisions at the start; default max(1000, 5 episodes)", low=1)
+    multitask: bool = key(False, "one model for several tasks")
+    tasks: tuple[str, ...] = key((), "names of the tasks of a multi-task model")
+    action_dims: tuple[int, ...] = key((), "action width per task (multi-task)")
+    episode_lengths: tuple[int, ...] = key((), "decisions per episode per task (multi-task)")
 
-    # of this project
-    num_envs: int = _key(1, "environments stepped side by side", low=1)
-    env_workers: int | None = _key(
+    key = partial(_key, "of this project")
+    num_envs: int = key(1, "environments stepped side by side", low=1)
+    env_workers: int | None = key(
         None, "processes that step them, 0 for none; none takes 0 for one environment, else at most one a core", low=0
     )
-    env_kwargs: Mapping[str, Any] | None = _key(None, "settings of the environment itself, as in env.gain=2")
-    on_env_error: str = _key(
+    env_kwargs: Mapping[str, Any] | None = key(None, "settings of the environment itself, as in env.gain=2")
+    on_env_error: str = key(
         "stop",
         "where an environment raises or gives NaN: stop the run, or drop the episode and make it anew",
         choices=("stop", "drop"),
     )
-    overlap: bool | None = _key(
+    overlap: bool | None = key(
         None, "step environments while updates run, which changes no number; none does so on a GPU only"
     )
-    utd: float = _key(1.0, "updates per decision", low=0)
-    device: str = _key("auto", "torch device: auto, cpu, cuda, cuda:1, ...")
-    num_threads: int | None = _key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)
-    precision: str = _key(
+    utd: float = key(1.0, "updates per decision", low=0)
+    device: str = key("auto", "torch device: auto, cpu, cuda, cuda:1, ...")
+    num_threads: int | None = key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)
+    precision: str = key(
         "auto",
         "products: float32 exact, tf32 on a GPU (auto there), bfloat16 on the Triton backend",
         choices=("auto", "float32", "tf32", "bfloat16"),
     )
-    backend: str = _key("auto", "implementation of the ops", choices=("auto", "torch", "triton"))
-    task_grad_leak: bool = _key(
+    backend: str = key("auto", "implementation of the ops", choices=("auto", "torch", "triton"))
+    task_grad_leak: bool = key(
         True, "multi-task: the policy loss's task-embedding gradient enters the next world update, as official"
     )
+    del key
 
     def __post_init__(self) -> None:
         fields = {f.name: f for f in dataclasses.fields(self)}
@@ -349,7 +351,7 @@ class Config:
                 absent = [k for k in cls.key_names() if k not in cfg]  # one that is there is not the one meant
                 _check_known([k for k in cfg if k not in _OFFICIAL_ONLY and did_you_mean(str(k), absent)])
         elif any(hasattr(cfg, key) for key in ("task", "obs", "obs_shape")):
-            get = functools.partial(getattr, cfg)
+            get = partial(getattr, cfg)
         else:
             raise ConfigError(f"cfg: got {kind_of(cfg)}, allowed: a Config, the official cfg, a dict of its keys")
         values: dict[str, Any] = {}

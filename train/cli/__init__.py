@@ -17,7 +17,7 @@ _MISTAKES = (BackendError, CheckpointError, ConfigError, InputError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:

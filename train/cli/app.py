@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+from typing_extensions import override
 
 from tdmpc2_fast import __version__
 from tdmpc2_fast.errors import did_you_mean
@@ -39,7 +40,7 @@ class Words(click.Command):
 
     Args:
         name: what a person types.
-        body: what it does with the words behind the name; its docstring is the help.
+        body: what it does with the words after the name; its docstring is the help.
         usage: these words, in the line of usage.
         config: whether it takes config keys, which its help then lists and a shell completes.
         own: the class of the keys it takes besides.
@@ -49,29 +50,29 @@ class Words(click.Command):
         super().__init__(name, callback=body, help=body.__doc__, short_help=(body.__doc__ or "").partition("\n")[0])
         self.body, self.usage, self.config, self.own = body, usage, config, own
 
+    @override
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """What follows the name."""
         return [self.usage]
 
+    @override
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """All words go to the body; only a call for help is answered here."""
         if {"-h", "--help"} & {*args} and not ctx.resilient_parsing:
             click.echo(self.get_help(ctx))
             ctx.exit()
         ctx.args = list(args)
         return ctx.args
 
+    @override
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The keys, as wide as the terminal is."""
         if self.config or self.own:
             formatter.write("\n" + tables.rendered(tables.key_tables(self.own, self.config)) + "\n")
 
+    @override
     def invoke(self, ctx: click.Context) -> int:
-        """Run it."""
         return self.body(ctx.args)
 
+    @override
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Keys, and their values."""
         return completion.complete(ctx.args, incomplete, self.own, self.config)
 
 
@@ -82,9 +83,10 @@ class Plugin(click.Command):
         super().__init__(entry.name, add_help_option=False)
         self.entry = entry
 
+    @override
     def get_short_help_str(self, limit: int = 45) -> str:
-        """The first sentence of its module."""
-        try:  # read, not imported: what it needs may take seconds
+        """Return the first sentence of its module, which is read and not imported: what it needs may take seconds."""
+        try:
             found = importlib.util.find_spec(self.entry.module)
             source = None if found is None or found.origin is None else Path(found.origin).read_text()
         except (ImportError, OSError) as e:
@@ -92,13 +94,13 @@ class Plugin(click.Command):
         doc = "" if source is None else ast.get_docstring(ast.parse(source)) or ""
         return doc.partition("\n")[0].partition(": ")[2].capitalize()
 
+    @override
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Nothing is read here."""
         ctx.args = list(args)
         return ctx.args
 
+    @override
     def invoke(self, ctx: click.Context) -> int:
-        """Run it."""
         body: Body = self.entry.load()
         return body(ctx.args)
 
@@ -106,8 +108,9 @@ class Plugin(click.Command):
 class App(click.Group):
     """All commands; words without one mean `train`."""
 
+    @override
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does, with the official command line, which names no command, understood."""
+        """Parse as click does, and the official command line, which names no command, as one of `train`."""
         first = args[0] if args else ""
         if not args and not ctx.resilient_parsing:
             args = ["--help"]
@@ -117,25 +120,26 @@ class App(click.Group):
             args = ["train", *args]
         return super().parse_args(ctx, args)
 
+    @override
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Ours in their order, then those of plugins."""
         return [*self.commands, *(e.name for e in entry_points(group="tdmpc2_fast.commands"))]
 
+    @override
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """By name."""
         plugins = entry_points(group="tdmpc2_fast.commands", name=cmd_name)
         return self.commands.get(cmd_name) or next((Plugin(e) for e in plugins), None)
 
+    @override
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """An unknown command is answered with the nearest ones."""
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             raise click.UsageError(f"unknown command {args[0]!r}.{did_you_mean(args[0], self.list_commands(ctx))}", ctx)
         return super().resolve_command(ctx, args)
 
+    @override
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Commands; and keys, once a letter is there."""
+        """Complete commands and, once a letter is there, the keys of `train`."""
         found = super().shell_complete(ctx, incomplete)
         return found + (completion.complete([], incomplete, keys.Options, True) if incomplete else [])
 
@@ -158,4 +162,3 @@ app = App(
     context_settings=dict(help_option_names=["-h", "--help"]),
 )
 click.version_option(__version__, message="%(version)s")(app)
-completion.register()

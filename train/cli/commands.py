@@ -1,14 +1,15 @@
-"""What the commands do. Each takes the words behind its name and returns the exit status.
+"""What the commands do. Each takes the words after its name and returns the exit status.
 
 What takes a second to import is imported where the words have turned out to be right.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +78,10 @@ def plot(words: Sequence[str]) -> int:
     options, words = keys.options(words, keys.PlotOptions)
     paths, others = keys.arguments(words)
     if others or not paths:
-        close = did_you_mean(others[0].partition("=")[0], keys.names(keys.PlotOptions)) if others else ""
+        own = [f.name for f in dataclasses.fields(options)]
+        close = did_you_mean(others[0].partition("=")[0], own) if others else ""
         got = f"got {others[0]!r}" if others else "no run given"
-        raise ConfigError(
-            f"{got}, allowed: tdmpc2-fast plot RUN... [{'=] ['.join(keys.names(keys.PlotOptions))}=].{close}"
-        )
+        raise ConfigError(f"{got}, allowed: tdmpc2-fast plot RUN... [{'=] ['.join(own)}=].{close}")
     out, reference = (None if x is None else Path(x).expanduser() for x in (options.out, options.reference))
     from ..pictures.plots import plot_runs
 
@@ -100,16 +100,10 @@ def plan(words: Sequence[str]) -> int:
     paths, words = keys.arguments(words)
     given = _only(paths, "plan CHECKPOINT [decision=N] [out=FILE] [key=value ...]")
     values = keys.parse(words, presets=False)
-    from tdmpc2_fast.model import checkpoint
-
     from ..envs import make_env
     from ..pictures.plan_picture import draw_plan
-    from ..run.checkpoints import trained
 
-    path = checkpoint.find_checkpoint(given)
-    agent = _agent(path, values)
-
-    print(f"{path}: {trained(path)}")
+    path, agent = _agent(given, values)
     env = make_env(agent.cfg, agent.cfg.seed)
     try:
         out = Path(options.out).expanduser() if options.out else path.with_name(f"{path.stem}-plan.png")
@@ -129,15 +123,9 @@ def evaluate(words: Sequence[str]) -> int:
     values = keys.parse(words, presets=False)
     paths += [values["checkpoint"]] if values.get("checkpoint") else []
     given = _only(paths, "eval CHECKPOINT [key=value ...]")
-    from tdmpc2_fast.model import checkpoint
-
-    from ..run.checkpoints import trained
     from ..run.evaluate import Evaluator
 
-    path = checkpoint.find_checkpoint(given)
-    agent = _agent(path, values)
-
-    print(f"{path}: {trained(path)}")
+    path, agent = _agent(given, values)
     evaluator = Evaluator(agent)
     video = _free(path.with_suffix(".mp4")) if values.get("save_video") else None
     try:
@@ -167,19 +155,22 @@ def tasks(words: Sequence[str]) -> int:
     from ..envs import SUITES
     from ..envs.catalogue import PLANNED, lacks
 
-    parts = []
-    known: list[str] = []
+    parts: list[Any] = []
+
+    def add(title: str, names: Iterable[str]) -> None:
+        found = [n for n in names if text in n.lower()]
+        if found:
+            parts.append(tables.section(f"{title} ({len(found)})", "  ".join(found)))
+
+    known = [n for suite in SUITES.values() for n in suite.names]
     for name, suite in SUITES.items():
-        known += suite.names
         there = importlib.util.find_spec(suite.package) is not None
         state = "installed" if there else f"needs pip install 'tdmpc2-fast[{suite.extra}]'"
-        parts += _listed(f"{name}: {state}", [n for n in suite.names if text in n.lower() and not lacks(n)])
+        add(f"{name}: {state}", (n for n in suite.names if not lacks(n)))
     for need in sorted({lacks(n) for n in known} - {""}):
-        parts += _listed(f"more of Gymnasium: {need}", [n for n in known if text in n.lower() and lacks(n) == need])
+        add(f"more of Gymnasium: {need}", (n for n in known if lacks(n) == need))
     for name in dict.fromkeys(PLANNED.values()):
-        parts += _listed(
-            f"{name}: not in this version", [n for n, s in PLANNED.items() if s == name and text in n.lower()]
-        )
+        add(f"{name}: not in this version", (n for n, suite_name in PLANNED.items() if suite_name == name))
     if not parts:
         hint = did_you_mean(text, [*known, *PLANNED]) or " tdmpc2-fast tasks lists all."
         raise ConfigError(f"no task has {text!r} in its name.{hint}")
@@ -229,15 +220,17 @@ def info(words: Sequence[str]) -> int:
     return 0
 
 
-def _agent(path: Path, values: dict[str, Any]) -> TDMPC2:
-    """The agent of a checkpoint; values given win over those it was made with."""
+def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
+    """Load the agent of a checkpoint and say how far it was trained; values given win over those it was made with."""
     from tdmpc2_fast.agent import TDMPC2
     from tdmpc2_fast.model import checkpoint
     from tdmpc2_fast.runtime.backend import on_this_machine
 
     from ..envs import complete, make_env
+    from ..run.checkpoints import trained
     from ..run.threads import choose_threads
 
+    path = checkpoint.find_checkpoint(given)
     state, saved = checkpoint.read(path)
     if saved is None and "task" not in values:
         raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
@@ -252,11 +245,12 @@ def _agent(path: Path, values: dict[str, Any]) -> TDMPC2:
     choose_threads(cfg)
     agent = TDMPC2(cfg)
     checkpoint.load_into(agent.model, state, repr(str(path)), keys.to_stderr, saved)
-    return agent
+    print(f"{path}: {trained(path)}")
+    return path, agent
 
 
 def _free(path: Path) -> Path:
-    """The name, with a number behind it where it is taken."""
+    """Return the name, with a number after it where it is taken."""
     names = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2)))
     return next(p for p in names if not p.exists())
 
@@ -268,12 +262,8 @@ def _only(given: Sequence[str], usage: str) -> str:
     return given[0]
 
 
-def _listed(title: str, names: Sequence[str]) -> list[Any]:
-    return [tables.section(f"{title} ({len(names)})", "  ".join(names))] if names else []
-
-
 def _model(tensors: dict[str, Tensor]) -> str:
-    """Sizes a person needs to build the model, read off the shapes."""
+    """Read the sizes that a person needs to build the model off the shapes."""
     from tdmpc2_fast.compat.state_dict import dims
 
     found = dims(tensors)

@@ -14,7 +14,7 @@ _FILES = ("checkpoint", "work_dir", "data_dir", "out", "reference")
 
 
 def complete(words: Sequence[str], incomplete: str, own: type[Any] | None, config: bool) -> list[CompletionItem]:
-    """What the last word can become; `words` are those before it, the rest as for `keys.groups`."""
+    """Return what the last word can become; `words` are those before it, the rest is as for `keys.groups`."""
     known = {f.name: f for fields in keys.groups(own, config).values() for f in fields}
     # bash breaks words at "=", click drops one that stands alone; other shells keep key=value whole.
     before = [w for w in words if w != "="]
@@ -24,7 +24,8 @@ def complete(words: Sequence[str], incomplete: str, own: type[Any] | None, confi
     elif before and before[-1] in known:
         key, text, prefix = before[-1], incomplete, ""
     else:
-        names = [CompletionItem(f"{k}=") for k in known if k.startswith(incomplete) and k not in _keys_of(before)]
+        given = [w.partition("=")[0].lstrip("+") for w in before]
+        names = [CompletionItem(f"{k}=") for k in known if k.startswith(incomplete) and k not in given]
         return names if names or own is keys.Options else [CompletionItem(incomplete, type="file")]
     if key in _FILES:
         return [CompletionItem(text, type="file")]
@@ -32,21 +33,15 @@ def complete(words: Sequence[str], incomplete: str, own: type[Any] | None, confi
     return [CompletionItem(f"{prefix}{done}{comma}{v}") for v in _values(key, known.get(key)) if v.startswith(last)]
 
 
-def register() -> None:
-    """Let bash put no space behind `key=`."""
-    add_completion_class(_Bash, "bash")
-
-
+@add_completion_class
 class _Bash(BashComplete):
+    """Bash, told to put no space after `key=`."""
+
     source_template = BashComplete.source_template.replace("-o nosort", "-o nosort -o nospace")
 
     def format_completion(self, item: CompletionItem) -> str:
         space = "" if item.type != "plain" or item.value.endswith("=") else " "
         return super().format_completion(item) + space
-
-
-def _keys_of(words: Sequence[str]) -> list[str]:
-    return [w.partition("=")[0].lstrip("+") for w in words]
 
 
 def _values(key: str, f: dataclasses.Field[Any] | None) -> list[str]:

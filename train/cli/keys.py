@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tdmpc2_fast.config import DEFAULT_DIMS, MODEL_SIZES, Config
-from tdmpc2_fast.config_values import describe_range
+from tdmpc2_fast.config_values import checked, describe_range
 from tdmpc2_fast.errors import ConfigError, did_you_mean, nearest
 
 _MULTI_TASK_BATCH = 1024
@@ -68,32 +68,16 @@ NOT_NEEDED: dict[str, str] = {
 RENAMED = {"wandb": "enable_wandb", "terminated_coef": "termination_coef"}
 """Other names of keys: a short one, and one of an older generation of the official code."""
 
-_GROUPS = {
-    "task": "environment",
-    "checkpoint": "evaluation",
-    "steps": "training",
-    "mpc": "planning",
-    "log_std_min": "policy prior",
-    "num_bins": "critic",
-    "model_size": "architecture",
-    "wandb_project": "logging",
-    "compile": "misc",
-    "obs_shape": "from the environment",
-    "num_envs": "of this project",
-}
 _SETTING = "env."
 _QUOTED = re.compile(r"""(['"])(.*)\1""", re.DOTALL)
 _SUM = re.compile(r"(\d+)([-+*/])(\d+)")
-_SUMS: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-}
+_SUMS: dict[str, Callable[[Any, Any], Any]]
+_SUMS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def _option(default: Any, help: str, low: int | None = None, choices: tuple[Any, ...] | None = None) -> Any:
-    return field(default=default, metadata=dict(help=help, low=low, high=None, open_low=False, choices=choices))
+    meta = dict(group="command line", help=help, low=low, high=None, open_low=False, choices=choices)
+    return field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True)
@@ -138,12 +122,12 @@ _KNOWN = [
 
 
 def to_stderr(text: str) -> None:
-    """A note beside a command's output."""
+    """Print a note beside a command's output."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, presets: bool = True) -> dict[str, Any]:
-    """`key=value` words as values for `Config.from_dict`; a bad one raises `ConfigError`.
+    """Return the values of `key=value` words for `Config.from_dict`; a bad word raises `ConfigError`.
 
     Official keys that have no meaning here go to `note` with the reason; `???` leaves a key at
     its default. `presets` allows `preset=NAME`.
@@ -191,7 +175,7 @@ def settings(env_kwargs: Mapping[str, Any] | None, prefix: str = "env") -> dict[
 
 
 def beside(values: Mapping[str, Any], saved: Config) -> dict[str, Any]:
-    """Return the values given for a config that was saved, with the environment's other settings as they were."""
+    """Return `values`, given for a config that was saved, with the environment's other settings as they were."""
     given = values.get("env_kwargs")
     return {**values, "env_kwargs": {**(saved.env_kwargs or {}), **given}} if given else dict(values)
 
@@ -231,19 +215,14 @@ def _setting(key: str, text: str) -> Any:
     return text
 
 
-def names(kind: type[Options] | type[PlotOptions] | type[PlanOptions]) -> list[str]:
-    """Of the keys of a command."""
-    return [f.name for f in dataclasses.fields(kind)]
-
-
 T = TypeVar("T", Options, PlotOptions, PlanOptions)
 
 
 def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
-    """The options of a command among the words, and the words that are left.
+    """Return a command's options, read from the words, and the words that are left.
 
-    `plot` and `plan` take theirs with dashes, too: `--reference DIR`. `preset` stays, since a sweep
-    may go over it. Hydra's `--multirun` is left out: several values are a sweep here as they are.
+    `plot` and `plan` take theirs with dashes, too: `--reference DIR`. `preset` stays among the words, since a
+    sweep may go over it. Hydra's `--multirun` is dropped: several values are always a sweep here.
     """
     known = {f.name: f for f in dataclasses.fields(kind) if f.name != "preset"}
     found: dict[str, Any] = {}
@@ -253,17 +232,14 @@ def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
         if key in known and equals:
             if key in found:
                 raise ConfigError(f"config key {key!r}: given twice, allowed: once")
-            found[key] = value_of(known[key], text)
-            low = known[key].metadata["low"]
-            if low is not None and found[key] is not None and not found[key] >= low:
-                raise ConfigError(f"config key {key!r}: got {found[key]!r}, allowed: {describe_range(known[key])}")
+            found[key] = checked(known[key], value_of(known[key], text))
         elif word not in ("-m", "--multirun"):
             rest.append(word)
     return kind(**found), rest
 
 
 def _undashed(words: Sequence[str], known: Collection[str]) -> Iterator[str]:
-    """`--out FILE` and `--out=FILE` as `out=FILE`, for options that are no keys of a config."""
+    """Yield the words, with `--out FILE` and `--out=FILE` as `out=FILE` for options that are no config keys."""
     left = iter(words)
     for word in left:
         name, equals, text = word.removeprefix("--").partition("=")
@@ -278,16 +254,16 @@ def _undashed(words: Sequence[str], known: Collection[str]) -> Iterator[str]:
 
 
 def arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words apart: arguments such as a path, and those meant as `key=value`."""
+    """Separate the words into arguments, such as a path, and those meant as `key=value`."""
     meant = [bool(re.match(r"[-+~]|\w+(\.\w+)*=|hydra[./]", w)) for w in words]
     return [w for w, m in zip(words, meant, strict=True) if not m], [w for w, m in zip(words, meant, strict=True) if m]
 
 
 def pair(word: str, following: Sequence[str] = ()) -> tuple[str, str]:
-    """Key and text of a word `key=value`, `+key=value` or `++key=value`.
+    """Split a word `key=value`, `+key=value` or `++key=value` into its key and text.
 
     A word in another grammar raises `ConfigError` with the right spelling; `following` are the
-    words behind it.
+    words after it.
     """
     key, equals, text = word.partition("=")
     key = key.lstrip("+")
@@ -318,7 +294,7 @@ def pair(word: str, following: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def value_of(f: dataclasses.Field[Any], text: str) -> Any:
-    """The text as a value of the field's type; one that cannot be raises `ConfigError`."""
+    """Read the text as a value of the field's type, or raise `ConfigError`."""
     quoted = _QUOTED.fullmatch(text)
     text, plain = (quoted[2], False) if quoted else (text.strip(), True)
     kind, choices = str(f.type), f.metadata["choices"]
@@ -340,33 +316,28 @@ def value_of(f: dataclasses.Field[Any], text: str) -> Any:
 
 
 def _range_of_nearest(key: str) -> str:
-    """What the key that was meant may hold."""
+    """Say what the key that was probably meant may hold."""
     f = next((CONFIG_FIELDS.get(k) for k in nearest(key, _KNOWN, 1)), None)
     return "" if f is None else f" {f.name}: {describe_range(f)}."
 
 
 def _number(text: str, whole: bool) -> int | float:
-    """A number, or a sum of two as in the official code (`steps=7*1000000`)."""
+    """Read a number, or one operation on two as in the official code (`steps=7*1000000`)."""
     if found := _SUM.fullmatch(text):
         return float(_SUMS[found[2]](int(found[1]), int(found[3])))
     return int(text) if whole and text.lstrip("+-").replace("_", "").isdigit() else float(text)
 
 
 def groups(own: type[Any] | None, config: bool = True) -> dict[str, list[dataclasses.Field[Any]]]:
-    """The keys a command takes: its own, then those of `Config` that a person can set, under its headings."""
+    """Return the keys that a command takes by their headings: its own, then those of `Config` that a person can set."""
     found: dict[str, list[dataclasses.Field[Any]]] = {}
-    if own is not None:
-        found["command line"] = list(dataclasses.fields(own))
-    heading = ""
-    for f in dataclasses.fields(Config) if config else ():
-        heading = _GROUPS.get(f.name, heading)
-        if f.name not in FILLED_IN:
-            found.setdefault(heading, []).append(f)
+    for f in (*(dataclasses.fields(own) if own else ()), *(CONFIG_FIELDS.values() if config else ())):
+        found.setdefault(f.metadata["group"], []).append(f)
     return found
 
 
 def default_text(f: dataclasses.Field[Any]) -> str:
-    """The default as a person would write it behind `key=`."""
+    """Return the default as a person would write it after `key=`."""
     default = DEFAULT_DIMS.get(f.name, f.default)
     if default is None or isinstance(default, bool):
         return str(default).lower()

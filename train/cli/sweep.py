@@ -44,7 +44,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        """What a person would type."""
+        """The words that a person would type."""
         return shlex.join(["tdmpc2-fast", "train", *self.words])
 
 
@@ -59,9 +59,9 @@ class Outcome:
 
 
 def expand(words: Sequence[str]) -> list[Run]:
-    """The runs these words ask for, the last key varying fastest; one where no key has several values.
+    """Return the runs these words ask for, the last key varying fastest; one where no key has several values.
 
-    Runs that differ in more than task, seed and exp_name get these keys into their exp_name; a
+    Runs that differ in more than task, seed and exp_name get the other keys into their exp_name; a
     `work_dir` for all becomes a folder with a folder for each.
     """
     choices = [_choices(word, words[i + 1 :]) for i, word in enumerate(words)]
@@ -86,21 +86,21 @@ def expand(words: Sequence[str]) -> list[Run]:
 
 
 def pick(runs: Sequence[Run], job: int) -> Run:
-    """The run that `job=` counts to, from 1."""
+    """Return the run that `job=` counts to, from 1."""
     if not 1 <= job <= len(runs):
         raise ConfigError(f"config key 'job': got {job}, allowed: 1 to {len(runs)}, the runs of this sweep")
     return runs[job - 1]
 
 
 def tell(**facts: Any) -> None:
-    """Called in a run: what its sweep, if it is part of one, is to know."""
+    """Tell the sweep that this process is a run of, if there is one."""
     if path := os.environ.get(_REPORT):
         with open(path, "a") as f:
             f.write(json.dumps(facts) + "\n")
 
 
 class Sweep:
-    """Runs one after another; SIGINT, SIGTERM and SIGHUP go to the one under way and end the rest."""
+    """Runs one after another. SIGINT, SIGTERM and SIGHUP go to the one under way and cancel the rest."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.outcomes = [Outcome(run) for run in runs]
@@ -108,7 +108,7 @@ class Sweep:
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
-        """The exit status: 0 where all finished, 1 where one failed, 128 + a signal that ended the sweep."""
+        """Run them; return 0 where all finished, 1 where one failed, 128 + a signal that ended the sweep."""
         signals = [s for n in ("SIGINT", "SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None]
         before = {s: signal.signal(s, self._stop) for s in signals}
         try:
@@ -126,7 +126,7 @@ class Sweep:
         return int(any(o.status for o in self.outcomes))
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Of every run: what makes it this one, how it ended, how long it took, and where or why."""
+        """Return, for every run, what makes it this one, how it ended, how long it took, and where or why."""
         return [(o.run.label, *_summary(o)) for o in self.outcomes]
 
     def _run(self, outcome: Outcome, report: Path) -> None:
@@ -167,7 +167,7 @@ def _summary(o: Outcome) -> tuple[str, str, str]:
 
 
 def _choices(word: str, following: Sequence[str]) -> list[str]:
-    """The word once for each of its values."""
+    """Return the word once for each of its values."""
     key, text = keys.pair(word, following)
     if _HYDRA_SWEEP.match(text):
         raise ConfigError(f"config key {key!r}: got {text!r}, allowed in a sweep: 1,2,3 or, both ends included, 1..3")
@@ -196,5 +196,5 @@ def _without(words: Sequence[str], key: str) -> list[str]:
 
 
 def _name(word: str) -> str:
-    """A word as part of a folder's name."""
+    """Return a word as part of a folder's name."""
     return re.sub(r"[^\w.+-]", "_", word)

@@ -20,7 +20,7 @@ _NARROW_RANGE = 16
 
 
 def rendered(*parts: RenderableType) -> str:
-    """As standard output shows it: its width, and colours only where it is a terminal."""
+    """Return the text as standard output shows it: in its width, with colours only where it is a terminal."""
     console = Console(highlight=False)
     with console.capture() as capture:
         console.print(*parts, sep="\n")
@@ -28,7 +28,7 @@ def rendered(*parts: RenderableType) -> str:
 
 
 def grid(rows: Iterable[Sequence[str]], titles: Sequence[str] = (), fixed: int = 1) -> Table:
-    """Columns without lines; the first `fixed` are never broken, the last ones wrap."""
+    """Return a table of columns without lines; the first `fixed` are never broken, the others wrap."""
     rows = [tuple(r) for r in rows]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(titles), header_style="bold")
     for i in range(max(map(len, [titles, *rows]))):
@@ -40,12 +40,12 @@ def grid(rows: Iterable[Sequence[str]], titles: Sequence[str] = (), fixed: int =
 
 
 def section(title: str, body: RenderableType) -> Group:
-    """A heading and what belongs to it, indented."""
+    """Return a heading and, indented, what belongs to it."""
     return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 2)))
 
 
 def key_tables(own: type[Any] | None, config: bool) -> Group:
-    """Every key of a command with its default, range and meaning, group by group; model sizes and presets."""
+    """List every key of a command with default, range and meaning, group by group; then model sizes and presets."""
     rows: list[tuple[str, ...]] = []
     for name, fields in keys.groups(own, config).items():
         rows.append(("", "", ""))
@@ -65,7 +65,7 @@ def key_tables(own: type[Any] | None, config: bool) -> Group:
 
 
 def _allowed(f: dataclasses.Field[Any]) -> str:
-    """Type and range in few letters, where `describe_range` has a sentence."""
+    """Say type and range in few letters, where `describe_range` takes a sentence."""
     kind, meta = str(f.type), f.metadata
     if meta["choices"] is not None:
         text = " | ".join(str(c) for c in meta["choices"] if c is not None)
