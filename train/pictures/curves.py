@@ -58,12 +58,12 @@ Groups = dict[tuple[str, str], list[Curve]]
 
 
 def full_return(task: str) -> float | None:
-    """The return that counts as 1, or None where none is customary: an episode of DMControl is worth 1000 at most."""
+    """Return the return that counts as 1, 1000 in DMControl, where it is the most; None where none is customary."""
     return 1000.0 if task in dmcontrol.TASKS else None
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The CSV files that `paths` mean: of a run its `eval.csv`, of a folder above runs those of all runs beneath it.
+    """Find the CSV files that `paths` mean: a run's `eval.csv`, or those of all runs beneath a folder.
 
     Raises:
         InputError: a path that is not there, or no run in it.
@@ -89,10 +89,10 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_curves(file: Path) -> list[Curve]:
-    """The curves of one CSV file, one a seed.
+    """Read the curves of one CSV file, one for each seed.
 
-    Task and label are `task` and `exp_name` of the `config.json` beside an `eval.csv`; of any other file its
-    name and its folder's. A step that comes twice counts as it was written last: a resumed run may evaluate again.
+    Task and label are `task` and `exp_name` of the `config.json` beside an `eval.csv`, and the names of any other
+    file and its folder. Of a step that comes twice the last row counts: a resumed run may evaluate again.
 
     Raises:
         InputError: a file that is missing, empty or malformed; it names the line.
@@ -151,7 +151,7 @@ def _row(row: Mapping[str, str | None], where: str) -> tuple[int, float, int]:
 
 
 def read_reference(folder: Path, tasks: Iterable[str]) -> list[Curve]:
-    """Published curves of `tasks` from `METHOD/TASK.csv`; `folder` is one METHOD or holds several.
+    """Read published curves of `tasks` from `METHOD/TASK.csv`; `folder` is one METHOD or holds several.
 
     A task without a curve is named in a warning that says what is there.
 
@@ -170,19 +170,14 @@ def read_reference(folder: Path, tasks: Iterable[str]) -> list[Curve]:
     for task in tasks:
         if task not in there:
             close = nearest(task, there) or there[:3]
-            _log.warning(
-                "reference %s has no curve of %s; it has %d tasks, such as %s",
-                folder,
-                task,
-                len(there),
-                ", ".join(close),
-            )
+            has = f"{len(there)} tasks, such as {', '.join(close)}"
+            _log.warning("reference %s has no curve of %s; it has %s", folder, task, has)
         curves += [c for f in files if f.stem == task for c in read_curves(f)]
     return curves
 
 
 def group(curves: Iterable[Curve]) -> Groups:
-    """Curves by (task, label), a seed once: of two runs of a seed, which repeat each other, the longer counts."""
+    """Group curves by (task, label), each seed once: of two runs of a seed, which repeat each other, the longer."""
     groups: dict[tuple[str, str], dict[int, Curve]] = {}
     for c in curves:
         seeds = groups.setdefault((c.task, c.label), {})
@@ -194,7 +189,7 @@ def group(curves: Iterable[Curve]) -> Groups:
 
 
 def mean_over_seeds(curves: Sequence[Curve]) -> Band:
-    """Mean return of the seeds of one task, and Student's t interval of that mean.
+    """Return the mean of the seeds of one task, and Student's t interval of that mean.
 
     Seeds are interpolated linearly at all their steps inside the range that every one covers. With
     three seeds a normal or a bootstrap interval holds the mean far less often than it claims (75% to 81%); t
@@ -212,9 +207,9 @@ def mean_over_seeds(curves: Sequence[Curve]) -> Band:
 
 
 def iqm_over_tasks(tasks: Mapping[str, Sequence[Curve]]) -> Band:
-    """IQM of the normalised returns of all runs of all tasks, and its stratified bootstrap interval.
+    """Return the IQM of the normalised returns of all runs of all tasks, and its stratified bootstrap interval.
 
-    There is no interval where a task has fewer than `FEWEST_SEEDS`: drawn anew, they vary too little.
+    There is no interval where a task has fewer than `FEWEST_SEEDS`: resampled, so few vary too little.
 
     Raises:
         InputError: a task whose returns have no customary scale.
@@ -234,18 +229,18 @@ def iqm_over_tasks(tasks: Mapping[str, Sequence[Curve]]) -> Band:
 
 
 def iqm(scores: Floats) -> Floats:
-    """Interquartile mean over the last axis: (..., N) -> (...); the lowest and the highest quarter are left out."""
+    """Return the mean over the last axis, (..., N) -> (...), without the lowest and the highest quarter."""
     from scipy.stats import trim_mean
 
     return np.asarray(trim_mean(scores, 0.25, axis=-1))
 
 
 def iqm_interval(scores: Sequence[Floats], resamples: int = 2000, seed: int = 0) -> tuple[Floats, Floats]:
-    """95% percentile interval of the IQM: runs are drawn anew within each task (Agarwal et al. 2021, section 4).
+    """Return the IQM's 95% percentile interval; runs are resampled within each task (Agarwal et al. 2021, section 4).
 
     Args:
-        scores: of each task its runs, (runs, N); intervals are of each of the N steps by itself.
-        resamples: of the bootstrap.
+        scores: the runs of each task, (runs, N); each of the N steps has an interval of its own.
+        resamples: how often the bootstrap draws.
         seed: of its draws.
 
     Returns:
@@ -263,7 +258,7 @@ def iqm_interval(scores: Sequence[Floats], resamples: int = 2000, seed: int = 0)
 
 
 def common_steps(curves: Sequence[Curve]) -> Floats:
-    """All steps of the curves inside the range that every one covers; none is an `InputError`."""
+    """Return all steps of the curves inside the range that every one covers; none is an `InputError`."""
     first, last = max(float(c.steps[0]) for c in curves), min(float(c.steps[-1]) for c in curves)
     if first > last:
         named = ", ".join(f"{c.label}/{c.task} seed {c.seed} {c.steps[0]:g} to {c.steps[-1]:g}" for c in curves)

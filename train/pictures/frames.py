@@ -13,7 +13,7 @@ _CHANNELS = (1, 3, 4)
 
 
 def rgb(frame: Any) -> NDArray[np.uint8]:
-    """A picture (height, width, 3), uint8, of what a renderer returned: an array, a tensor, or a list of them.
+    """Return what a renderer gave, an array, a tensor or a list of them, as a picture (height, width, 3), uint8.
 
     Grey and transparent pictures, channels in front, a batch or a list (of which the last one counts), truth values
     and floats from 0 to 1 are understood.
@@ -37,7 +37,7 @@ def rgb(frame: Any) -> NDArray[np.uint8]:
 
 
 def fitted(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """A picture (height, width, 3), uint8, with this one in the middle, as large as fits."""
+    """Return a picture (height, width, 3), uint8, with this one in the middle, as large as fits."""
     from PIL import Image, ImageOps  # of imageio and matplotlib, both in the extra [train]
 
     return np.asarray(ImageOps.pad(Image.fromarray(picture), (width, height)))

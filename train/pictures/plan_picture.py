@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def draw_plan(
 
 
 def _play(planner: Planner, env: Env, count: int) -> tuple[Array | None, int]:
-    """Play so many decisions of a new episode; the observation then, None where it ended, and how many there were."""
+    """Play `count` decisions of a new episode; return the observation, None where it ended, and how many were made."""
     obs = reset(env)
     for i in range(count):
         action = planner.plan(torch.from_numpy(obs[None]), t0=i == 0, eval_mode=True)
@@ -122,7 +122,7 @@ def plan_picture(
 
 
 def watch(planner: Planner, obs: Tensor, t0: bool | Tensor = True, task: int | Tensor | None = None) -> PlanTrace:
-    """What happens in the plan that the next call with these arguments makes; the planner stays as it was."""
+    """Trace the plan that the next call with these arguments makes; the planner stays as it was."""
     trace, before = PlanTrace(), {name: x.clone() for name, x in planner.state().items()}
     try:
         planner.plan(obs, t0, eval_mode=True, task=task, trace=trace)
@@ -141,7 +141,7 @@ def plan_figure(
     frame: Any = None,
     dims: Sequence[int] | None = None,
 ) -> Figure:
-    """The figure of a trace of `planner`; arguments as for `plan_picture`."""
+    """Return the figure of a trace of `planner`; arguments are as for `plan_picture`."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -161,10 +161,10 @@ def plan_figure(
     heading = textwrap.fill(f"{title}: the chosen plan is worth {plan.worth:.2f}", _WIDEST_HEADING)
     figure = Figure(figsize=(12.4, sum(heights) + 0.5 + 0.2 * heading.count("\n")), layout=layout)
     figure.suptitle(heading, fontsize=12, fontweight="bold")
-    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
-    above, below = parts
+    above, below = cast(Any, figure.subfigures(2, 1, height_ratios=heights))
     _draw_sequences(above, plan, shown, width)
-    panels = below.subplots(1, 2 if frame is None else 3, width_ratios=[2.6, 1.6, 1][: 2 if frame is None else 3])
+    widths = [2.6, 1.6] if frame is None else [2.6, 1.6, 1]
+    panels = below.subplots(1, len(widths), width_ratios=widths)
     _draw_values(panels[0], plan)
     _draw_spread(panels[1], plan, width, cfg.min_std)
     if frame is not None:
@@ -179,9 +179,8 @@ class _Plan:
     """One environment's part of a trace, as arrays: I iterations, H steps, N sequences, P of them the policy's."""
 
     def __init__(self, trace: PlanTrace, e: int, p: int) -> None:
-        def of(entries: list[Tensor]) -> NDArray[Any]:
-            x: NDArray[Any] = torch.stack([x[e] for x in entries]).float().cpu().numpy()
-            return x
+        def of(entries: list[Tensor]) -> Any:
+            return torch.stack([x[e] for x in entries]).float().cpu().numpy()
 
         self.actions, self.values = of(trace.actions), of(trace.values)  # (I, H, N, A), (I, N)
         self.elites = of(trace.elites).astype(int)  # (I, K)
@@ -190,14 +189,11 @@ class _Plan:
         self.priors = p
         best = self.elites[-1, int(of(trace.picked)[0])]
         self.worth = float(self.values[-1, best])
-
-    @property
-    def iterations(self) -> range:
-        return range(len(self.values))
+        self.iterations = range(len(self.values))
 
 
 def _draw_sequences(figure: Any, plan: _Plan, shown: list[int], width: int) -> None:
-    """Actions over the steps of the plan: a column per iteration, a row per action dim."""
+    """Draw actions over the steps of the plan: a column per iteration, a row per action dim."""
     from matplotlib.collections import LineCollection
     from matplotlib.lines import Line2D
 
@@ -213,11 +209,8 @@ def _draw_sequences(figure: Any, plan: _Plan, shown: list[int], width: int) -> N
             ]
             for sequences, color, alpha, thick in kinds:
                 # rasterized: thousands of lines make an SVG of many megabytes
-                ax.add_collection(
-                    LineCollection(
-                        list(_paths(sequences)), colors=color, alpha=alpha, linewidths=thick, rasterized=True
-                    )
-                )
+                look: Any = dict(colors=color, alpha=alpha, linewidths=thick, rasterized=True)
+                ax.add_collection(LineCollection(list(_paths(sequences)), **look))
             (mean,), (std,) = _paths(plan.means[i, :, a : a + 1]), _paths(plan.stds[i, :, a : a + 1])
             low, high = (np.clip(mean[:, 1] + sign * std[:, 1], -1, 1) for sign in (-1, 1))  # as samples are
             ax.fill_between(mean[:, 0], low, high, color=_MEAN, alpha=0.13, lw=0)
@@ -243,7 +236,7 @@ def _draw_sequences(figure: Any, plan: _Plan, shown: list[int], width: int) -> N
 
 
 def _draw_values(ax: Any, plan: _Plan) -> None:
-    """How the values of all sequences, of the elites and of the policy's go from iteration to iteration."""
+    """Draw how the values of all sequences, of the elites and of the policy's go from iteration to iteration."""
     x = [i + 1 for i in plan.iterations]
     elites = np.take_along_axis(plan.values, plan.elites, 1)
     for values, color, name in ((plan.values, _SAMPLES, "all"), (elites, _ELITES, "elites")):
@@ -260,7 +253,7 @@ def _draw_values(ax: Any, plan: _Plan) -> None:
 
 
 def _draw_spread(ax: Any, plan: _Plan, width: int, min_std: float) -> None:
-    """How the std that samples are drawn with shrinks, for each step of the plan."""
+    """Draw how the std that samples are drawn with shrinks, for each step of the plan."""
     from matplotlib import colormaps
 
     x = [i + 1 for i in plan.iterations]
@@ -284,7 +277,7 @@ def _label(ax: Any, x: list[int], y: str) -> None:
 
 
 def _paths(sequences: NDArray[Any]) -> NDArray[Any]:
-    """Lines (n, H, 2) through the actions of sequences (H, n); a plan of one step becomes a dash."""
+    """Return lines (n, H, 2) through the actions of sequences (H, n); a plan of one step becomes a dash."""
     steps = np.arange(1.0, len(sequences) + 1)
     if len(sequences) == 1:
         steps, sequences = np.array([0.8, 1.2]), np.repeat(sequences, 2, 0)

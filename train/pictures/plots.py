@@ -68,10 +68,15 @@ class _Line:
     width: float
     shade: float
 
+    @property
+    def look(self) -> dict[str, Any]:
+        """The line itself, as matplotlib takes it."""
+        return dict(color=self.colour, linestyle=self.dash, linewidth=self.width)
+
 
 @dataclass(frozen=True)
 class _Panel:
-    """What is in it, by label; `full` is the highest value possible, where there is one, `seeds` those of ours."""
+    """What a panel shows, by label; `full` is the highest value possible, where there is one, `seeds` those of ours."""
 
     title: str
     ylabel: str
@@ -113,12 +118,9 @@ def plot_runs(
     tasks = sorted({task for task, _ in runs})
     _say_what_is_cut(runs)
     published = group(read_reference(reference, tasks)) if reference else {}
-    if out is not None:
-        targets = [out]
-    elif len(files) == 1 and files[0].name == "eval.csv":
-        targets = [files[0].with_name(f"curve.{kind}") for kind in ("png", "svg")]
-    else:
-        targets = [Path(f"curves.{kind}") for kind in ("png", "svg")]
+    single = len(files) == 1 and files[0].name == "eval.csv"
+    stem = files[0].with_name("curve") if single else Path("curves")
+    targets = [stem.with_suffix(kind) for kind in (".png", ".svg")] if out is None else [out]
     try:
         import matplotlib
         import scipy.stats  # noqa: F401
@@ -137,19 +139,14 @@ def plot_runs(
 def _say_what_is_cut(runs: Groups) -> None:
     for (task, label), curves in runs.items():
         first, last = (pick(curves, key=lambda c: float(c.steps[-1])) for pick in (min, max))
-        if first.steps[-1] < 0.9 * last.steps[-1]:
-            _log.warning(
-                "%s of %s ends at %s, where seed %d ends; others go on to %s",
-                label,
-                task,
-                format_step(first.steps[-1]),
-                first.seed,
-                format_step(last.steps[-1]),
-            )
+        end, longest = first.steps[-1], last.steps[-1]
+        if end < 0.9 * longest:
+            ends = label, task, format_step(end), first.seed, format_step(longest)
+            _log.warning("%s of %s ends at %s, where seed %d ends; others go on to %s", *ends)
 
 
 def draw(runs: Groups, published: Groups, max_step: float | None = None) -> Figure:
-    """The figure of runs and published curves by (task, label): a panel per task and, for several, one of their IQM."""
+    """Draw runs and published curves by (task, label): a panel per task and, for several, one of their IQM."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -184,7 +181,7 @@ def draw(runs: Groups, published: Groups, max_step: float | None = None) -> Figu
 
 
 def _reading(runs: Groups, published: Groups) -> str:
-    """What lines and shades are, where there is more than one seed."""
+    """Say what lines and shades are, where there is more than one seed."""
     ours, everything = [len(c) for c in runs.values()], [len(c) for c in (*runs.values(), *published.values())]
     if max(everything) == 1:
         return ""
@@ -193,7 +190,7 @@ def _reading(runs: Groups, published: Groups) -> str:
 
 
 def _lines(runs: Groups, published: Groups) -> dict[tuple[bool, str], _Line]:
-    """By (ours, label)."""
+    """Choose a line for each method, by (ours, label)."""
     ours, theirs = (sorted({label for _, label in groups}) for groups in (runs, published))
     found = {}
     for i, label in enumerate(ours):
@@ -213,7 +210,7 @@ def _means(methods: Mapping[str, Sequence[Curve]]) -> dict[str, Band]:
 
 
 def _iqms(runs: Groups, published: Groups, tasks: Sequence[str]) -> tuple[dict[str, Band], dict[str, Band]] | None:
-    """IQMs of the methods that have all tasks; a warning names what is left out and why."""
+    """Return IQMs of the methods that have all tasks; a warning names what is left out and why."""
     if unknown := [t for t in tasks if full_return(t) is None]:
         _log.warning("no IQM over tasks: no known scale of returns for %s", ", ".join(unknown))
         return None
@@ -266,7 +263,7 @@ def _draw_panel(ax: Any, panel: _Panel, lines: Mapping[tuple[bool, str], _Line],
 
 
 def _seen(steps: Floats, values: Floats, start: float, end: float) -> list[float]:
-    """Values of a curve from `start` to `end`."""
+    """Return the values of a curve from `start` to `end`."""
     import numpy as np
 
     inside = (steps >= start) & (steps <= end)
@@ -278,25 +275,16 @@ def _curve(ax: Any, band: Band, start: float, end: float, line: _Line, label: st
     """Draw a band from `start` on."""
     shown = band.steps >= start
     steps = band.steps[shown]
-    ax.plot(
-        steps,
-        band.centre[shown],
-        color=line.colour,
-        linestyle=line.dash,
-        linewidth=line.width,
-        marker="o" if mine and (steps <= end).sum() <= _MOST_MARKERS else "",
-        markersize=2.2 * line.width,
-        zorder=4 + mine,
-        label=label,
-    )
+    marker = "o" if mine and (steps <= end).sum() <= _MOST_MARKERS else ""
+    look = dict(line.look, marker=marker, markersize=2.2 * line.width, zorder=4 + mine)
+    ax.plot(steps, band.centre[shown], label=label, **look)
     if band.low is not None and band.high is not None:
-        ax.fill_between(
-            steps, band.low[shown], band.high[shown], color=line.colour, alpha=line.shade, linewidth=0, zorder=2 + mine
-        )
+        shade = dict(color=line.colour, alpha=line.shade, linewidth=0, zorder=2 + mine)
+        ax.fill_between(steps, band.low[shown], band.high[shown], **shade)
 
 
 def _each(ax: Any, curves: Sequence[Curve], line: _Line) -> None:
-    """The seeds that a mean is of, thin."""
+    """Draw the seeds that a mean is of, thin."""
     import numpy as np
     from matplotlib.collections import LineCollection
 
@@ -305,7 +293,7 @@ def _each(ax: Any, curves: Sequence[Curve], line: _Line) -> None:
 
 
 def y_limits(heights: Sequence[float], edges: Sequence[float], full: float | None) -> tuple[float, float]:
-    """Lower and upper end of a panel's axis: by its curves, and by our bands as far as the curves stay legible.
+    """Return the lower and upper end of a panel's axis, which shows curves, and bands as far as curves stay legible.
 
     Args:
         heights: of the curves; with none, nothing but the axes is seen.
@@ -325,7 +313,7 @@ def y_limits(heights: Sequence[float], edges: Sequence[float], full: float | Non
 
 
 def x_axis(ours: Sequence[Band], theirs: Sequence[Band]) -> tuple[float, float | None]:
-    """Right end of a panel's axis in environment steps, and up to where it is linear; None: all of it.
+    """Return the right end of a panel's axis in environment steps, and up to where it is linear; None: all of it.
 
     Published curves go on to half as much again as the longest run. Runs that end before the first published point
     after 0 would have nothing beside them: there the axis shows all and is logarithmic from the power of ten below
@@ -341,7 +329,7 @@ def x_axis(ours: Sequence[Band], theirs: Sequence[Band]) -> tuple[float, float |
 
 
 def format_step(step: float) -> str:
-    """0, 250k, 1.5M."""
+    """Write a number of steps as 0, 250k or 1.5M."""
     for unit, letter in ((1e6, "M"), (1e3, "k")):
         if abs(step) >= unit:
             return f"{step / unit:g}{letter}"
@@ -363,4 +351,4 @@ def _legend(lines: Mapping[tuple[bool, str], _Line], runs: Groups, published: Gr
 def _handle(line: _Line, text: str) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=line.colour, linestyle=line.dash, linewidth=line.width, label=text)
+    return Line2D([], [], label=text, **line.look)

@@ -26,7 +26,7 @@ _NEEDS = "pip install 'tdmpc2-fast[train]' brings an ffmpeg with libx264; IMAGEI
 
 
 class VideoWriter:
-    """An mp4 (H.264, yuv420p) that is there when it is complete, and not before.
+    """An mp4 (H.264, yuv420p) that appears under its name only when it is complete.
 
         with VideoWriter(path, env.frames_per_second) as video:
             video.add(env.render(), "walker-walk")
@@ -116,10 +116,10 @@ class VideoWriter:
 
 
 class Film:
-    """A video of an environment that is no reason to end a run: where it fails, `warn` is told once.
+    """A video of an environment that never ends a run: where it fails, `warn` is told once.
 
-    It runs at the environment's own speed, slower where a whole episode would be over in less than two seconds
-    (its caption says so), and holds its last picture until they are over. Of environments that act often, not
+    It runs at the environment's own speed, or slower where a whole episode would be over in less than two seconds
+    (the caption says so), and holds its last picture until they are over. Where an environment acts often, not
     every decision is drawn.
 
     Args:
@@ -139,11 +139,19 @@ class Film:
     def __enter__(self) -> Film:
         """Begin."""
         if self._path is not None:
-            try:
-                self._begin(self._path)
-            except Exception as e:
-                self._fail(e)
+            self._try(self._begin, self._path)
         return self
+
+    def _try(self, do: Callable[..., None], *args: Any) -> None:
+        """Do it; where that fails, whatever drivers and encoders raise, there is no video and `warn` is told why."""
+        try:
+            do(*args)
+        except Exception as e:
+            video, self._video = self._video, None
+            if video is not None:
+                with suppress(Exception):  # what it follows from is told
+                    video.__exit__(type(e), e, e.__traceback__)
+            self._warn(f"no video: {e}")
 
     def _begin(self, path: Path) -> None:
         told = getattr(self._env, "frames_per_second", None)
@@ -156,18 +164,15 @@ class Film:
         self._video = VideoWriter(path, float(speed * rate / self._every), overwrite=True).__enter__()
 
     def add(self, caption: str) -> None:
-        """The environment as it is now, one decision after the last one."""
+        """Film the environment as it is now, one decision after the last one."""
         if self._video is not None:
             self._caption = caption
             if self._added % self._every == 0:
-                try:
-                    self._draw(self._video)
-                except Exception as e:  # drivers raise what they like
-                    self._fail(e)
+                self._try(self._draw, self._video)
             self._added += 1
 
     def _draw(self, video: VideoWriter) -> None:
-        """What was added last."""
+        """Draw what was added last."""
         picture = rgb(self._env.render())
         if self._drawn is not None and picture.shape != self._drawn[0].shape:
             height, width, _ = self._drawn[0].shape
@@ -175,35 +180,25 @@ class Film:
         self._drawn, self._caption = (picture, f"{self._caption}{self._speed}"), None
         video.add(*self._drawn)
 
-    def _fail(self, error: Exception) -> None:
-        video, self._video = self._video, None
-        if video is not None:
-            with suppress(Exception):  # what it follows from is told
-                video.__exit__(type(error), error, error.__traceback__)
-        self._warn(f"no video: {error}")
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Complete the video, or leave none where an exception ended the block."""
         if self._video is not None:
-            try:
-                if error is None:
-                    self._end(self._video)
-                self._video.__exit__(kind, error, trace)
-            except Exception as e:
-                self._fail(e)
+            self._try(self._end, self._video, kind, error, trace)
             self._video = None
 
-    def _end(self, video: VideoWriter) -> None:
-        if self._caption is not None:
-            self._draw(video)
-        while self._drawn is not None and video.frames < _SECONDS * video.frames_per_second:
-            video.add(*self._drawn)
+    def _end(self, video: VideoWriter, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            if self._caption is not None:
+                self._draw(video)
+            while self._drawn is not None and video.frames < _SECONDS * video.frames_per_second:
+                video.add(*self._drawn)
+        video.__exit__(kind, error, trace)
 
 
 def _whole(path: Path) -> bool:
-    """Whether the boxes of an mp4 add up to its size: what an ffmpeg that died leaves does not."""
+    """Tell whether the boxes of an mp4 add up to its size; those of one whose ffmpeg died do not."""
     size, at, names = path.stat().st_size, 0, set()
     with open(path, "rb") as f:
         while 0 <= at < size:
@@ -217,7 +212,7 @@ def _whole(path: Path) -> bool:
 
 
 def _captioned(frame: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
-    """The frame with a line of text in its lower left corner, legible on any ground."""
+    """Return the frame with a line of text in its lower left corner, legible on any ground."""
     from PIL import Image, ImageDraw, ImageFont  # imageio's own dependency
 
     picture = Image.fromarray(frame)
