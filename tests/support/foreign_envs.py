@@ -8,45 +8,9 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 import torch
+from foreign_plain import Plain
+from foreign_spaces import *  # noqa: F403
 from gymnasium import spaces
-
-
-class Plain(gym.Env[Any, Any]):
-    """Three numbers that decay; its constructor takes nothing, as in most tutorials."""
-
-    observation_space: Any = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    action_space: Any = spaces.Box(-1, 1, (1,), np.float32)
-    seen: ClassVar[list[Any]] = []  # the actions of the last episode
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self.t = 0
-        self.x = self.draw(seed)
-        self.seen.clear()
-        return self.observe(), {}
-
-    def draw(self, seed: int | None) -> Any:
-        return self.np_random.normal(size=3)
-
-    def step(self, action: Any) -> Any:
-        assert self.action_space.contains(action), (action, self.action_space)
-        self.seen.append(action)
-        self.t += 1
-        self.x = 0.9 * self.x + 0.1 * float(np.asarray(action, np.float64).ravel()[0])
-        return self.observe(), self.reward(), self.ends(), False, self.info()
-
-    def observe(self) -> Any:
-        return self.x.astype(np.float32)
-
-    def reward(self) -> Any:
-        return -float(np.square(self.x).sum())
-
-    def ends(self) -> Any:
-        return False
-
-    def info(self) -> Any:
-        return {}
-
 
 # ---- constructors and metadata
 
@@ -289,107 +253,6 @@ class TooLarge(Plain):
 class NoNumber(Plain):
     def observe(self) -> Any:
         return np.array([0, np.nan, 0])
-
-
-# ---- action spaces
-
-
-def acting(name: str, space: Any) -> type[Plain]:
-    return type(name, (Plain,), {"action_space": space})
-
-
-HALVES = spaces.Box(np.array([-1, 0, 5]), np.array([1, 0, 7]), dtype=np.float64)
-ACTIONS = dict(
-    Integers=spaces.Box(0, 10, (1,), np.int64),
-    Bytes=spaces.Box(0, 255, (2,), np.uint8),
-    Switch=spaces.Box(0, 1, (2,), bool),
-    PartlyFixed=spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32)),
-    Uneven=HALVES,
-    Tiny=spaces.Box(-1e-30, 1e8, (2,), np.float32),
-    Half=spaces.Box(-0.1, 0.3, (3,), np.float16),
-    Grid=spaces.Box(-2, 2, (2, 3), np.float32),
-    Scalar=spaces.Box(-2, 2, (), np.float32),
-)
-REFUSED_ACTIONS = dict(
-    Discrete=spaces.Discrete(3),
-    ActionsInParts=spaces.Dict(a=spaces.Box(-1, 1, (1,))),
-    Unbounded=spaces.Box(-np.inf, np.inf, (1,), np.float32),
-    HalfBounded=spaces.Box(np.array([-1, 0], np.float32), np.array([np.inf, 1], np.float32)),
-    Overflowing=spaces.Box(-3.4e38, 3.4e38, (1,), np.float32),
-    Countless=spaces.Box(0, 2**60, (1,), np.int64),
-    AllFixed=spaces.Box(1, 1, (2,), np.float32),
-    Empty=spaces.Box(-1, 1, (0,), np.float32),
-)
-for _name, _space in {**ACTIONS, **REFUSED_ACTIONS}.items():
-    globals()[_name] = acting(_name, _space)
-
-
-# ---- observations of other kinds
-
-
-class Picture(Plain):
-    observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
-
-    def observe(self) -> Any:
-        return np.full(self.observation_space.shape, 40 + self.t, np.uint8)
-
-
-class ChannelsFirst(Picture):
-    observation_space = spaces.Box(0, 255, (3, 84, 96), np.uint8)
-
-
-class Stacked(Picture):
-    observation_space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
-
-
-class StackedColours(Picture):
-    observation_space = spaces.Box(0, 255, (2, 48, 64, 3), np.uint8)
-
-
-class Grey(Picture):
-    observation_space = spaces.Box(0, 255, (30, 40), np.uint8)
-
-
-class Shares(Picture):
-    """From 0 to 1."""
-
-    observation_space = spaces.Box(0, 1, (32, 32, 3), np.float32)
-
-    def observe(self) -> Any:
-        return np.full((32, 32, 3), 0.2, np.float32)
-
-
-class OnePart(Picture):
-    observation_space = spaces.Dict(pixels=spaces.Box(0, 255, (64, 64, 3), np.uint8))
-
-    def observe(self) -> Any:
-        return {"pixels": np.full((64, 64, 3), 40 + self.t, np.uint8), "more": None}
-
-
-class CameraAndNumbers(Plain):
-    observation_space = spaces.Dict(camera=spaces.Box(0, 255, (64, 64, 3), np.uint8), speed=spaces.Box(-1, 1, (2,)))
-
-
-class Parts(Plain):
-    observation_space = spaces.Dict(
-        place=spaces.Box(-1, 1, (2, 2)),
-        mode=spaces.Discrete(3, start=5),
-        more=spaces.Tuple([spaces.MultiBinary(2), spaces.MultiDiscrete([2, 3])]),
-    )
-
-    def observe(self) -> Any:
-        return {"place": [[1, 2], [3, 4]], "mode": np.array([6]), "more": ([0, 1], np.array([1, 2]))}
-
-
-class MissingPart(Parts):
-    def observe(self) -> Any:
-        return {"place": [[1, 2], [3, 4]], "mode": 6}
-
-
-class WordsInParts(Plain):
-    observation_space = spaces.Dict(
-        speed=spaces.Box(-1, 1, (2,)), inner=spaces.Dict(log=spaces.Sequence(spaces.Discrete(2)))
-    )
 
 
 # ---- rewards and lengths that are hard to learn from

@@ -14,18 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import scripted_env
-from conftest import PYTHONPATH, TINY, tiny_config
-from loop_oracle import everything
+from conftest import PYTHONPATH, tiny_config
 from scripted_env import DIE, HANG, NORMAL, RAISE, SYSTEM_EXIT, config
 
-from tdmpc2_fast import Config
 from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.envs import workers
 from tdmpc2_fast.train.envs.base import Environments, Failures, env_seed
 from tdmpc2_fast.train.envs.together import InProcess, environments
 from tdmpc2_fast.train.envs.workers import EnvError, Workers
-from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 LONG = 60.0  # what happens happens at once; this is for a machine that is stuck
 
@@ -116,40 +113,53 @@ def test_trajectories_are_those_of_one_process(made: Made) -> None:
     assert ends > 10
 
 
-def test_what_was_returned_is_not_overwritten(made: Made) -> None:
-    envs = made(1, 1)
-    first = envs.reset([0])[0]
+@pytest.fixture(scope="module")
+def healthy() -> Iterator[tuple[Workers, list[str]]]:
+    """Two processes with an environment each, for tests that leave them as they are, and what was noted of them."""
+    notes: list[str] = []
+    cfg = config(2)
+    envs = Workers(cfg, scripted_env.make, 2, Failures(cfg, notes.append))
+    yield envs, notes
+    envs.close()
+
+
+def test_what_was_returned_is_not_overwritten(healthy: tuple[Workers, list[str]]) -> None:
+    envs, _ = healthy
+    first = envs.reset([0, 1])[0]
     kept = first.copy()
-    (step,) = act(envs, NORMAL)
+    step = act(envs, NORMAL, NORMAL)[0]
     obs = step.obs.copy()
-    act(envs, NORMAL)
+    act(envs, NORMAL, NORMAL)
     assert np.array_equal(first, kept)
     assert np.array_equal(step.obs, obs)
 
 
-@pytest.mark.parametrize(("what", "code"), [(DIE, 7), (SYSTEM_EXIT, 3), ("SIGKILL", -9)])
-def test_a_process_that_dies_is_replaced_and_the_others_go_on(what: Any, code: int, made: Made) -> None:
+def test_a_process_that_dies_is_replaced_and_the_others_go_on(made: Made) -> None:
     envs = made(3, 2)
     envs.reset([0, 1, 2])
-    before = act(envs, NORMAL, NORMAL, NORMAL)
-    pids = pids_of(envs)
-    if what == "SIGKILL":
-        os.kill(pids[1], signal.SIGKILL)
-        assert wait_until(lambda: gone(pids[1]))
-        what = NORMAL
-    steps = act(envs, NORMAL, NORMAL, what)
-    assert steps[2] is None
-    assert [s.obs[2] for s in steps[:2]] == [2, 2]
-    assert pids_of(envs)[0] == pids[0]
-    assert wait_until(lambda: gone(pids[1]))
-    (note,) = made.notes
-    for word in ("walker-walk, environment 2:", "died", f"exit code {code}", "restart 1 of at most 10"):
-        assert word in note
-    new = envs.reset([2])
-    assert list(new) == [2]
-    # a stream of its own, by the law of restarts
-    assert new[2][0] == np.float32(env_seed(1, 2, restart=1) % 1000) != before[2].obs[0]
-    assert [s.obs[2] for s in act(envs, NORMAL, NORMAL, NORMAL)] == [3, 3, 1]
+    names = [act(envs, NORMAL, NORMAL, NORMAL)[2].obs[0]]
+    for deaths, (what, code) in enumerate([(DIE, 7), (SYSTEM_EXIT, 3), (NORMAL, -9)], 1):
+        pids = pids_of(envs)
+        if code == -signal.SIGKILL:
+            os.kill(pids[1], signal.SIGKILL)
+            assert wait_until(lambda: gone(pids[1]))  # noqa: B023
+        steps = act(envs, NORMAL, NORMAL, what)
+        assert steps[2] is None
+        assert [s.obs[2] for s in steps[:2]] == [2, 2]
+        assert pids_of(envs)[0] == pids[0]
+        assert wait_until(lambda: gone(pids[1]))  # noqa: B023
+        assert len(made.notes) == deaths
+        for word in ("walker-walk, environment 2:", "died", f"exit code {code}", f"restart {deaths} of at most 10"):
+            assert word in made.notes[-1]
+        new = envs.reset([2])
+        assert list(new) == [2]
+        # a stream of its own, by the law of restarts
+        names.append(new[2][0])
+        assert names[-1] == np.float32(env_seed(1, 2, restart=deaths) % 1000)
+        assert [s.obs[2] for s in act(envs, NORMAL, NORMAL, NORMAL)] == [3, 3, 1]
+        envs.reset([0, 1, 2])
+        act(envs, NORMAL, NORMAL, NORMAL)
+    assert len({*names}) == len(names)
 
 
 def test_a_process_that_hangs_is_replaced(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +198,8 @@ def test_restarts_are_bounded(made: Made, monkeypatch: pytest.MonkeyPatch) -> No
     envs.close()
 
 
-def test_an_exception_is_raised_with_its_traceback(made: Made) -> None:
-    envs = made(2, 2)
+def test_an_exception_is_raised_with_its_traceback(made: Made, healthy: tuple[Workers, list[str]]) -> None:
+    envs, notes = healthy
     envs.reset([0, 1])
     with pytest.raises(EnvError) as e:
         act(envs, NORMAL, RAISE)
@@ -198,7 +208,7 @@ def test_an_exception_is_raised_with_its_traceback(made: Made) -> None:
     broken = made(1, 1, make=scripted_env.make_raising)
     with pytest.raises(EnvError, match="FileNotFoundError: no such scene"):
         broken.reset([0])
-    assert made.notes == []
+    assert notes == made.notes == []
 
 
 def test_close_does_not_wait_for_a_process_that_hangs(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,14 +221,14 @@ def test_close_does_not_wait_for_a_process_that_hangs(made: Made, monkeypatch: p
     assert all(gone(pid) for pid in pids)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_all_processes_is_the_trainers_to_answer(number: signal.Signals, made: Made) -> None:
-    envs = made(2, 2)
+def test_a_signal_to_all_processes_is_the_trainers_to_answer(healthy: tuple[Workers, list[str]]) -> None:
+    envs, notes = healthy
     envs.reset([0, 1])
-    for pid in pids_of(envs):
-        os.kill(pid, number)
-    assert [s.obs[2] for s in act(envs, NORMAL, NORMAL)] == [1, 1]
-    assert made.notes == []
+    for decision, number in enumerate([signal.SIGINT, signal.SIGTERM, signal.SIGHUP], 1):
+        for pid in pids_of(envs):
+            os.kill(pid, number)
+        assert [s.obs[2] for s in act(envs, NORMAL, NORMAL)] == [decision, decision]
+    assert notes == []
 
 
 ORPHANS = """
@@ -229,7 +239,7 @@ from tdmpc2_fast.train.envs.workers import Workers
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     cfg = scripted_env.config(2)
-    envs = Workers(cfg, scripted_env.make, 2, Failures(cfg, print))
+    envs = Workers(cfg, scripted_env.make, int(sys.argv[2]), Failures(cfg, print))
     envs.reset([0, 1])
     envs.step_async(np.array([[scripted_env.HANG, 0], [scripted_env.NORMAL, 0]], np.float32))
     print(*(w.process.pid for w in envs._workers), flush=True)
@@ -239,14 +249,14 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "exception"])
-def test_workers_leave_with_their_trainer(end: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("end", "processes"), [("SIGTERM", 1), ("SIGINT", 2), ("exception", 1)])
+def test_workers_leave_with_their_trainer(end: str, processes: int, tmp_path: Path) -> None:
     before = shared_files()
     script = tmp_path / "trains.py"
     script.write_text(ORPHANS)
     paths = os.pathsep.join(p for p in [PYTHONPATH, *sys.path] if p)
     run = subprocess.Popen(
-        [sys.executable, "-P", str(script), end],
+        [sys.executable, "-P", str(script), end, str(processes)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -255,7 +265,7 @@ def test_workers_leave_with_their_trainer(end: str, tmp_path: Path) -> None:
     )
     assert run.stdout is not None
     pids = [int(x) for x in run.stdout.readline().split()]
-    assert len(pids) == 2
+    assert len(pids) == processes
     if end == "SIGINT":
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all of them
     elif end != "exception":
@@ -291,74 +301,6 @@ def test_where_environments_run(
         parts.clear()  # they are no processes that could be ended
 
 
-QUICK = dict(
-    TINY,
-    task=stand_in.NAME,
-    num_samples=16,
-    iterations=1,
-    seed_steps=30,
-    steps=92,
-    eval_freq=1000,
-    eval_episodes=1,
-    device="cpu",
-    num_envs=2,
-)
-
-
-def train(folder: Path, **changes: Any) -> OnlineTrainer:
-    folder.mkdir()
-    return OnlineTrainer(Config.from_dict({**QUICK, **changes}), folder)
-
-
-def test_a_run_is_bitwise_the_same_wherever_its_environments_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stand_in, "_DECISIONS", 10)
-    stand_in.install(2)
-    seed = int(np.random.default_rng().integers(2**31))
-    found = []
-    for name, keys in dict(here=dict(env_workers=0), there=dict(env_workers=2, overlap=True)).items():
-        trainer = train(tmp_path / name, seed=seed, **keys)
-        trainer.run()
-        found.append(everything(trainer))
-    assert isinstance(trainer.envs, Workers)
-    assert trainer.envs._workers == []
-    assert trainer.agent.updater.steps == 30 + (92 - 32)
-    assert not [k for k, v in found[0].items() if v != found[1][k]], f"seed {seed}"
-
-
-def test_the_episode_of_a_killed_process_never_reaches_the_replay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(stand_in, "_DECISIONS", 20)
-    stand_in.install(2)
-    trainer = train(tmp_path / "run", seed_steps=100_000, steps=80)
-    lost: list[Any] = []
-    step = trainer.step
-
-    def step_and_kill() -> None:
-        if trainer._decisions == 10:
-            episode = trainer._episodes[1]
-            assert episode is not None
-            assert len(episode) == 5
-            lost.extend(episode.obs)
-            os.kill(pids_of(trainer.envs)[1], signal.SIGKILL)
-        step()
-
-    monkeypatch.setattr(trainer, "step", step_and_kill)
-    trainer.run()
-    # 40 decisions each: two episodes of the one that went on; one of the other, and 14 steps of its next
-    assert trainer.buffer.num_eps == 3
-    assert trainer.buffer._table[:3, 1].tolist() == [21] * 3
-    held = {row.tobytes() for row in trainer.buffer._store["obs"][: len(trainer.buffer)].numpy()}
-    assert not held & {obs.tobytes() for obs in lost}
-    episode = trainer._episodes[1]
-    assert episode is not None
-    assert len(episode) == 14
-    assert "environment 1: the process died (exit code -9)" in capsys.readouterr().err
-    assert len((tmp_path / "run/train.csv").read_text().splitlines()) == 1 + 3
-
-
 def test_a_process_lost_while_its_state_is_asked_is_started_anew(made: Made) -> None:
     there = made(3, 2)
     before = there.reset([0, 1, 2])
@@ -373,89 +315,6 @@ def test_a_process_lost_while_its_state_is_asked_is_started_anew(made: Made) -> 
     assert again[2][1] == 1  # its first episode
     assert set(again) == {2}
     assert before.keys() == {0, 1, 2}
-
-
-@pytest.mark.parametrize("what", ["obs", "reward"])
-def test_numbers_that_are_none_end_the_run_and_name_the_environment(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in.install(2)
-    step = stand_in.StandIn.step
-
-    def broken(self: stand_in.StandIn, action: Any) -> Any:
-        obs, reward, *rest = step(self, action)
-        return (obs * np.nan, reward, *rest) if what == "obs" else (obs, np.nan, *rest)
-
-    monkeypatch.setattr(stand_in.StandIn, "step", broken)
-    trainer = train(tmp_path / "run", env_workers=0)
-    field = {"obs": "observation", "reward": "reward"}[what]
-    with pytest.raises(EnvError, match=f"{stand_in.NAME}, environment 0: {field}: got nan"):
-        trainer.run()  # already in the first evaluation
-    saved = [p.name for p in (tmp_path / "run/checkpoints").glob("0*")]
-    assert saved == ["0001-at-0"]  # it is the one before the evaluation, with all that belongs to it
-
-
-PROGRAM = """
-import sys
-import gymnasium, foreign_envs
-from tdmpc2_fast.train.cli import main
-{register}
-{guard}
-    {register_late}
-    sys.exit(main({words}))
-"""
-REGISTER = "gymnasium.register('OfTheProgram-v0', foreign_envs.Plain, max_episode_steps=20)"
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("without a guard", "a worker process ended (exit code 1) when it imported"),
-        ("registered under the guard", "worker processes cannot make what this one could"),
-        ("from standard input", "a worker process cannot import <stdin> anew"),
-        ("well", ""),
-    ],
-)
-def test_what_workers_cannot_import_is_explained_in_a_line_and_not_tried_again(
-    how: str, words: str, tmp_path: Path
-) -> None:
-    late = how == "registered under the guard"
-    program = PROGRAM.format(
-        register="" if late else REGISTER,
-        guard="if True:" if how == "without a guard" else "if __name__ == '__main__':",
-        register_late=REGISTER if late else "pass",
-        words=["train", "task=OfTheProgram-v0", "num_envs=2", *(f"{k}={v}" for k, v in FEW.items())],
-    )
-    (tmp_path / "program.py").write_text(program)
-    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    command = [sys.executable, "-" if how == "from standard input" else "program.py"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, input=program, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert "Traceback" not in done.stderr
-    if how == "well":
-        assert done.returncode == 0, done.stderr
-        return
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: config key 'env_workers': ")]
-    assert len(errors) == 1
-    assert words in errors[0]
-    assert "env_workers=0" in errors[0]
-    assert "restart" not in done.stderr
-    assert not list(tmp_path.glob("runs/OfTheProgram-v0/*/*"))  # nothing came of it
-
-
-FEW = dict(
-    TINY,
-    iterations=1,
-    num_samples=16,
-    num_elites=4,
-    seed_steps=45,
-    steps=60,
-    eval_episodes=1,
-    device="cpu",
-    num_threads=1,
-)
 
 
 def test_a_function_that_no_process_can_import_is_refused(made: Made) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError, InputError
 from tdmpc2_fast.train.envs import SUITES, complete, dmcontrol, gymnasium_tasks, make_env
-from tdmpc2_fast.train.envs.base import Env, RenderError
+from tdmpc2_fast.train.envs.base import Env, RenderError, step
 
 pytest.importorskip("dm_control")
 gymnasium = pytest.importorskip("gymnasium")
@@ -61,24 +61,26 @@ def test_every_dmcontrol_task_runs(task: str) -> None:
     env.close()
 
 
-def test_one_decision_is_two_control_steps_of_the_suite() -> None:
+@pytest.mark.parametrize("task", ["finger-spin", "walker-stand"])  # other bounds than 1; a reward in every step
+def test_one_decision_is_two_control_steps_of_the_suite(task: str) -> None:
     from dm_control import suite
 
-    env = make_env(Config(task="finger-spin"), 7)
-    raw = suite.load("finger", "spin", task_kwargs={"random": 7})
+    env = make_env(Config(task=task), 7)
+    raw = suite.load(*task.split("-"), task_kwargs={"random": 7})
     spec = raw.action_spec()
-    rng, obs, step = np.random.default_rng(0), env.reset(), raw.reset()
+    rng, obs, timestep = np.random.default_rng(0), env.reset(), raw.reset()
     for _ in range(20):
-        flat = np.concatenate([np.ravel(v) for v in step.observation.values()])
+        flat = np.concatenate([np.ravel(v) for v in timestep.observation.values()])
         np.testing.assert_array_equal(obs, flat.astype(np.float32))
         action = rng.uniform(-1, 1, env.action_dim).astype(np.float32)
         scaled = spec.minimum + (action.astype(np.float64) + 1) / 2 * (spec.maximum - spec.minimum)
-        total = 0.0
+        rewards = []
         for _ in range(2):
-            step = raw.step(scaled)
-            total += step.reward
+            timestep = raw.step(scaled)
+            rewards.append(timestep.reward)
         obs, reward, *_ = env.step(action)
-        assert reward == pytest.approx(total)
+        assert reward == sum(rewards)
+        assert task == "finger-spin" or min(rewards) > 0
 
 
 def test_episodes_end_after_500_decisions_and_seeds_repeat() -> None:
@@ -96,16 +98,17 @@ def test_gymnasium_tasks_and_their_config() -> None:
     env = make_env(cfg, 1)
     assert (env.obs_shape, env.action_dim, env.max_episode_steps, env.action_repeat) == ((11,), 3, 1000, 1)
     assert complete(cfg, env).rho == 0.5
-    obs, done, steps = env.reset(), False, 0
+    env.reset()
+    done, steps = False, 0
     rng = np.random.default_rng(0)
     while not done:
-        obs, _, terminated, truncated, info = env.step(rng.uniform(-1, 1, 3).astype(np.float32))
+        found = step(env, rng.uniform(-1, 1, 3).astype(np.float32))
         steps += 1
-        done = terminated or truncated
-    assert terminated
+        done = found.terminated or found.truncated
+    assert found.terminated
     assert steps < 1000
-    assert obs.dtype == np.float32
-    assert info["success"] == 0.0
+    assert found.obs.dtype == np.float32
+    assert found.success == 0.0
     named = Config(task="mujoco-walker", episodic=True)
     done_cfg = complete(named, make_env(named, 1))
     assert (done_cfg.rho, done_cfg.discount_max) == (0.7, 0.99)
@@ -342,12 +345,14 @@ def test_every_suite_knows_its_own_names() -> None:
         assert all(suite.accepts(name) for name in suite.names)
 
 
-def test_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    env = make_env(Config(task="cartpole-balance", obs="rgb"), 1)
+def test_pixels() -> None:
     try:
-        obs = env.reset()
-    except Exception as e:  # rendering needs a driver; where there is none that is what is tested
-        pytest.skip(f"no headless renderer here: {e}")
+        env = make_env(Config(task="cartpole-balance", obs="rgb"), 1)
+    except ConfigError as e:  # rendering needs a driver
+        if "config key 'obs': 'rgb' needs a renderer" not in str(e):
+            raise
+        pytest.skip(str(e))
+    obs = env.reset()
     assert obs.shape == env.obs_shape == (9, 64, 64)
     assert obs.dtype == np.uint8
     assert np.array_equal(obs[:3], obs[3:6])
