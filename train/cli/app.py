@@ -1,6 +1,6 @@
 """The commands by name, their help, and their completion in a shell.
 
-To add one: write its body, which takes the words behind the name and returns the exit status,
+To add one: write its body, which takes the words after the name and returns the exit status,
 and put a `Words` into `COMMANDS`. Packages on higher floors add theirs by an entry point
 (group `tdmpc2_fast.commands`), which gets the words as they came.
 """
@@ -85,7 +85,7 @@ class Plugin(click.Command):
 
     @override
     def get_short_help_str(self, limit: int = 45) -> str:
-        """Return the first sentence of its module, which is read and not imported: what it needs may take seconds."""
+        """Return the first sentence of its module, which is read, not imported: what it needs may take seconds."""
         try:
             found = importlib.util.find_spec(self.entry.module)
             source = None if found is None or found.origin is None else Path(found.origin).read_text()

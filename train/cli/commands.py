@@ -205,13 +205,11 @@ def info(words: Sequence[str]) -> int:
             modules.setdefault(name.partition(".")[0].strip("_"), []).append(x)
     learnable = sum(x.numel() for k, x in tensors.items() if "." in k and not k.startswith(TARGETS))
     facts = [("file", str(path)), ("format", kind), ("size", f"{path.stat().st_size / 1e6:,.1f} MB")]
-    facts += [("trained", trained(path))]
-    facts += [("parameters", f"{learnable:,} learnable"), ("model", _model(tensors))]
+    facts += [("trained", trained(path)), ("parameters", f"{learnable:,} learnable"), ("model", _model(tensors))]
     facts += [("wrapped in", taken_off)] if taken_off else []
     print(tables.rendered(tables.grid(facts)))
     if cfg is not None:
-        changed = _changed(cfg)
-        print(tables.rendered(tables.section("config, where it is not the default", tables.grid(changed))))
+        print(tables.rendered(tables.section("config, where it is not the default", tables.grid(_changed(cfg)))))
     rows = [
         (name, f"{len(xs)}", f"{sum(x.numel() for x in xs):,}", ", ".join(sorted({str(x.dtype)[6:] for x in xs})))
         for name, xs in modules.items()

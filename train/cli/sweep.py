@@ -37,7 +37,7 @@ _STOPPED = {128 + s: s for s in (signal.SIGINT, signal.SIGTERM)} | {-s: s for s 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep: the words behind `train`, and those of them that make it this one."""
+    """One run of a sweep: the words after `train`, and those of them that make it this one."""
 
     words: tuple[str, ...]
     label: str
@@ -73,15 +73,14 @@ def expand(words: Sequence[str]) -> list[Run]:
     for picked in itertools.product(*choices):
         own = [picked[i] for i in swept]
         given = keys.parse(picked, note=lambda _: None)
-        named = list(picked)
+        named: dict[str, Any] = {}
         if "work_dir" in given and "work_dir" not in swept_keys:
-            folder = Path(given["work_dir"]) / "-".join(map(_name, own))
-            named = [*_without(picked, "work_dir"), f"work_dir={folder}"]
+            named["work_dir"] = Path(given["work_dir"]) / "-".join(map(_name, own))
         elif "work_dir" not in given and swept_keys - {*_IN_FOLDER_NAME}:
             extra = [_name(w) for w in own if w.partition("=")[0] not in _IN_FOLDER_NAME]
-            name = "-".join([given.get("exp_name", Config.exp_name), *extra])
-            named = [*_without(picked, "exp_name"), f"exp_name={name}"]
-        runs.append(Run(tuple(named), " ".join(own)))
+            named["exp_name"] = "-".join([given.get("exp_name", Config.exp_name), *extra])
+        kept = [w for w in picked if w.partition("=")[0].lstrip("+") not in named]
+        runs.append(Run((*kept, *(f"{k}={v}" for k, v in named.items())), " ".join(own)))
     return runs
 
 
@@ -189,10 +188,6 @@ def _range(text: str) -> list[str]:
     if first > last:
         raise ConfigError(f"range {text!r}: allowed: the smaller number first")
     return [str(n) for n in range(first, last + 1)]
-
-
-def _without(words: Sequence[str], key: str) -> list[str]:
-    return [w for w in words if w.partition("=")[0].lstrip("+") != key]
 
 
 def _name(word: str) -> str:

@@ -105,12 +105,10 @@ class GymnasiumTask(Env):
     @property
     def notes(self) -> list[str]:
         """What a person should know of how it is trained, one line for each fact."""
+        fixed, shape = self._actions.fixed, self._observations.flattened
         found = []
-        shape = self._observations.flattened
-        if self._actions.fixed:
-            found.append(
-                f"{self.name}: low and high of these actions are equal, so they stay there: {self._actions.fixed}"
-            )
+        if fixed:
+            found.append(f"{self.name}: low and high of these actions are equal, so they stay there: {fixed}")
         if shape is not None:
             found.append(f"{self.name}: observations {shape} are flattened to {self.obs_shape[0]:,} numbers")
         return found
@@ -190,7 +188,7 @@ class GymnasiumTask(Env):
 
 
 def make(cfg: Config, seed: int) -> Env:
-    """The environment behind an official name or a Gymnasium id."""
+    """Make the environment of an official name or a Gymnasium id."""
     return GymnasiumTask(cfg, seed)
 
 

@@ -1,4 +1,4 @@
-"""Images as the pixel encoder takes them: uint8 (C, 64, 64), frames behind one another."""
+"""Images as the pixel encoder takes them: uint8 (C, 64, 64), frames one after another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_CHANNELS = 16
 
 
 class Stack:
-    """The last frames of an episode, one behind another; the first one fills all places."""
+    """The last frames of an episode, one after another; the first one fills all places."""
 
     def __init__(self, frames: int) -> None:
         self._kept: deque[NDArray[np.uint8]] = deque(maxlen=frames)

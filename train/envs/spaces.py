@@ -88,32 +88,24 @@ class ObservationSpace:
         others = [path for path, _ in self._parts if path not in images]
         self._images: Images | None = None
         if images and (others or len(images) > 1):
-            raise refuse(
-                "task",
-                f"allowed: one image, or numbers alone, and {_named(images[0])} is an image beside "
-                f"{_named((others or images[1:])[0])}; gymnasium.wrappers.FilterObservation keeps some of its parts",
-            )
+            beside = f"{_named(images[0])} is an image beside {_named((others or images[1:])[0])}"
+            keep = "gymnasium.wrappers.FilterObservation keeps some of its parts"
+            raise refuse("task", f"allowed: one image, or numbers alone, and {beside}; {keep}")
         if images and kind != "rgb":
-            raise refuse(
-                "obs",
-                "it observes images: set obs=rgb, or wrap it in gymnasium.wrappers.FlattenObservation to learn from "
-                "their pixels as plain numbers",
-            )
+            wrap = "wrap it in gymnasium.wrappers.FlattenObservation to learn from their pixels as plain numbers"
+            raise refuse("obs", f"it observes images: set obs=rgb, or {wrap}")
         if kind == "rgb":
             if not images:
-                raise refuse(
-                    "obs", "got 'rgb', allowed: obs=state, or images: a Box of uint8, or of numbers from 0 to 1 or 255"
-                )
+                allowed = "obs=state, or images: a Box of uint8, or of numbers from 0 to 1 or 255"
+                raise refuse("obs", f"got 'rgb', allowed: {allowed}")
             self._images = Images(self._parts[0][1])
             self.shape: tuple[int, ...] = self._images.shape
             return
         size = 0
         for path, part in self._parts:
             if not _has_fixed_size(part):
-                raise refuse(
-                    "task",
-                    f"{_named(path)} ({_in_a_line(part)}) has no fixed size and cannot be flattened into numbers",
-                )
+                without = f"{_named(path)} ({_in_a_line(part)})"
+                raise refuse("task", f"{without} has no fixed size and cannot be flattened into numbers")
             size += _flat_size(part)
         if size == 0:
             raise refuse("task", "allowed: at least one number")

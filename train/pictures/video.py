@@ -137,7 +137,7 @@ class Film:
         self._drawn: tuple[NDArray[np.uint8], str] | None = None
 
     def __enter__(self) -> Film:
-        """Begin."""
+        """Begin the video."""
         if self._path is not None:
             self._try(self._begin, self._path)
         return self
