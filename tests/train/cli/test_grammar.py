@@ -31,6 +31,7 @@ class TestGrammar:
         )
         cfg = Config.from_dict(got)
         assert (cfg.steps, cfg.buffer_size, cfg.batch_size, cfg.seed, cfg.vmin) == (7_000_000, 1_000_000, 256, 3, -10)
+        assert keys.parse(["steps=30+4", "eval_freq=30-4"]) == dict(steps=34, eval_freq=26)
 
     def test_none_and_unset(self) -> None:
         for text in ("none", "null", "None", ""):

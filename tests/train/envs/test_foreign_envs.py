@@ -24,7 +24,7 @@ from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError, NonFiniteError
 from tdmpc2_fast.train.cli import keys
 from tdmpc2_fast.train.envs import base as envs_base
-from tdmpc2_fast.train.envs import complete, make_env, tried
+from tdmpc2_fast.train.envs import complete, gymnasium_tasks, make_env, tried
 from tdmpc2_fast.train.envs.gymnasium_tasks import GymnasiumTask
 from tdmpc2_fast.train.run import lifecycle as runs
 
@@ -73,6 +73,16 @@ def test_of_what_is_given_in_other_forms_the_numbers_are_right() -> None:
         assert expected is None or (found.reward, found.success) == expected
         assert not found.terminated
     assert envs_base.step(begun("OneStep"), zero).terminated
+
+
+def test_an_episode_ends_at_its_limit_and_a_return_may_be_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gymnasium_tasks._SUCCESS_RETURN, task_of("Slow"), 4000.0)  # the third reward of 1,500 passes it
+    env = made("Slow")
+    for _ in range(2):
+        envs_base.reset(env)
+        found = [envs_base.step(env, np.zeros(1, np.float32)) for _ in range(20)]
+        assert [step.success for step in found] == [0.0] * 2 + [1.0] * 18
+        assert [step.truncated for step in found] == [False] * 19 + [True]
 
 
 def test_an_environment_that_draws_is_asked_to_and_others_are_not() -> None:

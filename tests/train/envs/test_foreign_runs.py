@@ -13,7 +13,9 @@ from foreign_runs import (
     train_here,  # noqa: F401
 )
 
+from tdmpc2_fast import Config
 from tdmpc2_fast.train.envs.answers import EnvError
+from tdmpc2_fast.train.envs.base import Failures, Step
 
 gymnasium = pytest.importorskip("gymnasium")
 import foreign_envs  # noqa: E402
@@ -108,6 +110,20 @@ def test_failures_stop_a_run_unless_they_are_to_be_dropped(train: Any) -> None:
     with pytest.raises(FloatingPointError, match="the simulation diverged") as e:
         train("Diverges", seed_steps=1000, steps=1000)
     assert any("on_env_error=drop" in note for note in e.value.__notes__)
+
+
+def test_one_in_ten_of_those_that_ended_may_fail_beyond_ten() -> None:
+    said: list[str] = []
+    failures = Failures(Config(on_env_error="drop"), said.append, dropped=9)
+    ended = Step(np.zeros(1, np.float32), 0.0, False, True, 0.0)
+    failures.count([ended, None, ended._replace(truncated=False), ended._replace(terminated=True)] * 5)
+    assert failures.ended == 10
+    for _ in range(2):
+        failures.take(0, OSError("no scene"))
+    assert failures.dropped == 11
+    assert len(said) == 1  # of the tenth; of more, every hundredth
+    with pytest.raises(EnvError, match="got 12 episodes that failed, allowed: 11 beside 10 that ended"):
+        failures.take(0, OSError("no scene"))
 
 
 def test_dropped_episodes_are_bounded(train: Any) -> None:

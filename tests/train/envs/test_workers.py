@@ -289,10 +289,12 @@ def test_where_environments_run(
     monkeypatch.setattr(Workers, "begin", lambda self: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     cfg = tiny_config(obs_dim=24, task=stand_in.NAME, num_envs=count, env_workers=env_workers)
-    envs = environments(cfg, stand_in.StandIn(2, 5, 0), print)
+    first = stand_in.StandIn(2, 5, 0)
+    envs = environments(cfg, first, print)
     if processes == 0:
         assert isinstance(envs, InProcess)
         assert len(envs.envs) == count
+        assert envs.envs[0] is first
     else:
         assert isinstance(envs, Workers)
         parts: Any = envs._workers
