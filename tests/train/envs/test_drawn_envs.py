@@ -22,7 +22,6 @@ from gymnasium import spaces  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-EXAMPLES = 300
 QUICK = dict(
     TINY,
     num_q=2,
@@ -150,8 +149,7 @@ def trained(cfg: Config) -> OnlineTrainer:
     return trainer
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+environments = given(
     observation=observations,
     action=actions,
     length=st.integers(1, 15),
@@ -160,7 +158,22 @@ def trained(cfg: Config) -> OnlineTrainer:
     reward=st.one_of(st.floats(-100, 100, width=32), st.sampled_from([0, 1e5, -1e5, True])),
     form=st.sampled_from(FORMS),
 )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@environments
 def test_every_environment_trains_or_is_refused_by_its_space(length: int, **drawn: Any) -> None:
+    trains_or_is_refused(length, drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@environments
+def test_many_environments_train_or_are_refused_by_their_spaces(length: int, **drawn: Any) -> None:
+    trains_or_is_refused(length, drawn)
+
+
+def trains_or_is_refused(length: int, drawn: dict[str, Any]) -> None:
     Drawn.drawn, Drawn.steps = drawn, 0
     keys: dict[str, Any] = dict(QUICK, task="Drawn-v0", episode_length=length)
     if (why := refusal(Config(**keys))) is not None:

@@ -152,7 +152,8 @@ def test_a_module_in_the_working_directory_is_found(tmp_path: Path) -> None:
         "-c",
         "import sys; from tdmpc2_fast.train.cli import main; sys.exit(main(sys.argv[1:]))",
     ]
-    words = [f"{k}={v}" for k, v in SMALL.items() if k != "display"]
+    keys_of_a_run = SMALL | dict(steps=20, seed_steps=10)
+    words = [f"{k}={v}" for k, v in keys_of_a_run.items() if k != "display"]
     here = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     env = {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run([*command, "train", "task=of_ones_own:Mine-v0", *words], env=env, **here)  # type: ignore[call-overload]
