@@ -222,8 +222,8 @@ def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
     monkeypatch.setattr(sweep, "Sweep", Ends)
     monkeypatch.setattr("tdmpc2_fast.benchmarks.run.bench", lambda options, suites: 0)  # what it does has tests
-    for name in ("_FIRST_LINE", "_BETWEEN_LINES", "_PACE_SECONDS", "_WORTH_A_LINE"):
-        monkeypatch.setattr(f"tdmpc2_fast.train.log.display.{name}", 0.0)
+    for name in ("display._FIRST_LINE", "display._BETWEEN_LINES", "status._PACE_SECONDS", "status._WORTH_A_LINE"):
+        monkeypatch.setattr(f"tdmpc2_fast.train.log.{name}", 0.0)
     yield tmp_path
     registry.clear()
     registry.update(registered)

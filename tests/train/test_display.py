@@ -16,8 +16,10 @@ from conftest import tiny_config
 
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.log import display
-from tdmpc2_fast.train.log.display import Clock, Lines, Live, Quiet, Status, choose
+from tdmpc2_fast.train.log import status as status_module
+from tdmpc2_fast.train.log.display import Lines, Live, Quiet, choose
 from tdmpc2_fast.train.log.run_log import RunLog
+from tdmpc2_fast.train.log.status import Clock, Status
 
 pytest.importorskip("rich")
 from rich.cells import cell_len
@@ -53,7 +55,8 @@ class Time:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     found = Time()
-    monkeypatch.setattr(display, "perf_counter", found)
+    for module in (display, status_module):
+        monkeypatch.setattr(module, "perf_counter", found)
     return found
 
 

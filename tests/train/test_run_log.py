@@ -18,7 +18,7 @@ from loop_oracle import csvs as files
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.train.log import display, run_log, sinks
+from tdmpc2_fast.train.log import display, sinks, status
 from tdmpc2_fast.train.log.run_log import WALL_CLOCK, RunLog
 
 REPEAT = 2
@@ -155,7 +155,8 @@ def test_a_file_shorter_than_recorded_is_kept_and_told(tmp_path: Path, capsys: p
 def test_the_time_is_in_the_last_columns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     now, state = 100.0, None
-    monkeypatch.setattr(display, "perf_counter", lambda: now)
+    for module in (display, status):
+        monkeypatch.setattr(module, "perf_counter", lambda: now)
     for first in (1, 4):
         log = RunLog(config(tensorboard=True, seed_steps=1), tmp_path, REPEAT, {}, state)
         for n in range(first, first + 3):
@@ -375,7 +376,7 @@ def test_an_account_in_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, te
 
 
 def test_closing_twice_says_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = run_log.RunLog(config(), tmp_path, REPEAT, {})
+    log = RunLog(config(), tmp_path, REPEAT, {})
     log.close(["files in there"])
     log.close(["files in there"])
     assert capsys.readouterr().out.count("files in there") == 1

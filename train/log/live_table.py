@@ -12,13 +12,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .display import Status, hms, percent
+from .status import Status, hms
 
 _WIDEST, _LABEL, _GAP = 120, 9, "   "
 
 
 def table(s: Status, width: int, height: int) -> Panel:
-    """The live table, at most `width` columns wide; of the notes, as many as fit `height` rows."""
+    """Lay out the live table, at most `width` columns wide, with as many of the notes as fit `height` rows."""
     width = min(width, _WIDEST)
     inner = width - 4  # the frame
     room = inner - _LABEL
@@ -38,7 +38,7 @@ def table(s: Status, width: int, height: int) -> Panel:
     elif s.over:
         now = Text("ended")
     else:
-        now = Text("random actions" if s.decisions <= (s.cfg.seed_steps or 0) else "training")
+        now = Text("random actions" if s.seeding else "training")
     elapsed = s.elapsed
     shares = {name: seconds / max(elapsed, 1e-9) for name, seconds in s.clock.so_far().items()}
     shares["other"] = max(0.0, 1 - sum(shares.values()))
@@ -77,7 +77,7 @@ def table(s: Status, width: int, height: int) -> Panel:
             used += 1
     for i, line in enumerate(_recent(s, room, 1000 if s.over else height - 1 - used)):
         grid.add_row("" if i else "notes", line)
-    count = Text(f"{s.decisions:,} / {s.cfg.steps:,} decisions {percent(s)}", "bold")
+    count = Text(f"{s.decisions:,} / {s.cfg.steps:,} decisions {s.percent}", "bold")
     bar = Table.grid(padding=(0, 2, 0, 0))
     bar.add_column(width=max(inner - count.cell_len - 2, 1))
     bar.add_column(no_wrap=True)
@@ -87,7 +87,7 @@ def table(s: Status, width: int, height: int) -> Panel:
 
 
 def _flow(items: Sequence[Text], width: int) -> list[Text]:
-    """Items side by side, on a new line where the next one does not fit: none is broken."""
+    """Put items side by side, on a new line where the next one does not fit: none is broken."""
     lines: list[Text] = []
     for item in items:
         if lines and lines[-1].cell_len + len(_GAP) + item.cell_len <= width:
@@ -102,7 +102,7 @@ def _fold(words: str, width: int, style: str = "") -> list[Text]:
 
 
 def _recent(s: Status, width: int, most: int) -> list[Text]:
-    """The newest notes that fit in `most` lines, in the order they came; the newest always shows."""
+    """Return the newest notes that fit in `most` lines, in the order they came; the newest always shows."""
     lines: list[Text] = []
     for when, what, warning in reversed(list(s.notes)):
         words = f"{when} {'warning: ' * warning}{' '.join(what.split())}"

@@ -1,4 +1,4 @@
-"""What becomes of the numbers of a run."""
+"""The numbers of a run on their way to its files and to its display."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.model.files import replacing
 
-from .display import Clock, Status, choose
+from .display import choose
 from .sinks import Csv, Disk, Sink, TensorBoard, WandB
+from .status import Clock, Status
 
 WALL_CLOCK = ("elapsed_time", "decisions_per_second")
 """The last columns of `train.csv`: what two equal runs differ in."""
@@ -44,7 +45,7 @@ class RunLog:
         about: Mapping[str, str],
         resumed: Mapping[str, Any] | None = None,
     ) -> None:
-        self.cfg, self.folder, self.action_repeat = cfg, folder, action_repeat
+        self.cfg, self.action_repeat = cfg, action_repeat
         self.clock = Clock()
         self._status = Status(cfg, folder, action_repeat, about, self.clock)
         self._closed = False
@@ -52,49 +53,47 @@ class RunLog:
         saved: Mapping[str, Any] = resumed or {}
         if resumed is not None:
             self._status.load(resumed["status"])
-        self._write_config()
+        path, text = folder / "config.json", json.dumps(cfg.to_dict(), indent=1) + "\n"
+        if not path.exists() or path.read_text() != text:
+            with replacing(path) as tmp:
+                tmp.write_text(text)
         self._display = choose(self._status)
-        self._disk = Disk(self.note, self.warn)
+        disk = Disk(self.note, self.warn)
         self._sinks: dict[str, Sink] = {}
         if cfg.enable_wandb:
             self._sinks["wandb"] = WandB(cfg, folder, saved.get("wandb"), self.note, self.warn)
         if cfg.save_csv:
-            self._sinks["csv"] = Csv(folder, cfg.seed, self._disk, saved.get("csv"), self.warn)
+            self._sinks["csv"] = Csv(folder, cfg.seed, disk, saved.get("csv"))
         if cfg.tensorboard:
             try:
-                self._sinks["tensorboard"] = TensorBoard(folder, self._disk, saved.get("tensorboard"), self.warn)
+                self._sinks["tensorboard"] = TensorBoard(folder, disk, saved.get("tensorboard"))
             except ImportError:
                 self.note("no TensorBoard files: the package is missing; pip install 'tdmpc2-fast[train]'")
 
-    def _write_config(self) -> None:
-        path, text = self.folder / "config.json", json.dumps(self.cfg.to_dict(), indent=1) + "\n"
-        if not path.exists() or path.read_text() != text:
-            with replacing(path) as tmp:
-                tmp.write_text(text)
-
     def step(self, decisions: int, replay: float) -> None:
-        """After every decision: how many there were, and the filled share of the replay, 0 to 1."""
-        now = self._status.step(decisions, replay)
-        if now >= self._display.due:
-            self._display.show(now)
+        """Take in, after every decision, how many there were, and the filled share of the replay, 0 to 1."""
+        self._show(self._status.step(decisions, replay))
 
     def busy(self, what: str, done: int, total: int) -> None:
-        """Inside a long stretch between two decisions, e.g. `busy("pretraining", 10, 1000)`."""
+        """Take in how far a long stretch between two decisions is, e.g. `busy("pretraining", 10, 1000)`."""
         now = self._status.busy(what, done, total)
         if text := self._status.foretold(now):
             self.note(text)
+        self._show(now)
+
+    def _show(self, now: float) -> None:
         if now >= self._display.due:
             self._display.show(now)
 
     def episode(self, decisions: int, row: Mapping[str, Any]) -> None:
-        """One finished training episode: its row of `train.csv`; None for what is not known yet."""
+        """Write the row of a training episode that has ended; None is what is not known yet."""
         self._status.row = row
         rate = self._status.rate
         clock = round(self._status.elapsed, 2), None if rate is None else round(rate, 3)
         self._write("train", decisions, dict(decisions=decisions, **row, **dict(zip(WALL_CLOCK, clock, strict=True))))
 
     def evaluation(self, decisions: int, mean: float, std: float, episodes: int, success: float = 0.0) -> None:
-        """One evaluation, at this many decisions of training: mean and spread of the returns."""
+        """Write the mean and the spread of the returns of an evaluation after so many decisions of training."""
         self._status.evaluated(mean)
         self._write("eval", decisions, {"return": mean, "return_std": std, "success": success})
         succeeded = f"  success {success:.2f}" if success else ""
@@ -108,21 +107,21 @@ class RunLog:
             sink.write(kind, decisions * self.action_repeat, values)
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Show a line."""
         self._display.note(text)
 
     def warn(self, text: str) -> None:
-        """Something went wrong and the run goes on; shown by every display."""
+        """Show, on every display, that something went wrong and the run goes on."""
         self._display.warn(text)
 
-    def warn_once(self, text: str) -> None:
-        """`warn`, but not of what this session was warned of in the same words."""
-        if text not in self._warned:
-            self._warned.add(text)
+    def warn_once(self, text: str, about: str | None = None) -> None:
+        """Warn, unless this session was warned of the same thing: `about` names it, or the text does."""
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
             self.warn(text)
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready, for `resumed` of a later session; CSV rows so far are on the disk when it returns."""
+        """Return `resumed` for a later session, JSON-ready; CSV rows so far are on the disk when it returns."""
         return dict(status=self._status.state(), **{name: sink.state() for name, sink in self._sinks.items()})
 
     def close(self, summary: Sequence[str] = ()) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
+from typing_extensions import override
+
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.model.files import replacing
@@ -27,14 +29,14 @@ _WANDB_SECONDS = 20.0
 
 
 class Disk:
-    """What is wrong with the disk, said once per outage and not once per row."""
+    """Says what is wrong with the disk, once per outage and not once per row."""
 
     def __init__(self, note: Callable[[str], None], warn: Callable[[str], None]) -> None:
         self._note, self._warn = note, warn
         self._failing: set[Path] = set()
 
     def failed(self, path: Path, error: OSError) -> None:
-        """`path` could not be written."""
+        """Take in that `path` could not be written."""
         if not self._failing:
             self._warn(
                 f"cannot write {path}: {error.strerror or error}; the run goes on and keeps what is unwritten in "
@@ -43,11 +45,21 @@ class Disk:
         self._failing.add(path)
 
     def worked(self, path: Path) -> None:
-        """All of `path` is written."""
+        """Take in that all of `path` is written."""
         if path in self._failing:
             self._failing.remove(path)
             if not self._failing:
                 self._note("the files are written again, with all that was kept")
+
+    def cut(self, path: Path, size: int) -> None:
+        """Take back what lies behind the first `size` bytes of `path`, all of it or nothing."""
+        kept = path.read_bytes() if path.exists() else b""
+        if len(kept) < size:
+            known = f"{path} has {len(kept):,} bytes, the checkpoint knows {size:,}"
+            self._warn(f"{known}: rows are missing; it goes on as it is")
+        elif len(kept) > size:
+            with replacing(path) as tmp:
+                tmp.write_bytes(kept[:size])
 
 
 class Records:
@@ -57,21 +69,36 @@ class Records:
         path: the file; its folder is made.
         disk: hears of what fails.
         head: what an empty file begins with.
-        waiting: records of an earlier session that were never written.
+        waiting: records of an earlier session that were never written, as `state` has them.
     """
 
-    def __init__(self, path: Path, disk: Disk, head: bytes = b"", waiting: Sequence[bytes] = ()) -> None:
+    def __init__(self, path: Path, disk: Disk, head: bytes = b"", waiting: Sequence[str] = ()) -> None:
         self.path, self.head = path, head
-        self.waiting = list(waiting)
+        self._waiting = [r.encode("latin-1") for r in waiting]
         self._disk = disk
         self._torn_at: int | None = None  # bytes before a record that was written in part
 
     def append(self, record: bytes) -> None:
         """Write what waits, then `record`."""
-        self.waiting.append(record)
-        self.flush()
+        self._waiting.append(record)
+        self._flush()
 
-    def flush(self, sync: bool = False) -> None:
+    def state(self) -> dict[str, Any]:
+        """Return the bytes on the disk and the records that wait, for `Disk.cut` and `waiting` of a later session."""
+        if self._waiting or self.path.exists():
+            self._flush(sync=True)
+        held = self.path.stat().st_size if self.path.exists() else 0
+        size = held if self._torn_at is None else self._torn_at
+        return dict(bytes=size, waiting=[r.decode("latin-1") for r in self._waiting])
+
+    def close(self) -> str | None:
+        """Write what waits; return how many rows could not be written, in words."""
+        if self._waiting:
+            self._flush()
+        count = len(self._waiting)
+        return f"{count:,} row{'s' * (count != 1)}" if count else None
+
+    def _flush(self, sync: bool = False) -> None:
         """Write what waits; `sync` also sees it onto the disk."""
         written = 0
         try:
@@ -79,7 +106,7 @@ class Records:
             with open(self.path, "ab", buffering=0) as f:
                 if self._torn_at is not None:
                     f.truncate(self._torn_at)
-                for record in self.waiting:
+                for record in self._waiting:
                     self._torn_at = f.seek(0, os.SEEK_END)
                     rest = memoryview(record if self._torn_at else self.head + record)
                     while rest:
@@ -89,80 +116,50 @@ class Records:
                 if sync:
                     os.fsync(f.fileno())
         except OSError as e:
-            self._mend()
+            if self._torn_at is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, self._torn_at)
+                    self._torn_at = None
             self._disk.failed(self.path, e)
         else:
             self._disk.worked(self.path)
-        del self.waiting[:written]
-
-    def _mend(self) -> None:
-        if self._torn_at is not None:
-            with suppress(OSError):
-                os.truncate(self.path, self._torn_at)
-                self._torn_at = None
-
-    def state(self) -> dict[str, Any]:
-        """Bytes on the disk and records that wait, for `cut` and `waiting` of a later session."""
-        if self.waiting or self.path.exists():
-            self.flush(sync=True)
-        held = self.path.stat().st_size if self.path.exists() else 0
-        size = held if self._torn_at is None else self._torn_at
-        return dict(bytes=size, waiting=[r.decode("latin-1") for r in self.waiting])
-
-
-def cut(path: Path, size: int, warn: Callable[[str], None]) -> None:
-    """Take back what lies behind the first `size` bytes of `path`, all of it or nothing."""
-    kept = path.read_bytes() if path.exists() else b""
-    if len(kept) < size:
-        warn(f"{path} has {len(kept):,} bytes, the checkpoint knows {size:,}: rows are missing; it goes on as it is")
-    elif len(kept) > size:
-        with replacing(path) as tmp:
-            tmp.write_bytes(kept[:size])
-
-
-def _rows(file: Records) -> str:
-    count = len(file.waiting)
-    return f"{count:,} row{'s' * (count != 1)}"
+        del self._waiting[:written]
 
 
 class Sink(Protocol):
-    """Takes rows of numbers at environment steps."""
+    """Takes rows of numbers at environment steps. What it cannot write it keeps or counts; it never ends a run."""
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One row of `kind` train or eval; None values are left out."""
+        """Write a row of `kind` train or eval; None values are left out."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready: what a later session of this run needs to go on."""
+        """Return what a later session of this run needs to go on, JSON-ready."""
         ...
 
     def close(self) -> str | None:
-        """Finish; returns what was not written, in words."""
+        """Finish; return what was not written, in words."""
         ...
 
 
-class Csv:
-    """`eval.csv` with the official columns, and `train.csv` with all there is."""
+class Csv(Sink):
+    """Writes `eval.csv` with the official columns, and `train.csv` with all there is."""
 
-    def __init__(
-        self, folder: Path, seed: int, disk: Disk, resumed: Mapping[str, Any] | None, warn: Callable[[str], None]
-    ) -> None:
+    def __init__(self, folder: Path, seed: int, disk: Disk, resumed: Mapping[str, Any] | None) -> None:
         self._seed = seed
         self._columns: dict[str, list[str]] = {}
         self._files: dict[str, Records] = {}
         for kind in ("train", "eval"):
-            path, waiting = folder / f"{kind}.csv", []
+            path, known = folder / f"{kind}.csv", (resumed or {}).get(kind, dict(bytes=0, waiting=[]))
             if resumed is not None:
-                known = resumed.get(kind, dict(bytes=0, waiting=[]))
-                cut(path, known["bytes"], warn)
-                waiting = [r.encode("latin-1") for r in known["waiting"]]
+                disk.cut(path, known["bytes"])
             if path.exists() and path.stat().st_size:
                 with open(path, newline="") as f:
                     self._columns[kind] = next(csv.reader(f))  # of an earlier version it may have fewer
-            self._files[kind] = Records(path, disk, waiting=waiting)
+            self._files[kind] = Records(path, disk, waiting=known["waiting"])
 
+    @override
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """A line of `train.csv` or `eval.csv`."""
         if kind == "eval":
             values = dict(step=step, reward=round(values["return"], 1), seed=self._seed)
         else:
@@ -171,16 +168,14 @@ class Csv:
         self._files[kind].head = _line(columns)
         self._files[kind].append(_line(["" if values.get(c) is None else values[c] for c in columns]))
 
+    @override
     def state(self) -> dict[str, Any]:
-        """Sizes of the files, which are on the disk when this returns."""
         return {kind: f.state() for kind, f in self._files.items()}
 
+    @override
     def close(self) -> str | None:
-        """Write what waits."""
-        for f in self._files.values():
-            if f.waiting:
-                f.flush()
-        return ", ".join(f"{_rows(f)} of {f.path.name}" for f in self._files.values() if f.waiting) or None
+        lost = [(f.close(), f.path.name) for f in self._files.values()]
+        return ", ".join(f"{rows} of {name}" for rows, name in lost if rows) or None
 
 
 def _line(cells: Sequence[Any]) -> bytes:
@@ -189,65 +184,61 @@ def _line(cells: Sequence[Any]) -> bytes:
     return text.getvalue().encode()
 
 
-class TensorBoard:
-    """Event files in `tensorboard/`, one per session of a run.
+class TensorBoard(Sink):
+    """Writes event files in `tensorboard/`, one per session of a run.
 
-    Written with tensorboard's own record format, but not with its `SummaryWriter`: that
+    They are in tensorboard's own record format, but not written with its `SummaryWriter`: that
     writes in a thread, and a disk that is full for a moment leaves it dead, half a record in
     the file and a traceback in the terminal.
     """
 
-    def __init__(
-        self, folder: Path, disk: Disk, resumed: Mapping[str, Any] | None, warn: Callable[[str], None]
-    ) -> None:
+    def __init__(self, folder: Path, disk: Disk, resumed: Mapping[str, Any] | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
         self._folder = folder / "tensorboard"
-        waiting: list[bytes] = []
         if resumed is not None:
             for path in self._folder.glob("*.tfevents.*"):
                 if path.name in resumed["bytes"]:
-                    cut(path, resumed["bytes"][path.name], warn)
+                    disk.cut(path, resumed["bytes"][path.name])
                 else:
                     path.unlink()  # of a session after the checkpoint: run again
-            waiting = [r.encode("latin-1") for r in resumed["waiting"]]
-        name = f"events.out.tfevents.{time.time_ns() // 1000:016d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = Records(self._folder / name, disk, self._record(file_version="brain.Event:2"), waiting)
+        path = self._folder / f"events.out.tfevents.{time.time_ns() // 1000:016d}.{socket.gethostname()}.{os.getpid()}"
+        head, waiting = self._record(file_version="brain.Event:2"), [] if resumed is None else resumed["waiting"]
+        self._file = Records(path, disk, head, waiting)
 
     def _record(self, **fields: Any) -> bytes:
         data = io.BytesIO()
         self._writer(data).write(self._event(wall_time=time.time(), **fields).SerializeToString())
         return data.getvalue()
 
+    @override
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One event with a scalar per value, tagged `train/NAME` or `eval/NAME`."""
         scalars = [
             self._summary.Value(tag=f"{kind}/{k}", simple_value=float(v)) for k, v in values.items() if v is not None
         ]
         self._file.append(self._record(step=step, summary=self._summary(value=scalars)))
 
+    @override
     def state(self) -> dict[str, Any]:
-        """Sizes of the event files."""
         own = self._file.state()
         sizes = {p.name: p.stat().st_size for p in self._folder.glob("*.tfevents.*")}
         if self._file.path.name in sizes:
             sizes[self._file.path.name] = own["bytes"]
         return dict(bytes=sizes, waiting=own["waiting"])
 
+    @override
     def close(self) -> str | None:
-        """Write what waits."""
-        if self._file.waiting:
-            self._file.flush()
-        return f"{_rows(self._file)} of TensorBoard" if self._file.waiting else None
+        rows = self._file.close()
+        return f"{rows} of TensorBoard" if rows else None
 
 
-class WandB:
-    """A Weights & Biases run with the official names, group, tags and keys.
+class WandB(Sink):
+    """Writes a Weights & Biases run with the official names, group, tags and keys.
 
-    Offline without an account, and where the server does not answer within 20 seconds.
+    It is offline without an account, and where the server does not answer within 20 seconds.
     """
 
     def __init__(
@@ -298,9 +289,9 @@ class WandB:
         if not cfg.wandb_silent:
             note(text)
 
+    @override
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """`train/NAME` or `eval/NAME`, with `step` as the axis; what the server has already stays."""
-        if self._run is None or step < self._run.step:
+        if self._run is None or step < self._run.step:  # what the server has already stays
             return
         official = {"return": "episode_reward", "return_std": "episode_reward_std", "success": "episode_success"}
         named = {official.get(k, k): v for k, v in dict(step=step, **values).items() if v is not None}
@@ -310,12 +301,12 @@ class WandB:
             self._warn(f"Weights & Biases stopped: {e}; the run goes on without it, the CSV files have everything")
             self._run = None
 
+    @override
     def state(self) -> dict[str, Any]:
-        """The id under which a later session goes on."""
         return dict(id=self._id)
 
+    @override
     def close(self) -> str | None:
-        """Send what is not sent yet, for 20 seconds at most."""
         if self._run is not None:
             try:
                 self._run.finish()
@@ -325,7 +316,7 @@ class WandB:
 
 
 def wandb_package() -> Any:
-    """The package; where it is missing, `ConfigError` says how to get it."""
+    """Return the package; where it is missing, raise a `ConfigError` that says how to get it."""
     try:
         import wandb
     except ImportError as e:
@@ -337,7 +328,7 @@ def wandb_package() -> Any:
 
 
 def _has_account(server: str) -> bool:
-    """Whether there is a key for the server, by the ways wandb knows."""
+    """Tell whether there is a key for the server, by the ways wandb knows."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     for path in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
