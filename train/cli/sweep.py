@@ -26,6 +26,8 @@ from typing import Any
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
+from ..log.status import hms
+from ..signals import SIGNALS, handled
 from . import keys
 
 _REPORT = "TDMPC2_SWEEP_REPORT"
@@ -108,18 +110,12 @@ class Sweep:
 
     def run(self) -> int:
         """Run them; return 0 where all finished, 1 where one failed, 128 + a signal that ended the sweep."""
-        signals = [s for n in ("SIGINT", "SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None]
-        before = {s: signal.signal(s, self._stop) for s in signals}
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                for i, outcome in enumerate(self.outcomes):
-                    if self._signal is not None:
-                        break
-                    print(f"\nrun {i + 1} of {len(self.outcomes)}: {outcome.run.command}", flush=True)
-                    self._run(outcome, Path(folder) / str(i))
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+        with handled(SIGNALS, self._stop), tempfile.TemporaryDirectory() as folder:
+            for i, outcome in enumerate(self.outcomes):
+                if self._signal is not None:
+                    break
+                print(f"\nrun {i + 1} of {len(self.outcomes)}: {outcome.run.command}", flush=True)
+                self._run(outcome, Path(folder) / str(i))
         if self._signal is not None:
             return 128 + self._signal
         return int(any(o.status for o in self.outcomes))
@@ -156,8 +152,7 @@ class Sweep:
 def _summary(o: Outcome) -> tuple[str, str, str]:
     if o.status is None:
         return "not started", "", ""
-    seconds = int(o.seconds)
-    took = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    took = hms(o.seconds)
     where = str(o.told.get("folder", ""))
     if o.status == 0:
         return f"return {o.told['mean_return']:.1f} ± {o.told['std_return']:.1f}", took, where

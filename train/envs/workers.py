@@ -41,7 +41,7 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-from ..run.stop import SIGNALS
+from ..signals import SIGNALS
 from .answers import EnvError
 from .base import (
     Actions,

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from ..signals import SIGNALS, handled
 
 
 class Stopped(Exception):
@@ -23,34 +23,29 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether a run is to end. A second Ctrl-C is no wish: it raises `KeyboardInterrupt` at once."""
+    """Knows whether a run is to end. A second Ctrl-C is no wish: it raises `KeyboardInterrupt` at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @property
     def asked(self) -> bool:
-        """Whether the run is to end after its step."""
+        """Tells whether the run is to end after its step."""
         return self.signal is not None
 
     def check(self) -> None:
-        """Raise `Stopped` if so."""
+        """Raise `Stopped` if the run is to end."""
         if self.signal is not None:
             raise Stopped(self.signal)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within: signals are wishes, but for those ignored so far, as background jobs of a shell ignore Ctrl-C."""
+        """Take signals within as wishes, but for those ignored so far, as background jobs of a shell ignore Ctrl-C."""
         if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
             yield
             return
-        taken = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
-        before = {s: signal.signal(s, self._ask) for s in taken}
-        try:
+        with handled([s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN], self._ask):
             yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
