@@ -80,7 +80,7 @@ class _Trainer(OnlineTrainer):
 
     def _evaluate(self) -> Any:
         found = super()._evaluate()
-        self.last = self._decisions, found.mean_return, found.std_return
+        self.last = self.progress.decisions, found.mean_return, found.std_return
         return found
 
 
@@ -103,7 +103,7 @@ def learn(cfg: Config, folder: Path, seconds: float) -> Learned:
                 trainer.log.close()
         finally:
             timer.cancel()
-    repeat, decisions = trainer.log.action_repeat, trainer._decisions
+    repeat, decisions = trainer.log.action_repeat, trainer.progress.decisions
     at, mean, std = trainer.last or (None, None, None)
     return Learned(
         decisions=decisions,

@@ -112,9 +112,9 @@ class Loop:
         self.product = self.trainer.agent
         self.agent = _Timed(self.product, wrap(self.product) if wrap else self.product)
         self.trainer.agent = self.agent  # type: ignore[assignment]
-        while not self.trainer._seeded:
+        while not self.trainer.progress.seeded:
             self.trainer.step()
-        self.first_update = numbers(self.trainer._metrics)
+        self.first_update = numbers(self.trainer.metrics)
         step = self.trainer.envs.step_wait
         self.trainer.envs.step_wait = lambda: self.agent.timed("environment", step)  # type: ignore[method-assign]
 

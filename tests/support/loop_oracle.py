@@ -35,7 +35,7 @@ def everything(trainer: OnlineTrainer) -> dict[str, Any]:
             found |= {f"{len(flat.param)} {k}": getattr(flat, k) for k in ("exp_avg", "exp_avg_sq", "step")}
     found |= {f"stream {k}": g.get_state() for k, g in streams.items()}
     found["warm start"] = agent.planner.prev_mean
-    found |= {f"metric {k}": v for k, v in trainer._metrics.items()}
+    found |= {f"metric {k}": v for k, v in trainer.metrics.items()}
     # Bytes: unlike comparison, they tell NaN from NaN and 0 from -0.
     found = {k: v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for k, v in found.items()}
     return found | csvs(trainer.folder)

@@ -18,7 +18,7 @@ from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.train.envs.together import InProcess
-from tdmpc2_fast.train.run.overlap import InCallersThread, InThread
+from tdmpc2_fast.train.run.overlap import InThread, Updates
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 QUICK = dict(
@@ -59,7 +59,7 @@ def test_overlapped_and_serial_loops_are_bitwise_equal(several: Any, trainer_of:
     seed = int(np.random.default_rng().integers(2**31))
     keys = dict(dict(seed=seed, seed_steps=150, eval_freq=160), **several)
     serial, overlapped = (trainer_of(overlap=o, **keys) for o in (False, True))
-    assert isinstance(serial._updates, InCallersThread)
+    assert type(serial._updates) is Updates
     assert isinstance(overlapped._updates, InThread)
     found = []
     for trainer in (serial, overlapped):
@@ -72,7 +72,7 @@ def test_overlapped_and_serial_loops_are_bitwise_equal(several: Any, trainer_of:
 
 
 def past_pretraining(trainer: OnlineTrainer) -> OnlineTrainer:
-    while not trainer._seeded:
+    while not trainer.progress.seeded:
         trainer.step()
     trainer._updates.wait()
     return trainer
@@ -119,11 +119,11 @@ def test_an_update_does_not_see_the_episode_that_ends_beside_it(
     update = trainer.agent.update
 
     def note(buffer: Any) -> Any:
-        seen.append((trainer._decisions, buffer.num_eps))
+        seen.append((trainer.progress.decisions, buffer.num_eps))
         return update(buffer)
 
     monkeypatch.setattr(trainer.agent, "update", note)
-    while trainer._decisions < 52:
+    while trainer.progress.decisions < 52:
         trainer.step()
     trainer._updates.wait()
     # Episodes end at 25 and at 50; pretraining belongs to the decision after the 30th.
@@ -140,7 +140,7 @@ def test_an_episode_that_ends_with_the_run_is_kept_and_logged_with_the_metrics_o
     header = (trainer.folder / "train.csv").read_text().splitlines()[0].split(",")
     row = dict(zip(header, last, strict=True))
     assert row["decisions"] == "50"
-    assert float(row["pi_loss"]) == float(trainer._metrics["pi_loss"])
+    assert float(row["pi_loss"]) == float(trainer.metrics["pi_loss"])
     assert [line.split(",")[0] for line in (trainer.folder / "eval.csv").read_text().splitlines()[1:]] == ["0", "50"]
 
 

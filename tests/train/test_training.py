@@ -130,7 +130,7 @@ def test_what_is_shown_and_kept_reads_no_tensor_between_episodes(
 ) -> None:
     """Reading one would make the host wait for a GPU at every decision."""
     trainer = OnlineTrainer(Config.from_dict(dict(QUICK, display=display)), tmp_path)
-    while not trainer._metrics or len(trainer._running()[0]) > 20:
+    while not trainer.metrics or len(trainer._running()[0]) > 20:
         trainer.step()
     show, shown, reads = type(trainer.log._display).show, [], []
     monkeypatch.setattr(type(trainer.log._display), "show", lambda self, now: (shown.append(now), show(self, now)))

@@ -18,17 +18,16 @@ class Doubts:
 
     Args:
         cfg: a completed config.
-        warn: told each in a line.
+        say: told each doubt in a line, and what it is about; says nothing of the same thing twice.
     """
 
-    def __init__(self, cfg: Config, warn: Callable[[str], None]) -> None:
-        self.cfg, self._warn = cfg, warn
-        self._said: set[str] = set()
+    def __init__(self, cfg: Config, say: Callable[[str, str], None]) -> None:
+        self.cfg, self._say = cfg, say
         self._longest = 0
         # Of a bin in symlog space; plain regression has no end.
         self._range = (_symexp(cfg.vmin), _symexp(cfg.vmax)) if cfg.num_bins > 1 else (-math.inf, math.inf)
         if why := self._why_too_short():
-            self.say("steps", f"nothing will be learned: {why}")
+            say(f"nothing will be learned: {why}", "steps")
 
     def episode(self, episode: Episode) -> None:
         """Look at the rewards of an episode that has ended, and at what they add up to."""
@@ -46,20 +45,20 @@ class Doubts:
                 both = np.concatenate([rewards, returns])
                 ends = [("vmin=-", -both.min()), ("vmax=", both.max())]
                 limits = " ".join(f"{key}{math.ceil(math.log1p(x)) + 1}" for key, x in ends if x > high)
-                self.say(
-                    "bins",
+                self._say(
                     f"got a {what} of {beyond[0]:,.6g}, beyond the bins, which end at {low:,.0f} and {high:,.0f} "
                     "(symexp of vmin and vmax): it is learned as if it were there. Scale rewards down, or train with "
                     f"{limits or 'a larger vmax'}",
+                    "bins",
                 )
 
     def seeded(self, decisions: int, buffer: ReplayBuffer) -> None:
-        """After a decision, before anything was learned: whether the replay can give a slice at all."""
+        """Look, after a decision before the first update, whether the replay can give a slice at all."""
         if decisions > (self.cfg.seed_steps or 0) and buffer.num_eps and not buffer.num_sampleable:
-            self.say(
-                "episodes",
+            self._say(
                 f"nothing is learned so far: no episode was as long as horizon={self.cfg.horizon} decisions; actions "
                 f"stay random until one is. horizon={max(1, self._longest)} fits the longest one",
+                "episodes",
             )
 
     def why_nothing_learned(self, buffer: ReplayBuffer) -> str:
@@ -80,12 +79,6 @@ class Doubts:
             return None
         what = f"seed_steps={seed} random decisions" if random > ended else f"the end of an episode, {ended} decisions"
         return f"steps={cfg.steps}, and the first update comes after {what}; allowed: steps above {max(random, ended)}"
-
-    def say(self, key: str, text: str) -> None:
-        """Warn, if nothing of this key was said so far."""
-        if key not in self._said:
-            self._said.add(key)
-            self._warn(text)
 
 
 def _symexp(x: float) -> float:

@@ -34,12 +34,12 @@ class Evaluation:
 
     @property
     def mean_return(self) -> float:
-        """Mean over the episodes."""
+        """The mean over the episodes."""
         return float(np.mean(self.returns))
 
     @property
     def std_return(self) -> float:
-        """Standard deviation over the episodes."""
+        """The standard deviation over the episodes."""
         return float(np.std(self.returns))
 
 
@@ -57,8 +57,7 @@ class Evaluator:
         cfg = agent.cfg
         self.agent, self.cfg = agent, cfg
         count = min(cfg.eval_episodes, _MOST_ENVS)
-        seeds = [stream_seed(cfg.seed, f"eval env {i}") % 2**31 for i in range(count)]
-        self.envs: list[Env] = [make_env(cfg, s) for s in seeds]
+        self.envs: list[Env] = [self._made(i) for i in range(count)]
         width = 1 if agent.device.type == "cpu" else count
         self.planner = Planner(agent.model, width, seed=stream_seed(cfg.seed, "eval"))
 
@@ -96,9 +95,9 @@ class Evaluator:
     def _round(
         self, first: int, film: Film, found: list[tuple[float, float, int]], failures: Failures
     ) -> Iterator[int]:
-        """An episode in as many environments as are planned for, from `first` on; yields the decisions made.
+        """Play an episode in as many environments as are planned for, from `first` on; yield the decisions made.
 
-        They are added to `found` when all have ended.
+        What comes of the episodes is added to `found` when all have ended.
         """
         count = self.planner.num_envs
         obs = [self._begun(first + i, failures) for i in range(count)]
@@ -130,7 +129,7 @@ class Evaluator:
         found += itertools.compress(zip(total, success, length, strict=True), (not d for d in dropped))
 
     def _begun(self, i: int, failures: Failures) -> Array:
-        """Start an episode in environment i."""
+        """Start an episode in environment i; return its observation."""
         while True:
             try:
                 return reset(self.envs[i])
@@ -139,21 +138,20 @@ class Evaluator:
 
     def _made_anew(self, i: int, failures: Failures, error: BaseException) -> None:
         """Make environment i anew after an error, unless that is to end the run."""
+        failures.replace(self.envs, i, error, lambda i: self._made(i, f" after {failures.dropped}"))
 
-        def made(i: int) -> Env:
-            return make_env(self.cfg, stream_seed(self.cfg.seed, f"eval env {i} after {failures.dropped}") % 2**31)
-
-        failures.replace(self.envs, i, error, made)
+    def _made(self, i: int, after: str = "") -> Env:
+        return make_env(self.cfg, stream_seed(self.cfg.seed, f"eval env {i}{after}") % 2**31)
 
     def _caption(self, total: float, decisions: int) -> str:
         return f"{self.cfg.task}   return {total:.1f}   decision {decisions}"
 
     def states(self) -> list[Any]:
-        """Random states of the environments between two evaluations."""
+        """Return the random states of the environments between two evaluations."""
         return [state_of(env) for env in self.envs]
 
     def restore(self, states: Sequence[Any], planner: Mapping[str, Tensor]) -> None:
-        """Evaluate as if the evaluations had come before that those came before whose states these are."""
+        """Stand where an evaluator stood that these states are of: its environments' and its planner's."""
         for env, state in zip(self.envs, states, strict=False):  # eval_episodes may be others now
             if state is not None:
                 env.set_random_state(state)

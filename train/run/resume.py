@@ -1,0 +1,180 @@
+"""Saving a run and going on with it: all that its loop keeps goes into a checkpoint, and comes back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdmpc2_fast.agent import TDMPC2
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.learn.replay import ReplayBuffer
+from tdmpc2_fast.model import checkpoint
+
+from ..envs.base import Environments, EnvState
+from ..log.run_log import RunLog
+from .checkpoints import Checkpoints, Saved
+from .episode import Episode
+from .evaluate import Evaluator
+
+
+@dataclass
+class Progress:
+    """How far a run has come, in the numbers that its loop counts with."""
+
+    decisions: int = 0
+    updates_due: float = 0.0
+    seeded: bool = False  # the agent acts, and learns
+    evaluated_at: int = -1  # decisions
+    best: float | None = None  # mean return of an evaluation
+
+
+class Resumable(Protocol):
+    """What of a run is saved and taken up again."""
+
+    cfg: Config
+    agent: TDMPC2
+    buffer: ReplayBuffer
+    envs: Environments
+    evaluator: Evaluator | None
+    checkpoints: Checkpoints
+    log: RunLog
+    progress: Progress
+    random: np.random.Generator
+    episodes: list[Episode | None]
+    metrics: dict[str, Tensor]
+    evaluated: dict[str, Any]
+
+
+def save(run: Resumable, whole: bool = True) -> bool:
+    """Write a checkpoint, unless the weights are not worth keeping; tell whether it was written.
+
+    whole: False leaves out environments and the episodes in them, after one has failed.
+    """
+    try:
+        if not all(bool(p.isfinite().all()) for p in run.agent.model.parameters()):
+            run.log.warn("no checkpoint: weights are not finite; the last one stays")
+            return False
+        run.checkpoints.save(run.agent.model, *_state(run, whole), run.buffer, about_weights(run))
+        return True
+    except OSError as e:
+        run.log.warn(
+            f"no checkpoint could be written: {e}. What was written before is whole. Make room or mend the disk; "
+            "the next checkpoint is tried when it is due"
+        )
+    except Exception as e:
+        if whole:
+            raise
+        run.log.warn(f"no checkpoint: {type(e).__name__}: {e}")  # what it follows from is told next
+    return False
+
+
+def about_weights(run: Resumable) -> dict[str, Any]:
+    """Return what `checkpoints.trained` tells of the weights as they are."""
+    decisions = run.progress.decisions
+    facts = dict(step=decisions * run.log.action_repeat, decisions=decisions, updates=run.agent.updater.steps)
+    return facts | (run.evaluated if run.progress.evaluated_at == decisions else {})
+
+
+def _state(run: Resumable, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return everything to go on from but weights and steps of the replay."""
+    parts: dict[str, Mapping[str, Tensor]] = dict(
+        planner=run.agent.planner.state(),
+        updater=run.agent.updater.state(),
+        replay=run.buffer.state(),
+        metrics=run.metrics,
+    )
+    if run.evaluator is not None:
+        parts["evaluation"] = run.evaluator.planner.state()
+    envs = run.envs.states() if whole else None
+    for i, state in enumerate(envs or ()):
+        if state is None:  # made anew just now
+            run.episodes[i] = None
+        elif state.now is None:
+            run.log.warn_once(
+                "the random state of its environments cannot be told: a run that is stopped goes on with other episodes"
+            )
+    for i, episode in enumerate(run.episodes):
+        if episode is not None and whole:
+            parts[f"episode {i}"] = episode.tensors()
+    values = asdict(run.progress) | dict(
+        random=run.random.bit_generator.state,
+        envs=envs,
+        restarts=run.envs.restarts,
+        dropped=run.envs.failures.dropped,
+        evaluation=None if run.evaluator is None else run.evaluator.states(),
+        log=run.log.state(),
+        made_by=_made_by(run),
+    )
+    return {f"{part}/{name}": x for part, found in parts.items() for name, x in found.items()}, values
+
+
+def made_anew(saved: Saved | None) -> tuple[int, int]:
+    """Return the restarts of a run's environments and its dropped episodes: seeds of new environments count both."""
+    if saved is None:
+        return 0, 0
+    # Where the environments' states are not known, others are made than those that led to it.
+    return saved.values.get("restarts", 0) + (saved.values["envs"] is None), saved.values.get("dropped", 0)
+
+
+def restore(run: Resumable, saved: Saved) -> None:
+    """Have a run that was just made stand where the checkpoint was written."""
+    values, parts = saved.values, _parts(saved.tensors)
+    agent = run.agent
+    checkpoint.load_into(agent.model, saved.weights, repr(str(saved.folder)))
+    agent.updater.load_state(parts.get("updater", {}))
+    agent.planner.load_state(parts["planner"])
+    run.buffer.restore(parts["replay"], run.checkpoints.replay.read(saved.chunks))
+    run.metrics = {k: x.to(agent.device) for k, x in parts.get("metrics", {}).items()}
+    run.progress = Progress(**{f.name: values[f.name] for f in fields(Progress)})
+    run.random.bit_generator.state = values["random"]
+    if values["evaluation"] is not None:
+        run.evaluator = Evaluator(agent)
+        run.evaluator.restore(values["evaluation"], parts["evaluation"])
+    if values["envs"] is None:
+        run.log.note("the episodes under way are not in the checkpoint: new ones are begun")
+    else:
+        _restore_episodes(run, [EnvState(*(state or (None, None))) for state in values["envs"]], parts)
+    before, now = values["made_by"], _made_by(run)
+    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
+    if changed:
+        run.log.note(f"going on with {', '.join(changed)}: the same algorithm, but not bit for bit the same numbers")
+
+
+def _restore_episodes(run: Resumable, states: list[EnvState], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Play the episodes under way again; drop those of which something else comes."""
+    kept = {i: parts[f"episode {i}"] for i in range(len(states)) if f"episode {i}" in parts}
+    actions = {i: k["action"].numpy()[1:] for i, k in kept.items()}
+    for i, steps in run.envs.restore(states, actions).items():
+        run.episodes[i] = Episode.replayed(kept[i], steps)
+        if run.episodes[i] is None:
+            run.log.warn(
+                f"{run.cfg.task}, environment {i}: the same actions gave other observations, so the episode under "
+                "way is dropped and a new one begun; the run goes on, but not bit for bit"
+            )
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort tensors by what stands before the stroke in their names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        part, _, rest = name.partition("/")
+        found.setdefault(part, {})[rest] = x
+    return found
+
+
+def _made_by(run: Resumable) -> dict[str, str]:
+    """Return what the rounding of a run depends on."""
+    agent = run.agent
+    return dict(
+        device=torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else "cpu",
+        backend=agent.backend.name,
+        precision=run.cfg.precision,
+        compile=str(run.cfg.compile).lower(),
+        torch=torch.__version__,
+        threads=str(torch.get_num_threads()),
+    )
