@@ -224,7 +224,7 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     from tdmpc2_fast.model import checkpoint
     from tdmpc2_fast.runtime.backend import on_this_machine
 
-    from ..envs import complete, make_env
+    from ..envs import beside, complete, make_env
     from ..run.checkpoints import trained
     from ..run.threads import choose_threads
 
@@ -234,7 +234,7 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
         raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
     kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
     cfg = Config.from_dict(kept)
-    cfg = cfg.replace(**{**keys.beside(values, cfg), "checkpoint": str(path)})
+    cfg = cfg.replace(**{**beside(values, cfg), "checkpoint": str(path)})
     # Nothing is compiled here, so that nobody need hear whether it could be.
     cfg = on_this_machine(cfg, {*values, "compile"}, note=keys.to_stderr)
     env = make_env(cfg, cfg.seed)

@@ -174,12 +174,6 @@ def settings(env_kwargs: Mapping[str, Any] | None, prefix: str = "env") -> dict[
     return found
 
 
-def beside(values: Mapping[str, Any], saved: Config) -> dict[str, Any]:
-    """Return `values`, given for a config that was saved, with the environment's other settings as they were."""
-    given = values.get("env_kwargs")
-    return {**values, "env_kwargs": {**(saved.env_kwargs or {}), **given}} if given else dict(values)
-
-
 def _put(values: dict[str, Any], key: str, text: str) -> None:
     """Put a setting of the environment, `env.KEY` or `env.KEY.KEY`, into `values`."""
     *path, last = key.removeprefix(_SETTING).split(".")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,12 @@ def complete(cfg: Config, env: Env) -> Config:
     if cfg.episode_length not in (None, length):
         raise ConfigError(f"config key 'episode_length': got {cfg.episode_length}, allowed: {length} for {cfg.task}")
     return env.overrides(cfg).with_env({cfg.obs: env.obs_shape}, env.action_dim, length)
+
+
+def beside(values: Mapping[str, Any], saved: Config) -> dict[str, Any]:
+    """Return the values given for a config that was saved, with the environment's other settings as they were."""
+    given = values.get("env_kwargs")
+    return {**values, "env_kwargs": {**(saved.env_kwargs or {}), **given}} if given else dict(values)
 
 
 def tried(cfg: Config) -> Config:

@@ -7,7 +7,7 @@
     replay/0000000000-0000011500.safetensors                      steps, shared by all checkpoints
 
 A checkpoint is written in a folder of another name, flushed to disk and renamed: a run that is
-killed while it writes one leaves those before as they were.
+killed while it writes one leaves earlier ones as they were.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder; the newest `keep` stay."""
+    """Writes and reads the checkpoints in a run's folder, of which the newest `keep` stay."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self.folder, self.keep = run / "checkpoints", keep
@@ -70,12 +70,12 @@ class Checkpoints:
         buffer: ReplayBuffer,
         about: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write a checkpoint; returns its folder.
+        """Write a checkpoint; return its folder.
 
         values: JSON-ready, `decisions` among them; about: what `trained` is to tell of the weights.
 
         Raises:
-            OSError: it cannot be written; those before are as they were.
+            OSError: it cannot be written; earlier ones are as they were.
         """
         self.folder.mkdir(exist_ok=True)
         taken = (_NAME.fullmatch(p.name) for p in self.folder.iterdir())  # also by one that lost its manifest
@@ -109,12 +109,12 @@ class Checkpoints:
         return folder
 
     def mark_best(self, about: Mapping[str, Any] | None = None) -> None:
-        """`best` are the weights of the newest checkpoint from here on; `about` as for `save`."""
+        """Make `best` the weights of the newest checkpoint; `about` is as for `save`."""
         self._point("best", max(self._present())[1])
         _tell(self.folder / "best.json", about)
 
     def newest(self, note: Callable[[str], None]) -> Saved | None:
-        """The newest checkpoint that is whole; None where there is none at all.
+        """Return the newest checkpoint that is whole; None where there is none at all.
 
         Damaged ones after it are set aside, and `note` is told.
 
@@ -137,9 +137,8 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {folder}: format {manifest['format']!r}, allowed: {FORMAT!r}")
         else:
             if damaged:
-                raise CheckpointError(
-                    "no checkpoint of this run is whole: " + "; ".join(f"{p}: {e}" for p, e in damaged)
-                )
+                each = "; ".join(f"{p}: {e}" for p, e in damaged)
+                raise CheckpointError(f"no checkpoint of this run is whole: {each}")
             return None
         for folder, why in damaged:
             names = (folder.with_name(f"damaged-{'again-' * n}{folder.name}") for n in itertools.count())
@@ -149,7 +148,7 @@ class Checkpoints:
         return saved
 
     def last(self) -> Path | None:
-        """The folder of the newest, read by nobody yet."""
+        """Return the folder of the newest, which need not be whole; None where there is none."""
         return max(self._present(), default=(0, None))[1]
 
     def _read(self, folder: Path, manifest: dict[str, Any]) -> Saved:
@@ -166,12 +165,12 @@ class Checkpoints:
         return Saved(folder, cfg, weights, tensors, manifest["values"], chunks)
 
     def _present(self) -> list[tuple[int, Path]]:
-        """Number and folder of every checkpoint, in no order."""
+        """Return number and folder of every checkpoint, in no order."""
         names = ((_NAME.fullmatch(p.name), p) for p in self.folder.glob("*-at-*") if (p / "manifest.json").exists())
         return [(int(match[1]), p) for match, p in names if match]
 
     def _point(self, name: str, folder: Path) -> None:
-        """Make `name` the weights of this checkpoint: the same file, where the file system can."""
+        """Make `name` the weights of this checkpoint: the same file, where the file system has links."""
         for source in (folder / _WEIGHTS, (folder / _WEIGHTS).with_suffix(".json")):
             with replacing(self.folder / f"{name}{source.suffix}") as tmp:
                 tmp.unlink()
@@ -181,7 +180,7 @@ class Checkpoints:
                     shutil.copyfile(source, tmp)
 
     def _prune(self) -> None:
-        """Delete what was there before the newest `keep`, and what runs that were killed left behind."""
+        """Delete what is older than the newest `keep`, and what runs that were killed left behind."""
         kept = [p for _, p in sorted(self._present())[-self.keep :]]
         for path in self.folder.iterdir():
             whole = _NAME.fullmatch(path.name) and path not in kept
@@ -195,7 +194,7 @@ class Checkpoints:
 
 
 def trained(path: Path) -> str:
-    """How far the weights in a file were trained and what they returned then, in words, as the JSON beside it tells."""
+    """Say how far the weights in a file were trained and what they returned then, as the JSON beside it tells."""
     try:
         told = json.loads(path.with_suffix(".json").read_text())
         facts, of_these = told["trained"], json.loads(read_metadata(path)["manifest"])["sha256"] == told["sha256"]
@@ -211,7 +210,7 @@ def trained(path: Path) -> str:
 
 
 def _tell(manifest: Path, about: Mapping[str, Any] | None) -> None:
-    """Put what `trained` reads into the JSON beside weights; the file with the weights stays as it is."""
+    """Put what `trained` reads into the JSON beside weights; their own file stays as it is."""
     if about:
         told = json.loads(manifest.read_text()) | dict(trained=dict(about))
         with replacing(manifest) as tmp:
@@ -219,6 +218,6 @@ def _tell(manifest: Path, about: Mapping[str, Any] | None) -> None:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over all of it but this."""
+    """Return the SHA-256 of all of a manifest but its own."""
     held = {k: v for k, v in manifest.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()

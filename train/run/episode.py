@@ -27,7 +27,7 @@ class Episode:
         return len(self.obs) - 1
 
     def append(self, action: Actions, step: Step) -> None:
-        """One decision and what came of it."""
+        """Add a decision and what came of it."""
         self.obs.append(step.obs)
         self.action.append(action)
         self.reward.append(step.reward)
@@ -37,16 +37,16 @@ class Episode:
 
     @property
     def total(self) -> float:
-        """Return so far."""
+        """The return so far."""
         return float(np.sum(self.reward[1:]))
 
     @property
     def actions(self) -> Actions:
-        """What was done so far: (T, A)."""
+        """The actions so far: (T, A)."""
         return np.stack(self.action)[1:]
 
     def rows(self) -> dict[str, Any]:
-        """As `ReplayBuffer.add` takes it."""
+        """Return the episode as `ReplayBuffer.add` takes it."""
         return dict(
             obs=np.stack(self.obs),
             action=np.stack(self.action),
@@ -55,13 +55,13 @@ class Episode:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, to be kept."""
+        """Return all of it, for `replayed`."""
         exact = dict(reward=np.asarray(self.reward), flags=np.array([self.ended, self.success]))
         return {k: torch.from_numpy(v) for k, v in (self.rows() | exact).items()}
 
     @classmethod
     def replayed(cls, kept: Mapping[str, Tensor], steps: list[Step]) -> Episode | None:
-        """The episode `tensors` was called of, played again: None where something else came of it."""
+        """Return the episode that `tensors` was called of, played again; None where something else came of it."""
         action = kept["action"].numpy()
         episode = cls(steps[0].obs, action.shape[1])
         for a, step in zip(action[1:], steps[1:], strict=True):

@@ -21,12 +21,12 @@ _FIRST = {_LOCK, "config.json"}  # there before anything came of a run
 
 
 def home(cfg: Config) -> Path:
-    """The folder a run is meant for: `work_dir`, or `runs/TASK/EXP_NAME/SEED`."""
+    """Return the folder a run is meant for: `work_dir`, or `runs/TASK/EXP_NAME/SEED`."""
     return Path(cfg.work_dir) if cfg.work_dir else Path("runs") / cfg.task / cfg.exp_name / str(cfg.seed)
 
 
 def new_folder(cfg: Config) -> Path:
-    """A folder for a new run; nothing that is already there is touched.
+    """Make a folder for a new run; nothing that is already there is touched.
 
     The default one gets a number behind it when it is taken; an explicit `work_dir` that is
     taken is an error, and so is any that is taken where `resume=auto` is to find it again.
@@ -57,12 +57,12 @@ def new_folder(cfg: Config) -> Path:
 
 
 def _untouched(folder: Path) -> bool:
-    """Whether no run has left more there than its wish to begin: no checkpoint, no number."""
+    """Tell whether no run has left more there than its wish to begin: no checkpoint, no number."""
     return {p.name for p in folder.iterdir() if not _unfinished(p)} <= _FIRST
 
 
 def _unfinished(path: Path) -> bool:
-    """Whether this is of a first checkpoint in whose writing a run was killed."""
+    """Tell whether this belongs to a first checkpoint in whose writing a run was killed."""
     if path.is_dir() and path.name in ("checkpoints", "replay"):
         return all(map(_unfinished, path.iterdir()))
     return path.name.startswith(".") and ".tmp" in path.name
@@ -79,10 +79,10 @@ def discard(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within: no other process writes to this run.
+    """Keep other processes from writing to this run.
 
     Raises:
-        ConfigError: one does.
+        ConfigError: one is at it.
     """
     if fcntl is None:
         yield

@@ -11,8 +11,7 @@ from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.runtime.backend import on_this_machine, resolve_device
 
-from ..cli import keys
-from ..envs import tried
+from ..envs import beside, tried
 from ..envs.workers import leave_if_imported_anew
 from ..log.sinks import wandb_package
 from ..pictures.plots import plot_runs
@@ -32,7 +31,7 @@ CHANGEABLE = (
 
 
 def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
-    """Begin a run, or with `resume=auto` go on with the one in its folder; returns the exit status.
+    """Begin a run, or with `resume=auto` go on with the one in its folder; return the exit status.
 
     tell: told `folder`, and `mean_return` and `std_return` of the last evaluation.
     """
@@ -40,7 +39,7 @@ def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts:
     leave_if_imported_anew()
     fixed = tried(cfg)  # errors before a folder is made
     ReplayBuffer(fixed, resolve_device(cfg.device)).check_memory()
-    if cfg.resume == "auto" and any((home(cfg) / "checkpoints").glob("[!.]*-at-*")):
+    if cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None:
         as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
         return resume(home(cfg), as_begun, tell)
     if cfg.enable_wandb:
@@ -62,7 +61,7 @@ def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts:
 
 
 def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
-    """Go on with a run from its newest checkpoint; returns the exit status.
+    """Go on with a run from its newest checkpoint; return the exit status.
 
     Args:
         run: its folder.
@@ -96,7 +95,7 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
 
 
 def _why_no_run(folder: Path) -> str | None:
-    """What else than the folder of a run with checkpoints it is; None where it is one."""
+    """Say what else than the folder of a run with checkpoints it is; return None where it is one."""
     if not folder.is_dir():
         return "a file" if folder.exists() else "no such folder"
     if (folder / "checkpoints").is_dir():
@@ -108,7 +107,7 @@ def _why_no_run(folder: Path) -> str | None:
 
 
 def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
-    given = Config.from_dict(keys.beside(values, saved))
+    given = Config.from_dict(beside(values, saved))
     changes = {k: getattr(given, k) for k in values if getattr(given, k) != getattr(saved, k)}
     for key, value in changes.items():
         if key not in CHANGEABLE:
@@ -131,16 +130,16 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
         try:
             found = trainer.run()
         except Stopped as e:
-            summary = [f"stopped by {e}", *_how_to_go_on(cfg, folder)]
+            summary = [f"stopped by {e}", *_how_to_go_on(trainer)]
             return 128 + e.signal
         except KeyboardInterrupt:
-            summary = ["stopped at once", *_how_to_go_on(cfg, folder)]
+            summary = ["stopped at once", *_how_to_go_on(trainer)]
             return 130
         except ConfigError:
-            summary = _how_to_go_on(cfg, folder)[:1]  # going on would fail in the same way
+            summary = _how_to_go_on(trainer)[:1]  # going on would fail in the same way
             raise
         except BaseException:
-            summary = _how_to_go_on(cfg, folder)
+            summary = _how_to_go_on(trainer)
             raise
         else:
             tell(mean_return=found.mean_return, std_return=found.std_return)
@@ -153,13 +152,11 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
                 summary = [f"done, but {why}", result, *_files(folder)]
                 return 1
             summary = [f"done: {result}", *_files(folder)]
-            last = Checkpoints(folder, cfg.keep_checkpoints).last()
+            last = trainer.checkpoints.last()
             if cfg.save_agent and (last is None or int(last.name.rpartition("-")[2]) < cfg.steps):
-                tell(error="the weights of the end could not be written")
-                summary = [
-                    f"done, but the weights of the end could not be written: {result}",
-                    *_how_to_go_on(cfg, folder),
-                ]
+                why = "the weights of the end could not be written"
+                tell(error=why)
+                summary = [f"done, but {why}: {result}", *_how_to_go_on(trainer)]
                 return 1
             return 0
         finally:
@@ -167,7 +164,7 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
 
 
 def _files(folder: Path) -> list[str]:
-    """What lies where; the learning curve among it is drawn now."""
+    """Draw the learning curve; say what lies where."""
     try:
         curve = str(plot_runs([folder])[0])
     except (ConfigError, InputError, OSError) as e:
@@ -179,8 +176,8 @@ def _files(folder: Path) -> list[str]:
     return [f"  {name:12} {text}" + (f": {trained(Path(text))}" if name == "weights" else "") for name, text in found]
 
 
-def _how_to_go_on(cfg: Config, folder: Path) -> list[str]:
-    last = Checkpoints(folder, cfg.keep_checkpoints).last()
+def _how_to_go_on(trainer: OnlineTrainer) -> list[str]:
+    last = trainer.checkpoints.last()
     if last is None:
-        return [f"no checkpoint was written{'' if cfg.save_agent else ' (save_agent=false)'}"]
-    return [f"last checkpoint: {last}", f"to go on: tdmpc2-fast resume {folder}"]
+        return [f"no checkpoint was written{'' if trainer.cfg.save_agent else ' (save_agent=false)'}"]
+    return [f"last checkpoint: {last}", f"to go on: tdmpc2-fast resume {trainer.folder}"]

@@ -16,7 +16,7 @@ _MOST_BYTES = 2**28  # a file, while it is written and read, is in memory a seco
 
 
 def sha256(path: Path) -> str:
-    """Of a file."""
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
 
 
 class ReplayFiles:
-    """The files of a run's replay.
+    """Writes and reads the files of a run's replay.
 
     chunks: those that together hold what the replay held when it was saved, oldest first.
     """
@@ -41,7 +41,7 @@ class ReplayFiles:
         self.chunks: list[Chunk] = []
 
     def save(self, buffer: ReplayBuffer) -> list[Chunk]:
-        """Write the steps that are in no file yet; returns the files of all steps held."""
+        """Write the steps that are in no file yet; return the files of all steps held."""
         oldest = max(0, buffer.written - buffer.capacity)
         self.chunks = [c for c in self.chunks if c.stop > oldest]
         self.folder.mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ class ReplayFiles:
         return list(self.chunks)
 
     def read(self, chunks: Sequence[Chunk]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Number of the first step and the steps of each file, as `ReplayBuffer.restore` takes them.
+        """Yield the number of the first step and the steps of each file, as `ReplayBuffer.restore` takes them.
 
         What is saved from here on is what comes after them.
         """

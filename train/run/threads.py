@@ -37,7 +37,7 @@ def choose_threads(cfg: Config) -> int:
 
 
 def idle_cores(before: str, after: str) -> float:
-    """Cores' worth of idle time between two readings of /proc/stat."""
+    """Return how many cores' worth of time was idle between two readings of /proc/stat."""
 
     def ticks(text: str) -> tuple[int, int, int]:
         lines = [line.split() for line in text.splitlines() if line.startswith("cpu")]

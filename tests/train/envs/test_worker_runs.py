@@ -65,8 +65,8 @@ def test_the_episode_of_a_killed_process_never_reaches_the_replay(
     step = trainer.step
 
     def step_and_kill() -> None:
-        if trainer._decisions == 10:
-            episode = trainer._episodes[1]
+        if trainer.progress.decisions == 10:
+            episode = trainer.episodes[1]
             assert episode is not None
             assert len(episode) == 5
             lost.extend(episode.obs)
@@ -81,7 +81,7 @@ def test_the_episode_of_a_killed_process_never_reaches_the_replay(
     assert trainer.buffer._table[:3, 1].tolist() == [21] * 3
     held = {row.tobytes() for row in trainer.buffer._store["obs"][: len(trainer.buffer)].numpy()}
     assert not held & {obs.tobytes() for obs in lost}
-    episode = trainer._episodes[1]
+    episode = trainer.episodes[1]
     assert episode is not None
     assert len(episode) == 14
     assert "environment 1: the process died (exit code -9)" in capsys.readouterr().err
