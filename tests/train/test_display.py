@@ -126,43 +126,44 @@ def test_the_newest_note_shows_in_the_lowest_terminal() -> None:
     assert "note 3" not in out.getvalue()
 
 
-def test_two_refreshes_a_second_however_many_decisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
-) -> None:
+def drawn_in(
+    decisions: int, seconds: float, slow: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
+) -> list[float]:
+    """When the table was drawn in decisions that take so long each; to draw it takes `slow` seconds."""
     shown, _ = live(status())
     drawn: list[float] = []
     table = shown._table
-    monkeypatch.setattr(shown, "_table", lambda: drawn.append(clock.now) or table())
+
+    def draw() -> Any:
+        clock.now += slow
+        drawn.append(clock.now)
+        return table()
+
+    monkeypatch.setattr(shown, "_table", draw)
     log = run_log(tmp_path, monkeypatch, shown)
-    for n in range(1, 10_001):
-        clock.now += 0.001
+    for n in range(1, decisions + 1):
+        clock.now += seconds
         log.step(n, 0.5)
+    found = list(drawn)
+    log.close()
+    return found
+
+
+def test_two_refreshes_a_second_however_many_decisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
+) -> None:
+    drawn = drawn_in(10_000, 0.001, 0.0, tmp_path, monkeypatch, clock)
     drawn = sorted(set(drawn))  # rich draws twice where it begins
     assert 18 <= len(drawn) <= 21
     assert min(b - a for a, b in itertools.pairwise(drawn)) >= 0.499
-    log.close()
 
 
 def test_a_slow_terminal_gets_less_than_a_hundredth_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
 ) -> None:
-    shown, _ = live(status())
-    spent: list[float] = []
-    table = shown._table
-
-    def slow() -> Any:
-        clock.now += 0.05
-        spent.append(0.05)
-        return table()
-
-    monkeypatch.setattr(shown, "_table", slow)
-    log = run_log(tmp_path, monkeypatch, shown)
     start = clock.now
-    for n in range(1, 20_001):
-        clock.now += 0.005
-        log.step(n, 0.5)
-    assert 0 < sum(spent[2:]) < 0.01 * (clock.now - start)
-    log.close()
+    drawn = drawn_in(20_000, 0.005, 0.05, tmp_path, monkeypatch, clock)
+    assert 0 < 0.05 * len(drawn[2:]) < 0.01 * (clock.now - start)
 
 
 def test_a_decision_costs_microseconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,10 +54,10 @@ def trainer_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         trainer.close()
 
 
-@pytest.mark.parametrize("several", [dict(), dict(num_envs=3, utd=0.9, seed_steps=60, steps=165)], ids=["one", "three"])
+@pytest.mark.parametrize("several", [dict(), dict(num_envs=3, utd=0.9, seed_steps=30, steps=120)], ids=["one", "three"])
 def test_overlapped_and_serial_loops_are_bitwise_equal(several: Any, trainer_of: Callable[..., OnlineTrainer]) -> None:
     seed = int(np.random.default_rng().integers(2**31))
-    keys = dict(dict(seed=seed, seed_steps=150, eval_freq=160), **several)
+    keys = dict(dict(seed=seed, seed_steps=60, steps=101, eval_freq=80), **several)
     serial, overlapped = (trainer_of(overlap=o, **keys) for o in (False, True))
     assert type(serial._updates) is Updates
     assert isinstance(overlapped._updates, InThread)
@@ -65,7 +65,7 @@ def test_overlapped_and_serial_loops_are_bitwise_equal(several: Any, trainer_of:
     for trainer in (serial, overlapped):
         trainer.run()
         found.append(everything(trainer))
-    assert serial.agent.updater.steps == (60 + int(0.9 * (165 - 78)) if several else 200)
+    assert serial.agent.updater.steps == (30 + int(0.9 * (120 - 78)) if several else 100)
     assert "eval.csv" in found[0]
     assert found[0].keys() == found[1].keys()
     assert not [k for k, v in found[0].items() if v != found[1][k]], f"seed {seed}"

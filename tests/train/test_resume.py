@@ -1,4 +1,4 @@
-"""A run that is stopped goes on as if it had not been: every number, file and row of it, in a fresh process."""
+"""A run that is stopped goes on as if it had not been: every number, file and row of it, in another process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,44 @@ def keys_of(backend: str, num_envs: int) -> dict[str, Any]:
     keys = QUICK | dict(backend=backend)
     if backend == "triton":
         keys |= SMALLER | dict(seed_steps=3, steps=6 * num_envs)
-    return keys | (dict(num_envs=num_envs, env_workers=2) if num_envs > 1 else {})
+    return keys | dict(num_envs=num_envs, env_workers=2 if num_envs > 2 else 0)
 
 
 def words(**values: Any) -> list[str]:
     return [f"{k}={v}" for k, v in values.items()]
 
 
-def command(
-    args: list[str], number: int = signal.SIGTERM, where: str = "step", nth: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """The command line in a fresh process, which gets a signal at the n-th of something (0: never)."""
-    program = [sys.executable, str(SUPPORT / "stopping_run.py"), str(int(number)), where, str(nth)]
-    return subprocess.run([*program, *args], capture_output=True, text=True, start_new_session=True, check=False)
+class Commands:
+    """The command line in processes of their own, all forks of one; `stopping_run.py` is the other end."""
+
+    def __init__(self) -> None:
+        self._forks = subprocess.Popen(
+            [sys.executable, str(SUPPORT / "stopping_run.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(
+        self, args: list[str], out: Path, number: int = signal.SIGTERM, where: str = "step", nth: int = 0
+    ) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr of a command, which gets a signal at the n-th of something (0: never)."""
+        out.mkdir()
+        asked = dict(words=args, out=str(out), signal=int(number), where=where, nth=nth)
+        assert self._forks.stdin is not None
+        assert self._forks.stdout is not None
+        self._forks.stdin.write(json.dumps(asked) + "\n")
+        self._forks.stdin.flush()
+        return int(self._forks.stdout.readline()), (out / "stdout").read_text(), (out / "stderr").read_text()
+
+    def close(self) -> None:
+        self._forks.communicate()
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[tuple[Commands, Commands]]:
+    """Of two processes: what depends on one, such as the order of a set, shows between a run and its resumption."""
+    found = Commands(), Commands()
+    yield found
+    for each in found:
+        each.close()
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -111,14 +137,16 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def uninterrupted(commands: tuple[Commands, Commands], tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[tuple[str, int], dict[str, Any]] = {}
 
     def get(backend: str, num_envs: int) -> dict[str, Any]:
         if (backend, num_envs) not in made:
             folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-            done = command(["train", *words(**keys_of(backend, num_envs), work_dir=folder)])
-            assert done.returncode == 0, done.stderr
+            status, _, err = commands[0](
+                ["train", *words(**keys_of(backend, num_envs), work_dir=folder)], folder.with_name("out")
+            )
+            assert status == 0, err
             made[backend, num_envs] = outcome(folder)
         return made[backend, num_envs]
 
@@ -128,7 +156,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize(("backend", "num_envs"), [("torch", 1), ("torch", 3), ("triton", 1), ("triton", 2)])
 def test_stopped_and_gone_on_with_is_as_never_stopped(
-    backend: str, num_envs: int, number: signal.Signals, uninterrupted: Any, tmp_path: Path
+    backend: str,
+    num_envs: int,
+    number: signal.Signals,
+    commands: tuple[Commands, Commands],
+    uninterrupted: Any,
+    tmp_path: Path,
 ) -> None:
     folder, keys = tmp_path / "run", keys_of(backend, num_envs)
     expected = uninterrupted(backend, num_envs)
@@ -140,12 +173,12 @@ def test_stopped_and_gone_on_with_is_as_never_stopped(
         where = random.choice(list(most))
         nth = random.randint(1, most[where])
     print(f"{number.name} at {where} {nth}")
-    first = command(["train", *words(**keys, work_dir=folder)], number, where, nth)
+    status, out, err = commands[0](["train", *words(**keys, work_dir=folder)], tmp_path / "first", number, where, nth)
     if number == signal.SIGKILL:
-        assert first.returncode == -signal.SIGKILL, first.stdout + first.stderr
+        assert status == -signal.SIGKILL, out + err
     else:
-        assert first.returncode == 128 + number, first.stdout + first.stderr
-        assert f"to go on: tdmpc2-fast resume {folder}" in first.stdout
-    again = command(["resume", str(folder), "checkpoint_minutes=10"])
-    assert again.returncode == 0, again.stdout + again.stderr
+        assert status == 128 + number, out + err
+        assert f"to go on: tdmpc2-fast resume {folder}" in out
+    status, out, err = commands[1](["resume", str(folder), "checkpoint_minutes=10"], tmp_path / "again")
+    assert status == 0, out + err
     same(outcome(folder), expected)

@@ -27,10 +27,10 @@ pytest.importorskip("dm_control")
 QUICK = dict(
     TINY,
     task="Pendulum-v1",
-    episode_length=40,
-    seed_steps=50,
-    steps=90,
-    eval_freq=40,
+    episode_length=20,
+    seed_steps=25,
+    steps=45,
+    eval_freq=20,
     eval_episodes=2,
     iterations=2,
     device="cpu",
@@ -56,12 +56,12 @@ def weights(trainer: OnlineTrainer) -> dict[str, torch.Tensor]:
 def test_official_schedule_with_one_environment(tmp_path: Path) -> None:
     trainer = run(tmp_path)
     # as many updates as seed steps at the first decision after them, then one per decision
-    assert trainer.agent.updater.steps == 50 + (90 - 51)
+    assert trainer.agent.updater.steps == 25 + (45 - 26)
     evals = rows(tmp_path / "eval.csv")
     assert list(evals[0]) == ["step", "reward", "seed"]
-    assert [int(r["step"]) for r in evals] == [0, 40, 80, 90]
+    assert [int(r["step"]) for r in evals] == [0, 20, 40, 45]
     train = rows(tmp_path / "train.csv")
-    assert [int(r["decisions"]) for r in train] == [40, 80]
+    assert [int(r["decisions"]) for r in train] == [20, 40]
     assert train[0]["consistency_loss"] == ""
     assert float(train[1]["consistency_loss"]) > 0
     agent = load(tmp_path / "checkpoints" / "latest", device="cpu")
@@ -69,26 +69,32 @@ def test_official_schedule_with_one_environment(tmp_path: Path) -> None:
 
 
 def test_several_environments_share_the_loop(tmp_path: Path) -> None:
-    trainer = run(tmp_path, num_envs=3, utd=0.5, steps=180, env_workers=0)
+    trainer = run(tmp_path, num_envs=3, utd=0.5, steps=90, env_workers=0)
     assert trainer.buffer.num_eps == 3
-    starts = [trainer.buffer._store["obs"][i * 41] for i in range(3)]
+    starts = [trainer.buffer._store["obs"][i * 21] for i in range(3)]
     assert not torch.equal(starts[0], starts[1])
-    # Decisions come three at a time. The first episodes end at 120, after the seed steps; the updates of the
+    # Decisions come three at a time. The first episodes end at 60, after the seed steps; the updates of the
     # decision after that are the first to see them, as in the official code.
-    assert trainer.agent.updater.steps == 50 + int(0.5 * (180 - 123))
+    assert trainer.agent.updater.steps == 25 + int(0.5 * (90 - 63))
 
 
-def test_same_seed_same_run(tmp_path: Path) -> None:
-    a, b, c = (run(tmp_path / n, seed=s, steps=70) for n, s in (("a", 1), ("b", 1), ("c", 2)))
-    assert all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
-    assert (tmp_path / "a/eval.csv").read_text() == (tmp_path / "b/eval.csv").read_text()
-    assert not all(torch.equal(v, weights(c)[k]) for k, v in weights(a).items())
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> OnlineTrainer:
+    """A run of seed 1 that is over."""
+    return run(tmp_path_factory.mktemp("short") / "run", seed=1, steps=35)
 
 
-def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
-    a = run(tmp_path / "a", steps=70, eval_freq=100_000)
-    b = run(tmp_path / "b", steps=70, eval_freq=40, eval_episodes=3)
-    assert all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+def test_same_seed_same_run(short_run: OnlineTrainer, tmp_path: Path) -> None:
+    b, c = (run(tmp_path / n, seed=s, steps=35) for n, s in (("b", 1), ("c", 2)))
+    assert all(torch.equal(v, weights(b)[k]) for k, v in weights(short_run).items())
+    assert (short_run.folder / "eval.csv").read_text() == (tmp_path / "b/eval.csv").read_text()
+    assert not all(torch.equal(v, weights(c)[k]) for k, v in weights(short_run).items())
+
+
+def test_evaluation_does_not_disturb_training(short_run: OnlineTrainer, tmp_path: Path) -> None:
+    other = run(tmp_path / "other", seed=1, steps=35, eval_freq=100_000, eval_episodes=3)
+    assert len(rows(tmp_path / "other/eval.csv")) < len(rows(short_run.folder / "eval.csv"))
+    assert all(torch.equal(v, weights(other)[k]) for k, v in weights(short_run).items())
 
 
 def test_episodic_tasks_store_their_terminations(tmp_path: Path) -> None:
@@ -101,9 +107,9 @@ def test_episodic_tasks_store_their_terminations(tmp_path: Path) -> None:
 
 
 def test_random_actions_go_on_until_an_episode_has_ended(tmp_path: Path) -> None:
-    trainer = run(tmp_path, seed_steps=20, steps=45)
-    # it ends at 40, and the updates of decision 41 are the first to see it
-    assert trainer.agent.updater.steps == 20 + (45 - 41)
+    trainer = run(tmp_path, seed_steps=10, steps=25)
+    # it ends at 20, and the updates of decision 21 are the first to see it
+    assert trainer.agent.updater.steps == 10 + (25 - 21)
 
 
 def test_what_was_learned_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +119,7 @@ def test_what_was_learned_survives_a_crash(tmp_path: Path, monkeypatch: pytest.M
     step = env.step
 
     def fail(action: np.ndarray) -> Any:
-        if trainer.agent.updater.steps > 60:
+        if trainer.agent.updater.steps > 30:
             raise RuntimeError("the simulator broke")
         return step(action)
 
@@ -130,7 +136,7 @@ def test_what_is_shown_and_kept_reads_no_tensor_between_episodes(
 ) -> None:
     """Reading one would make the host wait for a GPU at every decision."""
     trainer = OnlineTrainer(Config.from_dict(dict(QUICK, display=display)), tmp_path)
-    while not trainer.metrics or len(trainer._running()[0]) > 20:
+    while not trainer.metrics or len(trainer._running()[0]) > 10:
         trainer.step()
     show, shown, reads = type(trainer.log._display).show, [], []
     monkeypatch.setattr(type(trainer.log._display), "show", lambda self, now: (shown.append(now), show(self, now)))
@@ -156,7 +162,7 @@ def test_evaluation_plays_every_episode_once(tmp_path: Path) -> None:
     trainer = OnlineTrainer(Config.from_dict(dict(QUICK, eval_episodes=19, mpc=False)), tmp_path)
     found = Evaluator(trainer.agent).run()
     assert len(found.returns) == len(found.lengths) == 19
-    assert set(found.lengths) == {40}
+    assert set(found.lengths) == {20}
     assert len(set(np.round(found.returns, 6))) == 19
 
 
@@ -184,9 +190,9 @@ def best_of(folder: Path) -> tuple[str, int]:
 
 
 def test_an_agent_that_has_learned_nothing_is_not_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluations(monkeypatch, 100, 200, -9, -5)  # at 0, 40, 80, 90
+    evaluations(monkeypatch, 100, 200, -9, -5)  # at 0, 20, 40, 45
     run(tmp_path)
-    assert best_of(tmp_path) == ("step 90 (90 decisions, 89 updates), return -5.0 ± 0.0 over 2 episodes", 90)
+    assert best_of(tmp_path) == ("step 45 (45 decisions, 44 updates), return -5.0 ± 0.0 over 2 episodes", 45)
     best, latest = (load(tmp_path / "checkpoints" / n, device="cpu").model.state_dict() for n in ("best", "latest"))
     assert all(torch.equal(v, tensors_only(latest)[k]) for k, v in tensors_only(best).items())
     assert "return -5.0" in trained(tmp_path / "checkpoints/latest.safetensors")
@@ -194,10 +200,10 @@ def test_an_agent_that_has_learned_nothing_is_not_the_best(tmp_path: Path, monke
 
 def test_before_anything_is_learned_the_best_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluations(monkeypatch, 100, 50)
-    run(tmp_path / "a", steps=40)
-    assert best_of(tmp_path / "a") == ("step 40 (40 decisions, no update yet), return 50.0 ± 0.0 over 2 episodes", 40)
+    run(tmp_path / "a", steps=20)
+    assert best_of(tmp_path / "a") == ("step 20 (20 decisions, no update yet), return 50.0 ± 0.0 over 2 episodes", 20)
     evaluations(monkeypatch, 100, 50, 60)  # what another run has learned is worth keeping
-    run(tmp_path / "b", steps=60, checkpoint=str(tmp_path / "a/checkpoints/best"))
+    run(tmp_path / "b", steps=30, checkpoint=str(tmp_path / "a/checkpoints/best"))
     assert best_of(tmp_path / "b")[1] == 0
 
 
@@ -206,16 +212,16 @@ def test_the_best_stays_the_best_where_a_run_goes_on(
 ) -> None:
     folder = tmp_path / "run"
     evaluations(monkeypatch, 100, 200, -5)
-    assert runs.start(dict(QUICK, num_threads=1, steps=80, work_dir=str(folder))) == 0
+    assert runs.start(dict(QUICK, num_threads=1, steps=40, work_dir=str(folder))) == 0
     before = best_of(folder)
-    assert before == ("step 80 (80 decisions, 79 updates), return -5.0 ± 0.0 over 2 episodes", 80)
+    assert before == ("step 40 (40 decisions, 39 updates), return -5.0 ± 0.0 over 2 episodes", 40)
     evaluations(monkeypatch, -6)
-    assert runs.resume(folder, dict(steps=100)) == 0
+    assert runs.resume(folder, dict(steps=50)) == 0
     assert best_of(folder) == before
     assert f"best.safetensors: {before[0]}" in capsys.readouterr().out
     evaluations(monkeypatch, -4)
-    assert runs.resume(folder, dict(steps=110)) == 0
-    assert best_of(folder)[1] == 110
+    assert runs.resume(folder, dict(steps=55)) == 0
+    assert best_of(folder)[1] == 55
 
 
 def test_what_the_weights_are_of_is_unknown_where_nothing_tells(tmp_path: Path) -> None:
