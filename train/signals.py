@@ -12,7 +12,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 @contextlib.contextmanager
 def handled(signals: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within, have `handler` called with these signals; only the main thread may."""
+    """Have `handler` called with these signals inside the `with`; only the main thread may do so."""
     before = {s: signal.signal(s, handler) for s in signals}
     try:
         yield

@@ -71,11 +71,11 @@ class RunLog:
                 self.note("no TensorBoard files: the package is missing; pip install 'tdmpc2-fast[train]'")
 
     def step(self, decisions: int, replay: float) -> None:
-        """Take in, after every decision, how many there were, and the filled share of the replay, 0 to 1."""
+        """Note, after every decision, how many there were, and the filled share of the replay, 0 to 1."""
         self._show(self._status.step(decisions, replay))
 
     def busy(self, what: str, done: int, total: int) -> None:
-        """Take in how far a long stretch between two decisions is, e.g. `busy("pretraining", 10, 1000)`."""
+        """Note how far a long stretch between two decisions is, e.g. `busy("pretraining", 10, 1000)`."""
         now = self._status.busy(what, done, total)
         if text := self._status.foretold(now):
             self.note(text)

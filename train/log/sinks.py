@@ -36,7 +36,7 @@ class Disk:
         self._failing: set[Path] = set()
 
     def failed(self, path: Path, error: OSError) -> None:
-        """Take in that `path` could not be written."""
+        """Note that `path` could not be written."""
         if not self._failing:
             self._warn(
                 f"cannot write {path}: {error.strerror or error}; the run goes on and keeps what is unwritten in "
@@ -45,7 +45,7 @@ class Disk:
         self._failing.add(path)
 
     def worked(self, path: Path) -> None:
-        """Take in that all of `path` is written."""
+        """Note that all of `path` is written."""
         if path in self._failing:
             self._failing.remove(path)
             if not self._failing:

@@ -67,7 +67,7 @@ class Status:
         self._foretold = False
 
     def step(self, decisions: int, replay: float) -> float:
-        """Take in that a decision was made; return the time."""
+        """Note that a decision was made; return the time."""
         now = perf_counter()
         if self._long:  # the decision around a long stretch says nothing of the speed
             self._aside += now - self._last_step
@@ -85,7 +85,7 @@ class Status:
         return now
 
     def busy(self, what: str, done: int, total: int) -> float:
-        """Take in that a long stretch goes on; return the time."""
+        """Note that a long stretch goes on; return the time."""
         now = perf_counter()
         if self.doing is None or self.doing[0] != what:
             self._began, self._first = now, done
@@ -93,7 +93,7 @@ class Status:
         return now
 
     def evaluated(self, mean: float) -> None:
-        """Take in that an evaluation has ended."""
+        """Note that an evaluation has ended."""
         self.eval_seconds = perf_counter() - (self._last_step if self.doing is None else self._began)
         self.last_eval = mean
         self.best_eval = mean if self.best_eval is None else max(mean, self.best_eval)

@@ -53,7 +53,7 @@ class Doubts:
                 )
 
     def seeded(self, decisions: int, buffer: ReplayBuffer) -> None:
-        """Look, after a decision before the first update, whether the replay can give a slice at all."""
+        """Check, after a decision before the first update, that the replay can give a slice."""
         if decisions > (self.cfg.seed_steps or 0) and buffer.num_eps and not buffer.num_sampleable:
             self._say(
                 f"nothing is learned so far: no episode was as long as horizon={self.cfg.horizon} decisions; actions "

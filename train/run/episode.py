@@ -61,7 +61,7 @@ class Episode:
 
     @classmethod
     def replayed(cls, kept: Mapping[str, Tensor], steps: list[Step]) -> Episode | None:
-        """Return the episode that `tensors` was called of, played again; None where something else came of it."""
+        """Return the episode that `tensors` was called of, played again; None where it came out differently."""
         action = kept["action"].numpy()
         episode = cls(steps[0].obs, action.shape[1])
         for a, step in zip(action[1:], steps[1:], strict=True):

@@ -151,7 +151,7 @@ class Evaluator:
         return [state_of(env) for env in self.envs]
 
     def restore(self, states: Sequence[Any], planner: Mapping[str, Tensor]) -> None:
-        """Stand where an evaluator stood that these states are of: its environments' and its planner's."""
+        """Go on where another evaluator stood: `states` are of its environments, `planner` is of its planner."""
         for env, state in zip(self.envs, states, strict=False):  # eval_episodes may be others now
             if state is not None:
                 env.set_random_state(state)

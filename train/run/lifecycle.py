@@ -95,7 +95,7 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
 
 
 def _why_no_run(folder: Path) -> str | None:
-    """Say what else than the folder of a run with checkpoints it is; return None where it is one."""
+    """Say what a folder is that is not of a run with checkpoints; return None where it is one."""
     if not folder.is_dir():
         return "a file" if folder.exists() else "no such folder"
     if (folder / "checkpoints").is_dir():
@@ -164,7 +164,7 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
 
 
 def _files(folder: Path) -> list[str]:
-    """Draw the learning curve; say what lies where."""
+    """Draw the learning curve and list the files of a run."""
     try:
         curve = str(plot_runs([folder])[0])
     except (ConfigError, InputError, OSError) as e:

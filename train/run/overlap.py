@@ -35,7 +35,7 @@ class Updates:
         update()
 
     def join(self) -> None:
-        """Have what the caller gives the agent's device from here on run after all launched so far.
+        """Queue what the caller gives the agent's device from here on behind all updates launched so far.
 
         Raises what an update raised.
         """
@@ -54,7 +54,7 @@ class Updates:
 
 
 class InThread(Updates):
-    """Is on the CPU what its queue is to a GPU: one thread that runs the updates in order.
+    """Does on the CPU what a GPU's queue does: one thread runs the updates in order.
 
     After one that raises the rest are skipped, until the error has been raised to the caller:
     what they would have trained on is what the error is about.

@@ -122,7 +122,7 @@ def made_anew(saved: Saved | None) -> tuple[int, int]:
 
 
 def restore(run: Resumable, saved: Saved) -> None:
-    """Have a run that was just made stand where the checkpoint was written."""
+    """Bring a run that was just made to where the checkpoint was written."""
     values, parts = saved.values, _parts(saved.tensors)
     agent = run.agent
     checkpoint.load_into(agent.model, saved.weights, repr(str(saved.folder)))
@@ -146,7 +146,7 @@ def restore(run: Resumable, saved: Saved) -> None:
 
 
 def _restore_episodes(run: Resumable, states: list[EnvState], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Play the episodes under way again; drop those of which something else comes."""
+    """Play the episodes under way again; drop those that come out differently."""
     kept = {i: parts[f"episode {i}"] for i in range(len(states)) if f"episode {i}" in parts}
     actions = {i: k["action"].numpy()[1:] for i, k in kept.items()}
     for i, steps in run.envs.restore(states, actions).items():
@@ -159,7 +159,7 @@ def _restore_episodes(run: Resumable, states: list[EnvState], parts: Mapping[str
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort tensors by what stands before the stroke in their names."""
+    """Group tensors by what stands before the slash in their names."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, x in tensors.items():
         part, _, rest = name.partition("/")

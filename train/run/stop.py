@@ -40,7 +40,7 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals within as wishes, but for those ignored so far, as background jobs of a shell ignore Ctrl-C."""
+        """Treat signals as wishes inside the `with`, but for those ignored so far: background jobs ignore Ctrl-C."""
         if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
             yield
             return

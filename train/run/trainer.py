@@ -150,7 +150,7 @@ class OnlineTrainer:
     # ---- a decision, in its order
 
     def _store(self) -> None:
-        """Have what follows come after the updates launched; put episodes that ended into replay and log."""
+        """Queue what follows behind the updates launched; move episodes that have ended into replay and log."""
         with self.log.clock.part("update"):
             self._updates.join()
             ended = [i for i, e in enumerate(self.episodes) if e is not None and e.ended]
@@ -254,7 +254,7 @@ class OnlineTrainer:
         return now.evaluated_at < 0 or now.decisions // period > now.evaluated_at // period
 
     def _evaluate(self) -> Evaluation:
-        """Save and evaluate; mark the weights as the best where they are."""
+        """Save, evaluate, and mark the weights as the best if they are."""
         self._store()
         saved, now = self._save(), self.progress
         with self.log.clock.part("evaluation"):
@@ -281,7 +281,7 @@ class OnlineTrainer:
         return found
 
     def _stop_or_save(self) -> None:
-        """End if that is wished; write a checkpoint if it is time."""
+        """Write a checkpoint if it is time, and end if that is asked for."""
         minutes = self.cfg.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         if self.stop.asked or due:
@@ -299,7 +299,7 @@ class OnlineTrainer:
 
 
 def _about(agent: TDMPC2) -> dict[str, str]:
-    """Return what the header of a run says of what learns."""
+    """Return the facts about an agent that the header of a run shows."""
     return dict(
         model=f"{agent.model.total_params:,} parameters",
         device=str(agent.device),
