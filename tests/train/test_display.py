@@ -16,7 +16,6 @@ from conftest import tiny_config
 
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.log import display
-from tdmpc2_fast.train.log import status as status_module
 from tdmpc2_fast.train.log.display import Lines, Live, Quiet, choose
 from tdmpc2_fast.train.log.run_log import RunLog
 from tdmpc2_fast.train.log.status import Clock, Status
@@ -24,6 +23,7 @@ from tdmpc2_fast.train.log.status import Clock, Status
 pytest.importorskip("rich")
 from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 
 ABOUT = {
     "model": "5,012,345 parameters",
@@ -55,8 +55,8 @@ class Time:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     found = Time()
-    for module in (display, status_module):
-        monkeypatch.setattr(module, "perf_counter", found)
+    for module in ("display", "status"):
+        monkeypatch.setattr(f"tdmpc2_fast.train.log.{module}.perf_counter", found)
     return found
 
 
@@ -84,8 +84,6 @@ def run_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: Quiet | None
 
 def text_of(out: io.StringIO) -> list[str]:
     """Lines without control sequences."""
-    from rich.text import Text
-
     return Text.from_ansi(out.getvalue()).plain.splitlines()
 
 
@@ -99,7 +97,6 @@ def test_the_table_fits_and_breaks_no_number(width: int, height: int) -> None:
     s.doing = ("evaluating", 3, 10)
     for n in range(8):
         s.notes.append((f"0:0{n}:00", f"worker {n} died in environment {n}; it was started anew " * 2, n % 2 == 1))
-    out = io.StringIO()
     shown, out = live(s, width, height)
     shown.console.print(shown._table())
     lines = text_of(out)
@@ -152,8 +149,8 @@ def drawn_in(
 def test_two_refreshes_a_second_however_many_decisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Time
 ) -> None:
-    drawn = drawn_in(10_000, 0.001, 0.0, tmp_path, monkeypatch, clock)
-    drawn = sorted(set(drawn))  # rich draws twice where it begins
+    # rich draws twice where it begins
+    drawn = sorted({*drawn_in(10_000, 0.001, 0.0, tmp_path, monkeypatch, clock)})
     assert 18 <= len(drawn) <= 21
     assert min(b - a for a, b in itertools.pairwise(drawn)) >= 0.499
 
@@ -430,10 +427,9 @@ def test_every_note_stays_on_the_screen(tmp_path: Path, monkeypatch: pytest.Monk
     log.step(1, 0.5)
     for n in range(20):
         log.note(f"note {n:02}: {'words ' * 20}")
-    before = len(out.getvalue())
     above = out.getvalue()
     log.close()
-    last = out.getvalue()[before:]
+    last = out.getvalue()[len(above) :]
     for n in range(20):
         assert (f"note {n:02}" in above) if n < 12 else (f"note {n:02}" in last), n
 
