@@ -64,7 +64,7 @@ class TDMPC2:
         action is on the CPU, as in the official code. obs: as `Planner.plan` takes it.
         """
         obs = observation(obs, self.cfg)
-        shape = dict(self.cfg._require("obs_shape"))[self.cfg.obs]
+        shape = self.cfg.observation_shape
         single = obs.ndim == len(shape) and (self.planner.num_envs == 1 or not self.cfg.mpc)
         if single:
             obs = check_obs(obs, self.cfg, (), self.model.dtype).unsqueeze(0)
@@ -87,7 +87,7 @@ class TDMPC2:
         everywhere = bool(evaluate.all())
         with matmul_precision(self.cfg, self.device):
             z = self.model.encode(obs, task)
-            size = (z.shape[0], self.cfg._require("action_dim"))
+            size = (z.shape[0], self.cfg.need("action_dim"))
             if everywhere:  # the mean is asked for: nothing is drawn, so evaluating changes no stream
                 eps = torch.zeros(size, device=self.device, dtype=self.model.dtype)
             else:

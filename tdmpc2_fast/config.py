@@ -252,12 +252,12 @@ class Config:
     @property
     def effective_iterations(self) -> int:
         """MPPI iterations actually run: two more for large action spaces (official heuristic)."""
-        return self.iterations + 2 * int(self._require("action_dim") >= _LARGE_ACTION_DIM)
+        return self.iterations + 2 * int(self.need("action_dim") >= _LARGE_ACTION_DIM)
 
     @property
     def discounts(self) -> list[float]:
         """Discount of each task of a multi-task model, or of the one task."""
-        lengths = self.episode_lengths if self.multitask else (self._require("episode_length"),)
+        lengths = self.episode_lengths if self.multitask else (self.need("episode_length"),)
         return [self.discount(n) for n in lengths]
 
     @property
@@ -270,7 +270,17 @@ class Config:
         """Outputs of the reward head and of each critic."""
         return max(self.num_bins, 1)
 
-    def _require(self, key: str) -> Any:
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """Shape of an observation of the kind that the agent takes."""
+        return tuple(self.need("obs_shape")[self.obs])
+
+    def need(self, key: str) -> Any:
+        """Return the value of a key that the environment gives.
+
+        Raises:
+            ConfigError: it is not set.
+        """
         value = getattr(self, key)
         if value is None:
             raise ConfigError(
@@ -298,7 +308,7 @@ class Config:
         if not isinstance(obs_shape, Mapping):
             obs_shape, action_dim, episode_length = sizes_of(obs_shape, self.obs, self.episode_length)
         cfg = self.replace(obs_shape=obs_shape, action_dim=action_dim, episode_length=episode_length)
-        return cfg.replace(seed_steps=self.seed_steps or max(1000, 5 * cfg._require("episode_length")))
+        return cfg.replace(seed_steps=self.seed_steps or max(1000, 5 * cfg.need("episode_length")))
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some keys changed, validated again.

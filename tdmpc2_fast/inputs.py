@@ -92,7 +92,7 @@ def check_obs(obs: Any, cfg: Config, leading: tuple[int, ...], dtype: torch.dtyp
         InputError: another shape, numbers that are not finite in `dtype`, or no pixels.
     """
     found = observation(obs, cfg)
-    shape = leading + dict(cfg._require("obs_shape"))[cfg.obs]
+    shape = leading + cfg.observation_shape
     if tuple(found.shape) != shape:
         raise InputError(f"obs: got shape {tuple(found.shape)}, allowed: {shape}")
     if cfg.obs == "state":

@@ -84,7 +84,7 @@ class PlanNoise:
     @classmethod
     def draw(cls, cfg: Config, num_envs: int, g: torch.Generator, dtype: torch.dtype | None = None) -> PlanNoise:
         """Fresh draws on the generator's device, in `dtype` or torch's default."""
-        i, e, h, a = cfg.effective_iterations, num_envs, cfg.horizon, cfg._require("action_dim")
+        i, e, h, a = cfg.effective_iterations, num_envs, cfg.horizon, cfg.need("action_dim")
         n, p = cfg.num_samples, cfg.num_pi_trajs
 
         def normal(*size: int) -> Tensor:
@@ -117,7 +117,7 @@ class UpdateNoise:
     @classmethod
     def draw(cls, cfg: Config, g: torch.Generator, dtype: torch.dtype | None = None) -> UpdateNoise:
         """Fresh draws on the generator's device, in `dtype` or torch's default."""
-        h, b, a, d = cfg.horizon, cfg.batch_size, cfg._require("action_dim"), cfg.mlp_dim
+        h, b, a, d = cfg.horizon, cfg.batch_size, cfg.need("action_dim"), cfg.mlp_dim
         pairs = _pairs(cfg, 2, g, dtype)
 
         def multipliers(*size: int) -> Tensor | None:

@@ -40,6 +40,6 @@ def pixel_room(p: Tensor) -> int:
 
 def _sizes(kind: type[_Sizes], cfg: Config, **own: Any) -> _Sizes:
     """Sizes by their names in the config, but for what has another name there."""
-    shape = dict(cfg._require("obs_shape"))[cfg.obs]
-    own |= dict(obs_dim=0 if cfg.obs == "rgb" else shape[0], action_dim=cfg._require("action_dim"))
+    shape = cfg.observation_shape
+    own |= dict(obs_dim=0 if cfg.obs == "rgb" else shape[0], action_dim=cfg.need("action_dim"))
     return kind(**own, **{f.name: getattr(cfg, f.name) for f in fields(kind) if f.name not in own})

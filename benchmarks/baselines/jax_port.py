@@ -98,7 +98,7 @@ class _Port:
         activation = partial(simnorm, simplex_dim=cfg.simnorm_dim)
         hidden = [NormedLinear(cfg.enc_dim, activation=mish) for _ in range(max(cfg.num_enc_layers - 1, 1))]
         module = nn.Sequential([*hidden, NormedLinear(cfg.latent_dim, activation=activation)])
-        (obs_dim,) = dict(cfg._require("obs_shape"))["state"]
+        (obs_dim,) = cfg.observation_shape
         clip = optax.clip_by_global_norm(cfg.grad_clip_norm)
         encoder = TrainState.create(
             apply_fn=module.apply,
@@ -106,7 +106,7 @@ class _Port:
             tx=optax.chain(optax.zero_nans(), clip, optax.adam(cfg.lr * cfg.enc_lr_scale)),
         )
         model = WorldModel.create(
-            action_dim=cfg._require("action_dim"),
+            action_dim=cfg.need("action_dim"),
             encoder=encoder,
             latent_dim=cfg.latent_dim,
             value_dropout=dropout,
@@ -184,7 +184,7 @@ def _model_gate(checkout: str, agent: TDMPC2, obs: Tensor) -> Gate:
     """Latents, rewards and all critics' values, without dropout, at random actions."""
     port = _Port(checkout, agent, 0.0)
     model, cfg = port.agent.model, agent.cfg
-    action = torch.rand(len(obs), cfg._require("action_dim"), generator=torch.Generator().manual_seed(cfg.seed)) * 2 - 1
+    action = torch.rand(len(obs), cfg.need("action_dim"), generator=torch.Generator().manual_seed(cfg.seed)) * 2 - 1
     ours = agent.model
     with torch.no_grad():
         z = ours.encode(obs.to(agent.device), None)

@@ -39,17 +39,17 @@ def reference_of(agent: TDMPC2) -> ReferenceAgent:
 
 def observations(cfg: Config, num_envs: int) -> Tensor:
     """(E, obs_dim) on the host, where a control loop has them."""
-    shape = dict(cfg._require("obs_shape"))["state"]
+    shape = cfg.observation_shape
     return torch.randn(num_envs, *shape, generator=torch.Generator().manual_seed(cfg.seed + 1))
 
 
 def batch_of(cfg: Config, device: torch.device) -> Batch:
     """A batch to learn from."""
     g = torch.Generator().manual_seed(cfg.seed + 2)
-    h, b, (obs,) = cfg.horizon, cfg.batch_size, dict(cfg._require("obs_shape"))["state"]
+    h, b, (obs,) = cfg.horizon, cfg.batch_size, cfg.observation_shape
     return Batch(
         obs=torch.randn(h + 1, b, obs, generator=g).to(device),
-        action=2 * torch.rand(h, b, cfg._require("action_dim"), generator=g).to(device) - 1,
+        action=2 * torch.rand(h, b, cfg.need("action_dim"), generator=g).to(device) - 1,
         reward=torch.rand(h, b, 1, generator=g).to(device),
         terminated=torch.zeros(h, b, 1, device=device),
         task=None,

@@ -173,7 +173,7 @@ def case(options: Options, size: int, precision: str) -> Case:
     except ConfigError as e:
         raise CannotMeasureError(str(e)) from e
     agent = ours.product
-    shape = dict(agent.cfg._require("obs_shape"))["state"]
+    shape = agent.cfg.observation_shape
     obs = torch.randn(1, *shape, generator=torch.Generator().manual_seed(options.seed))
     noise = PlanNoise.draw(agent.cfg, 1, generator(options.seed, "benchmark", agent.device))
     # Of the agent in the loop, which has hardly learned, all values are nearly equal: its elites are rounding's.

@@ -118,7 +118,7 @@ def sample(options: Options, batch: int) -> Case:
 
 def _episode(cfg: Config, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng([cfg.seed, seed])
-    action = rng.uniform(-1, 1, (_STEPS, cfg._require("action_dim"))).astype(np.float32)
+    action = rng.uniform(-1, 1, (_STEPS, cfg.need("action_dim"))).astype(np.float32)
     reward = rng.uniform(0, 2, _STEPS).astype(np.float32)
     action[0] = reward[0] = np.nan
     obs = rng.standard_normal((_STEPS, OBS_DIM)).astype(np.float32)

@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     def _check(self, cfg: Config) -> None:
         h, b = cfg.horizon, cfg.batch_size
         shapes = dict(
-            obs=(h + 1, b, *dict(cfg._require("obs_shape"))[cfg.obs]),
-            action=(h, b, cfg._require("action_dim")),
+            obs=(h + 1, b, *cfg.observation_shape),
+            action=(h, b, cfg.need("action_dim")),
             reward=(h, b, 1),
             terminated=(h, b, 1),
         )

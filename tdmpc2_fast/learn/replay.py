@@ -252,8 +252,8 @@ class ReplayBuffer:
         if length == 0:
             raise InputError("episode: got no steps, allowed: at least one")
         shapes = dict(
-            obs=(length, *dict(cfg._require("obs_shape"))[cfg.obs]),
-            action=(length, cfg._require("action_dim")),
+            obs=(length, *cfg.observation_shape),
+            action=(length, cfg.need("action_dim")),
             reward=(length,),
             terminated=(length,),
             task=(length,),
@@ -289,10 +289,10 @@ class ReplayBuffer:
     def _columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what is kept of a step."""
         cfg = self.cfg
-        shape, pixels = dict(cfg._require("obs_shape"))[cfg.obs], cfg.obs == "rgb"
+        shape, pixels = cfg.observation_shape, cfg.obs == "rgb"
         columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(
             obs=(shape, torch.uint8 if pixels else torch.float32),
-            action=((cfg._require("action_dim"),), torch.float32),
+            action=((cfg.need("action_dim"),), torch.float32),
             reward=((), torch.float32),
             terminated=((), torch.bool),
         )

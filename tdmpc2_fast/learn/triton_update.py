@@ -63,7 +63,7 @@ class TritonUpdate:
         h, b = cfg.horizon, cfg.batch_size
         self._discounts = torch.tensor(cfg.discounts, device=device)
         self._task = torch.zeros(b, dtype=torch.int64, device=device) if cfg.multitask else None
-        shape = dict(cfg._require("obs_shape"))[cfg.obs]
+        shape = cfg.observation_shape
         pixels = cfg.obs == "rgb"
         self._images = torch.zeros(h + 1, b, *shape, dtype=torch.uint8, device=device) if pixels else None
         self._masks = model._action_masks.clone() if cfg.multitask else None

@@ -52,15 +52,15 @@ class WorldModel(nn.Module):
         super().__init__()
         cfg = Config.from_official(cfg)
         self.cfg = cfg
-        obs_shape: dict[str, tuple[int, ...]] = dict(cfg._require("obs_shape"))
-        a, z, t, hidden = cfg._require("action_dim"), cfg.latent_dim, cfg.task_dim, 2 * [cfg.mlp_dim]
+        obs_shape = cfg.observation_shape
+        a, z, t, hidden = cfg.need("action_dim"), cfg.latent_dim, cfg.task_dim, 2 * [cfg.mlp_dim]
         if cfg.multitask:
             self._task_emb = nn.Embedding(len(cfg.tasks), t, max_norm=1)
             mask = torch.zeros(len(cfg.tasks), a)
             for i, live in enumerate(cfg.action_dims):
                 mask[i, :live] = 1
             self.register_buffer("_action_masks", mask)
-        self._encoder = nn.ModuleDict({cfg.obs: _encoder(cfg, obs_shape[cfg.obs])})
+        self._encoder = nn.ModuleDict({cfg.obs: _encoder(cfg, obs_shape)})
         self._dynamics = MLP(z + t + a, hidden, z, cfg.simnorm_dim)
         self._reward = MLP(z + t + a, hidden, cfg.num_logits)
         self._termination = MLP(z + t, hidden, 1) if cfg.episodic else None

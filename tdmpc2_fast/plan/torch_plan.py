@@ -41,7 +41,7 @@ class TorchPlan:
         cfg = model.cfg
         self.model, self.cfg, self.num_envs, self.generator = model, cfg, num_envs, generator
         self.prev_mean = torch.zeros(
-            num_envs, cfg.horizon, cfg._require("action_dim"), device=model.device, dtype=model.dtype
+            num_envs, cfg.horizon, cfg.need("action_dim"), device=model.device, dtype=model.dtype
         )
         self._discounts: Tensor | None = None
         if cfg.multitask:

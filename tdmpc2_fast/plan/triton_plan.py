@@ -60,7 +60,7 @@ class TritonPlan:
         inputs.discount.fill_(cfg.discounts[0])
         self._discounts = torch.tensor(cfg.discounts, device=device)
         self._task = torch.zeros(num_envs, dtype=torch.int64, device=device) if cfg.multitask else None
-        shape = dict(cfg._require("obs_shape"))[cfg.obs]
+        shape = cfg.observation_shape
         self._images = torch.zeros(num_envs, *shape, device=device) if cfg.obs == "rgb" else None
         self._packed.refresh()
         self._done = torch.cuda.Event() if device.type == "cuda" else None

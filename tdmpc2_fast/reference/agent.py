@@ -43,12 +43,12 @@ class ReferenceAgent:
         self.optim = torch.optim.Adam(groups, lr=c.lr, capturable=on_gpu)
         self.pi_optim = torch.optim.Adam(self.pi.values(), lr=c.lr, eps=1e-5, capturable=on_gpu)
         self.scale = torch.ones(1, device=device)
-        self.prev_mean = torch.zeros(c.horizon, c._require("action_dim"), device=device)
+        self.prev_mean = torch.zeros(c.horizon, c.need("action_dim"), device=device)
         self.discount: float | Tensor
         if c.multitask:
             self.discount = torch.tensor([c.discount(n) for n in c.episode_lengths], device=device)
         else:
-            self.discount = c.discount(c._require("episode_length"))
+            self.discount = c.discount(c.need("episode_length"))
 
     def q_value(
         self, z: Tensor, a: Tensor, task: Tensor | None, how: str, members: Tensor, target: bool = False
@@ -89,7 +89,7 @@ class ReferenceAgent:
         """MPPI for one environment: obs (1, ...) -> action (A,). `noise` has E = 1."""
         c, p = self.c, self.p
         trace = trace or PlanTrace()
-        h, n, k, a = c.horizon, c.num_samples, c.num_pi_trajs, c._require("action_dim")
+        h, n, k, a = c.horizon, c.num_samples, c.num_pi_trajs, c.need("action_dim")
         z = m.encode(p, obs, task, c, noise.shift)
         trace.record(z=z)
         actions = torch.empty(h, n, a, device=z.device)

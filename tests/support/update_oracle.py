@@ -24,11 +24,11 @@ Liven = Callable[[TDMPC2], TDMPC2]
 def random_batch(cfg: Config, device: torch.device, seed: int = 0) -> Batch:
     """A batch of any config."""
     g = torch.Generator().manual_seed(seed)
-    h, b, shape = cfg.horizon, cfg.batch_size, dict(cfg._require("obs_shape"))[cfg.obs]
+    h, b, shape = cfg.horizon, cfg.batch_size, cfg.observation_shape
     size, pixels = (h + 1, b, *shape), cfg.obs == "rgb"
     batch = Batch(
         obs=torch.randint(256, size, generator=g, dtype=torch.uint8) if pixels else torch.randn(size, generator=g),
-        action=2 * torch.rand(h, b, cfg._require("action_dim"), generator=g) - 1,
+        action=2 * torch.rand(h, b, cfg.need("action_dim"), generator=g) - 1,
         reward=torch.rand(h, b, 1, generator=g),
         terminated=(torch.rand(h, b, 1, generator=g) < 0.2).float() if cfg.episodic else torch.zeros(h, b, 1),
         task=torch.randint(len(cfg.tasks), (b,), generator=g) if cfg.multitask else None,

@@ -116,8 +116,8 @@ class Workers(Environments):
         restarts: int = 0,
     ) -> None:
         self.cfg, self._make, self.failures = cfg, make, failures
-        obs = ("obs", np.uint8 if cfg.obs == "rgb" else np.float32, dict(cfg._require("obs_shape"))[cfg.obs])
-        action = ("action", np.float32, (cfg._require("action_dim"),))
+        obs = ("obs", np.uint8 if cfg.obs == "rgb" else np.float32, cfg.observation_shape)
+        action = ("action", np.float32, (cfg.need("action_dim"),))
         results = [("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_), ("success", np.float64)]
         self._row = np.dtype([obs, action, *results], align=True)
         self._memory: Any = _spawn.RawArray("b", cfg.num_envs * self._row.itemsize)

@@ -148,7 +148,7 @@ def plan_figure(
     except ImportError as e:
         raise ConfigError("pictures of plans need matplotlib; pip install 'tdmpc2-fast[train]'") from e
     cfg = planner.cfg
-    width = cfg._require("action_dim")
+    width = cfg.need("action_dim")
     if not 0 <= env_index < planner.num_envs:
         raise InputError(f"env_index: got {env_index}, allowed: 0 to {planner.num_envs - 1}")
     shown = list(range(min(width, _MOST_DIMS))) if dims is None else list(dims)

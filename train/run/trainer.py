@@ -182,13 +182,13 @@ class OnlineTrainer:
         which = [i for i, e in enumerate(self.episodes) if e is None]
         if which:
             for i, obs in self.envs.reset(which).items():
-                self.episodes[i] = Episode(obs, self.cfg._require("action_dim"))
+                self.episodes[i] = Episode(obs, self.cfg.need("action_dim"))
 
     def _act(self) -> Actions:
         """Return an action for every environment (E, A): random at first, then the agent's."""
         self.progress.decisions += self.cfg.num_envs
         if not self.progress.seeded:
-            size = (self.cfg.num_envs, self.cfg._require("action_dim"))
+            size = (self.cfg.num_envs, self.cfg.need("action_dim"))
             return self.random.uniform(-1, 1, size).astype(np.float32)
         episodes = self._running()
         obs = torch.from_numpy(np.stack([e.obs[-1] for e in episodes]))
