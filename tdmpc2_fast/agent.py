@@ -13,7 +13,8 @@ from torch import Tensor
 from .config import Config
 from .errors import InputError, kind_of
 from .inputs import check_obs, flags, observation
-from .learn.updater import Sampler, Updater
+from .learn.batch import Sampler
+from .learn.updater import Updater
 from .model import checkpoint
 from .model.world_model import WorldModel
 from .plan.planner import Planner

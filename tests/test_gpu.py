@@ -24,6 +24,7 @@ from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.learn.batch import UpdateTrace
 from tdmpc2_fast.learn.triton_update import TritonUpdate
+from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.rng import PlanNoise
@@ -98,12 +99,12 @@ def test_a_replay_is_bitwise_an_eager_plan(name: str, count: int, livened: Liven
     assert plan.why_eager is None
     obs, task = observation(agent.cfg, count), task_of(agent.cfg, count)
     for t0 in (True, False):
-        before, rng = plan.prev_mean.clone(), plan.fused.inputs.rng.clone()
-        replayed = plan.plan(obs, t0, False, task, None, None)
+        before, rng = plan.prev_mean.clone(), plan.chain.inputs.rng.clone()
+        replayed = plan.plan(PlanRequest(obs, t0, task=task))
         mean = plan.prev_mean.clone()
         plan.prev_mean.copy_(before)
-        plan.fused.inputs.rng.copy_(rng)
-        eager = plan.plan(obs, t0, False, task, None, PlanTrace())
+        plan.chain.inputs.rng.copy_(rng)
+        eager = plan.plan(PlanRequest(obs, t0, task=task, trace=PlanTrace()))
         assert torch.equal(replayed, eager)
         assert torch.equal(mean, plan.prev_mean)
 
@@ -112,11 +113,11 @@ def test_a_hundred_repeats_are_bitwise_identical(livened: Liven) -> None:
     agent = fused_agent("model_5", livened, 2)
     plan, obs = agent.planner._plan, observation(agent.cfg, 2)
     assert isinstance(plan, TritonPlan)
-    rng = plan.fused.inputs.rng.clone()
+    rng = plan.chain.inputs.rng.clone()
     found = []
     for _ in range(100):
-        plan.fused.inputs.rng.copy_(rng)
-        found.append(plan.plan(obs, True, False, None, None, None))
+        plan.chain.inputs.rng.copy_(rng)
+        found.append(plan.plan(PlanRequest(obs, True)))
     assert all(torch.equal(found[0], x) for x in found)
 
 
@@ -141,10 +142,10 @@ def test_inputs_flags_and_new_parameters_are_honoured_after_capture(livened: Liv
     agent = fused_agent("small", livened, 2)
     plan, obs = agent.planner._plan, observation(agent.cfg, 2)
     assert isinstance(plan, TritonPlan)
-    rng = plan.fused.inputs.rng.clone()
+    rng = plan.chain.inputs.rng.clone()
 
     def act(obs: torch.Tensor = obs, t0: Any = True, evaluate: Any = False) -> torch.Tensor:
-        plan.fused.inputs.rng.copy_(rng)
+        plan.chain.inputs.rng.copy_(rng)
         return agent.planner.plan(obs, t0, evaluate)
 
     base = act()
@@ -178,10 +179,10 @@ def test_tensors_a_graph_reads_itself_may_be_put_elsewhere(livened: Liven) -> No
     agent = fused_agent("multitask", livened, 3)
     plan, task = agent.planner._plan, task_of(agent.cfg, 3)
     assert isinstance(plan, TritonPlan)
-    obs, rng = observation(agent.cfg, 3), plan.fused.inputs.rng.clone()
+    obs, rng = observation(agent.cfg, 3), plan.chain.inputs.rng.clone()
 
     def act() -> torch.Tensor:
-        plan.fused.inputs.rng.copy_(rng)
+        plan.chain.inputs.rng.copy_(rng)
         return agent.planner.plan(obs, True, task=task)
 
     before = act()
@@ -200,7 +201,7 @@ def test_the_generator_advances_with_every_replay(livened: Liven) -> None:
     assert len({tuple(a.flatten().tolist()) for a in actions}) == 5
     plan = agent.planner._plan
     assert isinstance(plan, TritonPlan)
-    assert int(plan.fused.inputs.rng[1]) == 5
+    assert int(plan.chain.inputs.rng[1]) == 5
 
 
 def test_a_call_neither_allocates_nor_waits_nor_aliases(livened: Liven) -> None:
@@ -299,7 +300,7 @@ def test_a_replayed_update_of_wide_layers_is_bitwise_an_eager_one(name: str, liv
 def check_replay(name: str, livened: Liven) -> None:
     """A replay leaves what an eager update from the same state leaves."""
     agent, update = first_update(name, livened)
-    u = update.fused
+    u = update.chain
     kept = [u.world.param, u.world.exp_avg, u.world.exp_avg_sq, u.world.grad, u.world.step, u.policy.param]
     kept += [u.policy.exp_avg, u.policy.exp_avg_sq, u.policy.step, u.target, u.state.scale, u.inputs.rng]
     batch = random_batch(agent.cfg, GPU, 1)
@@ -357,7 +358,7 @@ def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precis
     assert torch.cuda.memory_stats()["num_device_alloc"] - allocated < 20
     update = agent.updater._update
     assert isinstance(update, TritonUpdate)
-    assert (update.fused.inputs.obs[0, ..., 0] == 999).any()
+    assert (update.chain.inputs.obs[0, ..., 0] == 999).any()
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -371,7 +372,7 @@ def test_an_agent_goes_on_as_if_it_had_not_been_kept(name: str, backend: str) ->
 def test_a_failure_on_the_device_is_raised_by_a_later_call(livened: Liven) -> None:
     agent, update = first_update("small", livened)
     good = random_batch(agent.cfg, GPU)
-    before = update.fused.world.param.clone()
+    before = update.chain.world.param.clone()
 
     def fail() -> None:
         agent.updater.step(good._replace(reward=good.reward * torch.nan))  # raises where the device was faster
@@ -379,7 +380,7 @@ def test_a_failure_on_the_device_is_raised_by_a_later_call(livened: Liven) -> No
 
     with pytest.raises(NonFiniteError, match=r"update 1: reward_loss, value_loss, total_loss is not"):
         fail()
-    assert torch.equal(update.fused.world.param, before)
+    assert torch.equal(update.chain.world.param, before)
     agent.updater.step(good)
     agent.updater.synchronise()
-    assert not torch.equal(update.fused.world.param, before)
+    assert not torch.equal(update.chain.world.param, before)

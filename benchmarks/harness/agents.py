@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.compat.state_dict import tensors_only
-from tdmpc2_fast.learn.compiling import why_not_compiled
 from tdmpc2_fast.learn.triton_update import TritonUpdate
 from tdmpc2_fast.learn.updater import Batch
 from tdmpc2_fast.plan.trace import PlanTrace
@@ -17,6 +16,7 @@ from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
 from tdmpc2_fast.runtime.backend import matmul_precision
+from tdmpc2_fast.runtime.compiling import why_not_compiled
 
 from .measure import CannotMeasureError
 

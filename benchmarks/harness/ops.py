@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch, why_not
-from tdmpc2_fast.learn.compiling import why_not_compiled
+from tdmpc2_fast.runtime.compiling import why_not_compiled
 
 from ..options import Options
 from .agents import within

@@ -13,6 +13,7 @@ from torch import Tensor
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.kernels.device.launch import Precision, why_not
 from tdmpc2_fast.kernels.inspect.plan_work import PlanWork, plan_work
+from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.rng import PlanNoise, generator
@@ -169,11 +170,11 @@ def _replay_is_eager(agent: TDMPC2, obs: Tensor) -> bool:
     plan = agent.planner._plan
     if not isinstance(plan, TritonPlan):
         return True
-    inputs = plan.fused.inputs
+    inputs = plan.chain.inputs
     kept = inputs.rng.clone(), inputs.prev_mean.clone()
     found = []
     for trace in (None, PlanTrace()):
         inputs.rng.copy_(kept[0])
         inputs.prev_mean.copy_(kept[1])
-        found.append(plan.plan(obs, False, False, None, None, trace))
+        found.append(plan.plan(PlanRequest(obs, trace=trace)))
     return torch.equal(*found)

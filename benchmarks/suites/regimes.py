@@ -21,6 +21,7 @@ from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch
 from tdmpc2_fast.kernels.inspect.plan_work import dry_plan, plan_work
 from tdmpc2_fast.learn.triton_update import TritonUpdate
+from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
@@ -101,7 +102,7 @@ def plan_case(options: Options, size: int, actions: int, envs: int, precision: s
 
 
 def _act(made: Callable[[], TritonPlan], obs: Tensor) -> Tensor:
-    return made().plan(obs, False, False, None, None, None).cpu()
+    return made().plan(PlanRequest(obs)).cpu()
 
 
 def _same_values(
@@ -121,7 +122,7 @@ def _same_values(
 def _values(plan: TritonPlan, obs: Tensor, noise: PlanNoise, iteration: int) -> Tensor:
     trace = PlanTrace()
     plan.prev_mean.zero_()
-    plan.plan(obs, False, False, None, noise, trace)
+    plan.plan(PlanRequest(obs, noise=noise, trace=trace))
     return trace.values[iteration].double()
 
 
@@ -144,7 +145,7 @@ def update_case(options: Options, size: int, batch_size: int, precision: str) ->
         @cache
         def made() -> TDMPC2:
             it = agent_of(cfg)
-            it.updater._made = TritonUpdate(it.model, **regime)
+            it.updater._chosen.made = TritonUpdate(it.model, **regime)
             return it
 
         first = cache(lambda: first_update(made(), start, batch, noise))

@@ -76,3 +76,11 @@ def pick_elite(score: Tensor, exponential: Tensor) -> Tensor:
     score, exponential: (E, K), the latter Exp(1) draws. Returns (E,) indices into the elites.
     """
     return (score.log() - exponential.log()).argmax(-1)
+
+
+def explore(action: Tensor, std: Tensor, noise: Tensor, eval_mode: Tensor) -> Tensor:
+    """Return clamp(action + std noise, -1, 1), without the noise where `eval_mode`.
+
+    action, std: (E, A); noise: (E, A) standard normal; eval_mode: (E,) bool.
+    """
+    return (action + (~eval_mode).unsqueeze(1) * std * noise).clamp(-1, 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..device.launch import cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 from ..layers.linear_tile import await_producers
-from .mppi import SUM_EPS, elite_update, pick_elite, sample_actions, take_samples
+from .mppi import SUM_EPS, elite_update, explore, pick_elite, sample_actions, take_samples
 from .mppi_begin import check_actions, clamp, drawn_from
 
 
@@ -344,8 +344,7 @@ def mppi_refine_reference(
         pick = pick_elite(scores, choice.elite_noise)
         choice.picked.copy_(pick)
         choice.chosen.copy_(take_samples(actions, elites.gather(1, pick.unsqueeze(1))).squeeze(2))
-        explore = (~choice.eval_mode).unsqueeze(1) * std[:, 0] * choice.action_noise
-        choice.action.copy_((choice.chosen[:, 0] + explore).clamp(-1, 1))
+        choice.action.copy_(explore(choice.chosen[:, 0], std[:, 0], choice.action_noise, choice.eval_mode))
         choice.prev_mean.copy_(mean)
         if choice.counter is not None:
             choice.counter[1] += 1

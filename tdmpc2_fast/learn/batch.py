@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,14 @@ class Batch(NamedTuple):
         if cfg.multitask and (self.task is None or tuple(self.task.shape) != (b,)):
             got_task = None if self.task is None else tuple(self.task.shape)
             raise InputError(f"batch.task: got {got_task}, allowed: task indices of shape ({b},)")
+
+
+class Sampler(Protocol):
+    """What an update draws from: our `ReplayBuffer`, or the official `Buffer`."""
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the fields of a `Batch`."""
+        ...
 
 
 def _usable(x: Tensor, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy
@@ -21,9 +22,10 @@ from ..errors import NonFiniteError, warn
 from ..model.world_model import WorldModel, join
 from ..rng import UpdateNoise, generator, generator_state, set_generator
 from ..runtime.backend import matmul_precision
+from ..runtime.compiling import can_compile, have_a_cache, in_one_line
 from ..runtime.profiling import annotate
-from .batch import Batch, UpdateTrace
-from .compiling import can_compile, have_a_cache, in_one_line
+from .backend import TASK_GRADIENT, UpdateBackend
+from .batch import Batch, Sampler, UpdateTrace
 from .metrics import termination_statistics
 from .scale import RunningScale
 
@@ -31,10 +33,9 @@ _POLICY_ADAM_EPS = 1e-5
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _PROGRAMS = ("_targets", "_world_losses", "_policy_losses")  # of `TorchUpdate`, that `compile` compiles
 _T = TypeVar("_T")
-TASK_GRADIENT = "task_gradient"  # what the policy loss has left in the task embedding's gradient
 
 
-class TorchUpdate:
+class TorchUpdate(UpdateBackend):
     """Optimisers, running scale and losses around one world model.
 
     Args:
@@ -60,16 +61,24 @@ class TorchUpdate:
         self.steps = 0
         self._compiling = cfg.compile and can_compile(device)
 
+    @override
     def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
-        """As `Updater.step`, the batch checked."""
         model = self.model
         batch = batch.to(self.cfg, model.device, model.dtype)
         noise = noise or UpdateNoise.draw(self.cfg, self.generator, model.dtype)
         with torch.enable_grad(), matmul_precision(self.cfg, model.device):
             return self._step(batch, noise, trace)
 
+    @override
+    def step_from(self, buffer: Sampler) -> None:
+        return None
+
+    @override
+    def synchronise(self) -> None:
+        return  # a step has waited for its own end
+
+    @override
     def state(self) -> dict[str, Tensor]:
-        """As `Updater.state`."""
         found = dict(scale=self.scale.value, **generator_state(self.generator))
         for prefix, (optim, params) in self._optimisers().items():
             for name, p in params.items():
@@ -79,9 +88,9 @@ class TorchUpdate:
             found[TASK_GRADIENT] = self.model._task_emb.weight.grad
         return found
 
+    @override
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """As `Updater.load_state`."""
         device = self.model.device
         self.scale.value.copy_(state["scale"])
         set_generator(self.generator, state)
@@ -183,9 +192,9 @@ class TorchUpdate:
             warn(f"config key 'compile': got True, and updates run uncompiled from here on: {in_one_line(e)}")
             return found
 
+    @override
     @torch.no_grad()
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
-        """r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
         return self._td_target(next_z, batch, self.model.embed(batch.task), eps, members)
 
     def _td_target(self, next_z: Tensor, batch: Batch, e: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:

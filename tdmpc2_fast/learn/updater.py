@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS
-
 from ..errors import InputError, kind_of
 from ..model.world_model import WorldModel, model_checked
 from ..rng import UpdateNoise
-from ..runtime.backend import Backend, resolve_backend, without_kernels
+from ..runtime.backend import Backend
 from ..runtime.by_value import by_value, from_values
-from ..runtime.surroundings import default_dtype, undisturbed
-from .batch import Batch, UpdateTrace
-from .replay import ReplayBuffer
+from ..runtime.chosen import Chosen
+from ..runtime.surroundings import undisturbed
+from .backend import UpdateBackend
+from .batch import Batch, Sampler, UpdateTrace
 from .scale import RunningScale
 from .torch_update import TorchUpdate
 
-if TYPE_CHECKING:
-    from .triton_update import TritonUpdate
-
 __all__ = ["Batch", "UpdateTrace", "Updater"]
-
-
-class Sampler(Protocol):
-    """What an update draws from: our `ReplayBuffer`, or the official `Buffer`."""
-
-    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,) or None."""
-        ...
 
 
 class Updater:
@@ -48,30 +36,37 @@ class Updater:
 
     def __init__(self, model: WorldModel) -> None:
         self.model, self.cfg = model, model_checked(model).cfg
-        self.backend: Backend = resolve_backend(model.cfg, model.device, model.dtype)
-        self._made: TorchUpdate | TritonUpdate | None = None
+        self._chosen = Chosen[UpdateBackend](
+            model.cfg,
+            model.device,
+            model.dtype,
+            "Updater: learning",
+            by_torch=lambda: TorchUpdate(model),
+            by_kernels=self._with_kernels,
+        )
+
+    def _with_kernels(self) -> UpdateBackend:
+        from .triton_update import TritonUpdate
+
+        return TritonUpdate(self.model)
 
     @property
-    @undisturbed
-    def _update(self) -> TorchUpdate | TritonUpdate:
-        if self._made is None:
-            if self.backend.name == "triton":
-                from .triton_update import TritonUpdate
+    def _update(self) -> UpdateBackend:
+        return self._chosen.get()
 
-                with default_dtype(torch.float32):
-                    self._made = TritonUpdate(self.model)
-            else:
-                self._made = TorchUpdate(self.model)
-        return self._made
+    @property
+    def backend(self) -> Backend:
+        """What learns, and why."""
+        return self._chosen.backend
 
     @property
     def steps(self) -> int:
         """Updates so far."""
-        return 0 if self._made is None else self._made.steps
+        return 0 if self._chosen.made is None else self._chosen.made.steps
 
     @property
     def scale(self) -> RunningScale:
-        """Of Q values, by which the policy loss is divided."""
+        """Running scale of Q values, by which the policy loss is divided."""
         return self._update.scale
 
     @undisturbed
@@ -87,43 +82,34 @@ class Updater:
                 for a step, this may be raised by a later call; until then nothing is updated.
         """
         batch = batch.checked(self.cfg)
-        try:
-            return self._update.step(batch, noise, trace)
-        except KERNEL_ERRORS as e:  # when it is captured, which changes no parameter
-            self.backend, self._made = without_kernels(self.cfg, e, "Updater: learning"), None
-        return self._update.step(batch, noise, trace)
+        # Kernels fail when they are captured, which changes no parameter.
+        return self._chosen.run(lambda update: update.step(batch, noise, trace))
 
     @undisturbed
     def step_on(self, buffer: Sampler) -> dict[str, Tensor]:
-        """`step` on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
+        """Do `step` on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
         if not hasattr(buffer, "sample"):
             raise InputError(f"buffer: got {kind_of(buffer)}, allowed: a ReplayBuffer or the official Buffer")
-        update = self._update
-        if isinstance(buffer, ReplayBuffer) and not isinstance(update, TorchUpdate):
-            replay = buffer.on_device()
-            if replay is not None and replay.table.device == self.model.device:
-                try:
-                    return update.step_from(replay)
-                except KERNEL_ERRORS as e:
-                    self.backend, self._made = without_kernels(self.cfg, e, "Updater: learning"), None
-        return self.step(Batch(*buffer.sample()))
+        metrics = self._chosen.run(lambda update: update.step_from(buffer))
+        return self.step(Batch(*buffer.sample())) if metrics is None else metrics
 
     def state(self) -> dict[str, Tensor]:
-        """All that going on takes besides the parameters: both optimisers, scale, random stream, updates so far.
+        """Return all that going on takes besides the parameters: both optimisers, scale, random stream, updates so far.
 
         Moments go by the names of their parameters, so that either backend takes the other's. The tensors
         are those at work: copy them.
         """
-        return {} if self._made is None else dict(self._made.state(), steps=torch.tensor(self._made.steps))
+        made = self._chosen.made
+        return {} if made is None else dict(made.state(), steps=torch.tensor(made.steps))
 
     @undisturbed
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned, in the same model; bit for bit on the backend and device it is of.
+        """Go on from what `state` returned, in the same model; bit for bit on the same backend and device.
 
         On another, the random stream begins anew.
         """
         if not state:
-            self._made = None
+            self._chosen.made = None
             return
         self._update.load_state(state)
         self._update.steps = int(state["steps"])
@@ -139,13 +125,13 @@ class Updater:
         self.load_state(from_values(kept["state"]))
 
     def synchronise(self) -> None:
-        """Wait for the device; raises what an update failed with."""
+        """Wait for the device, and raise what an update failed with."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        if self._made is not None and not isinstance(self._made, TorchUpdate):
-            self._made.synchronise()
+        if self._chosen.made is not None:
+            self._chosen.made.synchronise()
 
     @undisturbed
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
-        """r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
+        """Return r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
         return self._update.td_target(next_z, batch, eps, members)

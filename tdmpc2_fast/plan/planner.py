@@ -7,21 +7,21 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS
 
 from ..errors import InputError
 from ..inputs import check_obs, flags, whole
 from ..model import checkpoint
 from ..model.world_model import WorldModel, model_checked
 from ..rng import COUNTER, PlanNoise, generator, generator_state, set_generator
-from ..runtime.backend import resolve_backend, resolve_device, without_kernels
+from ..runtime.backend import resolve_device
 from ..runtime.by_value import by_value, from_values
-from ..runtime.surroundings import default_dtype, undisturbed
+from ..runtime.chosen import Chosen
+from ..runtime.surroundings import undisturbed
+from .backend import PlanBackend, PlanRequest
 from .torch_plan import TorchPlan
 from .trace import PlanTrace
 
@@ -34,36 +34,6 @@ class PlanStats(NamedTuple):
     calls: int  # so far
     median: float
     p99: float
-
-
-class PlanBackend(Protocol):
-    """One implementation of a whole plan; `TorchPlan` documents the arguments."""
-
-    @property
-    def prev_mean(self) -> Tensor:
-        """(E, H, A), written to by plans."""
-        ...
-
-    @property
-    def counter(self) -> Tensor | None:
-        """Seed and offset of a generator of its own, (2,) int64; None where it draws from the planner's."""
-        ...
-
-    def plan(
-        self,
-        obs: Tensor,
-        t0: bool | Tensor,
-        eval_mode: bool | Tensor,
-        task: Tensor | None,
-        noise: PlanNoise | None,
-        trace: PlanTrace | None,
-    ) -> Tensor:
-        """Actions (E, A), not overwritten by a later call."""
-        ...
-
-    def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
-        """Values (E, N) of given sequences."""
-        ...
 
 
 class Planner:
@@ -91,21 +61,24 @@ class Planner:
         self.num_envs = num_envs = whole(num_envs, "num_envs", 1)
         self.seed = cfg.seed if seed is None else whole(seed, "seed", 0)
         self.generator = generator(self.seed, "plan", model.device)
-        self.backend = resolve_backend(cfg, model.device, model.dtype)
         self._busy = threading.Lock()
         self._times: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._calls = 0
-        self._plan: PlanBackend
-        if self.backend.name == "triton":
-            from .triton_plan import TritonPlan
+        chosen = Chosen[PlanBackend](
+            cfg,
+            model.device,
+            model.dtype,
+            "Planner: planning",
+            by_torch=lambda: TorchPlan(model, num_envs, self.generator),
+            by_kernels=self._with_kernels,
+        )
+        self._plan = chosen.run(lambda plan: plan)
+        self.backend = chosen.backend
 
-            try:
-                with default_dtype(torch.float32):
-                    self._plan = TritonPlan(model, num_envs, self.seed)
-                return
-            except KERNEL_ERRORS as e:
-                self.backend = without_kernels(cfg, e, "Planner: planning")
-        self._plan = TorchPlan(model, num_envs, self.generator)
+    def _with_kernels(self) -> PlanBackend:
+        from .triton_plan import TritonPlan
+
+        return TritonPlan(self.model, self.num_envs, self.seed)
 
     @classmethod
     @undisturbed
@@ -167,7 +140,7 @@ class Planner:
         if not self._busy.acquire(blocking=False):
             raise InputError("plan: got a call while another thread's runs, allowed: one planner per thread")
         try:
-            action = self._plan.plan(obs, first, evaluate, index, noise, trace)
+            action = self._plan.plan(PlanRequest(obs, first, evaluate, index, noise, trace))
         finally:
             self._busy.release()
         self._calls += 1

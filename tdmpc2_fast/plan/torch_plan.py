@@ -9,18 +9,29 @@ samples share only once; nothing is concatenated.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tdmpc2_fast.kernels.layers.policy_head import policy_action
-from tdmpc2_fast.kernels.plan.mppi import elite_update, pick_elite, sample_actions, shift_mean, take_samples
+from tdmpc2_fast.kernels.plan.mppi import elite_update, explore, pick_elite, sample_actions, shift_mean, take_samples
 
 from ..model.world_model import WorldModel, join
 from ..rng import PlanNoise
 from ..runtime.backend import matmul_precision
 from ..runtime.profiling import annotate
+from .backend import PlanBackend, PlanRequest
 from .trace import PlanTrace
+
+
+class _Task(NamedTuple):
+    """What the task of each environment brings into a plan; embedding and mask in a multi-task model only."""
+
+    e: Tensor | None  # (E, 1, T)
+    mask: Tensor | None  # (E, A)
+    discount: Tensor | float  # (E, 1, 1), or that of the one task
 
 
 @dataclass
@@ -32,10 +43,10 @@ class _Rollout:
     z: Tensor  # (E, n, L)
 
 
-class TorchPlan:
+class TorchPlan(PlanBackend):
     """Plans for `num_envs` environments with plain torch ops, on any device and in any float type."""
 
-    counter = None  # draws come from the planner's generator
+    counter = None
 
     def __init__(self, model: WorldModel, num_envs: int, generator: torch.Generator) -> None:
         cfg = model.cfg
@@ -43,65 +54,45 @@ class TorchPlan:
         self.prev_mean = torch.zeros(
             num_envs, cfg.horizon, cfg.need("action_dim"), device=model.device, dtype=model.dtype
         )
-        self._discounts: Tensor | None = None
-        if cfg.multitask:
-            self._discounts = torch.tensor(cfg.discounts, device=model.device, dtype=model.dtype)
+        self._discounts = torch.tensor(cfg.discounts, device=model.device, dtype=model.dtype)
 
-    def plan(
-        self,
-        obs: Tensor,
-        t0: bool | Tensor,
-        eval_mode: bool | Tensor,
-        task: Tensor | None,
-        noise: PlanNoise | None,
-        trace: PlanTrace | None,
-    ) -> Tensor:
-        """Actions (E, A); arguments as checked by `Planner.plan`."""
+    @override
+    def plan(self, request: PlanRequest) -> Tensor:
         device = self.model.device
-        obs = obs.to(device, non_blocking=True)
-        first, evaluate = (torch.as_tensor(x).to(device).expand(self.num_envs) for x in (t0, eval_mode))
-        if task is not None:
-            task = task.to(device)
-        if noise is None:
-            noise = PlanNoise.draw(self.cfg, self.num_envs, self.generator, self.model.dtype)
+        t0, evaluate = (torch.as_tensor(x).to(device).expand(self.num_envs) for x in (request.t0, request.eval_mode))
+        noise = request.noise or PlanNoise.draw(self.cfg, self.num_envs, self.generator, self.model.dtype)
+        obs = request.obs.to(device, non_blocking=True)
         with matmul_precision(self.cfg, device):
-            action, mean = self._plan(obs, first, evaluate, task, noise, trace)
+            action, mean = self._plan(obs, t0, evaluate, self._task(request.task), noise, request.trace)
         self.prev_mean.copy_(mean)
         return action
 
+    @override
     def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
-        """Values (E, N) of sequences (E, H, N, A) from latents z (E, N, L).
+        given = self._task(task)
+        return self._value(self._rollout(z, actions, given), given, eps, members)
 
-        task: (E,) or None; eps: (E, N, A) of the terminal action; members: (2,) critics.
-        """
-        e = self.model.embed(task)
-        e = None if e is None else e.unsqueeze(1)
-        gamma = self.cfg.discounts[0] if task is None else self._discount_of(task)
-        return self._value(self._rollout(z, e, actions, gamma), e, self.model.action_mask(task), eps, members)
+    def _task(self, index: Tensor | None) -> _Task:
+        if index is None:
+            return _Task(self.model.embed(None), None, self.cfg.discounts[0])
+        index = index.to(self.model.device)
+        e, discount = self.model.embed(index), self._discounts[index].view(-1, 1, 1)
+        return _Task(None if e is None else e.unsqueeze(1), self.model.action_mask(index), discount)
 
     def _plan(
-        self,
-        obs: Tensor,
-        t0: Tensor,
-        eval_mode: Tensor,
-        task: Tensor | None,
-        noise: PlanNoise,
-        trace: PlanTrace | None,
+        self, obs: Tensor, t0: Tensor, eval_mode: Tensor, task: _Task, noise: PlanNoise, trace: PlanTrace | None
     ) -> tuple[Tensor, Tensor]:
+        """Return the actions (E, A) and the last mean (E, H, A)."""
         cfg, p = self.cfg, self.cfg.num_pi_trajs
-        e = self.model.embed(task)
         with annotate("encode"):
-            z = self.model.encode_parts(obs, e, noise.shift)
-        e = None if e is None else e.unsqueeze(1)
-        mask = self.model.action_mask(task)
-        gamma = cfg.discounts[0] if task is None else self._discount_of(task)
+            z = self.model.encode_parts(obs, None if task.e is None else task.e.squeeze(1), noise.shift)
         z0 = z.unsqueeze(1)
 
         actions = torch.empty(
             self.num_envs, cfg.horizon, cfg.num_samples, self.prev_mean.shape[-1], device=z.device, dtype=z.dtype
         )
         with annotate("prior"):
-            prior = self._prior(z0, e, mask, gamma, noise.pi_eps, actions[:, :, :p]) if p else None
+            prior = self._prior(z0, task, noise.pi_eps, actions[:, :, :p]) if p else None
         if trace is not None:
             trace.record(z=z, pi_actions=actions[:, :, :p])
 
@@ -109,14 +100,14 @@ class TorchPlan:
         std = torch.full_like(mean, cfg.max_std)
         for i in range(cfg.effective_iterations):
             with annotate("iteration"):
-                samples = sample_actions(mean, std, noise.samples[i], mask)
+                samples = sample_actions(mean, std, noise.samples[i], task.mask)
                 actions[:, :, p:] = samples
-                rollout = self._rollout(z0, e, samples, gamma)
+                rollout = self._rollout(z0, samples, task)
                 if prior is not None:
                     rollout = _concat(prior, rollout, per_sample_weight=cfg.episodic)
-                values = self._value(rollout, e, mask, noise.value_eps[i], noise.members[i])
+                values = self._value(rollout, task, noise.value_eps[i], noise.members[i])
                 elites, score, mean, std = elite_update(
-                    values, actions, cfg.num_elites, cfg.temperature, cfg.min_std, cfg.max_std, mask
+                    values, actions, cfg.num_elites, cfg.temperature, cfg.min_std, cfg.max_std, task.mask
                 )
             if trace is not None:
                 trace.record(actions=actions, values=values, elites=elites, scores=score, means=mean, stds=std)
@@ -124,71 +115,59 @@ class TorchPlan:
         with annotate("select"):
             pick = pick_elite(score, noise.elite)
             chosen = take_samples(actions, elites.gather(1, pick.unsqueeze(1))).squeeze(2)
-            explore = (~eval_mode).unsqueeze(1) * std[:, 0] * noise.action
-            action = (chosen[:, 0] + explore).clamp(-1, 1)
+            action = explore(chosen[:, 0], std[:, 0], noise.action, eval_mode)
         if trace is not None:
             trace.record(chosen=chosen, picked=pick)
         return action, mean
 
-    def _discount_of(self, task: Tensor) -> Tensor:
-        assert self._discounts is not None
-        return self._discounts[task].view(-1, 1, 1)
-
-    def _prior(
-        self,
-        z: Tensor,
-        e: Tensor | None,
-        mask: Tensor | None,
-        gamma: Tensor | float,
-        eps: Tensor,
-        actions: Tensor,
-    ) -> _Rollout:
+    def _prior(self, z: Tensor, task: _Task, eps: Tensor, actions: Tensor) -> _Rollout:
         """Draw policy sequences from z (E, 1, L) into `actions` (E, H, P, A) and roll them out."""
         out = None
         for t in range(self.cfg.horizon):
-            actions[:, t] = self._policy(z, e, mask, eps[:, t])
-            out = self._step(out, z, e, actions[:, t], gamma)
+            actions[:, t] = self._policy(z, task, eps[:, t])
+            out = self._step(out, z, actions[:, t], task)
             z = out.z
         assert out is not None
         return out
 
-    def _rollout(self, z: Tensor, e: Tensor | None, actions: Tensor, gamma: Tensor | float) -> _Rollout:
+    def _rollout(self, z: Tensor, actions: Tensor, task: _Task) -> _Rollout:
         """Roll out given sequences (E, H, n, A) from z (E, 1, L)."""
         out = None
         for a in actions.unbind(1):
-            out = self._step(out, z, e, a, gamma)
+            out = self._step(out, z, a, task)
             z = out.z
         assert out is not None
         return out
 
-    def _step(self, so_far: _Rollout | None, z: Tensor, e: Tensor | None, a: Tensor, gamma: Tensor | float) -> _Rollout:
-        """One step: reward of (z, a), next latent, then discount, then termination of that latent."""
+    def _step(self, so_far: _Rollout | None, z: Tensor, a: Tensor, task: _Task) -> _Rollout:
+        """Take one step: reward of (z, a), next latent, then discount, then termination of that latent."""
         model = self.model
-        parts = join(z, e, a)
+        parts = join(z, task.e, a)
         reward = model.scalar(model._reward(*parts))
         z = model._dynamics(*parts)
         G, weight = (0.0, 1.0) if so_far is None else (so_far.G, so_far.weight)
         G = G + weight * reward
-        weight = weight * gamma
+        weight = weight * task.discount
         if self.cfg.episodic:
             # Terminated is sticky: a zero weight stays zero.
             weight = weight * (model.termination(z) <= 0.5)
         return _Rollout(G, weight, z)
 
-    def _value(self, rollout: _Rollout, e: Tensor | None, mask: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
-        """Return of each sequence with the terminal value of two critics at a policy action: (E, N)."""
+    def _value(self, rollout: _Rollout, task: _Task, eps: Tensor, members: Tensor) -> Tensor:
+        """Return the value of each sequence, two critics' at a policy action after its last step included: (E, N)."""
         model = self.model
-        action = self._policy(rollout.z, e, mask, eps)
-        q0, q1 = (model.scalar(x) for x in model.critic_logits(join(rollout.z, e, action), members))
+        action = self._policy(rollout.z, task, eps)
+        q0, q1 = (model.scalar(x) for x in model.critic_logits(join(rollout.z, task.e, action), members))
         return (rollout.G + rollout.weight * ((q0 + q1) / 2)).squeeze(-1)
 
-    def _policy(self, z: Tensor, e: Tensor | None, mask: Tensor | None, eps: Tensor) -> Tensor:
-        logits = self.model._pi(*join(z, e))
-        return policy_action(logits, eps, *self.model.log_std_range, None if mask is None else mask.unsqueeze(1))
+    def _policy(self, z: Tensor, task: _Task, eps: Tensor) -> Tensor:
+        logits = self.model._pi(*join(z, task.e))
+        mask = None if task.mask is None else task.mask.unsqueeze(1)
+        return policy_action(logits, eps, *self.model.log_std_range, mask)
 
 
 def _concat(prior: _Rollout, rest: _Rollout, per_sample_weight: bool) -> _Rollout:
-    """Prior sequences first, as the official planner orders its samples."""
+    """Put the prior's sequences first, as the official planner orders its samples."""
     weight = rest.weight
     if per_sample_weight:
         assert isinstance(prior.weight, Tensor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from tdmpc2_fast.kernels.device.launch import Precision, why_not
 
 from ..config import Config
 from ..errors import BackendError, ConfigError, warn
-from ..learn.compiling import why_not_compiled
+from .compiling import why_not_compiled
 
 _WIDEST_SIMNORM = 16
 
@@ -106,19 +105,6 @@ def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], o
         f"used: {used.replace('device=auto', f'device={device}')}"
     )
     return found
-
-
-def without_kernels(cfg: Config, error: Exception, what: str) -> Backend:
-    """Torch, and a warning, where a kernel turned out not to fit the device: `error`, of `KERNEL_ERRORS`.
-
-    what: who does what, as in "Planner: planning". Where kernels must run it is a `BackendError`.
-    """
-    why = f"a kernel cannot run on this device: {str(error).strip().splitlines()[-1]}"
-    if cfg.backend == "triton" or cfg.precision == "bfloat16":
-        raise BackendError(f"backend='triton' cannot run: {why}") from error
-    who, doing = what.split(": ")
-    warnings.warn(f"{who}: {why}; {doing} with torch", RuntimeWarning, stacklevel=3)
-    return Backend("torch", why)
 
 
 def _triton(why: str, cfg: Config) -> Backend:

@@ -19,9 +19,9 @@ from torch._dynamo.utils import counters
 from tdmpc2_fast import TDMPC2
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import NonFiniteError
-from tdmpc2_fast.learn.compiling import can_compile, why_not_compiled
 from tdmpc2_fast.rng import UpdateNoise, generator
 from tdmpc2_fast.runtime.backend import resolve_backend
+from tdmpc2_fast.runtime.compiling import can_compile, why_not_compiled
 
 CPU = torch.device("cpu")
 CONFIGS = dict(

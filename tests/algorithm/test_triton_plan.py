@@ -21,6 +21,7 @@ from tdmpc2_fast.errors import BackendError, InputError
 from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS, Precision, _why_no_driver, log_launches, triton, why_not
 from tdmpc2_fast.kernels.plan.buffers import PlanSizes, PlanWeights
 from tdmpc2_fast.kernels.plan.chain import PlanChain
+from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.torch_plan import TorchPlan
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.plan.triton_plan import TritonPlan
@@ -67,7 +68,7 @@ CONFIGS = dict(
 
 def observations(cfg: Config, num_envs: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(5)
-    return torch.randn(num_envs, dict(cfg.obs_shape or {})["state"][0], generator=g)
+    return torch.randn(num_envs, *cfg.observation_shape, generator=g)
 
 
 REGIMES = dict(latency=dict(throughput=False), throughput=dict(throughput=True), persistent=dict(persistent=8))
@@ -98,7 +99,8 @@ def test_equals_the_torch_backend(regime: str, name: str, livened: Liven) -> Non
     traces = PlanTrace(), PlanTrace()
     noise, obs = draw(cfg, count), observations(cfg, count)
     got, want = (
-        plan.plan(obs, t0, evaluate, task, noise, trace) for plan, trace in zip((fused, plain), traces, strict=True)
+        plan.plan(PlanRequest(obs, t0, evaluate, task, noise, trace))
+        for plan, trace in zip((fused, plain), traces, strict=True)
     )
     assert [x.tolist() for x in traces[0].elites] == [x.tolist() for x in traces[1].elites]
     for field in ("z", "pi_actions", "actions", "values", "scores", "means", "stds", "chosen", "picked"):
@@ -115,7 +117,7 @@ def test_pixels_equal_the_torch_backend() -> None:
     obs = torch.randint(0, 256, (2, 9, 64, 64), dtype=torch.uint8)
     plain, noise = TorchPlan(agent.model, 2, agent.planner.generator), draw(cfg, 2)
     got = agent.planner.plan(obs, True, True, None, noise)
-    torch.testing.assert_close(got, plain.plan(obs, True, True, None, noise, None), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, plain.plan(PlanRequest(obs, True, True, noise=noise)), rtol=1e-5, atol=1e-5)
     assert agent.act(obs, t0=True).shape == (2, 2)
 
 
@@ -204,7 +206,7 @@ def test_new_parameters_are_honoured(livened: Liven) -> None:
     after = agent.planner.plan(obs, True, noise=noise)
     assert not torch.equal(before, after)
     plain = TorchPlan(agent.model, 1, agent.planner.generator)
-    torch.testing.assert_close(after, plain.plan(obs, True, False, None, noise, None), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(after, plain.plan(PlanRequest(obs, True, noise=noise)), rtol=2e-5, atol=2e-5)
     state = {k: v.clone() for k, v in TDMPC2(small()).model.state_dict().items() if torch.is_tensor(v)}
     agent.load(state)
     assert torch.equal(before, agent.planner.plan(obs, True, noise=noise))
@@ -242,7 +244,7 @@ def test_an_update_between_plans_is_seen(livened: Liven) -> None:
     plain = TorchPlan(agent.model, 1, agent.planner.generator)
     torch.testing.assert_close(
         agent.planner.plan(obs, True, noise=noise),
-        plain.plan(obs, True, False, None, noise, None),
+        plain.plan(PlanRequest(obs, True, noise=noise)),
         rtol=2e-5,
         atol=2e-5,
     )
@@ -255,7 +257,7 @@ def test_tensors_read_without_a_copy_may_be_put_elsewhere(livened: Liven) -> Non
     assert isinstance(plan, TritonPlan)
     noise, obs, captured = draw(cfg, 3), observations(cfg, 3), plan._graph
     agent.planner.plan(obs, True, task=task, noise=noise)
-    mean, rng = plan.prev_mean.clone(), plan.fused.inputs.rng.clone()
+    mean, rng = plan.prev_mean.clone(), plan.chain.inputs.rng.clone()
     assert plan._graph is captured
     state = agent.model.state_dict()
     state["_task_emb.weight"] = torch.rand_like(state["_task_emb.weight"])
@@ -265,7 +267,7 @@ def test_tensors_read_without_a_copy_may_be_put_elsewhere(livened: Liven) -> Non
     other = Planner(agent.model, 3)
     other.prev_mean.copy_(mean)
     assert torch.equal(got, other.plan(obs, False, task=task, noise=noise))
-    assert torch.equal(plan.fused.inputs.rng, rng + torch.tensor([0, 1]))
+    assert torch.equal(plan.chain.inputs.rng, rng + torch.tensor([0, 1]))
     # On a GPU a plan without given draws is a replay: of the graph of the new tensors.
     assert agent.planner.plan(obs, task=task).isfinite().all()
 
@@ -328,7 +330,7 @@ def test_auto_plans_with_torch_where_a_kernel_does_not_fit(monkeypatch: pytest.M
 
     monkeypatch.setattr("tdmpc2_fast.plan.triton_plan.TritonPlan.__init__", too_large)
     chosen = Backend("triton", "there is a GPU")
-    monkeypatch.setattr("tdmpc2_fast.plan.planner.resolve_backend", lambda *args: chosen)
+    monkeypatch.setattr("tdmpc2_fast.runtime.chosen.resolve_backend", lambda *args: chosen)
     with pytest.warns(RuntimeWarning, match="out of resource: shared memory; planning with torch"):
         planner = Planner(WorldModel(tiny_config()))
     assert planner.backend.name == "torch"
@@ -341,11 +343,11 @@ def test_logs_of_launches_nest_and_end(planner: Planner) -> None:
     plan = planner._plan
     assert isinstance(plan, TritonPlan)
     with log_launches() as outer, log_launches(dry=True) as inner:
-        plan.fused.begin()
+        plan.chain.begin()
     assert outer == inner
     assert len(inner) == 1
     with log_launches() as log:
-        plan.fused.begin()
+        plan.chain.begin()
     assert len(log) == 1
 
 

@@ -143,7 +143,7 @@ def test_parameters_keep_names_shapes_and_objects(livened: Liven) -> None:
     after = tensors_only(agent.model.state_dict())
     assert list(after) == list(state)
     assert all(torch.equal(after[k], state[k]) for k in state)
-    flat = [updater.fused.world.param, updater.fused.policy.param, updater.fused.target]
+    flat = [updater.chain.world.param, updater.chain.policy.param, updater.chain.target]
     inside = [
         any(f.data_ptr() <= p.data_ptr() < f.data_ptr() + f.nbytes for f in flat) for p in agent.model.parameters()
     ]
@@ -172,9 +172,9 @@ def test_batches_drawn_in_the_graph_are_slices_of_what_was_added_so_far() -> Non
         agent.update(buffer)
         update = agent.updater._update
         assert isinstance(update, TritonUpdate)
-        obs = update.fused.inputs.obs[0, ..., 0]
+        obs = update.chain.inputs.obs[0, ..., 0]
         assert torch.equal(obs[1:] - obs[:-1], torch.ones(cfg.horizon, cfg.batch_size))
-        assert torch.equal(update.fused.inputs.target[0], obs[1:])
+        assert torch.equal(update.chain.inputs.target[0], obs[1:])
         assert set((obs // 100).flatten().int().tolist()) <= set(range(max(0, i - 2), i + 1))
     assert agent.updater.steps == 6
 
@@ -271,7 +271,7 @@ def test_auto_learns_with_torch_where_a_kernel_does_not_fit(from_replay: bool, m
 
     monkeypatch.setattr(TritonUpdate, "step_from" if from_replay else "step", too_large)
     agent, plain = TDMPC2(tiny_config()), TDMPC2(tiny_config())
-    agent.updater.backend = Backend("triton", "there is a GPU")
+    agent.updater._chosen.backend = Backend("triton", "there is a GPU")
     buffer, sampled = (filled_buffer(agent.cfg) for _ in range(2))
     with pytest.warns(RuntimeWarning, match="Updater: .*out of resource: shared memory; learning with torch"):
         metrics = agent.updater.step_on(buffer if from_replay else Sampled(buffer))

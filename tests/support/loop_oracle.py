@@ -30,8 +30,8 @@ def everything(trainer: OnlineTrainer) -> dict[str, Any]:
         assert buffer._generator is not None
         streams |= dict(replay=buffer._generator, update=update.generator)
     else:
-        found["counter"] = update.fused.inputs.rng
-        for flat in (update.fused.world, update.fused.policy):
+        found["counter"] = update.chain.inputs.rng
+        for flat in (update.chain.world, update.chain.policy):
             found |= {f"{len(flat.param)} {k}": getattr(flat, k) for k in ("exp_avg", "exp_avg_sq", "step")}
     found |= {f"stream {k}": g.get_state() for k, g in streams.items()}
     found["warm start"] = agent.planner.prev_mean

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from typing import Any
 from unittest import mock
 
 import torch
@@ -14,6 +13,7 @@ from judge import within_twice
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.kernels.device.launch import Precision
+from tdmpc2_fast.plan.backend import PlanBackend, PlanRequest
 from tdmpc2_fast.plan.torch_plan import TorchPlan
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.plan.triton_plan import TritonPlan
@@ -31,7 +31,7 @@ def draw(cfg: Config, count: int, device: torch.device = CPU) -> PlanNoise:
 
 
 def observation(cfg: Config, count: int, device: torch.device) -> torch.Tensor:
-    size = count, *dict(cfg.obs_shape or {})[cfg.obs]
+    size = count, *cfg.observation_shape
     if cfg.obs == "rgb":
         return torch.randint(256, size, dtype=torch.uint8, device=device)
     return torch.randn(size, device=device)
@@ -41,9 +41,9 @@ def task_of(cfg: Config, count: int, device: torch.device) -> torch.Tensor | Non
     return torch.arange(count, device=device) % len(cfg.tasks) if cfg.multitask else None
 
 
-def first_values(plan: Any, cfg: Config, count: int, obs: torch.Tensor, noise: PlanNoise) -> PlanTrace:
+def first_values(plan: PlanBackend, cfg: Config, count: int, obs: torch.Tensor, noise: PlanNoise) -> PlanTrace:
     trace = PlanTrace()
-    plan.plan(obs, True, True, task_of(cfg, count, obs.device), noise, trace)
+    plan.plan(PlanRequest(obs, True, True, task_of(cfg, count, obs.device), noise, trace))
     return trace
 
 

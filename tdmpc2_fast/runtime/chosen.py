@@ -1,0 +1,70 @@
+"""The one place where torch takes over from kernels that turn out not to fit the device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS
+
+from ..config import Config
+from ..errors import BackendError
+from .backend import Backend, resolve_backend
+from .surroundings import default_dtype, undisturbed
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Chosen(Generic[T]):
+    """The implementation of planning or learning that a config and a device ask for, made when it is first used.
+
+    Args:
+        what: who does what, for messages, as in "Planner: planning".
+        by_torch: makes the implementation on torch.
+        by_kernels: makes the one on the Triton kernels.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        what: str,
+        by_torch: Callable[[], T],
+        by_kernels: Callable[[], T],
+    ) -> None:
+        self.backend: Backend = resolve_backend(cfg, device, dtype)
+        self.made: T | None = None
+        self._cfg, self._what, self._by_torch, self._by_kernels = cfg, what, by_torch, by_kernels
+
+    @undisturbed
+    def get(self) -> T:
+        """Return the implementation."""
+        if self.made is None:
+            if self.backend.name == "triton":
+                with default_dtype(torch.float32):
+                    self.made = self._by_kernels()
+            else:
+                self.made = self._by_torch()
+        return self.made
+
+    def run(self, work: Callable[[T], R]) -> R:
+        """Return what `work` does with the implementation; with torch's from now on where a kernel cannot run.
+
+        Raises:
+            BackendError: a kernel cannot run, and the config does not leave the choice.
+        """
+        try:
+            return work(self.get())
+        except KERNEL_ERRORS as e:
+            why = f"a kernel cannot run on this device: {str(e).strip().splitlines()[-1]}"
+            if self._cfg.backend == "triton" or self._cfg.precision == "bfloat16":
+                raise BackendError(f"backend='triton' cannot run: {why}") from e
+            who, doing = self._what.split(": ")
+            warnings.warn(f"{who}: {why}; {doing} with torch", RuntimeWarning, stacklevel=3)
+            self.backend, self.made = Backend("torch", why), None
+        return work(self.get())
