@@ -97,8 +97,8 @@ def _check(q: Tensor, value: Tensor, tau: float) -> None:
         raise ValueError(f"tau: got {tau}, allowed: 0 to 1")
 
 
-def _places(b: int) -> list[tuple[int, int, float]]:
-    """For each percentile the places it lies between, and how far from the first to the second."""
+def places(b: int) -> list[tuple[int, int, float]]:
+    """Return, for each percentile of b sorted numbers, the two places it lies between, and its share of the second."""
     last = b - 1
     positions = [percent * last / 100 for percent in _PERCENTILES]
     return [(int(x), min(int(x) + 1, last), x - int(x)) for x in positions]
@@ -117,7 +117,7 @@ def running_scale(q: Tensor, value: Tensor, *, tau: float, pdl: bool = False) ->
         ValueError: a tensor of another shape, type or device; tau out of range.
     """
     _check(q, value, tau)
-    (place5, next5, share5), (place95, next95, share95) = _places(q.numel())
+    (place5, next5, share5), (place95, next95, share95) = places(q.numel())
     bi, bj, warps = scale_tile(q.numel())
     launch(
         running_scale_kernel,
@@ -147,6 +147,6 @@ def running_scale(q: Tensor, value: Tensor, *, tau: float, pdl: bool = False) ->
 def running_scale_reference(q: Tensor, value: Tensor, *, tau: float, pdl: bool = False) -> None:
     """`running_scale` in plain torch, in the type of its arguments."""
     ordered = q.sort().values
-    low, high = (ordered[i] * (1 - share) + ordered[j] * share for i, j, share in _places(q.numel()))
+    low, high = (ordered[i] * (1 - share) + ordered[j] * share for i, j, share in places(q.numel()))
     scale = torch.where(q.isnan().any(), torch.nan, (high - low).clamp(min=1.0))
     value.lerp_(scale.view(1), tau)

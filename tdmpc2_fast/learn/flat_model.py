@@ -41,11 +41,7 @@ class FlatModel:
     @torch.no_grad()
     def bind(self) -> None:
         """Move the parameters into the buffers; what they hold stays, and so do they as objects."""
-        kept = {
-            f"{prefix}.{key}" if prefix else key: (module._parameters, key)
-            for prefix, module in self.model.named_modules()
-            for key in module._parameters
-        }
+        kept = {name: (held, key) for name, held, key in self.model.places()}
         self._bound = []
         u = self.update
         for name, view in self._views(u.world.param, u.policy.param, u.target):

@@ -68,8 +68,8 @@ class ReplayBuffer:
             )
         self._slice = cfg.horizon + 1
         self._store: dict[str, Tensor] = {}
-        self._written = 0  # steps ever stored; the ring position is this modulo the capacity
-        self._num_eps = 0
+        self.written = 0  # steps ever stored, numbered in this order; the ring position is this modulo the capacity
+        self.num_eps = 0  # episodes ever added
         # Episodes a slice can come from, oldest first, in rows first..last of a growing table
         # (absolute start, length). A row outlives the drop of its oldest steps.
         self._table = torch.zeros(64, 2, dtype=torch.int64)
@@ -78,14 +78,9 @@ class ReplayBuffer:
         self._stale = True  # whether that copy is
         self._generator: torch.Generator | None = None
 
-    @property
-    def num_eps(self) -> int:
-        """Episodes ever added."""
-        return self._num_eps
-
     def __len__(self) -> int:
-        """Steps held."""
-        return min(self._written, self.capacity)
+        """Return the number of steps held."""
+        return min(self.written, self.capacity)
 
     @property
     def num_sampleable(self) -> int:
@@ -110,21 +105,16 @@ class ReplayBuffer:
         ever contains. Of an episode longer than the buffer the last steps stay.
         """
         rows = self._check(episode)
-        length = rows["reward"].shape[0]
-        if not self._store:
-            self._allocate()
-        kept = min(length, self.capacity)
-        where = (self._written + torch.arange(kept)) % self.capacity
-        for name, store in self._store.items():
-            store[where.to(store.device)] = rows[name][-kept:].to(store.device, store.dtype)
-        start = self._written
-        self._written += kept
+        kept = min(len(rows["reward"]), self.capacity)
+        start = self.written
+        self._put(torch.arange(start, start + kept), {name: x[-kept:] for name, x in rows.items()})
+        self.written += kept
         self._drop_overwritten()
         if kept >= self._slice:
             self._append(start, kept)
         self._stale = True
-        self._num_eps += 1
-        return self._num_eps
+        self.num_eps += 1
+        return self.num_eps
 
     @undisturbed
     def sample(self) -> Batch:
@@ -152,11 +142,6 @@ class ReplayBuffer:
             task=take("task", steps[0]) if "task" in self._store else None,
         )
 
-    @property
-    def written(self) -> int:
-        """Steps ever stored; they are numbered in this order."""
-        return self._written
-
     def steps(self, start: int, stop: int) -> dict[str, Tensor]:
         """Steps by their numbers, copied to the CPU: what `restore` takes. They must still be held."""
         where = torch.arange(start, stop) % self.capacity
@@ -166,8 +151,8 @@ class ReplayBuffer:
         """All but the steps: episodes in use, counts, random stream."""
         found = dict(
             episodes=self._table[self._first : self._last],
-            written=torch.tensor(self._written),
-            num_eps=torch.tensor(self._num_eps),
+            written=torch.tensor(self.written),
+            num_eps=torch.tensor(self.num_eps),
         )
         return found if self._generator is None else found | generator_state(self._generator)
 
@@ -179,15 +164,12 @@ class ReplayBuffer:
         chunks: number of the first step and the steps, in order; all that `state` counts on. A
         smaller buffer keeps the last of them.
         """
-        self._written = int(state["written"])
-        self._num_eps = int(state["num_eps"])
+        self.written = int(state["written"])
+        self.num_eps = int(state["num_eps"])
         for start, rows in chunks:
-            if not self._store:
-                self._allocate()
             numbers = torch.arange(start, start + len(rows["reward"]))
-            held = numbers >= self._written - self.capacity
-            for name, store in self._store.items():
-                store[(numbers[held] % self.capacity).to(store.device)] = rows[name][held].to(store.device)
+            held = numbers >= self.written - self.capacity
+            self._put(numbers[held], {name: x[held] for name, x in rows.items()})
         self._first = self._last = 0
         for start, length in state["episodes"].tolist():
             self._append(start, length)
@@ -196,6 +178,17 @@ class ReplayBuffer:
         if self._store and any(name.startswith("rng.") for name in state):  # else kernels drew, or nothing did
             self._generator = generator(self.cfg.seed, "replay", self._device)
             set_generator(self._generator, state)
+
+    def _put(self, numbers: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Store steps by their numbers; the storage is made for the first."""
+        if not self._store:
+            device, pin = storage_device(self.device, self.capacity, self._row_bytes())
+            self._store = {
+                name: torch.empty((self.capacity, *shape), dtype=dtype, device=device, pin_memory=pin)
+                for name, (shape, dtype) in self._columns().items()
+            }
+        for name, store in self._store.items():
+            store[(numbers % self.capacity).to(store.device)] = rows[name].to(store.device, store.dtype)
 
     @undisturbed
     def on_device(self) -> DeviceReplay | None:
@@ -207,7 +200,7 @@ class ReplayBuffer:
         """The table where the storage is, brought up to date."""
         if self.num_sampleable == 0:
             raise InputError(
-                f"replay: got {self._num_eps} episodes, none of {self._slice} or more steps "
+                f"replay: got {self.num_eps} episodes, none of {self._slice} or more steps "
                 "(horizon + 1); allowed: sampling after at least one such episode"
             )
         if self._copied is None:
@@ -251,16 +244,11 @@ class ReplayBuffer:
         length = mode(len(x) if x.ndim else 0 for x in rows.values())
         if length == 0:
             raise InputError("episode: got no steps, allowed: at least one")
-        shapes = dict(
-            obs=(length, *cfg.observation_shape),
-            action=(length, cfg.need("action_dim")),
-            reward=(length,),
-            terminated=(length,),
-            task=(length,),
-        )
+        columns = self._columns()
         for name, x in rows.items():
-            if tuple(x.shape) != shapes[name]:
-                raise InputError(f"episode[{name!r}]: got shape {tuple(x.shape)}, allowed: {shapes[name]}")
+            shape = (length, *columns[name][0])
+            if tuple(x.shape) != shape:
+                raise InputError(f"episode[{name!r}]: got shape {tuple(x.shape)}, allowed: {shape}")
         for name, first in (("obs", 0), ("action", 1), ("reward", 1)):
             if name != "obs" or cfg.obs == "state":  # as stored: what float32 cannot hold is not finite
                 rows[name] = rows[name].to(torch.float32)
@@ -289,26 +277,18 @@ class ReplayBuffer:
     def _columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what is kept of a step."""
         cfg = self.cfg
-        shape, pixels = cfg.observation_shape, cfg.obs == "rgb"
         columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(
-            obs=(shape, torch.uint8 if pixels else torch.float32),
+            obs=(cfg.observation_shape, torch.uint8 if cfg.obs == "rgb" else torch.float32),
             action=((cfg.need("action_dim"),), torch.float32),
             reward=((), torch.float32),
             terminated=((), torch.bool),
         )
         return columns | (dict(task=((), torch.int64)) if cfg.multitask else {})
 
-    def _allocate(self) -> None:
-        device, pin = storage_device(self.device, self.capacity, self._row_bytes())
-        self._store = {
-            name: torch.empty((self.capacity, *shape), dtype=dtype, device=device, pin_memory=pin)
-            for name, (shape, dtype) in self._columns().items()
-        }
-
     @undisturbed
     def __getstate__(self) -> dict[str, Any]:
-        start = self._written - len(self)
-        steps = [(start, by_value(self.steps(start, self._written)))] if self._store else []
+        start = self.written - len(self)
+        steps = [(start, by_value(self.steps(start, self.written)))] if self._store else []
         return dict(cfg=self.cfg, device=self.device, state=by_value(self.state()), steps=steps)
 
     @undisturbed
@@ -329,7 +309,7 @@ class ReplayBuffer:
 
     def _drop_overwritten(self) -> None:
         """Cut what the ring has overwritten off the oldest episodes; drop those too short for a slice."""
-        oldest = self._written - self.capacity
+        oldest = self.written - self.capacity
         while self._first < self._last:
             start, length = self._table[self._first].tolist()
             lost = oldest - start

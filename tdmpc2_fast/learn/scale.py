@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PERCENTILES = (5, 95)
+from tdmpc2_fast.kernels.losses.running_scale import places
 
 
 class RunningScale:
@@ -20,23 +20,16 @@ class RunningScale:
 
     @torch.no_grad()
     def after(self, q: Tensor) -> Tensor:
-        """The value one step towards the range of q (B, 1); `value` itself stays."""
+        """Return `value` one step towards the range of q (B, 1); `value` itself stays."""
         low, high = percentiles(q)
         return self.value.lerp((high - low).clamp(min=1.0).to(self.value), self.tau)
 
     def update(self, q: Tensor) -> None:
-        """Take that step."""
+        """Move `value` one step towards the range of q (B, 1)."""
         self.value.copy_(self.after(q))
 
 
 def percentiles(x: Tensor) -> Tensor:
-    """5% and 95% percentile over the batch, linearly interpolated: (B, ...) -> (2, ...)."""
+    """Return the 5% and 95% percentile over the batch, linearly interpolated: (B, ...) -> (2, ...)."""
     ordered = torch.sort(x, dim=0).values
-    last = x.shape[0] - 1
-    out = []
-    for percent in _PERCENTILES:
-        position = percent * last / 100
-        low = int(position)
-        share = position - low
-        out.append(ordered[low] * (1 - share) + ordered[min(low + 1, last)] * share)
-    return torch.stack(out)
+    return torch.stack([ordered[i] * (1 - share) + ordered[j] * share for i, j, share in places(x.shape[0])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,16 +37,10 @@ class Updater:
 
     def __init__(self, model: WorldModel) -> None:
         self.model, self.cfg = model, model_checked(model).cfg
-        self._chosen = Chosen[UpdateBackend](
-            model.cfg,
-            model.device,
-            model.dtype,
-            "Updater: learning",
-            by_torch=lambda: TorchUpdate(model),
-            by_kernels=self._with_kernels,
-        )
+        by_torch = partial(TorchUpdate, model)
+        self._chosen = Chosen[UpdateBackend](model, "Updater: learning", by_torch, self._by_kernels)
 
-    def _with_kernels(self) -> UpdateBackend:
+    def _by_kernels(self) -> UpdateBackend:
         from .triton_update import TritonUpdate
 
         return TritonUpdate(self.model)

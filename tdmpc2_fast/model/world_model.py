@@ -122,6 +122,15 @@ class WorldModel(nn.Module):
             if p.requires_grad and not name.startswith("_pi."):
                 yield name, p
 
+    def places(self) -> Iterator[tuple[str, dict[str, nn.Parameter | None], str]]:
+        """Yield each parameter's name, and the dict and key where its module keeps it.
+
+        `load_state_dict(assign=True)` replaces parameters there; to look each up by its name takes as long as a plan.
+        """
+        for prefix, module in self.named_modules():
+            for key in module._parameters:
+                yield f"{prefix}.{key}", module._parameters, key
+
     # ---- task embedding and action masks
 
     def embed(self, task: Tensor | None) -> Tensor | None:

@@ -43,14 +43,7 @@ class PackedModel:
         self._table: CopyTable | None = None
         _have_fused_steps_counted()
         unpacked = ("_target_Qs_params.", "_task_emb.") + (() if sizes.obs_dim else ("_encoder.",))
-        # Looked up where modules keep them, for `load_state_dict(assign=True)` replaces them there;
-        # `get_parameter` for each would take as long as a plan.
-        self._kept = [
-            (module._parameters, key)
-            for prefix, module in model.named_modules()
-            for key in module._parameters
-            if not f"{prefix}.{key}".startswith(unpacked)
-        ]
+        self._kept = [(held, key) for name, held, key in model.places() if not name.startswith(unpacked)]
 
     def refresh(self) -> bool:
         """Copy the parameters if one changed since the last time; whether one did.

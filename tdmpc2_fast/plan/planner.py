@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,18 +65,12 @@ class Planner:
         self._busy = threading.Lock()
         self._times: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._calls = 0
-        chosen = Chosen[PlanBackend](
-            cfg,
-            model.device,
-            model.dtype,
-            "Planner: planning",
-            by_torch=lambda: TorchPlan(model, num_envs, self.generator),
-            by_kernels=self._with_kernels,
-        )
+        by_torch = partial(TorchPlan, model, num_envs, self.generator)
+        chosen = Chosen[PlanBackend](model, "Planner: planning", by_torch, self._by_kernels)
         self._plan = chosen.run(lambda plan: plan)
         self.backend = chosen.backend
 
-    def _with_kernels(self) -> PlanBackend:
+    def _by_kernels(self) -> PlanBackend:
         from .triton_plan import TritonPlan
 
         return TritonPlan(self.model, self.num_envs, self.seed)

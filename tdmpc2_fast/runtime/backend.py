@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from tdmpc2_fast.kernels.device.launch import Precision, why_not
 from ..config import Config
 from ..errors import BackendError, ConfigError, warn
 from .compiling import why_not_compiled
+from .cores import cores
 
 _WIDEST_SIMNORM = 16
 
@@ -92,10 +92,9 @@ def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], o
             leave("precision", "bfloat16 needs the Triton kernels")
         if cfg.compile and "compile" not in given and (why := why_not_compiled(device)):
             leave("compile", why, False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for key in ("num_threads", "env_workers"):
-        if (getattr(cfg, key) or 0) > cores:
-            leave(key, f"{cores} cores", None)
+        if (getattr(cfg, key) or 0) > cores():
+            leave(key, f"{cores()} cores", None)
     if not changes:
         return cfg
     found = cfg.replace(**changes)

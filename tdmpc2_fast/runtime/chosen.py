@@ -10,8 +10,8 @@ import torch
 
 from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS
 
-from ..config import Config
 from ..errors import BackendError
+from ..model.world_model import WorldModel
 from .backend import Backend, resolve_backend
 from .surroundings import default_dtype, undisturbed
 
@@ -20,36 +20,24 @@ R = TypeVar("R")
 
 
 class Chosen(Generic[T]):
-    """The implementation of planning or learning that a config and a device ask for, made when it is first used.
+    """The implementation of planning or learning that a model's config and device ask for, made when first used.
 
-    Args:
-        what: who does what, for messages, as in "Planner: planning".
-        by_torch: makes the implementation on torch.
-        by_kernels: makes the one on the Triton kernels.
+    what: who does what, for messages, as in "Planner: planning".
+    by_torch, by_kernels: make the implementation.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        device: torch.device,
-        dtype: torch.dtype,
-        what: str,
-        by_torch: Callable[[], T],
-        by_kernels: Callable[[], T],
-    ) -> None:
-        self.backend: Backend = resolve_backend(cfg, device, dtype)
+    def __init__(self, model: WorldModel, what: str, by_torch: Callable[[], T], by_kernels: Callable[[], T]) -> None:
+        self.backend: Backend = resolve_backend(model.cfg, model.device, model.dtype)
         self.made: T | None = None
-        self._cfg, self._what, self._by_torch, self._by_kernels = cfg, what, by_torch, by_kernels
+        self._cfg, self._what, self._by_torch, self._by_kernels = model.cfg, what, by_torch, by_kernels
 
     @undisturbed
     def get(self) -> T:
         """Return the implementation."""
-        if self.made is None:
-            if self.backend.name == "triton":
-                with default_dtype(torch.float32):
-                    self.made = self._by_kernels()
-            else:
-                self.made = self._by_torch()
+        if self.made is None and self.backend.name == "triton":
+            with default_dtype(torch.float32):
+                self.made = self._by_kernels()
+        self.made = self.made or self._by_torch()
         return self.made
 
     def run(self, work: Callable[[T], R]) -> R:

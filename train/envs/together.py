@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.runtime.cores import cores
 
 from . import suite_of
 from .base import FAILURES, Actions, Array, Env, Environments, EnvState, Failures, Step, close_all, env_seed, step
@@ -109,7 +109,7 @@ def environments(
     """
     count, failures = cfg.env_workers, Failures(cfg, note, dropped)
     if count is None:
-        count = 0 if cfg.num_envs == 1 else _cores()
+        count = 0 if cfg.num_envs == 1 else cores()
     make = suite_of(cfg.task).make
     if count == 0:
         return InProcess(cfg, make, failures, first, restarts)
@@ -121,7 +121,3 @@ def environments(
         workers.close()
         raise
     return workers
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
