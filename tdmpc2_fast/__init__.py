@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str):
-        """A name of `__all__`, or a module in this package, imported now."""
+        """Return a name of `__all__`, or a module in this package, imported now."""
         from importlib import import_module
         from importlib.util import find_spec
 
@@ -59,5 +59,5 @@ __all__ = ["TDMPC2", "Config", "Planner", "ReplayBuffer", "WorldModel", "__versi
 
 
 def __dir__() -> list[str]:
-    """With what is not imported yet."""
+    """List what there is, imported yet or not."""
     return sorted({*globals(), *__all__})

@@ -24,7 +24,7 @@ from .seeds import stream_seed
 
 
 class TDMPC2:
-    """TD-MPC2 agent: a world model, a planner and an updater around it.
+    """A TD-MPC2 agent: a world model, with a planner and an updater around it.
 
     Args:
         cfg: a `Config` or the official `cfg` object, completed by the environment's
@@ -46,12 +46,12 @@ class TDMPC2:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return self.model.device
 
     @property
     def backend(self) -> Backend:
-        """What plans and learns, and why."""
+        """The backend that plans and learns, and why it is this one."""
         return self.planner.backend
 
     @undisturbed
@@ -59,10 +59,10 @@ class TDMPC2:
     def act(
         self, obs: Any, t0: bool | Tensor = False, eval_mode: bool | Tensor = False, task: int | Tensor | None = None
     ) -> Tensor:
-        """Action for one observation (*obs_shape) -> (A,), or a batch (E, *obs_shape) -> (E, A).
+        """Return the action for one observation (*obs_shape) -> (A,), or for a batch (E, *obs_shape) -> (E, A).
 
-        Plans, or follows the policy prior where `mpc=false` (its mean in evaluation). The
-        action is on the CPU, as in the official code. obs: as `Planner.plan` takes it.
+        It is planned, or where `mpc=false` drawn from the policy prior (whose mean it is in evaluation), and it is
+        on the CPU, as in the official code. obs: as `Planner.plan` takes it.
         """
         obs = observation(obs, self.cfg)
         shape = self.cfg.observation_shape
@@ -98,7 +98,7 @@ class TDMPC2:
         return torch.where(evaluate.view(-1, 1), out.mean, out.action)
 
     def update(self, buffer: Sampler) -> dict[str, Tensor]:
-        """One training step on a batch from `buffer`; returns the official metrics."""
+        """Take one training step on a batch from `buffer` and return the official metrics."""
         return self.updater.step_on(buffer)
 
     def save(self, fp: str | Path) -> None:
@@ -109,7 +109,7 @@ class TDMPC2:
     def load(self, fp: str | Path | Mapping[str, Any]) -> None:
         """Load weights: a file of ours, a run's folder, an official file of either generation, or a state dict.
 
-        What others wrapped around them is taken off, and a warning says so.
+        Whatever is wrapped around them is taken off, and a warning says so.
 
         Raises:
             CheckpointError: of another model (the message says what differs), not finite, or no model at all.
@@ -126,7 +126,7 @@ class TDMPC2:
 
 @undisturbed
 def load(fp: str | Path, **changes: Any) -> TDMPC2:
-    """The agent of a checkpoint that has a manifest, ready to plan or to train on.
+    """Return the agent of a checkpoint that has a manifest, ready to plan or to train on.
 
     fp: a file, or the folder of a run, whose best weights it takes.
     changes: config keys to change, e.g. `device="cuda"`. Others that belong to the machine of the

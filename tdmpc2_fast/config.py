@@ -199,7 +199,7 @@ class Config:
         self._check_relations()
 
     def _pixel_dims(self, latent_dim: int) -> dict[str, Any]:
-        """Width of the latent and channels of the pixel encoder, which give it: one follows from the other."""
+        """Return the latent's width or the pixel encoder's channels, whichever follows from the other."""
         width, channels = plain(self.latent_dim), plain(self.num_channels)
         if width is None and isinstance(channels, (int, float)):
             return dict(latent_dim=_CHANNEL_LATENTS * channels)
@@ -290,14 +290,14 @@ class Config:
         return value
 
     def discount(self, episode_length: int) -> float:
-        """Discount for episodes of this many decisions: clip((T/d - 1)/(T/d)) (paper, Appendix)."""
+        """Return the discount for episodes of this many decisions: clip((T/d - 1)/(T/d)) (paper, Appendix)."""
         frac = episode_length / self.discount_denom
         return min(max((frac - 1) / frac, self.discount_min), self.discount_max)
 
     def with_env(
         self, obs_shape: Mapping[str, tuple[int, ...]] | Any, action_dim: int = 0, episode_length: int = 0
     ) -> Config:
-        """This config, completed by what an environment knows.
+        """Return this config, completed by what an environment knows.
 
         obs_shape: shape per kind of observation; or, alone, the environment itself: one with `obs_shape`,
             `action_dim` and `max_episode_steps`, or a Gymnasium one, vectorised or not.
@@ -311,7 +311,7 @@ class Config:
         return cfg.replace(seed_steps=self.seed_steps or max(1000, 5 * cfg.need("episode_length")))
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some keys changed, validated again.
+        """Return a copy with some keys changed, validated again.
 
         Other keys keep their values, except that another `model_size` brings its own dims, and that
         `latent_dim` and `num_channels` follow each other where obs=rgb.
@@ -327,18 +327,18 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, the inverse of `from_dict`."""
+        """Return plain values, ready for JSON: the inverse of `from_dict`."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     @classmethod
     def key_names(cls) -> list[str]:
-        """All config keys."""
+        """List all config keys."""
         return [f.name for f in dataclasses.fields(cls)]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """A config from keys and values; an unknown key raises `ConfigError` with the nearest one."""
+        """Make a config of keys and values; an unknown key raises `ConfigError` with the nearest one."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"config: got {kind_of(values)}, allowed: a dict of keys and values")
         _check_known(values)
@@ -346,7 +346,7 @@ class Config:
 
     @classmethod
     def from_official(cls, cfg: Any) -> Config:
-        """From the official code's `cfg` (dataclass, OmegaConf or any object with attributes).
+        """Make a config of the official code's `cfg` (a dataclass, an OmegaConf or any object with attributes).
 
         Keys without a meaning here are left out, unset ones (`???`) take the default.
 
@@ -378,7 +378,7 @@ class Config:
 
 
 def _check_known(keys: Iterable[Any]) -> None:
-    """Raise `ConfigError` for the first that is no config key, with the nearest one."""
+    """Raise `ConfigError` for the first that is no config key, and name the nearest one."""
     known = Config.key_names()
     for key in keys:
         if key not in known:
@@ -386,5 +386,5 @@ def _check_known(keys: Iterable[Any]) -> None:
 
 
 def task_embedding_dim(task_set: str, model_size: int | None) -> int:
-    """Width of the task embedding the official code uses for a task set and size."""
+    """Return the width of the task embedding that the official code uses for a task set and size."""
     return 96 if task_set == "mt80" or model_size in _WIDE_TASK_EMBEDDING else 64

@@ -19,7 +19,7 @@ def _type_name(annotation: str) -> str:
 
 
 def checked(f: dataclasses.Field[Any], value: Any) -> Any:
-    """The value in the field's type and range, or a `ConfigError` that names key and range."""
+    """Return the value in the field's type, or raise a `ConfigError` that names key and range."""
     kind, meta = _type_name(str(f.type)), f.metadata
     optional = "None" in str(f.type)
     value = plain(value)
@@ -76,13 +76,13 @@ def checked(f: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def _shape(shape: Any) -> tuple[int, ...] | None:
-    """Sizes of an array, or None where these are none."""
+    """Return the sizes of an array, or None where these are none."""
     sizes = tuple(map(plain, shape)) if isinstance(shape, Iterable) else ()
     return sizes if sizes and all(type(n) is int and n > 0 for n in sizes) else None
 
 
 def _listed(value: Any) -> Any:
-    """What JSON has no word for, arrays and numbers of numpy and torch and paths, in those it has."""
+    """Return arrays and numbers of numpy and torch, and paths, in types that JSON has."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, os.PathLike):
@@ -91,7 +91,7 @@ def _listed(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Numbers of numpy, paths, and devices of torch (which is not imported here) as Python has them."""
+    """Return numbers of numpy, paths, and devices of torch (which is not imported here) as plain Python values."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if (type(value).__module__, type(value).__name__) == ("torch", "device"):
@@ -100,7 +100,7 @@ def plain(value: Any) -> Any:
 
 
 def describe_range(f: dataclasses.Field[Any]) -> str:
-    """What a field may hold, in words."""
+    """Say in words what a field may hold."""
     kind, meta = _type_name(str(f.type)), f.metadata
     if meta["choices"] is not None:
         return "one of " + ", ".join(str(c) for c in meta["choices"] if c is not None)

@@ -1,4 +1,4 @@
-"""What a config needs of an environment, read off whatever kind of one it is."""
+"""What a config needs to know of an environment, read off an environment of any kind."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _ALLOWED = (
 
 
 def sizes_of(env: Any, obs: str, episode_length: int | None) -> tuple[Mapping[str, Any], Any, Any]:
-    """Shape of the observations of kind `obs`, width of the action, and decisions per episode, as it tells them.
+    """Return the shape of the observations of kind `obs`, the width of the action, and the decisions per episode.
 
     episode_length: taken where the environment tells none.
 
     Raises:
-        ConfigError: it does not tell, with what is missing.
+        ConfigError: the environment does not tell; the message says what is missing.
     """
     shape = getattr(env, "obs_shape", None)
     if shape is None:
@@ -38,7 +38,7 @@ def sizes_of(env: Any, obs: str, episode_length: int | None) -> tuple[Mapping[st
 
 
 def _length_of(env: Any) -> Any:
-    """Decisions per episode, of an environment or of those in it, or None."""
+    """Return the decisions per episode of an environment, or of those in it, or None."""
     for holder, name in ((getattr(env, "spec", None), ""), (env, ""), (env, "_")):
         if length := getattr(holder, f"{name}max_episode_steps", None):
             return length
@@ -53,7 +53,7 @@ def _length_of(env: Any) -> Any:
 
 
 def _shape_of(env: Any, name: str, obs: str) -> tuple[int, ...]:
-    """Shape of a space of one environment: that of `obs` of observations in a dict; of actions, one dimension."""
+    """Return the shape of a space of one environment; of observations in a dict, that of `obs`."""
     space = getattr(env, f"single_{name}", None)
     space = getattr(env, name, None) if space is None else space
     if space is None:

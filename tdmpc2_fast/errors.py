@@ -30,17 +30,17 @@ class NonFiniteError(FloatingPointError):
 
 
 def kind_of(value: object) -> str:
-    """What came, for a message: the name of its type."""
+    """Return the name of a value's type, for a message."""
     return "None" if value is None else type(value).__name__
 
 
 def warn(text: str) -> None:
-    """Say what was done instead of what was asked for, where nobody gave a better place to say it."""
+    """Warn of what was done instead of what was asked for, where the caller gave no better place to say it."""
     warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` entries of `known` most like `name`, best first; may be empty.
+    """Return the `count` entries of `known` most like `name`, best first; there may be none.
 
     All of them are about as close as the first: a second one that is far off only distracts.
     """
@@ -51,12 +51,12 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def _likeness(name: str, known: str) -> tuple[float, float]:
-    """From 0 to 1; whoever typed a part of a name meant one that has it. Then what tells those apart."""
+    """Return the likeness from 0 to 1, high where `name` is a part of `known`, and what tells equals apart."""
     ratio = difflib.SequenceMatcher(None, known, name).ratio()
     return (max(ratio, _PART) if len(name) > 2 and name in known else ratio), ratio
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'a', 'b'?"`, or an empty string when nothing is close."""
+    """Return `" Did you mean 'a', 'b'?"`, or an empty string when nothing is close."""
     close = nearest(name, known)
     return f" Did you mean {', '.join(repr(k) for k in close)}?" if close else ""

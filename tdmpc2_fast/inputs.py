@@ -1,4 +1,4 @@
-"""What people give, as tensors: arrays and lists of all kinds, or an `InputError` that names the argument."""
+"""What callers give, as tensors: arrays and lists of all kinds, or an `InputError` that names the argument."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .errors import InputError, kind_of
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
-    """Real numbers as a tensor: a tensor as it is, without its graph; arrays (strides, byte order and write
-    protection of any kind), numbers and nested lists of them on the CPU.
+    """Return real numbers as a tensor: a tensor as it is, without its graph; arrays (of any strides, byte order and
+    write protection), numbers and nested lists of them on the CPU.
 
     Raises:
         InputError: anything else, by `name`.
@@ -46,14 +46,14 @@ _NATIVE = ("uint8", "float16", "float32", "float64")
 
 
 def whole(value: Any, name: str, low: int) -> int:
-    """A whole number of at least `low`, of Python or numpy, or an `InputError` that names the argument."""
+    """Return a whole number of at least `low`, given by Python or numpy, or raise an `InputError` with its name."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low:
         raise InputError(f"{name}: got {value!r}, allowed: an integer of at least {low}")
     return int(value)
 
 
 def observation(obs: Any, cfg: Config, name: str = "obs") -> Tensor:
-    """Observations as a tensor; they may come in a dict (or TensorDict) under their kind, `cfg.obs`."""
+    """Return observations as a tensor; they may come in a dict (or TensorDict) under their kind, `cfg.obs`."""
     if isinstance(obs, Mapping):
         if cfg.obs not in obs.keys():  # noqa: SIM118 (a TensorDict refuses `in`)
             raise InputError(f"{name}: got a dict with {sorted(map(str, obs))}, allowed: {cfg.obs!r} in it")
@@ -62,7 +62,7 @@ def observation(obs: Any, cfg: Config, name: str = "obs") -> Tensor:
 
 
 def finite(x: Tensor, name: str) -> Tensor:
-    """x, or an `InputError` with the first entry that is not finite."""
+    """Return x, or raise an `InputError` with the first entry that is not finite."""
     if not bool(torch.isfinite(x).all()):
         bad = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise InputError(f"{name}: got {x[tuple(bad)].item()} at index {bad}, allowed: finite numbers")
@@ -70,7 +70,7 @@ def finite(x: Tensor, name: str) -> Tensor:
 
 
 def pixels(x: Tensor, name: str) -> Tensor:
-    """x, or an `InputError` where it is surely no picture of 0..255."""
+    """Return x, or raise an `InputError` where it is surely no picture of 0..255."""
     if x.dtype == torch.uint8:
         return x
     if x.dtype == torch.bool:
@@ -86,7 +86,7 @@ def pixels(x: Tensor, name: str) -> Tensor:
 
 
 def check_obs(obs: Any, cfg: Config, leading: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Observations (*leading, *obs_shape) as a tensor: states in `dtype`, pixels as they come.
+    """Return observations (*leading, *obs_shape) as a tensor: states in `dtype`, pixels as they come.
 
     Raises:
         InputError: another shape, numbers that are not finite in `dtype`, or no pixels.
@@ -104,7 +104,7 @@ def check_obs(obs: Any, cfg: Config, leading: tuple[int, ...], dtype: torch.dtyp
 
 
 def flags(value: Any, name: str, count: int) -> bool | Tensor:
-    """A flag for all, or one for each of `count`: a bool, or (1,) or (count,) bool."""
+    """Return a flag for all, or one for each of `count`: a bool, or (1,) or (count,) bool."""
     if isinstance(value, bool):
         return value
     flag = as_tensor(value, name)
@@ -116,7 +116,7 @@ def flags(value: Any, name: str, count: int) -> bool | Tensor:
 
 
 def indices(value: Any, name: str, count: int) -> Tensor:
-    """Indices below `count` as an int64 tensor of at least one dimension."""
+    """Return indices below `count` as an int64 tensor of at least one dimension."""
     index = as_tensor(value, name)
     index = index.view(1) if index.ndim == 0 else index
     # Only where it is free: on an accelerator the check would make the host wait.

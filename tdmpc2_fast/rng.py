@@ -23,35 +23,35 @@ COUNTER = "rng.counter"
 
 
 def generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """A generator for one named stream of a run."""
+    """Return a generator for one named stream of a run."""
     g = torch.Generator(device)
     g.manual_seed(stream_seed(seed, name))
     return g
 
 
 def set_generator(g: torch.Generator, state: Mapping[str, Tensor], name: str = "rng") -> None:
-    """Go on where the generator stood whose state was kept; one of another kind of device starts anew."""
+    """Set a generator to a kept state; where that is of another kind of device, the generator stays as it is."""
     kept = state.get(f"{name}.{g.device.type}")
     if kept is not None:
         g.set_state(kept.cpu())
 
 
 def generator_state(g: torch.Generator, name: str = "rng") -> dict[str, Tensor]:
-    """What `set_generator` takes."""
+    """Return the state of a generator as `set_generator` takes it."""
     return {f"{name}.{g.device.type}": g.get_state()}
 
 
 def _pairs(cfg: Config, count: int, g: torch.Generator, dtype: torch.dtype | None) -> Tensor:
-    """The first two of `count` random permutations of the critics: (count, 2) int64."""
+    """Return the first two of `count` random permutations of the critics: (count, 2) int64."""
     return torch.rand(count, cfg.num_q, generator=g, device=g.device, dtype=dtype).argsort(-1)[:, :2]
 
 
 def dropout_multipliers(
     size: tuple[int, ...], p: float, g: torch.Generator, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Independent multipliers: 0 with probability p, else 1/(1-p).
+    """Draw independent multipliers: 0 with probability p, else 1/(1-p).
 
-    Draws the gaps between zeros, which are geometric, instead of every entry: for p = 0.01
+    The gaps between zeros are drawn, which are geometric, instead of every entry: for p = 0.01
     a hundredth of the random numbers. Eight standard deviations more gaps are drawn than
     expected, so that they reach the end.
     """
@@ -83,7 +83,7 @@ class PlanNoise:
 
     @classmethod
     def draw(cls, cfg: Config, num_envs: int, g: torch.Generator, dtype: torch.dtype | None = None) -> PlanNoise:
-        """Fresh draws on the generator's device, in `dtype` or torch's default."""
+        """Return fresh draws on the generator's device, in `dtype` or torch's default."""
         i, e, h, a = cfg.effective_iterations, num_envs, cfg.horizon, cfg.need("action_dim")
         n, p = cfg.num_samples, cfg.num_pi_trajs
 
@@ -116,7 +116,7 @@ class UpdateNoise:
 
     @classmethod
     def draw(cls, cfg: Config, g: torch.Generator, dtype: torch.dtype | None = None) -> UpdateNoise:
-        """Fresh draws on the generator's device, in `dtype` or torch's default."""
+        """Return fresh draws on the generator's device, in `dtype` or torch's default."""
         h, b, a, d = cfg.horizon, cfg.batch_size, cfg.need("action_dim"), cfg.mlp_dim
         pairs = _pairs(cfg, 2, g, dtype)
 

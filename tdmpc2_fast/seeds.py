@@ -1,4 +1,4 @@
-"""Seeds of the random streams of a run. Environments draw from streams, too, and need no torch for it."""
+"""Seeds of the random streams of a run, without torch: environments draw from such streams, too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import numpy as np
 
 
 def stream_seed(seed: int, name: str) -> int:
-    """Seed of the random stream `name` of a run: streams of one run never share a sequence."""
+    """Return the seed of the random stream `name` of a run: streams of one run never share a sequence."""
     state = np.random.SeedSequence([seed, crc32(name.encode())]).generate_state(2, np.uint32)
     return int(state[0]) << 31 ^ int(state[1])

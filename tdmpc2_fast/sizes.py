@@ -17,12 +17,12 @@ _Sizes = TypeVar("_Sizes", bound=ModelSizes)
 
 
 def plan_sizes(cfg: Config, num_envs: int) -> PlanSizes:
-    """The sizes of a plan for this config."""
+    """Return the sizes of a plan for this config."""
     return _sizes(PlanSizes, cfg, envs=num_envs, iterations=cfg.effective_iterations)
 
 
 def update_sizes(model: WorldModel) -> UpdateSizes:
-    """The sizes of an update of this model."""
+    """Return the sizes of an update of this model."""
     cfg: Config = model.cfg
     return _sizes(
         UpdateSizes,
@@ -34,12 +34,12 @@ def update_sizes(model: WorldModel) -> UpdateSizes:
 
 
 def pixel_room(p: Tensor) -> int:
-    """Floats a parameter of the pixel encoder takes in a flat buffer: whole cache lines."""
+    """Return how many floats a parameter of the pixel encoder takes in a flat buffer: whole cache lines."""
     return -(-p.numel() // 32) * 32
 
 
 def _sizes(kind: type[_Sizes], cfg: Config, **own: Any) -> _Sizes:
-    """Sizes by their names in the config, but for what has another name there."""
+    """Return sizes by their names in the config; `own` are those with another name there."""
     shape = cfg.observation_shape
     own |= dict(obs_dim=0 if cfg.obs == "rgb" else shape[0], action_dim=cfg.need("action_dim"))
     return kind(**own, **{f.name: getattr(cfg, f.name) for f in fields(kind) if f.name not in own})

@@ -35,7 +35,7 @@ _LEFTOVER = re.compile(r"\.__(batch_size|device)$")
 def add_official_entries(
     state: Mapping[str, Any], prefix: str, num_q: int, device: torch.device
 ) -> OrderedDict[str, Any]:
-    """Our state dict with everything the official `load_state_dict` insists on, in its order."""
+    """Return our state dict with everything the official `load_state_dict` insists on, in its order."""
     out: OrderedDict[str, Any] = OrderedDict()
 
     def leftovers(group: str) -> None:
@@ -55,12 +55,12 @@ def add_official_entries(
 
 
 def tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The entries that carry information: no alias, no leftovers."""
+    """Return the entries that carry information: no alias, no leftovers."""
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(ALIAS)}
 
 
 def unwrapped(state: Mapping[Any, Any], name: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the one model in `state` by their official names, and what was taken off to find them.
+    """Return the tensors of the one model in `state` by their official names, and what was taken off to find them.
 
     A name begins at its first segment that is one of a model's; what stands before it, dicts and prefixes
     alike, says where the model is. The text is empty for a state dict itself, and in official files' `model`.
@@ -104,7 +104,7 @@ def unwrapped(state: Mapping[Any, Any], name: str) -> tuple[dict[str, Tensor], s
 
 
 def _leaves(state: Mapping[Any, Any], nest: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """Names of the dicts around each entry with a name, its own, and what it is."""
+    """Yield, for each entry that has a name, the names of the dicts around it, its own, and its value."""
     for key, value in state.items():
         if isinstance(key, str):
             if isinstance(value, Mapping):
@@ -114,14 +114,14 @@ def _leaves(state: Mapping[Any, Any], nest: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _place(place: tuple[str, ...], nest: tuple[str, ...]) -> str:
-    """Dicts and prefix as a person writes them."""
+    """Write dicts and prefix as a person would."""
     parts = ["".join(f"[{key!r}]" for key in place[: len(nest)])]
     parts += [f"the prefix '{'.'.join(place[len(nest) :])}.'"] if len(place) > len(nest) else []
     return " with ".join(filter(None, parts))
 
 
 def dims(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the tensors of a model, by their official names, say about its config, by the config's keys.
+    """Return what the tensors of a model, by their official names, say about its config, by the config's keys.
 
     Besides: `observation`, the width of a state or the channels of an image, and `tasks`, how many.
 

@@ -22,14 +22,14 @@ class Batch(NamedTuple):
     task: Tensor | None  # (B,) int64
 
     def checked(self, cfg: Config) -> Batch:
-        """This batch in tensors that can be learned from; a shape that does not fit the config is an `InputError`."""
+        """Return the batch in tensors that can be learned from; a shape that does not fit is an `InputError`."""
         given = {name: x for name, x in self._asdict().items() if x is not None}
         found = self._replace(**{name: _usable(x, f"batch.{name}") for name, x in given.items()})
         found._check(cfg)
         return found
 
     def to(self, cfg: Config, device: torch.device, dtype: torch.dtype) -> Batch:
-        """On a device and in a floating-point type, but for pixels and tasks."""
+        """Return the batch on a device and, but for pixels and tasks, in a floating-point type."""
         obs = self.obs.to(device, self.obs.dtype if cfg.obs == "rgb" else dtype)
         action, reward, terminated = (x.to(device, dtype) for x in (self.action, self.reward, self.terminated))
         return Batch(obs, action, reward, terminated, None if self.task is None else self.task.to(device))
@@ -65,12 +65,12 @@ def _usable(x: Tensor, name: str) -> Tensor:
 
 
 class UpdateTrace(NamedTuple):
-    """Filled by an update that is given one, for tests: values and gradients before clipping."""
+    """Values and gradients before clipping, filled in by an update that is given one: for tests."""
 
     tensors: dict[str, Tensor]
     grads: dict[str, Tensor]
 
     @classmethod
     def empty(cls) -> UpdateTrace:
-        """A trace to hand to `Updater.step`."""
+        """Return a trace to hand to `Updater.step`."""
         return cls({}, {})

@@ -1,6 +1,6 @@
 """A world model whose parameters are views into the flat buffers of a fused update.
 
-Names and shapes stay as they are; a first layer's rows are farther apart, for the buffer pads them.
+Names and shapes stay as they are; a first layer's rows are farther apart, since the buffer pads them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..sizes import pixel_room
 
 
 class FlatModel:
-    """Binds a model's parameters to the buffers of an update, and notices when they are no longer.
+    """Binds a model's parameters to the buffers of an update, and notices when they no longer are.
 
     grads: a view of each parameter's gradient by its name, `_pi` included.
     moments: views of what Adam keeps of each, by `exp_avg` and `exp_avg_sq`.
@@ -40,7 +40,7 @@ class FlatModel:
 
     @torch.no_grad()
     def bind(self) -> None:
-        """Move the parameters into the buffers; what they hold stays, and so do they as objects."""
+        """Move the parameters into the buffers; their values stay, and so do the parameter objects."""
         kept = {name: (held, key) for name, held, key in self.model.places()}
         self._bound = []
         u = self.update
@@ -56,7 +56,7 @@ class FlatModel:
 
     @torch.no_grad()
     def refresh_operands(self) -> None:
-        """Round the parameters anew, as products take them."""
+        """Round the parameters anew to what products take."""
         u = self.update
         for flat in (u.world, u.policy):
             if flat.shadow is not None:
@@ -66,7 +66,7 @@ class FlatModel:
         self._seen = self._versions()
 
     def check(self) -> bool:
-        """Take in what others did to the parameters since the last time; whether any lay elsewhere."""
+        """Take in what others did to the parameters since the last time, and tell whether any lay elsewhere."""
         moved = any(holder[key].data_ptr() != view.data_ptr() for holder, key, view in self._bound)
         if moved:
             self.bind()
@@ -75,7 +75,7 @@ class FlatModel:
         return moved
 
     def wrote(self) -> None:
-        """Tell others, who watch version counters, that kernels wrote the parameters."""
+        """Advance the version counters, which others watch, since kernels wrote the parameters."""
         torch.autograd.graph.increment_version([holder[key] for holder, key, _ in self._bound])
         self._seen = self._versions()
 
@@ -83,7 +83,7 @@ class FlatModel:
         return [holder[key]._version for holder, key, _ in self._bound]
 
     def _views(self, world: Tensor, policy: Tensor, target: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name of each parameter, with its view of flat buffers; of the target critics where theirs is given."""
+        """Yield each parameter's name and its view of flat buffers; the target critics', too, where theirs is given."""
         model, layout = self.model, self.update.layout
         obs = model.cfg.obs
 
@@ -117,7 +117,7 @@ class FlatModel:
 
 
 def _part(flat: Tensor, layer: FlatLayer, key: str, like: Tensor, slabs: slice | int, base: int) -> Tensor:
-    """The view of one parameter in a flat buffer that begins at `base` of the layout."""
+    """Return the view of one parameter in a flat buffer that begins at `base` of the layout."""
     gradient = layer.moved(-base).gradient(flat)
     view = {
         "weight": gradient.weight,

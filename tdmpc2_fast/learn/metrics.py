@@ -1,4 +1,4 @@
-"""Metrics of an update that are no losses."""
+"""Metrics of an update besides its losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def termination_statistics(prob: Tensor, target: Tensor, eps: float = 1e-9) -> dict[str, Tensor]:
-    """Rate of terminations and F1 score of their prediction over a batch (B, 1)."""
+    """Return the rate of terminations and the F1 score of their prediction over a batch (B, 1)."""
     predicted, actual = prob > 0.5, target == 1
     tp = (predicted & actual).sum()
     recall = tp / (actual.sum() + eps)

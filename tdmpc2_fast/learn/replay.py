@@ -34,7 +34,7 @@ _FIELDS = ("obs", "action", "reward", "terminated", "task")
 
 @dataclass(frozen=True)
 class DeviceReplay:
-    """A replay for kernels that draw from it; addresses stay while the buffer lives, contents change."""
+    """A replay for kernels that draw from it; its addresses stay while the buffer lives, its contents change."""
 
     steps: Steps
     table: Tensor  # (R, 2) int64, start and length of episodes a slice can come from
@@ -43,7 +43,7 @@ class DeviceReplay:
 
 
 class ReplayBuffer:
-    """Ring of steps; capacity `min(buffer_size, steps)` as official.
+    """A ring of steps, of capacity `min(buffer_size, steps)` as in the official code.
 
     Storage lives on the agent's device where it fits, else in (pinned) host memory, decided
     from the free memory measured when the first episode comes. Samples are always on the
@@ -84,19 +84,19 @@ class ReplayBuffer:
 
     @property
     def num_sampleable(self) -> int:
-        """Episodes (or what the ring has left of them) that hold at least one slice."""
+        """The number of episodes (or rests of them that the ring still holds) with at least one slice."""
         return self._last - self._first
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage, tables included."""
+        """The size of the storage in bytes, tables included."""
         tensors = [*self._store.values(), self._table]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @undisturbed
     @torch.no_grad()
     def add(self, episode: Mapping[str, Any]) -> int:
-        """Add a whole episode; returns the number of episodes added so far.
+        """Add a whole episode and return the number of episodes added so far.
 
         episode: `obs` (T, *obs_shape), `action` (T, A), `reward` (T,), optionally
         `terminated` (T,), which may be None, and `task` (T,); a dict or TensorDict of tensors, arrays or lists,
@@ -143,12 +143,12 @@ class ReplayBuffer:
         )
 
     def steps(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Steps by their numbers, copied to the CPU: what `restore` takes. They must still be held."""
+        """Return steps by their numbers, copied to the CPU, as `restore` takes them. They must still be held."""
         where = torch.arange(start, stop) % self.capacity
         return {name: store[where.to(store.device)].cpu() for name, store in self._store.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All but the steps: episodes in use, counts, random stream."""
+        """Return all but the steps: episodes in use, counts, random stream."""
         found = dict(
             episodes=self._table[self._first : self._last],
             written=torch.tensor(self.written),
@@ -159,7 +159,7 @@ class ReplayBuffer:
     @undisturbed
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], chunks: Iterable[tuple[int, dict[str, Tensor]]]) -> None:
-        """Fill an empty buffer with steps kept earlier and what `state` returned then.
+        """Fill an empty buffer with steps kept earlier and with what `state` returned then.
 
         chunks: number of the first step and the steps, in order; all that `state` counts on. A
         smaller buffer keeps the last of them.
@@ -192,12 +192,12 @@ class ReplayBuffer:
 
     @undisturbed
     def on_device(self) -> DeviceReplay | None:
-        """What a kernel on the agent's device draws batches from; None where the storage is elsewhere."""
+        """Return what kernels on the agent's device draw batches from, or None where the storage is elsewhere."""
         found = self._rows_in_use()
         return found if self._device.type == self.device.type else None
 
     def _rows_in_use(self) -> DeviceReplay:
-        """The table where the storage is, brought up to date."""
+        """Return the table of episodes where the storage is, brought up to date."""
         if self.num_sampleable == 0:
             raise InputError(
                 f"replay: got {self.num_eps} episodes, none of {self._slice} or more steps "
@@ -275,7 +275,7 @@ class ReplayBuffer:
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._columns().values())
 
     def _columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of what is kept of a step."""
+        """Return shape and dtype of what is kept of a step."""
         cfg = self.cfg
         columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(
             obs=(cfg.observation_shape, torch.uint8 if cfg.obs == "rgb" else torch.float32),
@@ -308,7 +308,7 @@ class ReplayBuffer:
         self._last += 1
 
     def _drop_overwritten(self) -> None:
-        """Cut what the ring has overwritten off the oldest episodes; drop those too short for a slice."""
+        """Cut what the ring has overwritten off the oldest episodes, and drop those too short for a slice."""
         oldest = self.written - self.capacity
         while self._first < self._last:
             start, length = self._table[self._first].tolist()
@@ -323,10 +323,10 @@ class ReplayBuffer:
 
 
 def storage_device(device: torch.device, rows: int, row_bytes: int) -> tuple[torch.device, bool]:
-    """Where so many rows of replay go, and whether that memory is pinned; from measured free memory.
+    """Return where so many rows of replay go, by the memory that is free, and whether they are pinned there.
 
     Raises:
-        InputError: there is not enough anywhere; the message has the `buffer_size` that fits.
+        InputError: there is not enough memory; the message has the `buffer_size` that fits.
     """
     nbytes = rows * row_bytes
     if device.type == "cuda":
@@ -345,7 +345,7 @@ def storage_device(device: torch.device, rows: int, row_bytes: int) -> tuple[tor
 
 
 def _host_memory() -> int | None:
-    """Bytes of host memory available, or None where the system does not tell."""
+    """Return the bytes of host memory available, or None where the system does not tell."""
     try:
         with open("/proc/meminfo") as f:
             for line in f:

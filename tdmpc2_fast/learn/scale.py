@@ -9,7 +9,7 @@ from tdmpc2_fast.kernels.losses.running_scale import places
 
 
 class RunningScale:
-    """Moving average of the 5%-95% range of Q values, at least 1 (paper, section 3.1).
+    """A moving average of the 5%-95% range of Q values, at least 1 (paper, section 3.1).
 
     `value` is a (1,) tensor, updated in place.
     """

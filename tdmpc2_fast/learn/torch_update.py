@@ -172,10 +172,10 @@ class TorchUpdate(UpdateBackend):
         return info
 
     def _compiled(self, work: Callable[[], _T]) -> _T:
-        """What `work` gives; from the compiler's first failure in it on, which a warning tells, uncompiled.
+        """Return what `work` gives; uncompiled from the compiler's first failure on, of which a warning tells.
 
-        All of it can be done again: a compiled program is one node of the graph, backward as forward, so that
-        none of its gradients is there where it failed, and what is random was drawn before.
+        All of it can be done again: a compiled program is one node of the graph, backward as well as forward, so
+        it leaves no gradients where it fails, and what is random was drawn before.
         """
         if not self._compiling:
             return work()
@@ -210,14 +210,14 @@ class TorchUpdate(UpdateBackend):
 
     @torch.no_grad()
     def _targets(self, batch: Batch, e: Tensor | None, noise: UpdateNoise) -> tuple[Tensor, Tensor]:
-        """Latents of the next observations (H, B, L) and TD targets (H, B, 1)."""
+        """Return the latents of the next observations (H, B, L) and the TD targets (H, B, 1)."""
         next_z = self.model.encode_parts(batch.obs[1:], e, noise.shift_next)
         return next_z, self._td_target(next_z, batch, e, noise.td_eps, noise.td_members)
 
     def _world_losses(
         self, batch: Batch, e: Tensor | None, next_z: Tensor, td_target: Tensor, noise: UpdateNoise
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents (H+1, B, L) and the losses, `total_loss` among them."""
+        """Return the latents (H+1, B, L) and the losses, `total_loss` among them."""
         cfg, model, h = self.cfg, self.model, self.cfg.horizon
         bins = (cfg.num_bins, cfg.vmin, cfg.vmax)
         rho = self._rho[:h]
@@ -257,7 +257,7 @@ class TorchUpdate(UpdateBackend):
     def _policy_losses(
         self, zs: Tensor, task: Tensor | None, e: Tensor | None, noise: UpdateNoise
     ) -> dict[str, Tensor]:
-        """The loss, metrics of the policy, and the running scale after this step."""
+        """Return the loss, the policy's metrics, and the running scale after this step."""
         cfg, model = self.cfg, self.model
         logits = model._pi(*join(zs, e))
         out = policy_head(logits, noise.pi_eps, *model.log_std_range, model.action_mask(task))
@@ -273,7 +273,7 @@ class TorchUpdate(UpdateBackend):
         return dict(pi_loss=loss, pi_entropy=-out.log_prob, pi_scaled_entropy=out.scaled_entropy, pi_scale=scale)
 
     def _clip(self, params: dict[str, nn.Parameter], losses: dict[str, Tensor], trace: UpdateTrace | None) -> Tensor:
-        """Clip by global norm; refuse non-finite losses and gradients before anything is updated."""
+        """Clip gradients by their global norm, which is returned; refuse non-finite ones before anything is updated."""
         if trace is not None:
             trace.grads.update((n, p.grad.clone()) for n, p in params.items() if p.grad is not None)
         norm = nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])

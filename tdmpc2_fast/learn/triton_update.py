@@ -77,7 +77,7 @@ class TritonUpdate(UpdateBackend):
         self._replay: DeviceReplay | None = None
 
     def _captured(self, run: Callable[[], None]) -> GraphedFunction:
-        """Return an update as a graph; warm-up runs change nothing, for a set flag masks them."""
+        """Return an update as a graph; its warm-up runs change nothing, since a set flag masks them."""
         chain = self.chain
         written = [chain.inputs.rng, chain.world.step, chain.policy.step]
         if self._tasks is not None:
@@ -89,7 +89,7 @@ class TritonUpdate(UpdateBackend):
 
     @property
     def why_eager(self) -> str | None:
-        """Why updates are not replays of a CUDA graph; None where they are, or none has come yet."""
+        """Why updates are not replays of a CUDA graph, or None where they are or none has come yet."""
         return next((g.why_eager for g in (self._from_batch, self._from_replay) if g is not None), None)
 
     @override
@@ -137,7 +137,7 @@ class TritonUpdate(UpdateBackend):
 
     @contextlib.contextmanager
     def _one_update(self) -> Iterator[None]:
-        """Within: on a model as it was left, or with what others changed taken in."""
+        """Make what is within one update: in its turn, of the model as others have changed it."""
         self._device.check(self.model.device, self.model.dtype)
         with self._device.turn(), torch.no_grad():
             self._raise_if_failed(wait=False)
@@ -191,7 +191,7 @@ class TritonUpdate(UpdateBackend):
 
     @property
     def _actions(self) -> Tensor:
-        """Where a batch's actions go: (H, B, A)."""
+        """The buffer that a batch's actions go to: (H, B, A)."""
         at = self.cfg.latent_dim + self.cfg.task_dim
         return self.chain.inputs.x[0, : self.cfg.horizon, :, at : at + self.chain.sizes.action_dim]
 
@@ -227,7 +227,7 @@ class TritonUpdate(UpdateBackend):
         chain.summarise()
 
     def _run_given(self, noise: UpdateNoise | None, trace: UpdateTrace | None) -> None:
-        """The same update, eagerly, from given draws or watched."""
+        """Run the same update eagerly, from given draws or watched."""
         if noise is None:
             self.chain.draw()
         else:
@@ -235,7 +235,7 @@ class TritonUpdate(UpdateBackend):
         self._update(trace)
 
     def _encode(self) -> Tensor | None:
-        """All latents; of pixels the first is returned, with its graph."""
+        """Encode all observations; of pixels, return the first latent, with its graph."""
         chain, z = self.chain, self.cfg.latent_dim
         if self._images is None:
             chain.encode()
@@ -257,7 +257,7 @@ class TritonUpdate(UpdateBackend):
             self._lend_gradients()
 
     def _lend_gradients(self) -> None:
-        """Gradients that torch writes, or others look at, are those in the flat buffer."""
+        """Let gradients that torch writes, or others look at, be those in the flat buffer."""
         if self.cfg.multitask and self.cfg.task_grad_leak:
             self.model._task_emb.weight.grad = self.flat.grads["_task_emb.weight"]
         if self._images is not None:
@@ -301,7 +301,7 @@ class TritonUpdate(UpdateBackend):
             to.copy_(x)
 
     def _metrics(self) -> dict[str, Tensor]:
-        """A copy: the next update overwrites the buffer."""
+        """Return copies of the metrics: the next update overwrites the buffer."""
         values = dict(zip(METRICS, self.chain.losses.metrics.clone(), strict=True))
         found = {k: v for k, v in values.items() if not k.startswith("_")}
         if self.cfg.episodic:
@@ -309,7 +309,7 @@ class TritonUpdate(UpdateBackend):
         return found
 
     def _termination_statistics(self) -> None:
-        """From the gradient of the logits, weight (sigmoid - target), and the targets of the last step."""
+        """Keep the statistics of the last step: its logits' gradient is weight (sigmoid - target)."""
         chain = self.chain
         target = chain.inputs.terminated[0, -1, :, None]
         slope = chain.state.d_termination[2].x[0, -1].float()
@@ -329,7 +329,7 @@ class TritonUpdate(UpdateBackend):
         trace.grads.update((n, g.clone()) for n, g in self.flat.grads.items() if n.startswith("_pi.") == of_policy)
 
     def _raise_if_failed(self, wait: bool) -> None:
-        """Say what was not finite, once it is known; `wait` for it or look whether it is."""
+        """Raise `NonFiniteError` where an update failed, once that is known; `wait` until it is."""
         code = int(self._flag) if self._device.is_done(wait) else 0
         if not code:
             return

@@ -25,7 +25,7 @@ __all__ = ["Batch", "UpdateTrace", "Updater"]
 
 
 class Updater:
-    """Optimisers, running scale and losses around one world model.
+    """The optimisers, running scale and losses around one world model.
 
     What a step needs is allocated, and on a GPU captured in a CUDA graph, when the first one comes:
     an agent that only plans does without. A copy or a pickle takes `state` along, and builds the rest
@@ -51,17 +51,17 @@ class Updater:
 
     @property
     def backend(self) -> Backend:
-        """What learns, and why."""
+        """The backend that learns, and why it is this one."""
         return self._chosen.backend
 
     @property
     def steps(self) -> int:
-        """Updates so far."""
+        """The number of updates so far."""
         return 0 if self._chosen.made is None else self._chosen.made.steps
 
     @property
     def scale(self) -> RunningScale:
-        """Running scale of Q values, by which the policy loss is divided."""
+        """The running scale of Q values, by which the policy loss is divided."""
         return self._update.scale
 
     @undisturbed
@@ -82,7 +82,7 @@ class Updater:
 
     @undisturbed
     def step_on(self, buffer: Sampler) -> dict[str, Tensor]:
-        """Do `step` on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
+        """Train on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
         if not hasattr(buffer, "sample"):
             raise InputError(f"buffer: got {kind_of(buffer)}, allowed: a ReplayBuffer or the official Buffer")
         metrics = self._chosen.run(lambda update: update.step_from(buffer))

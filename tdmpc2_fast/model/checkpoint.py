@@ -32,7 +32,7 @@ FORMAT = "tdmpc2-fast/1"
 
 
 def save(model: WorldModel, path: str | Path) -> Path:
-    """Write the weights of `model`; returns the file written.
+    """Write the weights of `model` and return the file written.
 
     A path ending in `.pt` writes the official format, anything else safetensors + JSON.
     """
@@ -60,7 +60,7 @@ def _path(fp: object) -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file that is meant: a checkpoint, with or without its ending, or a run folder's best or latest.
+    """Return the file that is meant: a checkpoint, with or without its ending, or a run folder's best or latest.
 
     Raises:
         CheckpointError: a folder without checkpoints.
@@ -77,7 +77,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read(path: str | Path, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], Config | None]:
-    """State dict of a checkpoint, as it is in the file, and, for one of ours, its config.
+    """Return the state dict of a checkpoint, as it is in the file, and, for one of ours, its config.
 
     Raises:
         CheckpointError: no such file, or one that is truncated, altered or unsafe.
@@ -95,8 +95,7 @@ def read(path: str | Path, map_location: torch.device | str = "cpu") -> tuple[di
 
 
 def read_with_config(path: str | Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Config, Config]:
-    """State dict and config of a checkpoint that has one; and that config with these changes, as this machine can
-    serve it.
+    """Return state dict and config of a checkpoint that has one, and that config with `changes` for this machine.
 
     Raises:
         CheckpointError: as `read`, or the file has no config.
@@ -117,7 +116,7 @@ def load_into(
     note: Callable[[str], object] = warn,
     saved: Config | None = None,
 ) -> None:
-    """Load any generation of state dict, whatever it is wrapped in; `note` hears what was taken off.
+    """Load any generation of state dict, whatever it is wrapped in; `note` is told what was taken off.
 
     saved: the config it was saved with, where that is known.
 
@@ -195,7 +194,7 @@ def _check_meaning(name: str, cfg: Config, saved: Config | None) -> None:
 
 
 def _difference(theirs: dict[str, Any], mine: dict[str, Any], cfg: Config) -> str:
-    """What differs between two models by their `dims`, and how to make `cfg`, of the second, fit."""
+    """Say what differs between two models by their `dims`, and how to make `cfg`, of the second, fit."""
     keys = [k for k in theirs if theirs[k] != mine.get(k)]
     if not keys:
         return ""
@@ -235,7 +234,7 @@ def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dic
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of all tensors."""
+    """Return the SHA-256 over names, shapes and bytes of all tensors."""
     h = hashlib.sha256()
     for name in sorted(tensors):
         x = tensors[name]

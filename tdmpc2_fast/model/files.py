@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 
 
 class replacing:
-    """`with replacing(path) as tmp`: write `tmp`, which takes the place of `path` when all went well.
+    """Files written aside: in `with replacing(path) as tmp`, `tmp` takes the place of `path` when all went well.
 
     Until then, and where writing fails, what is at `path` stays as it is.
     """
@@ -43,7 +43,7 @@ class replacing:
 
 
 def flush(path: Path) -> None:
-    """Return when a file, or the list of what is in a folder, is on the disk."""
+    """Wait until a file, or the list of what is in a folder, is on the disk."""
     at = os.open(path, os.O_RDONLY)
     try:
         os.fsync(at)
@@ -67,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, on the CPU, and metadata of a safetensors file.
+    """Return tensors, on the CPU, and metadata of a safetensors file.
 
     Raises:
         CheckpointError: it is truncated, or none.
@@ -77,7 +77,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """As `read_tensors`, without the tensors."""
+    """Return the metadata of a safetensors file; errors are those of `read_tensors`."""
     with _opened(path) as f:
         return f.metadata() or {}
 
@@ -93,7 +93,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def safetensors() -> Any:
-    """The package, imported when a file is: planning, learning and measuring do without it."""
+    """Import the package, when the first file is read or written: planning, learning and measuring do without it."""
     try:
         import safetensors.torch
     except ImportError as e:
@@ -102,5 +102,5 @@ def safetensors() -> Any:
 
 
 def as_bytes(x: Tensor) -> Any:
-    """The bytes of a tensor on the CPU, to be hashed."""
+    """Return the bytes of a tensor on the CPU, to be hashed."""
     return x.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -17,7 +17,7 @@ _SHIFT_PAD = 3
 
 
 class NormedLinear(nn.Linear):
-    """Linear, LayerNorm and activation: Mish, or SimNorm where `simnorm_dim` > 0."""
+    """A linear layer, LayerNorm and an activation: Mish, or SimNorm where `simnorm_dim` > 0."""
 
     def __init__(self, in_features: int, out_features: int, simnorm_dim: int = 0) -> None:
         super().__init__(in_features, out_features)
@@ -25,17 +25,17 @@ class NormedLinear(nn.Linear):
         self.simnorm_dim = simnorm_dim
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """concat(parts): (..., in_features) -> (..., out_features)."""
+        """Apply the layer to concat(parts): (..., in_features) -> (..., out_features)."""
         return normed_linear(parts, self.weight, self.bias, self.ln.weight, self.ln.bias, simnorm_dim=self.simnorm_dim)
 
     def extra_repr(self) -> str:
-        """Shown in the printed model."""
+        """Return what the printed model shows of the layer."""
         act = f"SimNorm({self.simnorm_dim})" if self.simnorm_dim else "Mish"
         return f"{super().extra_repr()}, act={act}"
 
 
 class MLP(nn.Sequential):
-    """Normed layers and a last layer, plain or with SimNorm; reads its input in parts."""
+    """Normed layers and a last layer, plain or with SimNorm, which read their input in parts."""
 
     def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, simnorm_dim: int = 0) -> None:
         dims = [in_dim, *hidden]
@@ -44,7 +44,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers, last)
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """concat(parts): (..., in_dim) -> (..., out_dim); leading dims broadcast."""
+        """Apply all layers to concat(parts): (..., in_dim) -> (..., out_dim); leading dims broadcast."""
         first, *rest = self
         x: Tensor = first(*parts)
         for layer in rest:
@@ -72,7 +72,7 @@ class StackedLinear(nn.Module):
             self.ln = _Affine(members, out_features)
 
     def reset(self, zero: bool) -> None:
-        """Official initialisation: each member like a linear layer of its own."""
+        """Initialise as the official code: each member like a linear layer of its own."""
         for member in self.weight.data:
             if zero:
                 member.zero_()
@@ -81,7 +81,7 @@ class StackedLinear(nn.Module):
 
 
 def stacked_mlp(members: int, in_dim: int, hidden: Sequence[int], out_dim: int) -> nn.ModuleList:
-    """Parameters of an ensemble of MLPs, stacked layer by layer."""
+    """Return the parameters of an ensemble of MLPs, stacked layer by layer."""
     dims = [in_dim, *hidden, out_dim]
     last = len(dims) - 2
     return nn.ModuleList(StackedLinear(members, dims[i], dims[i + 1], norm=i < last) for i in range(last + 1))
@@ -90,7 +90,7 @@ def stacked_mlp(members: int, in_dim: int, hidden: Sequence[int], out_dim: int) 
 def ensemble_members(
     layers: nn.ModuleList, members: Tensor | None, detach: bool = False
 ) -> Iterator[list[list[Tensor]]]:
-    """Parameters of single members, layer by layer: all in order, or those of `members` (M,).
+    """Yield the parameters of single members, layer by layer: all in order, or those of `members` (M,).
 
     On the CPU a member is a view of the stack; on other devices, and in compiled code, an index
     tensor is resolved on the device, so that no host synchronisation is needed.
@@ -110,7 +110,7 @@ def ensemble_members(
 
 
 def member_forward(params: list[list[Tensor]], parts: Sequence[Tensor], dropout: Tensor | None = None) -> Tensor:
-    """One ensemble member on concat(parts): (..., in_dim) -> (..., out_dim)."""
+    """Run one ensemble member on concat(parts): (..., in_dim) -> (..., out_dim)."""
     first, *rest = params[:-1]
     x = normed_linear(parts, *first, dropout=dropout)
     for layer in rest:
@@ -130,7 +130,7 @@ class Ensemble(nn.Module):
 
 
 class PixelEncoder(nn.Sequential):
-    """Random shift, four convolutions, SimNorm. Parameter names as official (`2`, `4`, `6`, `8`)."""
+    """A random shift, four convolutions and SimNorm; parameters have the official names (`2`, `4`, `6`, `8`)."""
 
     def __init__(self, in_channels: int, num_channels: int, simnorm_dim: int) -> None:
         c = num_channels
@@ -149,7 +149,7 @@ class PixelEncoder(nn.Sequential):
         self.simnorm_dim = simnorm_dim
 
     def forward(self, obs: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
-        """obs: (B, C, 64, 64) of 0..255; shift: (B, 1, 1, 2) of 0..6 -> (B, L)."""
+        """Encode obs (B, C, 64, 64) of 0..255, shifted by (B, 1, 1, 2) of 0..6 -> (B, L)."""
         x = random_shift(obs, shift).div(255.0).sub(0.5)
         return simnorm(super().forward(x), self.simnorm_dim)
 
@@ -171,13 +171,13 @@ def random_shift(obs: Tensor, shift: Tensor) -> Tensor:
 
 
 def draw_shift(count: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Random shifts for `count` images: (*count, 1, 1, 2) integers 0..6."""
+    """Draw random shifts for `count` images: (*count, 1, 1, 2) integers 0..6."""
     size = (*count, 1, 1, 2)
     return torch.randint(0, 2 * _SHIFT_PAD + 1, size, generator=generator, device=device)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Official initialisation, applied to every submodule; convolutions keep torch's default.
+    """Initialise a submodule as the official code; convolutions keep torch's default.
 
     `trunc_normal_` cuts at ±2 in absolute terms, so this is a plain normal in effect.
     """

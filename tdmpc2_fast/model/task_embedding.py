@@ -1,4 +1,4 @@
-"""Looking up task embeddings on the device, without waiting for it."""
+"""The lookup of task embeddings on the device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _NORM_EPS = 1e-7
 
 
 def look_up(weight: Tensor, task: Tensor) -> Tensor:
-    """`nn.Embedding(max_norm=1)` of task (...) without its host synchronisation: (..., T).
+    """Do what `nn.Embedding(max_norm=1)` does for task (...) without its host synchronisation: (..., T).
 
-    Renormalises the rows that are looked up in place, as the official code does in planning, too.
+    It renormalises the rows that are looked up in place, as the official code does in planning, too.
     """
     rows = weight.index_select(0, task)
     norm = rows.norm(dim=-1, keepdim=True)

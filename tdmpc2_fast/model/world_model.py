@@ -37,7 +37,7 @@ from .layers import (
 
 
 class WorldModel(nn.Module):
-    """Decoder-free latent world model (paper, section 3.1).
+    """A decoder-free latent world model (paper, section 3.1).
 
     Args:
         cfg: a `Config` (or the official `cfg` object) with `obs_shape` and `action_dim` set.
@@ -103,21 +103,21 @@ class WorldModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device that the parameters are on."""
         return self._pi[-1].weight.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters: float32, unless the model was cast."""
+        """The parameters' type: float32, unless the model was cast."""
         return self._pi[-1].weight.dtype  # type: ignore[return-value]
 
     @property
     def total_params(self) -> int:
-        """Number of learnable parameters; targets do not count."""
+        """The number of learnable parameters; targets do not count."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def world_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters the world-model loss trains: all learnable ones but the policy's."""
+        """Yield the named parameters that the world-model loss trains: all learnable ones but the policy's."""
         for name, p in self.named_parameters():
             if p.requires_grad and not name.startswith("_pi."):
                 yield name, p
@@ -134,7 +134,7 @@ class WorldModel(nn.Module):
     # ---- task embedding and action masks
 
     def embed(self, task: Tensor | None) -> Tensor | None:
-        """Task embedding (..., T) of task indices (...), or None in a single-task model.
+        """Return the task embedding (..., T) of task indices (...), or None in a single-task model.
 
         As in the official code a lookup renormalises the looked-up rows of the weight in
         place to norm 1 at most, in planning too; other rows keep their norm.
@@ -146,11 +146,11 @@ class WorldModel(nn.Module):
         return self._task_emb(task)  # type: ignore[no-any-return]
 
     def action_mask(self, task: Tensor | None) -> Tensor | None:
-        """Live action dims (..., A) of task indices (...), or None in a single-task model."""
+        """Return the live action dims (..., A) of task indices (...), or None in a single-task model."""
         return self._action_masks[task] if self.cfg.multitask and task is not None else None
 
     def task_index(self, task: int | Tensor | None) -> Tensor | None:
-        """Task indices as a checked int64 tensor on the model's device; None if single-task."""
+        """Return task indices as a checked int64 tensor on the model's device; None if single-task."""
         if not self.cfg.multitask:
             return None
         if task is None:
@@ -160,29 +160,29 @@ class WorldModel(nn.Module):
     # ---- the official face
 
     def task_emb(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """x with the task embedding appended: (B, .) or (H, B, .) -> (..., . + T)."""
+        """Return x with the task embedding appended: (B, .) or (H, B, .) -> (..., . + T)."""
         e = self.embed(self.task_index(task))
         if e is None:
             raise InputError("task_emb: this is a single-task model, it has no task embedding")
         return torch.cat([x, e.expand(*x.shape[:-1], -1)], dim=-1)
 
     def encode(self, obs: Tensor, task: int | Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Latent of observations: (B, *obs_shape) or (H, B, *obs_shape) -> (..., L).
+        """Return the latent of observations: (B, *obs_shape) or (H, B, *obs_shape) -> (..., L).
 
         shift: pixel shifts (..., 1, 1, 2) for `obs=rgb`; drawn where not given.
         """
         return self.encode_parts(obs, self.embed(self.task_index(task)), shift)
 
     def next(self, z: Tensor, a: Tensor, task: int | Tensor | None = None) -> Tensor:
-        """Next latent: z (..., L), a (..., A) -> (..., L)."""
+        """Return the next latent: z (..., L), a (..., A) -> (..., L)."""
         return self._dynamics(*self.parts(z, task, a))  # type: ignore[no-any-return]
 
     def reward(self, z: Tensor, a: Tensor, task: int | Tensor | None = None) -> Tensor:
-        """Reward logits: z (..., L), a (..., A) -> (..., K)."""
+        """Return reward logits: z (..., L), a (..., A) -> (..., K)."""
         return self._reward(*self.parts(z, task, a))  # type: ignore[no-any-return]
 
     def termination(self, z: Tensor, task: int | Tensor | None = None, unnormalized: bool = False) -> Tensor:
-        """Probability (or logit, if `unnormalized`) that z (..., L) is terminal: (..., 1)."""
+        """Return the probability (or logit, if `unnormalized`) that z (..., L) is terminal: (..., 1)."""
         if self._termination is None:
             raise InputError("termination: this model has no termination head (episodic=false)")
         logit = self._termination(z)
@@ -216,7 +216,7 @@ class WorldModel(nn.Module):
         detach: bool = False,
         members: Tensor | None = None,
     ) -> Tensor:
-        """State-action values of z (..., L), a (..., A).
+        """Return the state-action values of z (..., L), a (..., A).
 
         return_type: "all" gives logits of all critics (Q, ..., K); "min" and "avg" evaluate
         two critics and give scalars (..., 1). members: these two, (2,) int64; drawn at
@@ -246,11 +246,11 @@ class WorldModel(nn.Module):
     # ---- below the face: inputs in parts
 
     def parts(self, z: Tensor, task: int | Tensor | None, a: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The input parts (z, e, a) of a head, in the column order of its first layer."""
+        """Return the input parts (z, e, a) of a head, in the column order of its first layer."""
         return join(z, self.embed(self.task_index(task)), a)
 
     def encode_parts(self, obs: Tensor, e: Tensor | None, shift: Tensor | None = None) -> Tensor:
-        """`encode` with the task embedding already looked up."""
+        """Do what `encode` does with the task embedding already looked up."""
         encoder = self._encoder[self.cfg.obs]
         if self.cfg.obs == "state":
             return encoder(*join(obs, e))  # type: ignore[no-any-return]
@@ -262,7 +262,7 @@ class WorldModel(nn.Module):
         return encoder(images, shift.view(-1, 1, 1, 2)).view(*obs.shape[:-3], -1)  # type: ignore[no-any-return]
 
     def policy(self, z: Tensor, task: int | Tensor | None = None, eps: Tensor | None = None) -> PolicyOutput:
-        """Everything of the policy prior at z (..., L)."""
+        """Return everything of the policy prior at z (..., L)."""
         index = self.task_index(task)
         logits = self._pi(*join(z, self.embed(index)))
         if eps is None:
@@ -271,7 +271,7 @@ class WorldModel(nn.Module):
 
     @property
     def log_std_range(self) -> tuple[float, float]:
-        """Range of the policy's log std, as plain numbers."""
+        """The range of the policy's log std, as plain numbers."""
         return self.cfg.log_std_min, self.cfg.log_std_max
 
     def critic_logits(
@@ -283,7 +283,7 @@ class WorldModel(nn.Module):
         detach: bool = False,
         dropout: float | Tensor = 0.0,
     ) -> list[Tensor]:
-        """Logits (..., K) of the given critics, or of all where `members` is None.
+        """Return logits (..., K) of the given critics, or of all where `members` is None.
 
         dropout: a probability, or multipliers (M, ..., D) for the M critics evaluated.
         """
@@ -302,7 +302,7 @@ class WorldModel(nn.Module):
         return out
 
     def scalar(self, logits: Tensor) -> Tensor:
-        """Scalar that reward or value logits (..., K) stand for: (..., 1)."""
+        """Return the scalar that reward or value logits (..., K) stand for: (..., 1)."""
         return two_hot_inv(logits, self.cfg.num_bins, self.cfg.vmin, self.cfg.vmax)
 
     def __repr__(self) -> str:
@@ -321,7 +321,7 @@ class WorldModel(nn.Module):
 
 
 def model_checked(model: WorldModel) -> WorldModel:
-    """The model that was given, compiled or not, or an `InputError`."""
+    """Return the model that was given, compiled or not, or raise an `InputError`."""
     if isinstance(getattr(model, "_orig_mod", model), WorldModel):
         return model
     hint = "; its .model is one" if isinstance(getattr(model, "model", None), WorldModel) else ""
@@ -329,7 +329,7 @@ def model_checked(model: WorldModel) -> WorldModel:
 
 
 def join(z: Tensor, e: Tensor | None, a: Tensor | None = None) -> tuple[Tensor, ...]:
-    """(z, e, a) without the missing ones."""
+    """Return (z, e, a) without the missing ones."""
     return tuple(x for x in (z, e, a) if x is not None)
 
 

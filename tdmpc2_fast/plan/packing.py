@@ -1,4 +1,4 @@
-"""Packs a world model's parameters for the fused plan, and keeps the packed copy up to date."""
+"""A world model's parameters packed for the fused plan, and the packed copy kept up to date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..model.world_model import WorldModel
 
 @cache
 def _have_fused_steps_counted() -> None:
-    """From now on fused optimisers, too, advance the version counters of what they write; torch's do not."""
+    """Have fused optimisers, too, advance the version counters of what they write; torch's own do not."""
 
     def count(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
@@ -30,7 +30,7 @@ def _have_fused_steps_counted() -> None:
 
 
 class PackedModel:
-    """Packed weights of a world model.
+    """The packed weights of a world model.
 
     The buffers keep their addresses, so a captured graph reads what `refresh` writes.
     """
@@ -46,11 +46,11 @@ class PackedModel:
         self._kept = [(held, key) for name, held, key in model.places() if not name.startswith(unpacked)]
 
     def refresh(self) -> bool:
-        """Copy the parameters if one changed since the last time; whether one did.
+        """Copy the parameters if one changed since the last time, and tell whether one did.
 
         Changes are noticed by torch's version counters, which in-place operations of torch
         advance (`load_state_dict`, `copy_`, steps of optimisers). Writes through `.data`, by
-        kernels and by the replay of a captured update do not: whoever writes so, says `stale`.
+        kernels and by the replay of a captured update do not: call `stale` after them.
         """
         parameters = [p for kept, key in self._kept if (p := kept[key]) is not None]
         version = [(p._version, p.data_ptr()) for p in parameters]
@@ -70,7 +70,7 @@ class PackedModel:
         self._version = None
 
     def _pairs(self) -> list[tuple[Tensor, Tensor, bool]]:
-        """Every packed tensor beside the parameter it is a copy of, and whether it is an operand of products."""
+        """List every packed tensor, the parameter it is a copy of, and whether it is an operand of products."""
         m: Any = self.model
         w, z, t = self.weights, self._sizes.latent_dim, self._sizes.task_dim
         pairs: list[tuple[Tensor, Tensor, bool]] = []

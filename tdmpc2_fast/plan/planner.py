@@ -78,7 +78,7 @@ class Planner:
     @classmethod
     @undisturbed
     def from_checkpoint(cls, fp: str | Path, num_envs: int = 1, seed: int | None = None, **changes: object) -> Planner:
-        """A planner for the model of a checkpoint that has a manifest.
+        """Return a planner for the model of a checkpoint that has a manifest.
 
         fp: a file, or the folder of a run, whose best weights it takes.
         changes: config keys to change, e.g. `device="cuda"`.
@@ -91,7 +91,7 @@ class Planner:
 
     @property
     def prev_mean(self) -> Tensor:
-        """Mean of each environment's last plan (E, H, A), to be shifted into the next one's start."""
+        """The mean of each environment's last plan (E, H, A), from which the next one starts."""
         return self._plan.prev_mean
 
     @undisturbed
@@ -143,7 +143,7 @@ class Planner:
         return action
 
     def state(self) -> dict[str, Tensor]:
-        """Warm start and random streams, to go on from; the tensors are those at work: copy them."""
+        """Return warm start and random streams, to go on from; the tensors are those at work: copy them."""
         found = dict(prev_mean=self.prev_mean, **generator_state(self.generator))
         return found if self._plan.counter is None else {**found, COUNTER: self._plan.counter}
 
@@ -166,7 +166,7 @@ class Planner:
         self.load_state(from_values(kept["state"]))
 
     def stats(self) -> PlanStats:
-        """Median and 99th percentile of the last 10,000 calls of `plan`, milliseconds.
+        """Return median and 99th percentile of the last 10,000 calls of `plan`, in milliseconds.
 
         On a GPU a call returns when the plan is queued; its time includes the plan only where
         the caller waits for the action before planning again, as a control loop does.

@@ -21,7 +21,7 @@ from . import model as m
 
 
 class ReferenceAgent:
-    """The reference.
+    """The reference agent.
 
     Args:
         cfg: a completed config.
@@ -53,14 +53,14 @@ class ReferenceAgent:
     def q_value(
         self, z: Tensor, a: Tensor, task: Tensor | None, how: str, members: Tensor, target: bool = False
     ) -> Tensor:
-        """All critics, of which the two drawn give the minimum or the average."""
+        """Evaluate all critics, of which the two drawn give the minimum or the average."""
         q = m.critics(self.p, z, a, task, self.c, "_target_Qs_params" if target else "_Qs.params")
         values = m.two_hot_inv(q[members[:2]], self.c)
         return values.min(0).values if how == "min" else values.sum(0) / 2
 
     @torch.no_grad()
     def estimate_value(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
-        """Return of action sequences (H, N, A) from z (N, L), with a terminal value: (N, 1)."""
+        """Compute the return of action sequences (H, N, A) from z (N, L), with a terminal value: (N, 1)."""
         c = self.c
         G: Tensor | float = 0.0
         discount: Tensor | float = 1.0
@@ -86,7 +86,7 @@ class ReferenceAgent:
         noise: PlanNoise,
         trace: PlanTrace | None = None,
     ) -> Tensor:
-        """MPPI for one environment: obs (1, ...) -> action (A,). `noise` has E = 1."""
+        """Plan by MPPI for one environment: obs (1, ...) -> action (A,). `noise` has E = 1."""
         c, p = self.c, self.p
         trace = trace or PlanTrace()
         h, n, k, a = c.horizon, c.num_samples, c.num_pi_trajs, c.need("action_dim")
@@ -140,14 +140,14 @@ class ReferenceAgent:
 
     @torch.no_grad()
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
-        """r + gamma (1 - terminated) min Q_target(z', pi(z'))."""
+        """Return r + gamma (1 - terminated) min Q_target(z', pi(z'))."""
         action, _ = m.policy(self.p, next_z, batch.task, self.c, eps)
         discount = self.discount[batch.task].unsqueeze(-1) if isinstance(self.discount, Tensor) else self.discount
         q = self.q_value(next_z, action, batch.task, "min", members, target=True)
         return batch.reward + discount * (1 - batch.terminated) * q
 
     def update(self, batch: Batch, noise: UpdateNoise, trace: UpdateTrace | None = None) -> dict[str, Tensor]:
-        """One training step; returns the official metrics."""
+        """Take one training step and return the official metrics."""
         c, p, task = self.c, self.p, batch.task
         with torch.no_grad():
             next_z = m.encode(p, batch.obs[1:], task, c, noise.shift_next)
@@ -205,7 +205,7 @@ class ReferenceAgent:
     def update_pi(
         self, zs: Tensor, task: Tensor | None, noise: UpdateNoise, trace: UpdateTrace | None
     ) -> dict[str, Tensor]:
-        """Policy step; its gradient on the task embedding stays, as in the official code."""
+        """Train the policy; its gradient on the task embedding stays, as in the official code."""
         c = self.c
         action, info = m.policy(self.p, zs, task, c, noise.pi_eps)
         constant = {k: v.detach() if k.startswith("_Qs.") else v for k, v in self.p.items()}
@@ -241,7 +241,7 @@ def _record(trace: UpdateTrace | None, params: Mapping[str, Tensor]) -> None:
 
 
 def _percentile(x: Tensor, percent: float) -> Tensor:
-    """Linear interpolation between the sorted values of x (B, 1)."""
+    """Interpolate linearly between the sorted values of x (B, 1)."""
     ordered = torch.sort(x, dim=0).values
     position = percent * (len(x) - 1) / 100
     low = int(position)

@@ -15,7 +15,7 @@ Params = dict[str, Tensor]
 
 
 def simnorm(x: Tensor, c: Config) -> Tensor:
-    """Softmax within groups of V."""
+    """Apply softmax within groups of V."""
     shape = x.shape
     return F.softmax(x.view(*shape[:-1], -1, c.simnorm_dim), dim=-1).view(*shape)
 
@@ -23,7 +23,7 @@ def simnorm(x: Tensor, c: Config) -> Tensor:
 def normed_linear(
     p: Params, name: str, x: Tensor, c: Config, last: bool = False, dropout: Tensor | None = None
 ) -> Tensor:
-    """Linear, dropout, LayerNorm, then Mish or (`last`) SimNorm."""
+    """Apply linear, dropout, LayerNorm, then Mish or (`last`) SimNorm."""
     x = F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
     if dropout is not None:
         x = x * dropout
@@ -32,7 +32,7 @@ def normed_linear(
 
 
 def mlp(p: Params, name: str, x: Tensor, c: Config, dropout: Tensor | None = None) -> Tensor:
-    """Normed layers 0, 1, ..., then a plain linear layer, or a SimNorm layer if it has a LayerNorm."""
+    """Apply normed layers 0, 1, ..., then a plain linear layer, or a SimNorm layer if it has a LayerNorm."""
     depth = sum(k.startswith(f"{name}.") and k.endswith(".weight") and ".ln." not in k for k in p)
     for i in range(depth - 1):
         x = normed_linear(p, f"{name}.{i}", x, c, dropout=dropout if i == 0 else None)
@@ -43,7 +43,7 @@ def mlp(p: Params, name: str, x: Tensor, c: Config, dropout: Tensor | None = Non
 
 
 def with_task(p: Params, x: Tensor, task: Tensor | None, c: Config) -> Tensor:
-    """[x, e]: the task embedding appended; the lookup renormalises the weight in place."""
+    """Return [x, e], the task embedding appended; the lookup renormalises the weight in place."""
     if not c.multitask:
         return x
     assert task is not None
@@ -56,7 +56,7 @@ def with_task(p: Params, x: Tensor, task: Tensor | None, c: Config) -> Tensor:
 
 
 def shift_images(x: Tensor, shift: Tensor) -> Tensor:
-    """DrQ-v2's random shift: pad by 3, resample at whole-pixel offsets. shift: (B, 1, 1, 2), 0..6."""
+    """Shift images as DrQ-v2: pad by 3, resample at whole-pixel offsets. shift: (B, 1, 1, 2), 0..6."""
     n, _, h, _ = x.shape
     x = F.pad(x.float(), (3, 3, 3, 3), "replicate")
     eps = 1.0 / (h + 6)
@@ -68,7 +68,7 @@ def shift_images(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def encode(p: Params, obs: Tensor, task: Tensor | None, c: Config, shift: Tensor | None = None) -> Tensor:
-    """Latent of an observation; image sequences step by step."""
+    """Return the latent of an observation; image sequences are encoded step by step."""
     if c.obs == "state":
         return mlp(p, "_encoder.state", with_task(p, obs, task, c), c)
     assert shift is not None
@@ -82,22 +82,22 @@ def encode(p: Params, obs: Tensor, task: Tensor | None, c: Config, shift: Tensor
 
 
 def next_latent(p: Params, z: Tensor, a: Tensor, task: Tensor | None, c: Config) -> Tensor:
-    """Latent dynamics d(z, a, e)."""
+    """Apply the latent dynamics d(z, a, e)."""
     return mlp(p, "_dynamics", torch.cat([with_task(p, z, task, c), a], -1), c)
 
 
 def reward(p: Params, z: Tensor, a: Tensor, task: Tensor | None, c: Config) -> Tensor:
-    """Reward logits R(z, a, e)."""
+    """Return the reward logits R(z, a, e)."""
     return mlp(p, "_reward", torch.cat([with_task(p, z, task, c), a], -1), c)
 
 
 def termination(p: Params, z: Tensor, c: Config) -> Tensor:
-    """Termination logit."""
+    """Return the termination logit."""
     return mlp(p, "_termination", z, c)
 
 
 def policy(p: Params, z: Tensor, task: Tensor | None, c: Config, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy prior p(z, e): squashed Gaussian sample with log-prob and scaled entropy."""
+    """Draw from the policy prior p(z, e): squashed Gaussian sample with log-prob and scaled entropy."""
     mean, log_std = mlp(p, "_pi", with_task(p, z, task, c), c).chunk(2, dim=-1)
     log_std = c.log_std_min + 0.5 * (c.log_std_max - c.log_std_min) * (torch.tanh(log_std) + 1)
     size: Tensor | int = eps.shape[-1]
@@ -124,7 +124,7 @@ def critics(
     group: str = "_Qs.params",
     dropout: Tensor | None = None,
 ) -> Tensor:
-    """Logits of all critics, vectorised over the ensemble: (Q, ..., K)."""
+    """Return the logits of all critics, vectorised over the ensemble: (Q, ..., K)."""
     x = torch.cat([with_task(p, z, task, c), a], -1)
     stacked = {k[len(group) + 1 :]: v for k, v in p.items() if k.startswith(group + ".")}
 
@@ -137,17 +137,17 @@ def critics(
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) log(1 + |x|)."""
+    """Return sign(x) log(1 + |x|)."""
     return torch.sign(x) * torch.log(1 + torch.abs(x))
 
 
 def symexp(x: Tensor) -> Tensor:
-    """sign(x) (exp(|x|) - 1)."""
+    """Return sign(x) (exp(|x|) - 1)."""
     return torch.sign(x) * (torch.exp(torch.abs(x)) - 1)
 
 
 def two_hot(x: Tensor, c: Config) -> Tensor:
-    """Scalars (B, 1) as weights on two neighbouring bins (B, K)."""
+    """Return scalars (B, 1) as weights on two neighbouring bins (B, K)."""
     x = torch.clamp(symlog(x), c.vmin, c.vmax).squeeze(1)
     index = torch.floor((x - c.vmin) / c.bin_size)
     offset = ((x - c.vmin) / c.bin_size - index).unsqueeze(-1)
@@ -157,11 +157,11 @@ def two_hot(x: Tensor, c: Config) -> Tensor:
 
 
 def two_hot_inv(x: Tensor, c: Config) -> Tensor:
-    """Expectation over the bins, back from symlog space."""
+    """Return the expectation over the bins, back from symlog space."""
     bins = torch.linspace(c.vmin, c.vmax, c.num_bins, dtype=x.dtype, device=x.device)
     return symexp(torch.sum(F.softmax(x, dim=-1) * bins, dim=-1, keepdim=True))
 
 
 def soft_ce(pred: Tensor, target: Tensor, c: Config) -> Tensor:
-    """Cross-entropy of logits (B, K) against two-hot targets (B, 1)."""
+    """Return the cross-entropy of logits (B, K) against two-hot targets (B, 1)."""
     return -(two_hot(target, c) * F.log_softmax(pred, dim=-1)).sum(-1, keepdim=True)

@@ -26,7 +26,7 @@ class Backend(NamedTuple):
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device a config names; `auto` is the GPU where there is one."""
+    """Return the torch device a config names; `auto` is the GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,10 +43,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
-    """The implementation of planning and learning to use, and why.
+    """Return the implementation of planning and learning to use, and why.
 
-    `auto` takes the kernels on a GPU that can run them, else torch. `triton` where it cannot
-    run raises `BackendError` with the reason.
+    `auto` takes the kernels on a GPU that can run them, else torch.
+
+    Raises:
+        BackendError: `triton` was asked for and cannot run; the message has the reason.
     """
     if cfg.backend == "torch":
         return _torch("backend=torch was asked for", cfg)
@@ -63,10 +65,10 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torc
 
 
 def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], object] = warn) -> Config:
-    """A config from elsewhere, with keys of its machine that this one cannot serve left to choice.
+    """Return a config from elsewhere with defaults for keys of its machine that this one cannot serve.
 
-    given: keys that were asked for here: they stay, to be honoured or refused.
-    note: hears, once, which keys could not be served, why, and what is used instead.
+    given: keys that were asked for here; they stay, to be honoured or refused.
+    note: is told, once, which keys could not be served, why, and what is used instead.
     """
     changes: dict[str, Any] = {}
     reasons = []
@@ -117,7 +119,7 @@ def _torch(why: str, cfg: Config) -> Backend:
 
 
 def _why_no_kernels(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot plan for this config on this device, or None where they can."""
+    """Say why the kernels cannot run for this config on this device; None where they can."""
     v = cfg.simnorm_dim
     if v & (v - 1) or v > _WIDEST_SIMNORM:
         return f"simnorm_dim is {v}, allowed: a power of two up to {_WIDEST_SIMNORM}"
@@ -127,7 +129,7 @@ def _why_no_kernels(cfg: Config, device: torch.device, dtype: torch.dtype) -> st
 
 
 def plan_precision(cfg: Config, device: torch.device) -> Precision:
-    """How the kernels compute products: `auto` is tf32 on a GPU and exact elsewhere."""
+    """Return how the kernels compute products: `auto` is tf32 on a GPU and exact elsewhere."""
     if cfg.precision == "auto":
         return Precision("tf32" if device.type == "cuda" else "float32")
     return Precision(cfg.precision)
@@ -135,7 +137,7 @@ def plan_precision(cfg: Config, device: torch.device) -> Precision:
 
 @contextlib.contextmanager
 def matmul_precision(cfg: Config, device: torch.device) -> Iterator[None]:
-    """Within: float32 products and convolutions of torch as the config asks.
+    """Have torch compute float32 products and convolutions within as the config asks.
 
     tf32 on a GPU, or exact. `bfloat16` is for kernels: what torch computes beside them is tf32.
     Gradients of convolutions repeat bit for bit.
@@ -155,7 +157,7 @@ def matmul_precision(cfg: Config, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def torch_products(tf32: bool) -> Iterator[None]:
-    """Within: torch's float32 products and convolutions in tf32 where a device has it, or IEEE; as before after it.
+    """Have torch compute float32 products and convolutions within in tf32, where a device has it, or exactly.
 
     torch keeps this twice, by `set_float32_matmul_precision` and `allow_tf32`, and for each kind of op by
     `fp32_precision`; it refuses to read the first where they disagree, and code that mixes them is common.

@@ -15,7 +15,7 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile makes code worth running for `device`; where not, a warning says why.
+    """Tell whether torch.compile makes code worth running for `device`; where not, warn and say why.
 
     A warning and no error: `compile` is true in the official `cfg`, which must train anywhere, and
     changes no number beyond rounding.
@@ -27,9 +27,9 @@ def can_compile(device: torch.device) -> bool:
 
 
 def have_a_cache() -> None:
-    """Give torch another folder for its compiler's cache where it cannot make the one it was told, and warn of it.
+    """Give torch another folder for its compiler's cache where it cannot make the configured one, and warn of it.
 
-    It makes it when the first optimiser is built, whether anything is compiled or not.
+    torch makes that folder when the first optimiser is built, whether anything is compiled or not.
     """
     try:
         os.makedirs(os.environ.get(_CACHE, os.curdir), exist_ok=True)
@@ -39,7 +39,7 @@ def have_a_cache() -> None:
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """Why torch.compile is of no use for `device`, or None where it is.
+    """Say why torch.compile is of no use for `device`; None where it is of use.
 
     On a CPU it needs a C++ compiler, and is slow where it finds no vector instructions.
     """
@@ -56,5 +56,5 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 def in_one_line(e: Exception) -> str:
-    """Kind of an error, and the first paragraph of what it says."""
+    """Return the kind of an error and the first paragraph of what it says."""
     return " ".join(f"{type(e).__name__}: {e}".split("\n\n")[0].split())

@@ -17,7 +17,7 @@ _WARM_UP_RUNS = 3
 
 
 class GraphedFunction:
-    """Calls `fn` by replaying a CUDA graph of it; eagerly, and saying so, where capture fails.
+    """Calls `fn` by replaying a CUDA graph of it, or eagerly, with a warning, where capture fails.
 
     Args:
         fn: what to capture. It is run a few times first, so its buffers must be ready and its
@@ -44,11 +44,11 @@ class GraphedFunction:
 
     @property
     def captured(self) -> bool:
-        """Whether a call is a replay."""
+        """True where a call is a replay."""
         return self._graph is not None
 
     def _warm_up(self, device: torch.device) -> torch.cuda.Stream:
-        """Compile and allocate what the first calls do, on a stream a capture may use."""
+        """Let the first calls compile and allocate, on a stream that a capture may use."""
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -68,7 +68,7 @@ class GraphedFunction:
 
     @staticmethod
     def _end_failed_capture(side: torch.cuda.Stream, device: torch.device) -> None:
-        """Torch's default generator stays in capture mode until a capture ends well: let one."""
+        """Let a capture end well: until one does, torch's default generator stays in capture mode."""
         x = torch.zeros((), device=device)
         side.wait_stream(torch.cuda.current_stream(device))
         graph = torch.cuda.CUDAGraph()

@@ -24,7 +24,7 @@ class OnDevice:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Within: kernels go to the device, after those of the turn before, whatever its stream."""
+        """Send kernels within to the device, after those of the turn before, whatever its stream."""
         if self._done is None:
             yield
             return

@@ -11,7 +11,7 @@ except ImportError:  # a profiler's convenience, never needed to run
 
 
 def annotate(name: str) -> contextlib.AbstractContextManager[object]:
-    """A range called `name` on the profiler's time line."""
+    """Return a range called `name` on the profiler's time line."""
     if nvtx is None:
         return contextlib.nullcontext()
     return nvtx.annotate(name, domain="tdmpc2_fast")  # type: ignore[no-any-return]

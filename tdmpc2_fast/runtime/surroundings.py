@@ -14,11 +14,11 @@ _R = TypeVar("_R")
 
 
 def undisturbed(fn: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`fn`, run outside the inference mode, autocast and default device that its caller may be in.
+    """Return `fn`, run outside the inference mode, autocast and default device that its caller may be in.
 
     Tensors made in inference mode could not be trained or written to later. Gradients are on where
-    inference mode was left: who wants none says so within. Where nothing is set this costs about two
-    microseconds.
+    inference mode was left; `fn` turns them off itself if it needs none. Where nothing is set this costs about
+    two microseconds.
     """
 
     @functools.wraps(fn)
@@ -47,7 +47,7 @@ def _modes_to_leave() -> Iterator[contextlib.AbstractContextManager[object]]:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within: tensors made without a dtype have this one. It holds for all threads, so keep it to construction."""
+    """Give tensors made within, without a dtype, this one. It holds for all threads: keep it to construction."""
     before = torch.get_default_dtype()
     if before == dtype:
         yield
