@@ -73,11 +73,7 @@ class TDMPC2:
         return (action[0] if single else action).cpu()
 
     def plan(
-        self,
-        obs: Any,
-        t0: bool | Tensor = False,
-        eval_mode: bool | Tensor = False,
-        task: int | Tensor | None = None,
+        self, obs: Any, t0: bool | Tensor = False, eval_mode: bool | Tensor = False, task: int | Tensor | None = None
     ) -> Tensor:
         """Plan for a batch of observations: (E, *obs_shape) -> (E, A) on the agent's device."""
         return self.planner.plan(obs, t0, eval_mode, task)

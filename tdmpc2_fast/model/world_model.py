@@ -24,16 +24,7 @@ from ..config import Config
 from ..errors import InputError, kind_of
 from ..inputs import indices
 from ..runtime.surroundings import undisturbed
-from .layers import (
-    MLP,
-    Ensemble,
-    PixelEncoder,
-    draw_shift,
-    ensemble_members,
-    init_weights,
-    member_forward,
-    stacked_mlp,
-)
+from .layers import MLP, Ensemble, PixelEncoder, draw_shift, ensemble_members, init_weights, member_forward, stacked_mlp
 
 
 class WorldModel(nn.Module):
