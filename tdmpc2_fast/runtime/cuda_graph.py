@@ -27,7 +27,8 @@ class GraphedFunction:
     """
 
     def __init__(self, fn: Callable[[], None], device: torch.device, name: str) -> None:
-        self._fn, self._graph = fn, None
+        self._fn = fn
+        self._graph: torch.cuda.CUDAGraph | None = None
         self.why_eager: str | None = None
         if device.type != "cuda":
             self.why_eager = f"CUDA graphs need a CUDA device, this one is {device.type!r}"
@@ -35,7 +36,7 @@ class GraphedFunction:
         with torch.cuda.device(device):
             side = self._warm_up(device)
             try:
-                self._graph = self._capture(side)
+                self._graph = self._capture(self._fn, side)
             except RuntimeError as e:
                 self._end_failed_capture(side, device)
                 self.why_eager = f"capture failed: {e}"
@@ -58,27 +59,22 @@ class GraphedFunction:
         torch.cuda.synchronize(device)
         return side
 
-    def _capture(self, side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    @staticmethod
+    def _capture(fn: Callable[[], object], side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # The outer context puts the stream back where a failed capture does not. Thread-local:
         # what other threads do meanwhile is no business of this capture.
         with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            self._fn()
+            fn()
         return graph
 
-    @staticmethod
-    def _end_failed_capture(side: torch.cuda.Stream, device: torch.device) -> None:
+    def _end_failed_capture(self, side: torch.cuda.Stream, device: torch.device) -> None:
         """Let a capture end well: until one does, torch's default generator stays in capture mode."""
         x = torch.zeros((), device=device)
         side.wait_stream(torch.cuda.current_stream(device))
-        graph = torch.cuda.CUDAGraph()
         # Where this one fails, too, the warning about the first says all there is to say.
-        with (
-            contextlib.suppress(RuntimeError),
-            torch.cuda.stream(side),
-            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
-        ):
-            x.add_(1)
+        with contextlib.suppress(RuntimeError):
+            self._capture(lambda: x.add_(1), side)
 
     def __call__(self) -> None:
         """Run on the current stream, without waiting for it."""

@@ -31,7 +31,8 @@ Liven = Callable[[TDMPC2], TDMPC2]
 
 
 def fused(**changes: Any) -> Config:
-    return tiny_config(**{"backend": "triton", **changes})
+    """A config whose updates have few launches and small heads: each takes the interpreter its time."""
+    return tiny_config(**{"backend": "triton", "horizon": 2, "num_bins": 21, **changes})
 
 
 CONFIGS = dict(
@@ -39,7 +40,7 @@ CONFIGS = dict(
     episodic=fused(episodic=True),
     multitask=tiny_multitask(dropout=0.2, backend="triton"),
     horizon_1=fused(horizon=1),
-    long=fused(horizon=5, dropout=0.0),
+    long=fused(horizon=4, dropout=0.0),
     two_critics=fused(num_q=2),
     clipped=fused(grad_clip_norm=0.01),
     deep_encoder=fused(num_enc_layers=4),
@@ -47,7 +48,13 @@ CONFIGS = dict(
 )
 
 
-@pytest.mark.parametrize("case", golden_runner.cases(GOLDEN))
+# The wide cases take the interpreter longest; `make golden` replays them, too.
+SLOW = ("action_dim_38", "single_5m")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in golden_runner.cases(GOLDEN)]
+)
 def test_recorded_updates_are_reproduced_draw_by_draw(case: str) -> None:
     checker = golden_runner.Checker(Case(GOLDEN, case), "triton")
     checker.updates()
@@ -58,13 +65,13 @@ def test_recorded_updates_are_reproduced_draw_by_draw(case: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_updates_equal_the_reference(name: str, livened: Liven) -> None:
-    check_updates(CONFIGS[name], livened)
+    check_updates(name, livened)
 
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("name", ["plain", "episodic", "multitask", "horizon_1", "odd"])
 def test_updates_of_wide_layers_equal_the_reference(name: str, livened: Liven) -> None:
-    check_updates(CONFIGS[name], livened)
+    check_updates(name, livened)
 
 
 @pytest.mark.usefixtures("wide")
@@ -73,12 +80,13 @@ def test_gradients_of_wide_layers_are_as_exact_as_torch(precision: str, livened:
     check_gradients(CONFIGS["episodic"], precision, livened)
 
 
-def check_updates(cfg: Config, livened: Liven) -> None:
-    """Two updates give the numbers of the reference."""
+def check_updates(name: str, livened: Liven) -> None:
+    """An update gives the numbers of the reference; so does the next, which takes on more than sizes decide."""
+    cfg = CONFIGS[name]
     agent = livened(TDMPC2(cfg))
     reference = ReferenceAgent(cfg, tensors_only(agent.model.state_dict()))
     buffer, g = filled_buffer(cfg), generator(5, "test", torch.device("cpu"))
-    for _ in range(2):
+    for _ in range(2 if name in ("plain", "episodic", "multitask", "clipped") else 1):
         batch, noise = buffer.sample(), UpdateNoise.draw(cfg, g)
         got, want = agent.updater.step(batch, noise), reference.update(batch, noise)
         assert got.keys() == want.keys()
@@ -154,8 +162,8 @@ def test_a_run_repeats_and_draws_anew_each_time() -> None:
     found = []
     for _ in range(2):
         agent, buffer = TDMPC2(fused()), filled_buffer(fused())
-        losses = [float(agent.update(buffer)["consistency_loss"]) for _ in range(3)]
-        assert len(set(losses)) == 3
+        losses = [float(agent.update(buffer)["consistency_loss"]) for _ in range(2)]
+        assert len(set(losses)) == 2
         found.append(tensors_only(agent.model.state_dict()))
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
@@ -169,6 +177,8 @@ def test_batches_drawn_in_the_graph_are_slices_of_what_was_added_so_far() -> Non
         episode["obs"][:] = (100 * i + torch.arange(20.0)).unsqueeze(1).numpy()
         episode["reward"][1:] = episode["obs"][1:, 0]
         buffer.add(episode)
+        if i not in (0, 3, 5):  # one episode is there; the first has fallen out; and two more
+            continue
         agent.update(buffer)
         update = agent.updater._update
         assert isinstance(update, TritonUpdate)
@@ -176,7 +186,7 @@ def test_batches_drawn_in_the_graph_are_slices_of_what_was_added_so_far() -> Non
         assert torch.equal(obs[1:] - obs[:-1], torch.ones(cfg.horizon, cfg.batch_size))
         assert torch.equal(update.chain.inputs.target[0], obs[1:])
         assert set((obs // 100).flatten().int().tolist()) <= set(range(max(0, i - 2), i + 1))
-    assert agent.updater.steps == 6
+    assert agent.updater.steps == 3
 
 
 def test_changes_from_outside_are_honoured(livened: Liven) -> None:
@@ -293,7 +303,7 @@ class Sampled:
 def test_noise_of_a_wrong_shape_is_named() -> None:
     agent = TDMPC2(fused())
     noise = UpdateNoise.draw(fused(batch_size=4), generator(0, "test", torch.device("cpu")))
-    with pytest.raises(InputError, match=r"noise, for td_eps: got \(3, 4, 2\), allowed: \(3, 8, 2\)"):
+    with pytest.raises(InputError, match=r"noise, for td_eps: got \(2, 4, 2\), allowed: \(2, 8, 2\)"):
         agent.updater.step(filled_buffer(fused()).sample(), noise)
 
 
