@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,3 +298,17 @@ def test_values_of_numpy_and_paths_are_plain_ones() -> None:
     assert Config(env_kwargs=kwargs).env_kwargs == {"gain": 2.0, "xs": [1, 2], "deep": {"x": [1.0]}, "file": "a"}
     with pytest.raises(ConfigError, match="episodic"):
         Config(episodic=np.int64(1))
+
+
+def test_every_key_has_a_group_and_groups_lie_together() -> None:
+    groups = [f.metadata["group"] for f in dataclasses.fields(Config)]
+    assert all(groups)
+    assert len([name for name, _ in itertools.groupby(groups)]) == len({*groups})
+
+
+def test_a_key_of_the_environment_that_is_not_set_is_named() -> None:
+    with pytest.raises(ConfigError, match="'action_dim' is not set: it comes from the environment"):
+        Config().need("action_dim")
+    with pytest.raises(ConfigError, match="'obs_shape' is not set"):
+        _ = Config().observation_shape
+    assert Config().with_env({"state": (3,)}, 2, 9).observation_shape == (3,)
