@@ -289,8 +289,9 @@ def test_auto_learns_with_torch_where_a_kernel_does_not_fit(from_replay: bool, m
     assert agent.updater.steps == 1
     want = plain.updater.step_on(sampled)
     assert all(torch.equal(metrics[k], want[k]) for k in want)
+    other = filled_buffer(fused())
     with pytest.raises(BackendError, match="out of resource"):
-        TDMPC2(fused()).updater.step_on(filled_buffer(fused()) if from_replay else Sampled(buffer))
+        TDMPC2(fused()).updater.step_on(other if from_replay else Sampled(other))
 
 
 class Sampled:
