@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tdmpc2_fast.kernels.plan.buffers import ModelSizes, PlanSizes
+from tdmpc2_fast.kernels.layers.sizes import ModelSizes
+from tdmpc2_fast.kernels.plan.buffers import PlanSizes
 from tdmpc2_fast.kernels.update.buffers import UpdateSizes
 
 from .config import Config

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdmpc2_fast.kernels.device.launch import How
 from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer
 from tdmpc2_fast.kernels.layers.policy_head import policy_action
 from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer
@@ -84,7 +85,7 @@ class _Bench(OpBench):
         if not self.fused:
             return Rows(torch.einsum("gdk,genk->gend", layer.weight.float(), x.x.float()).contiguous(), layer=layer)
         out = Rows.empty(groups, self.envs, n, width, self.precision.dtype, self.device)
-        return grouped_layer(x, None, layer, out, precision=self.precision)
+        return grouped_layer(x, None, layer, out, how=How(self.precision))
 
     def _inputs(self, groups: int, width: int, simnorm: int = 0) -> Rows:
         """What a layer reads: rows whose activation is due, or, of many, rows that are activated."""
@@ -116,7 +117,7 @@ class _Bench(OpBench):
         out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
         return self.case(
             "normed linear, 2 heads",
-            lambda: grouped_layer(x, None, layer, out, precision=self.precision, pdl=self.pdl).x,
+            lambda: grouped_layer(x, None, layer, out, how=How(self.precision, self.pdl)).x,
             lambda: torch.stack(
                 [F.linear(y, w, b) for y, w, b in zip(x.activated(), layer.weight, layer.bias, strict=True)]
             ),
@@ -146,7 +147,7 @@ class _Bench(OpBench):
 
         return self.case(
             "normed linear of (z, a), 2 heads",
-            lambda: grouped_layer(z, a, layer, out, precision=self.precision, pdl=self.pdl).x,
+            lambda: grouped_layer(z, a, layer, out, how=How(self.precision, self.pdl)).x,
             ours,
             plain,
             gflop=2 * 2 * self._count() * d * (k + a_dim) / 1e9,
@@ -204,11 +205,10 @@ class _Bench(OpBench):
                 x,
                 layer,
                 out,
-                precision=self.precision,
+                how=How(self.precision, self.pdl),
                 num_bins=bins,
                 vmin=self.cfg.vmin,
                 vmax=self.cfg.vmax,
-                pdl=self.pdl,
             )
             return out
 
@@ -240,7 +240,7 @@ class _Bench(OpBench):
         packed = Layer(interleave(layer.weight[0])[None], interleave(layer.bias[0][:, None])[None, :, 0])
 
         def fused() -> Tensor:
-            policy_layer(x, packed, eps, out, precision=self.precision, low=low, high=high, pdl=self.pdl)
+            policy_layer(x, packed, eps, out, how=How(self.precision, self.pdl), low=low, high=high)
             return out
 
         def plain() -> Tensor:

@@ -24,7 +24,7 @@ from ..backward.activation_gradient import activation_gradient
 from ..backward.gradient_tile import Gradient
 from ..backward.input_gradient import input_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
-from ..device.launch import Precision, why_not
+from ..device.launch import How, Precision, why_not
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import Dropout, Layer, Rows
 from ..layers.tiles import layer_tile
@@ -186,7 +186,7 @@ def _forward(
             None,
             _packed(weight, **vectors, simnorm_dim=simnorm_dim, s=s, p=p),
             Rows(before, statistics),
-            precision=p,
+            how=How(p),
             dropout=_dropout(keep, scale, s),
             tile=layer_tile(s.rows, s.groups, s.width, s.depth, p.name),
         )
@@ -238,11 +238,11 @@ def _backward(
         gradient = activation_gradient(in_rows(d, s.groups, s.rows), rows, room)
         if to_x:
             out = dx.view(1 if s.shared else s.groups, 1, s.rows, s.depth)
-            input_gradient(gradient, layer, None, Gradient(out), precision=p)
+            input_gradient(gradient, layer, None, Gradient(out), how=How(p))
         if to_parameters:
             sizes = ((s.groups, s.width, s.depth), *3 * [(s.groups, s.width)])
             places = LayerGradient(*(t.view(size) for t, size in zip(found, sizes, strict=True)))
-            weight_gradient(gradient, input_rows(x, s, p), layer, places, precision=p)
+            weight_gradient(gradient, input_rows(x, s, p), layer, places, how=How(p))
     dw, db, dgamma, dbeta = (g.to(t.dtype) for g, t in zip(found, parameters, strict=True))
     return dx, dw, db, dgamma, dbeta
 

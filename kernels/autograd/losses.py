@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backward.gradient_tile import Gradient
 from ..backward.input_gradient import input_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
-from ..device.launch import Precision
+from ..device.launch import How, Precision
 from ..layers.rows import Layer
 from ..losses import latent_loss
 from ..losses.policy_sample import policy_sample
@@ -161,7 +161,7 @@ def _two_hot(
             x.new_ones(s.groups, 1, dtype=torch.float32),
             loss.view(s.groups, 1, s.rows),
             kept,
-            precision=p,
+            how=How(p),
             num_bins=num_bins,
             vmin=vmin,
             vmax=vmax,
@@ -187,11 +187,11 @@ def _two_hot_backward(
         gradient = Gradient(kept * d.reshape(s.groups, 1, s.rows, 1))
         if to_x:
             out = dx.view(1 if s.shared else s.groups, 1, s.rows, s.depth)
-            input_gradient(gradient, layer, None, Gradient(out), precision=p)
+            input_gradient(gradient, layer, None, Gradient(out), how=How(p))
         if to_parameters:
             sizes = (s.groups, s.width, s.depth), (s.groups, s.width)
             places = LayerGradient(*(t.view(size) for t, size in zip(found, sizes, strict=True)))
-            weight_gradient(gradient, input_rows(x, s, p), layer, places, precision=p)
+            weight_gradient(gradient, input_rows(x, s, p), layer, places, how=How(p))
     return dx, found[0].to(weight.dtype), found[1].to(bias.dtype)
 
 

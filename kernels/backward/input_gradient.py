@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..device.launch import Precision, cdiv, jit, launch, tl
+from ..device.launch import How, cdiv, jit, launch, tl
 from ..layers.grouped_layer import arithmetic, packed, source, strided
 from ..layers.linear_tile import await_producers, dropped, operand, row_ptrs, slab_of, store_rounded
 from ..layers.rows import EACH, LEAST_COLUMNS, Layer, Rows, Slabs
@@ -116,12 +116,11 @@ def input_gradient(
     below: Rows | None,
     out: Gradient,
     *,
-    precision: Precision,
+    how: How,
     slabs: Slabs = EACH,
     first: int = 0,
     add: Tensor | None = None,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> Gradient:
     """Gradient of a layer's input, written in place.
 
@@ -131,12 +130,11 @@ def input_gradient(
         below: (1 or G, E, n, C) rows whose activation the input's first columns are; None where it is
             no activation, or the gradient is wanted as it is.
         out: (G, E, n, C) columns `first` to `first` + C of the input; (1, E, n, C) sums over groups.
-        precision: of the product.
+        how: precision of the product, and whether the launch may start early.
         slabs: slab of `layer` of each group.
         first: first column.
         add: (1 or G, E, n, C) float32, added before the activation; may be `out.x` itself.
         tile: None takes the table's.
-        pdl: programmatic dependent launch.
 
     Returns:
         `out`, as the gradient of `below` where that is given.
@@ -151,7 +149,7 @@ def input_gradient(
         raise ValueError(f"below: got {tuple(below.x.shape)}, allowed: rows due, {tuple(out.x.shape)}, and sums in out")
     if add is not None and (add.shape[1:] != out.x.shape[1:] or add.dtype == torch.bfloat16 or add.stride(-1) != 1):
         raise ValueError(f"add: got {tuple(add.shape)} {add.dtype}, allowed: {tuple(out.x.shape)} torch.float32")
-    tile = tile or input_gradient_tile(e * n, written, width, d, precision.name, summed=written < groups)
+    tile = tile or input_gradient_tile(e * n, written, width, d, how.precision.name, summed=written < groups)
     reads, due = upstream(gradient)
     under, act = source(Rows(out.x) if below is None else below)
     launch(
@@ -172,11 +170,11 @@ def input_gradient(
         groups // written,
         MEMBERS=slabs.members is not None,
         HAS_ADD=add is not None,
-        pdl=pdl,
+        pdl=how.pdl,
         **due,
         **act,
         **tile.options(d),
-        **arithmetic(precision),
+        **arithmetic(how.precision),
     )
     return replace(out, rows=below, tile=tile.BN) if below is not None else Gradient(out.x)
 
@@ -187,15 +185,14 @@ def input_gradient_reference(
     below: Rows | None,
     out: Gradient,
     *,
-    precision: Precision,
+    how: How,
     slabs: Slabs = EACH,
     first: int = 0,
     add: Tensor | None = None,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> Gradient:
     """`input_gradient` in plain torch: the same result, sums left out."""
-    del tile, pdl, precision
+    del tile, how
     dy = gradient.products()
     width = out.x.shape[-1]
     parts = [dy[g] @ layer.weight[s][:, first : first + width].to(dy) for g, s in enumerate(slabs.of(len(dy)))]

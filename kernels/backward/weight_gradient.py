@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..device.launch import Precision, cdiv, jit, launch, tl
+from ..device.launch import How, cdiv, jit, launch, tl
 from ..layers.grouped_layer import arithmetic, source
 from ..layers.linear_tile import activate, await_producers, merge_statistics, operand, row_ptrs, slab_of
 from ..layers.normed_linear import LAYER_NORM_EPS
@@ -136,9 +136,8 @@ def weight_gradient(
     layer: Layer,
     out: LayerGradient,
     *,
-    precision: Precision,
+    how: How,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> None:
     """Gradients of a layer's parameters, written in place.
 
@@ -147,9 +146,8 @@ def weight_gradient(
         x: main input (G or 1, E, n, K); an activation due is applied.
         layer: packed, for its sizes.
         out: where to; no bias where `norm_gradient` gave it.
-        precision: of the product.
+        how: precision of the product, and whether the launch may start early.
         tile: BM of D, BN of K, BK rows a step; None takes the table's.
-        pdl: programmatic dependent launch.
     """
     groups, e, n, d = gradient.x.shape
     check_gradient(gradient, layer)
@@ -162,7 +160,7 @@ def weight_gradient(
     if out.weight.shape != (groups, d, k) or out.weight.stride()[1:] != (k, 1) or len(strides) > 1 or -1 in strides:
         got = [None if v is None else tuple(v.shape) for v in (out.weight, *vectors)]
         raise ValueError(f"out: got {got}, allowed: ({groups}, {d}, {k}) and ({groups}, {d}), contiguous in each group")
-    tile = tile or weight_gradient_tile(d, groups, k, e * n, precision.name)
+    tile = tile or weight_gradient_tile(d, groups, k, e * n, how.precision.name)
     if tile.BN % (group := max(x.layer.simnorm_dim, 1) if x.layer is not None else 1):
         raise ValueError(f"tile: got BN={tile.BN}, allowed: multiples of simnorm_dim ({group})")
     reads, due = upstream(gradient)
@@ -184,12 +182,12 @@ def weight_gradient(
         d,
         k,
         BIAS=out.bias is not None,
-        BFLOAT16=precision.name == "bfloat16",
-        pdl=pdl,
+        BFLOAT16=how.precision.name == "bfloat16",
+        pdl=how.pdl,
         **due,
         **act,
         **tile.options(e * n),
-        **arithmetic(precision),
+        **arithmetic(how.precision),
     )
 
 
@@ -199,12 +197,11 @@ def weight_gradient_reference(
     layer: Layer,
     out: LayerGradient,
     *,
-    precision: Precision,
+    how: How,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> None:
     """`weight_gradient` in plain torch."""
-    del tile, pdl, precision, layer
+    del tile, how, layer
     dy, inputs = gradient.products(), x.activated()
     for g, d in enumerate(dy):
         value = inputs[min(g, len(inputs) - 1)].to(d)

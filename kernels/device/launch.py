@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,6 +81,13 @@ class Precision:
         x = x.float()
         far = x * (2.0**13 + 1)
         return far - (far - x)
+
+
+class How(NamedTuple):
+    """How an op's kernels are launched."""
+
+    precision: Precision  # of products
+    pdl: bool = False  # programmatic dependent launch: a kernel may start while the one before it ends
 
 
 def interpreting() -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import Precision, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.launch import How, Precision, cdiv, interpreting, jit, launch, pow2, tl
 from .linear_tile import (
     PLAIN,
     Keep,
@@ -156,12 +156,11 @@ def grouped_layer(
     layer: Layer,
     out: Rows,
     *,
-    precision: Precision,
+    how: How,
     slabs: Slabs = EACH,
     bias: Tensor | None = None,
     dropout: Dropout | None = None,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> Rows:
     """Pre-activation of `layer` for every group of `out`, written in place.
 
@@ -170,12 +169,11 @@ def grouped_layer(
         a: side input (E, n, A), float32, or None for none. A stride of 0 shares a row.
         layer: packed weights.
         out: where to; its x is (G, E, n, D).
-        precision: of the products.
+        how: precision of the product, and whether the launch may start early.
         slabs: slab of `layer` of each group.
         bias: (slabs, E, D) float32, per environment, in place of the layer's own.
         dropout: of the pre-activation, before its LayerNorm.
         tile: None takes the table's.
-        pdl: programmatic dependent launch.
 
     Returns:
         `out` with the layer's activation due.
@@ -190,7 +188,7 @@ def grouped_layer(
         raise ValueError(f"a: got shape {tuple(a.shape)}, allowed: {width}")
     if x is None and a is None:
         raise ValueError("x and a: got None for both, allowed: at least one of them")
-    tile = tile or layer_tile(e * n, groups, d, k, precision.name)
+    tile = tile or layer_tile(e * n, groups, d, k, how.precision.name)
     check_tile(tile, LEAST_COLUMNS, x)
     if d != layer.width or out.stats.shape[:3] != (groups, e, n) or out.stats.shape[3] < cdiv(d, tile.BN):
         raise ValueError(
@@ -222,11 +220,11 @@ def grouped_layer(
         MEMBERS=slabs.members is not None,
         DROPOUT=dropout is not None,
         BA=min(pow2(max(side, 1), 16), 64),
-        LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if pdl else 1,
-        pdl=pdl,
+        LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
+        pdl=how.pdl,
         **due,
         **tile.options(k),
-        **arithmetic(precision),
+        **arithmetic(how.precision),
     )
     return Rows(out.x, out.stats, layer, slabs, tile.BN, dropout)
 
@@ -237,23 +235,22 @@ def grouped_layer_reference(
     layer: Layer,
     out: Rows,
     *,
-    precision: Precision,
+    how: How,
     slabs: Slabs = EACH,
     bias: Tensor | None = None,
     dropout: Dropout | None = None,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> Rows:
     """`grouped_layer` in plain torch: the same result, statistics left out."""
-    del tile, pdl
+    del tile
     dense = None if x is None else x.activated()
     for g, s in enumerate(slabs.of(out.x.shape[0])):
         y = (layer.bias[s] if bias is None else bias[s].unsqueeze(1)).to(out.x.dtype)
         if a is not None:
             assert layer.side is not None
-            y = y + precision.operand(a).to(out.x) @ layer.side[s].to(out.x).T
+            y = y + how.precision.operand(a).to(out.x) @ layer.side[s].to(out.x).T
         if dense is not None:
-            y = y + precision.operand(dense[min(g, dense.shape[0] - 1)]).to(out.x) @ layer.weight[s].to(out.x).T
+            y = y + how.precision.operand(dense[min(g, dense.shape[0] - 1)]).to(out.x) @ layer.weight[s].to(out.x).T
         out.x[g] = y
     if dropout is not None:
         out.x.mul_(dropout.multiplier(len(out.x), out.x.dtype))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import Precision, cdiv, jit, launch, pow2, tl
+from ..device.launch import How, cdiv, jit, launch, pow2, tl
 from .grouped_layer import arithmetic, check_tile, packed, source, strided
 from .linear_tile import await_producers, row_offsets, row_ptrs
 from .policy_head import policy_action
@@ -130,12 +130,11 @@ def policy_layer(
     eps: Tensor,
     out: Tensor,
     *,
-    precision: Precision,
+    how: How,
     low: float,
     high: float,
     mask: Tensor | None = None,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> None:
     """Sampled policy actions, written in place.
 
@@ -144,11 +143,10 @@ def policy_layer(
         layer: packed (1, 2A, K), rows interleaved (`interleave`), no LayerNorm.
         eps: (E, n, A) standard normal, float32.
         out: (E, n, A) float32; it and `eps` contiguous in their last dim.
-        precision: of the product.
+        how: precision of the product, and whether the launch may start early.
         low, high: range of the log std.
         mask: (E, A) of 0/1, live action dims, float32, contiguous.
         tile: None takes the table's.
-        pdl: programmatic dependent launch.
     """
     e, n, a = out.shape
     k = layer.weight.shape[-1]
@@ -157,7 +155,7 @@ def policy_layer(
         raise ValueError(f"eps: got shape {tuple(eps.shape)}, allowed: {tuple(out.shape)}")
     if mask is not None and (mask.shape != (e, a) or not mask.is_contiguous()):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: contiguous ({e}, {a})")
-    tile = tile or head_tile(e * n, 1, 2 * pow2(a, 8), k, precision.name)
+    tile = tile or head_tile(e * n, 1, 2 * pow2(a, 8), k, how.precision.name)
     check_tile(tile, 2 * a, x)
     reads, due = source(x)
     launch(
@@ -175,10 +173,10 @@ def policy_layer(
         float(low),
         float(high),
         HAS_MASK=mask is not None,
-        pdl=pdl,
+        pdl=how.pdl,
         **due,
         **tile.options(k),
-        **arithmetic(precision),
+        **arithmetic(how.precision),
     )
 
 
@@ -188,14 +186,13 @@ def policy_layer_reference(
     eps: Tensor,
     out: Tensor,
     *,
-    precision: Precision,
+    how: How,
     low: float,
     high: float,
     mask: Tensor | None = None,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> None:
     """`policy_layer` in plain torch."""
-    logits = last_layer_reference(x, layer, out.unsqueeze(0), precision, EACH)[0]
+    logits = last_layer_reference(x, layer, out.unsqueeze(0), how, EACH)[0]
     plain = torch.cat([logits[..., 0::2], logits[..., 1::2]], -1)
     out.copy_(policy_action(plain, eps.to(out), low, high, None if mask is None else mask.to(out).unsqueeze(1)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import Precision, cdiv, jit, launch, tl
+from ..device.launch import How, cdiv, jit, launch, tl
 from .grouped_layer import arithmetic, check_tile, grouped_layer_reference, packed, source, strided
 from .linear_tile import add_product, await_producers, row_ptrs, slab_of, store_rounded
 from .rows import EACH, Layer, Rows, Slabs
@@ -184,14 +184,13 @@ def scalar_head(
     layer: Layer,
     out: Tensor,
     *,
-    precision: Precision,
+    how: How,
     num_bins: int,
     vmin: float,
     vmax: float,
     slabs: Slabs = EACH,
     gradient: Tensor | None = None,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> None:
     """Scalars of every group, written in place.
 
@@ -199,17 +198,16 @@ def scalar_head(
         x: (G or 1, E, n, K) rows; an activation due is applied.
         layer: packed (S, max(num_bins, 1), K), no LayerNorm.
         out: (G, E, n) float32, contiguous in its last dim.
-        precision: of the product.
+        how: precision of the product, and whether the launch may start early.
         num_bins, vmin, vmax: the code, as in two_hot.py; 0 bins give the logit itself.
         slabs: slab of `layer` of each group.
         gradient: out: (G, E, n, max(num_bins, 1)), of each scalar to its logits; None for none.
         tile: None takes the table's.
-        pdl: programmatic dependent launch.
     """
     groups, e, n = out.shape
     d, k = layer.weight.shape[1:]
     check_last_layer(x, layer, (groups, e, n), max(num_bins, 1))
-    tile = tile or head_tile(e * n, groups, d, k, precision.name)
+    tile = tile or head_tile(e * n, groups, d, k, how.precision.name)
     check_tile(tile, d, x)
     if gradient is not None and (gradient.shape != (groups, e, n, d) or gradient.stride(-1) != 1):
         raise ValueError(f"gradient: got shape {tuple(gradient.shape)}, allowed: {(groups, e, n, d)}")
@@ -230,10 +228,10 @@ def scalar_head(
         MEMBERS=slabs.members is not None,
         BINS=min(num_bins, 2),
         GRADIENT=gradient is not None,
-        pdl=pdl,
+        pdl=how.pdl,
         **due,
         **tile.options(k),
-        **arithmetic(precision),
+        **arithmetic(how.precision),
     )
 
 
@@ -242,17 +240,16 @@ def scalar_head_reference(
     layer: Layer,
     out: Tensor,
     *,
-    precision: Precision,
+    how: How,
     num_bins: int,
     vmin: float,
     vmax: float,
     slabs: Slabs = EACH,
     gradient: Tensor | None = None,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> None:
     """`scalar_head` in plain torch, its gradient by autograd."""
-    logits = last_layer_reference(x, layer, out, precision, slabs).requires_grad_(gradient is not None)
+    logits = last_layer_reference(x, layer, out, how, slabs).requires_grad_(gradient is not None)
     with torch.set_grad_enabled(gradient is not None):
         value = two_hot_inv(logits, num_bins, vmin, vmax)
     out.copy_(value.detach().squeeze(-1))
@@ -260,10 +257,10 @@ def scalar_head_reference(
         gradient.copy_(torch.autograd.grad(value.sum(), logits)[0])
 
 
-def last_layer_reference(x: Rows, layer: Layer, out: Tensor, precision: Precision, slabs: Slabs) -> Tensor:
+def last_layer_reference(x: Rows, layer: Layer, out: Tensor, how: How, slabs: Slabs) -> Tensor:
     """Logits (G, E, n, D) of a head's last layer, in the type of `out`; G, E, n are `out`'s first."""
     logits = out.new_empty(*out.shape[:3], layer.width)
-    return grouped_layer_reference(x, None, layer, Rows(logits), precision=precision, slabs=slabs).x
+    return grouped_layer_reference(x, None, layer, Rows(logits), how=how, slabs=slabs).x
 
 
 def check_last_layer(x: Rows, layer: Layer, lead: tuple[int, int, int], outputs: int) -> None:

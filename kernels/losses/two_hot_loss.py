@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device.launch import Precision, cdiv, jit, launch, tl
+from ..device.launch import How, cdiv, jit, launch, tl
 from ..layers.grouped_layer import arithmetic, check_tile, packed, source, strided
 from ..layers.linear_tile import await_producers, row_ptrs, store_rounded
 from ..layers.rows import EACH, Layer, Rows, Slabs
@@ -121,13 +121,12 @@ def two_hot_loss(
     loss: Tensor,
     gradient: Tensor,
     *,
-    precision: Precision,
+    how: How,
     num_bins: int,
     vmin: float,
     vmax: float,
     slabs: Slabs = EACH,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> None:
     """Losses of every row and group, and the gradients of their logits, written in place.
 
@@ -138,11 +137,10 @@ def two_hot_loss(
         weight: (G, E) float32, contiguous: of each row's loss in the whole.
         loss: out: (G, E, n) float32, not weighted.
         gradient: out: (G, E, n, max(num_bins, 1)), weighted.
-        precision: of the product.
+        how: precision of the product, and whether the launch may start early.
         num_bins, vmin, vmax: the code, as in two_hot.py; `BINARY` is one logit and cross-entropy.
         slabs: slab of `layer` of each group.
         tile: None takes the table's.
-        pdl: programmatic dependent launch.
     """
     groups, e, n = loss.shape
     d, k = layer.weight.shape[1:]
@@ -152,7 +150,7 @@ def two_hot_loss(
         raise ValueError(f"target and weight: got {got}, allowed: (T, {e}, {n}) and contiguous ({groups}, {e})")
     if gradient.shape != (groups, e, n, d) or gradient.stride(-1) != 1:
         raise ValueError(f"gradient: got shape {tuple(gradient.shape)}, allowed: {(groups, e, n, d)}")
-    tile = tile or head_tile(e * n, groups, d, k, precision.name)
+    tile = tile or head_tile(e * n, groups, d, k, how.precision.name)
     check_tile(tile, d, x)
     reads, due = source(x)
     launch(
@@ -174,10 +172,10 @@ def two_hot_loss(
         float(vmax),
         MEMBERS=slabs.members is not None,
         BINS=min(num_bins, 2),
-        pdl=pdl,
+        pdl=how.pdl,
         **due,
         **tile.options(k),
-        **arithmetic(precision),
+        **arithmetic(how.precision),
     )
 
 
@@ -189,17 +187,16 @@ def two_hot_loss_reference(
     loss: Tensor,
     gradient: Tensor,
     *,
-    precision: Precision,
+    how: How,
     num_bins: int,
     vmin: float,
     vmax: float,
     slabs: Slabs = EACH,
     tile: Tile | None = None,
-    pdl: bool = False,
 ) -> None:
     """`two_hot_loss` in plain torch, its gradient by autograd."""
-    del tile, pdl
-    logits = last_layer_reference(x, layer, loss, precision, slabs).requires_grad_()
+    del tile
+    logits = last_layer_reference(x, layer, loss, how, slabs).requires_grad_()
     goal = torch.stack([target[min(g, len(target) - 1)] for g in range(len(loss))]).to(logits).unsqueeze(-1)
     with torch.enable_grad():
         if num_bins == BINARY:

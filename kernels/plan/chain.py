@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..device.launch import Precision, log_launches
+from ..device.launch import How, Precision, log_launches
 from ..experiments.persistent import PersistentRollout
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.policy_layer import policy_layer
@@ -68,7 +68,7 @@ class PlanChain:
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.sizes, self.weights, self.precision, self.pdl = sizes, weights, precision, pdl
-        self._annotate = annotate
+        self.how, self._annotate = How(precision, pdl), annotate
         self.inputs, self.draws = PlanInputs.empty(sizes, device), PlanDraws.empty(sizes, device)
         self.state = PlanState(sizes, precision, device)
         rows = sizes.envs * sizes.num_samples
@@ -273,9 +273,7 @@ class PlanChain:
             tile = self._second_tile
         elif layer is self.weights.third:
             tile = self._third_tile
-        return grouped_layer(
-            x, a, layer, out, precision=self.precision, slabs=slabs, bias=bias, tile=tile, pdl=self.pdl
-        )
+        return grouped_layer(x, a, layer, out, how=self.how, slabs=slabs, bias=bias, tile=tile)
 
     def _activated(self, x: Rows) -> Rows:
         return activate_rows(x, x.x, self.pdl) if self.throughput else x
@@ -292,11 +290,10 @@ class PlanChain:
             self.weights.policy,
             eps,
             out,
-            precision=self.precision,
+            how=self.how,
             low=self.sizes.log_std_min,
             high=self.sizes.log_std_max,
             mask=self.inputs.mask,
-            pdl=self.pdl,
         )
 
     def _scalars(self, x: Rows, layer: Layer, out: Tensor, slabs: Slabs, num_bins: int) -> None:
@@ -304,10 +301,9 @@ class PlanChain:
             x,
             layer,
             out,
-            precision=self.precision,
+            how=self.how,
             num_bins=num_bins,
             vmin=self.sizes.vmin,
             vmax=self.sizes.vmax,
             slabs=slabs,
-            pdl=self.pdl,
         )

@@ -18,7 +18,7 @@ from ..backward.gradient_tile import Gradient
 from ..backward.weight_gradient import LayerGradient
 from ..device.launch import Precision, cdiv
 from ..layers.rows import Layer, Rows
-from ..plan.buffers import ModelSizes
+from ..layers.sizes import ModelSizes
 from .optim import new_partials
 
 _COLUMNS = 16  # widths of first layers are multiples of this

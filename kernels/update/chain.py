@@ -30,7 +30,7 @@ from ..backward.gradient_tile import Gradient
 from ..backward.input_gradient import input_gradient
 from ..backward.norm_gradient import add_up, norm_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
-from ..device.launch import Precision
+from ..device.launch import How, Precision
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
@@ -91,6 +91,7 @@ class UpdateChain:
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.sizes, self.precision, self.pdl, self._annotate = sizes, precision, pdl, annotate
+        self.how = How(precision, pdl)
         self.layout, self.policy_layout = WorldLayout(sizes), PolicyLayout(sizes)
         layout = self.layout
         self.world = FlatParameters(layout.size, precision, device)
@@ -109,9 +110,7 @@ class UpdateChain:
         self._targets = [x.moved(-layout.heads_start).layer(self.target, operand) for x in layout.heads]
         self.losses = UpdateLosses(sizes, device)
         # How last layers are read, with what every launch is given.
-        self._code: dict[str, Any] = dict(
-            precision=precision, num_bins=sizes.num_bins, vmin=sizes.vmin, vmax=sizes.vmax, pdl=pdl
-        )
+        self._code: dict[str, Any] = dict(how=self.how, num_bins=sizes.num_bins, vmin=sizes.vmin, vmax=sizes.vmax)
 
     def run(self) -> None:
         """One update from `inputs`, of a model of states and a single task."""
@@ -379,11 +378,10 @@ class UpdateChain:
             None,
             layer,
             out,
-            precision=self.precision,
+            how=self.how,
             slabs=slabs,
             dropout=dropout,
             tile=self._tile(e * n, groups, d, layer.weight.shape[-1]),
-            pdl=self.pdl,
         )
         if out.active is None:
             return rows
@@ -407,12 +405,11 @@ class UpdateChain:
             layer,
             below,
             out,
-            precision=self.precision,
+            how=self.how,
             slabs=slabs,
             first=first,
             add=add,
             tile=tile or self._tile(e * n, written, width, layer.width, below is not None),
-            pdl=self.pdl,
         )
 
     def _weights(self, gradient: Gradient, x: Rows, layer: Layer, out: LayerGradient) -> None:
@@ -420,7 +417,7 @@ class UpdateChain:
         if self._once and out.ln_weight is not None:
             out = replace(out, bias=None)  # it came with the LayerNorm's gradient
         tile = self._tile(d, groups, k, gradient.x.shape[1] * gradient.x.shape[2])
-        weight_gradient(gradient, x.ready(), layer, out, precision=self.precision, tile=tile, pdl=self.pdl)
+        weight_gradient(gradient, x.ready(), layer, out, how=self.how, tile=tile)
 
     def _finished(self, gradient: Gradient, out: LayerGradient | None = None) -> Gradient:
         """The gradient as its readers take it; where that is of the product itself, vectors go to `out`."""

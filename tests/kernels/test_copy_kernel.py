@@ -80,9 +80,9 @@ def test_bad_pairs_are_named(pair: tuple[Tensor, Tensor, bool]) -> None:
 
 COMPILED = """
 import torch
-from tdmpc2_fast.kernels.compile import compile_specialisation, specialisation
-from tdmpc2_fast.kernels.copy_table import CopyTable
-from tdmpc2_fast.kernels.launch import Precision, log_launches
+from tdmpc2_fast.kernels.inspect.compile import compile_specialisation, specialisation
+from tdmpc2_fast.kernels.layers.copy_table import CopyTable
+from tdmpc2_fast.kernels.device.launch import Precision, log_launches
 
 for name in ("float32", "tf32", "bfloat16"):
     p = Precision(name)

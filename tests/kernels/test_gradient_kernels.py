@@ -13,7 +13,7 @@ from oracle import DEVICE, MARKS, in_precisions, placed, poisoned
 
 from tdmpc2_fast.kernels.backward.activation_gradient import activation_gradient, activation_gradient_reference
 from tdmpc2_fast.kernels.backward.gradient_tile import Gradient
-from tdmpc2_fast.kernels.device.launch import Precision, cdiv
+from tdmpc2_fast.kernels.device.launch import How, Precision, cdiv
 from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer, grouped_layer_reference
 from tdmpc2_fast.kernels.layers.rows import LEAST_COLUMNS, Dropout, Rows
 from tdmpc2_fast.kernels.layers.tiles import Tile
@@ -110,7 +110,7 @@ def test_dropout_comes_before_the_layer_norm(first: int) -> None:
     keep = (torch.rand(3 - first, 2, 33, 40, device=DEVICE) < 0.8).to(torch.uint8)
     dropout = Dropout(keep, 1.25, first)
     want = Rows(torch.empty(3, 2, 33, 40, dtype=torch.float64, device=DEVICE))
-    args: Any = dict(precision=FLOAT32, dropout=dropout)
+    args: Any = dict(how=How(FLOAT32), dropout=dropout)
     exact = grouped_layer_reference(oracle.double(x), None, oracle.double(layer), want, **args)
     assert bool((exact.x[first:] == 0).any())
     assert not bool((exact.x[:first] == 0).any())
@@ -118,5 +118,5 @@ def test_dropout_comes_before_the_layer_norm(first: int) -> None:
     assert torch.equal(got.x == 0, exact.x == 0)
     torch.testing.assert_close(got.x.double(), exact.x, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"dropout\.keep: got"):
-        grouped_layer(x, None, layer, Rows.empty(3, 2, 33, 40, torch.float32, DEVICE), precision=FLOAT32,
+        grouped_layer(x, None, layer, Rows.empty(3, 2, 33, 40, torch.float32, DEVICE), how=How(FLOAT32),
                       dropout=Dropout(keep[..., 1:], 1.25, first))  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from oracle import DEVICE, check_policy, check_scalars, in_precisions, randn, random_layer, random_rows
 from torch import Tensor
 
-from tdmpc2_fast.kernels.device.launch import Precision
+from tdmpc2_fast.kernels.device.launch import How, Precision
 from tdmpc2_fast.kernels.layers import policy_layer as policies
 from tdmpc2_fast.kernels.layers import scalar_head as scalars
 from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer
@@ -102,7 +102,7 @@ def scalars_of_logits(logits: Tensor, bins: int, vmin: float = -10.0, vmax: floa
     zero.weight.zero_()
     out = torch.full((groups, 1, 1), torch.nan, device=DEVICE)
     x = random_rows(FLOAT32, 1, 1, 1, 8)
-    scalar_head(x, zero, out, precision=FLOAT32, num_bins=bins, vmin=vmin, vmax=vmax)
+    scalar_head(x, zero, out, how=How(FLOAT32), num_bins=bins, vmin=vmin, vmax=vmax)
     return out[:, 0, 0]
 
 
@@ -147,7 +147,7 @@ def actions_of(
         layer,
         eps.view(1, 1, a),
         out,
-        precision=FLOAT32,
+        how=How(FLOAT32),
         low=low,
         high=high,
         mask=None if mask is None else mask.view(1, a),
@@ -215,7 +215,7 @@ def bad_scalars() -> dict[str, tuple[str, dict[str, Any]]]:
 def test_bad_arguments_of_scalars_are_named(what: str) -> None:
     name, changes = bad_scalars()[what]
     args: dict[str, Any] = dict(x=random_rows(FLOAT32, 2, 3, 5, 24), layer=head(7))
-    args |= dict(out=torch.empty(2, 3, 5, device=DEVICE), precision=FLOAT32, num_bins=7, vmin=-1, vmax=1)
+    args |= dict(out=torch.empty(2, 3, 5, device=DEVICE), how=How(FLOAT32), num_bins=7, vmin=-1, vmax=1)
     scalar_head(**args)
     with pytest.raises(ValueError, match=rf"^{name}: .*allowed: "):
         scalar_head(**{**args, **changes})
@@ -241,7 +241,7 @@ def bad_policy() -> dict[str, tuple[str, dict[str, Any]]]:
 def test_bad_arguments_of_the_policy_are_named(what: str) -> None:
     name, changes = bad_policy()[what]
     args: dict[str, Any] = dict(x=random_rows(FLOAT32, 1, 3, 5, 24), layer=head(8), eps=randn(3, 5, 4))
-    args |= dict(out=torch.empty(3, 5, 4, device=DEVICE), precision=FLOAT32, low=-10, high=2)
+    args |= dict(out=torch.empty(3, 5, 4, device=DEVICE), how=How(FLOAT32), low=-10, high=2)
     policy_layer(**args)
     with pytest.raises(ValueError, match=rf"^{name}: .*allowed: "):
         policy_layer(**{**args, **changes})

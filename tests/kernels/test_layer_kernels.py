@@ -27,7 +27,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from tdmpc2_fast.kernels.device.launch import Precision, log_launches, pow2
+from tdmpc2_fast.kernels.device.launch import How, Precision, log_launches, pow2
 from tdmpc2_fast.kernels.layers import grouped_layer as layers
 from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer
 from tdmpc2_fast.kernels.layers.policy_layer import policy_layer
@@ -194,7 +194,7 @@ def test_a_chain_is_as_exact_as_torch(precision: str) -> None:
     plain = start.x if precision == "float32" else start.x.bfloat16()
     for layer, tile in zip(packed, tiles, strict=True):
         room = Rows.empty(1, e, n, layer.width, p.dtype, DEVICE)
-        x = grouped_layer(x, None, layer, room, precision=p, slabs=slabs, tile=Tile(*tile))
+        x = grouped_layer(x, None, layer, room, how=How(p), slabs=slabs, tile=Tile(*tile))
         y = oracle.plain_layer(exact, None, layer, slabs, 1, None, torch.float64)
         exact = Rows(y, None, oracle.double(layer), slabs)
         plain = F.linear(plain, layer.weight[1].to(plain), layer.bias[1].to(plain))
@@ -207,7 +207,7 @@ def test_bfloat16_is_rounded_once_and_to_nearest() -> None:
     p, x = Precision("bfloat16"), Rows(randn(2, 3, 5, 24))
     layer = random_layer(p, 2, 40, 24)
     narrow, wide, same = (
-        grouped_layer(r, None, layer, Rows.empty(2, 3, 5, 40, dtype, DEVICE), precision=p)
+        grouped_layer(r, None, layer, Rows.empty(2, 3, 5, 40, dtype, DEVICE), how=How(p))
         for r, dtype in ((x, p.dtype), (x, torch.float32), (Rows(x.x.bfloat16()), torch.float32))
     )
     assert torch.equal(wide.x, same.x)
@@ -223,7 +223,7 @@ def test_tf32_takes_operands_to_the_nearest() -> None:
     layer = Layer(one, torch.zeros(1, 32, device=DEVICE), side=one)
     for main, side in ((Rows(x), None), (None, x[0])):
         out = Rows.empty(1, 1, 70, 32, torch.float32, DEVICE)
-        oracle.assert_nearest_tf32(grouped_layer(main, side, layer, out, precision=p).x, x)
+        oracle.assert_nearest_tf32(grouped_layer(main, side, layer, out, how=How(p)).x, x)
     oracle.assert_nearest_tf32(p.operand(x), x)
 
 
@@ -234,17 +234,17 @@ def readers(p: Precision, e: int, n: int, k: int) -> dict[str, Callable[[Rows], 
     a, eps = randn(e, n, 3), randn(e, n, 3)
 
     def through_layer(x: Rows) -> Tensor:
-        y = grouped_layer(x, a, layer, Rows.empty(2, e, n, 24, p.dtype, DEVICE), precision=p, tile=Tile(16, 32, 32))
+        y = grouped_layer(x, a, layer, Rows.empty(2, e, n, 24, p.dtype, DEVICE), how=How(p), tile=Tile(16, 32, 32))
         return activate_rows(y, y.x).x
 
     def through_scalars(x: Rows) -> Tensor:
         out = torch.empty(2, e, n, device=DEVICE)
-        scalar_head(x, heads, out, precision=p, num_bins=7, vmin=-2, vmax=2)
+        scalar_head(x, heads, out, how=How(p), num_bins=7, vmin=-2, vmax=2)
         return out.unsqueeze(-1)
 
     def through_policy(x: Rows) -> Tensor:
         out = torch.empty(e, n, 3, device=DEVICE)
-        policy_layer(x[:1, :], policy, eps, out, precision=p, low=-10, high=2)
+        policy_layer(x[:1, :], policy, eps, out, how=How(p), low=-10, high=2)
         return out.unsqueeze(0)
 
     return {
@@ -284,7 +284,7 @@ def test_a_nan_action_and_bias_stay_where_they_are() -> None:
     layer, a, bias = random_layer(FLOAT32, 2, 40, 24, 3), randn(2, 5, 3), randn(2, 2, 40)
     a[0, 1, 2], bias[0, 1, 7] = torch.nan, torch.nan
     out = Rows.empty(2, 2, 5, 40, torch.float32, DEVICE)
-    y = grouped_layer(None, a, layer, out, precision=FLOAT32, bias=bias).x.isnan()
+    y = grouped_layer(None, a, layer, out, how=How(FLOAT32), bias=bias).x.isnan()
     expected = torch.zeros_like(y)
     expected[:, 0, 1], expected[0, 1, :, 7] = True, True
     assert torch.equal(y, expected)
@@ -294,7 +294,7 @@ def test_members_may_repeat_and_equal_groups_are_equal() -> None:
     layer, x = random_layer(FLOAT32, 4, 40, 24), random_rows(FLOAT32, 1, 2, 5, 24)
     out = Rows.empty(3, 2, 5, 40, torch.float32, DEVICE)
     members = torch.tensor([2, 0, 2], device=DEVICE)
-    y = grouped_layer(x, None, layer, out, precision=FLOAT32, slabs=Slabs(1, members=members)).x
+    y = grouped_layer(x, None, layer, out, how=How(FLOAT32), slabs=Slabs(1, members=members)).x
     assert torch.equal(y[0], y[2])
     assert not torch.equal(y[0], y[1])
 
@@ -313,7 +313,7 @@ def test_slices_of_rows_keep_their_slabs(slabs: Slabs, groups: slice) -> None:
 def test_no_rows_are_no_launch(rows: tuple[int, int]) -> None:
     layer, out = random_layer(FLOAT32, 1, 40, 24), Rows.empty(1, *rows, 40, torch.float32, DEVICE)
     with log_launches() as log:
-        y = grouped_layer(Rows(randn(1, *rows, 24)), None, layer, out, precision=FLOAT32)
+        y = grouped_layer(Rows(randn(1, *rows, 24)), None, layer, out, how=How(FLOAT32))
         activate_rows(y, y.x)
     assert log == []
 
@@ -324,7 +324,7 @@ def test_strides_of_zero_share_one_row(what: str) -> None:
     one, many = (x[:, :1].expand(5), a) if what == "x" else (x, a[:, :1].expand(-1, 5, -1))
     copies = replace(one, x=one.x.contiguous(), stats=None if one.stats is None else one.stats.contiguous())
     got, base = (
-        grouped_layer(r, s, layer, Rows.empty(2, 2, 5, 40, torch.float32, DEVICE), precision=FLOAT32).x
+        grouped_layer(r, s, layer, Rows.empty(2, 2, 5, 40, torch.float32, DEVICE), how=How(FLOAT32)).x
         for r, s in ((one, many), (copies, many.contiguous()))
     )
     assert torch.equal(got, base)
@@ -367,7 +367,7 @@ def bad() -> dict[str, tuple[str, dict[str, Any]]]:
 def test_bad_arguments_are_named(what: str) -> None:
     name, changes = bad()[what]
     layer: Layer = random_layer(FLOAT32, 2, 40, 24, 3)
-    args: dict[str, Any] = dict(x=Rows(randn(2, 3, 5, 24)), a=randn(3, 5, 3), layer=layer, precision=FLOAT32)
+    args: dict[str, Any] = dict(x=Rows(randn(2, 3, 5, 24)), a=randn(3, 5, 3), layer=layer, how=How(FLOAT32))
     args |= dict(out=Rows.empty(2, 3, 5, 40, torch.float32, DEVICE))
     grouped_layer(**args)
     with pytest.raises(ValueError, match=rf"^{name}: got .*allowed: "):

@@ -12,7 +12,7 @@ from judge import judge, judge_scalars, pooled
 from oracle import DEVICE, MARKS, placed, poisoned, randn
 from torch import Tensor
 
-from tdmpc2_fast.kernels.device.launch import Precision
+from tdmpc2_fast.kernels.device.launch import How, Precision
 from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.scalar_head import scalar_head, scalar_head_reference
 from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy, two_hot, two_hot_inv
@@ -85,7 +85,7 @@ def check_loss(
     x = oracle.random_rows(p, groups, e, rows, k)
     target = torch.rand(2, e, rows, device=DEVICE).round() if bins == BINARY else 3 * randn(2, e, rows).exp() - 3
     weight = torch.rand(groups, e, device=DEVICE)
-    options: Any = dict(precision=p, num_bins=bins, vmin=ends[0], vmax=ends[1], slabs=which)
+    options: Any = dict(how=How(p), num_bins=bins, vmin=ends[0], vmax=ends[1], slabs=which)
     found = {}
     for dtype in (torch.float64, torch.bfloat16 if precision == "bfloat16" else torch.float32):
         logits = logits_of(x, layer, which.of(groups), dtype)
@@ -114,7 +114,7 @@ def test_targets_at_and_beyond_the_ends(value: float) -> None:
     layer = type(layer)(layer.weight[1:], layer.bias[1:])
     target = torch.full((1, 1, 33), value, device=DEVICE)
     loss, gradient = torch.empty(1, 1, 33, device=DEVICE), torch.empty(1, 1, 33, 101, device=DEVICE)
-    two_hot_loss(x, layer, target, torch.ones(1, 1, device=DEVICE), loss, gradient, precision=p, num_bins=101,
+    two_hot_loss(x, layer, target, torch.ones(1, 1, device=DEVICE), loss, gradient, how=How(p), num_bins=101,
                  vmin=-10, vmax=10)  # fmt: skip
     logits = logits_of(x, layer, [0], torch.float64)
     want = loss_of(logits, target, 101, (-10.0, 10.0))
@@ -129,7 +129,7 @@ def test_a_target_that_is_nan_is_a_loss_that_is_nan() -> None:
     target = torch.tensor([[[1.0, torch.nan, 2.0]]], device=DEVICE)
     loss, gradient = torch.empty(1, 1, 3, device=DEVICE), torch.empty(1, 1, 3, 101, device=DEVICE)
     two_hot_loss(x, type(layer)(layer.weight[1:], layer.bias[1:]), target, torch.ones(1, 1, device=DEVICE), loss,
-                 gradient, precision=p, num_bins=101, vmin=-10, vmax=10)  # fmt: skip
+                 gradient, how=How(p), num_bins=101, vmin=-10, vmax=10)  # fmt: skip
     assert loss.isnan().tolist() == [[[False, True, False]]]
     assert gradient.isnan().any(-1).tolist() == [[[False, True, False]]]
 
@@ -143,7 +143,7 @@ def test_value_and_its_gradient(precision: str, bins: int, slabs: str) -> None:
     p = Precision(precision)
     which, count = oracle.random_slabs(slabs, 2)
     layer, x = oracle.random_layer(p, count, max(bins, 1), 40, act=""), oracle.random_rows(p, 2, 3, 333, 40)
-    options: Any = dict(precision=p, num_bins=bins, vmin=-10.0, vmax=10.0, slabs=which)
+    options: Any = dict(how=How(p), num_bins=bins, vmin=-10.0, vmax=10.0, slabs=which)
     found = {}
     for dtype in (torch.float64, torch.bfloat16 if precision == "bfloat16" else torch.float32):
         logits = logits_of(x, layer, which.of(2), dtype)

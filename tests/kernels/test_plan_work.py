@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tdmpc2_fast.kernels.device.launch import Precision, log_launches
+from tdmpc2_fast.kernels.device.launch import How, Precision, log_launches
 from tdmpc2_fast.kernels.inspect.plan_work import dry_plan, launch_work, plan_work
 from tdmpc2_fast.kernels.inspect.report import plan_sizes
 from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer
@@ -94,7 +94,7 @@ def test_work_of_one_layer(act: bool, side: bool) -> None:
             torch.empty(1, rows, a) if side else None,
             layer(d, k, a),
             Rows.empty(groups, 1, rows, d, torch.float32, cpu),
-            precision=FLOAT32,
+            how=How(FLOAT32),
             tile=Tile(32, 64, 16),
         )
     (launch,) = log
@@ -166,7 +166,7 @@ def test_interpreter_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_needs_no_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
-        "from tdmpc2_fast.kernels.device.launch import Precision, triton\n"
+        "from tdmpc2_fast.kernels.device.launch import How, Precision, triton\n"
         "from tdmpc2_fast.kernels.inspect.report import plan_sizes\n"
         "from tdmpc2_fast.kernels.inspect.plan_work import plan_work\n"
         "assert triton is None\n"

@@ -20,18 +20,18 @@ FIT = Compiled("grouped_layer_kernel", 90, "BM=64", 8, 144, 0, 50176, "wgmma HGM
 SPILLS = """
 import json, re, torch
 from dataclasses import asdict
-from tdmpc2_fast.kernels.compile import build, compile_specialisation, cuobjdump, specialisation
-from tdmpc2_fast.kernels.grouped_layer import grouped_layer
-from tdmpc2_fast.kernels.launch import Precision, log_launches
-from tdmpc2_fast.kernels.rows import Layer, Rows
-from tdmpc2_fast.kernels.tiles import Tile
+from tdmpc2_fast.kernels.inspect.compile import build, compile_specialisation, cuobjdump, specialisation
+from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer
+from tdmpc2_fast.kernels.device.launch import How, Precision, log_launches
+from tdmpc2_fast.kernels.layers.rows import Layer, Rows
+from tdmpc2_fast.kernels.layers.tiles import Tile
 
 cpu = torch.device("cpu")
 layer = Layer(torch.empty(1, 512, 512, dtype=torch.bfloat16), *(torch.empty(1, 512) for _ in range(3)))
 x, y = (Rows.empty(1, 1, 512, 512, torch.bfloat16, cpu) for _ in range(2))
 for tile in (Tile(64, 64, 64, 1), Tile(16, 32, 64)):
     with log_launches(dry=True) as log:
-        grouped_layer(Rows(x.x), None, layer, y, precision=Precision("bfloat16"), tile=tile)
+        grouped_layer(Rows(x.x), None, layer, y, how=How(Precision("bfloat16")), tile=tile)
     spec = specialisation(log[0])
     code = cuobjdump("--dump-sass", build(spec, 80).asm["cubin"])
     compiled = compile_specialisation(spec, 80)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tdmpc2_fast.kernels.backward.gradient_tile import Gradient
 from tdmpc2_fast.kernels.backward.input_gradient import input_gradient, input_gradient_reference
 from tdmpc2_fast.kernels.backward.weight_gradient import LayerGradient, weight_gradient, weight_gradient_reference
-from tdmpc2_fast.kernels.device.launch import Precision, cdiv
+from tdmpc2_fast.kernels.device.launch import How, Precision, cdiv
 from tdmpc2_fast.kernels.layers.rows import LEAST_COLUMNS, Dropout, Layer, Rows
 from tdmpc2_fast.kernels.layers.tiles import Tile
 
@@ -242,7 +242,7 @@ def check_gradients(
 
     below = case.below if through else None
     wanted = Gradient(torch.empty(written, e, n, width, dtype=torch.float64, device=DEVICE))
-    options: Any = dict(precision=p, slabs=which, first=first)
+    options: Any = dict(how=How(p), slabs=which, first=first)
     full = double(case.gradient)
     input_gradient_reference(full, oracle.double(case.layer), oracle.double(below), wanted, add=other, **options)
     oracle.agree(wanted.x, exact.x)
@@ -261,7 +261,7 @@ def check_gradients(
     assert sums_buffer.isnan().all(), "sums of other rows were written"
 
     exact64 = LayerGradient(*(torch.empty_like(t) if t is not None else None for t in exact[1:]))  # type: ignore[arg-type]
-    weight_gradient_reference(full, oracle.double(case.below), oracle.double(case.layer), exact64, precision=p)
+    weight_gradient_reference(full, oracle.double(case.below), oracle.double(case.layer), exact64, how=How(p))
     names = ("weight", "bias", "ln_weight", "ln_bias")
     buffers = {}
     for name in names[: 4 if norm else 2]:
@@ -269,7 +269,7 @@ def check_gradients(
         inner = 2 if name == "weight" else 1
         buffers[name] = poisoned(*getattr(exact, name).shape, inner=inner)
     out = LayerGradient(**{name: b[1] for name, b in buffers.items()})
-    weight_gradient(case.gradient, case.below, case.layer, out, precision=p, tile=weight_tile)
+    weight_gradient(case.gradient, case.below, case.layer, out, how=How(p), tile=weight_tile)
     for name, (room, part) in buffers.items():
         compare(f"d {name}", name, part, terms=e * n)
         oracle.assert_written(room, part)

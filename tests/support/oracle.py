@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from judge import ENOUGH, judge, judge_scalars, pooled
 from torch import Tensor
 
-from tdmpc2_fast.kernels.device.launch import Precision, cdiv, interpreting, why_not
+from tdmpc2_fast.kernels.device.launch import How, Precision, cdiv, interpreting, why_not
 from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer, grouped_layer_reference
 from tdmpc2_fast.kernels.layers.policy_head import policy_action
 from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer, policy_layer_reference
@@ -247,7 +247,7 @@ def check_layer(
         main = main.expand(rows) if due else Rows(main.x.expand(-1, -1, rows, -1))
 
     wanted = Rows(torch.empty(groups, e, rows, d, dtype=torch.float64, device=DEVICE))
-    args: Any = dict(precision=p, slabs=which)
+    args: Any = dict(how=How(p), slabs=which)
     exact = grouped_layer_reference(double(main), double(side), double(layer), wanted, bias=double(bias), **args)
     agree(exact.x, plain_layer(double(main), side, layer, which, groups, bias, torch.float64))
     agree(exact.activated(), plain_activation(exact.x, layer, which))
@@ -343,7 +343,7 @@ def check_scalars(
     layer.weight.copy_(p.operand(layer.weight * logits))
     layer.bias.mul_(logits)
     main = random_rows(p, 1 if x == "shared" else groups, e, rows, k, due, v, in_tile, in_slabs)
-    args: Any = dict(precision=p, num_bins=bins, vmin=ends[0], vmax=ends[1], slabs=which)
+    args: Any = dict(how=How(p), num_bins=bins, vmin=ends[0], vmax=ends[1], slabs=which)
     exact = torch.empty(groups, e, rows, dtype=torch.float64, device=DEVICE)
     plain = torch.empty(groups, e, rows, device=DEVICE)
     scalar_head_reference(double(main), double(layer), exact, **args)
@@ -400,7 +400,7 @@ def check_policy(
     source = main[:, :1].expand(n) if x == "expanded" else main[:, :n]
     noise = placed(eps * randn(e, rows, a))
     mask = random_mask(e, a) if masked else None
-    args: Any = dict(precision=p, low=low, high=high)
+    args: Any = dict(how=How(p), low=low, high=high)
     exact = torch.empty(e, rows, a, dtype=torch.float64, device=DEVICE)
     plain = torch.empty(e, rows, a, device=DEVICE)
     policy_layer_reference(double(main), double(layer), noise.double(), exact, mask=double(mask), **args)
