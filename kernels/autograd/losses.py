@@ -22,8 +22,7 @@ from ..backward.weight_gradient import LayerGradient, weight_gradient
 from ..device.launch import How, Precision
 from ..layers.rows import Layer
 from ..losses import latent_loss
-from ..losses.policy_sample import policy_sample
-from ..losses.policy_sample_gradient import policy_sample_gradient
+from ..losses.policy_sample import Sample, policy_sample, policy_sample_gradient
 from ..losses.two_hot_loss import BINARY, two_hot_loss
 from .layer import Sizes, check_device, check_product, check_types, in_rows, input_rows, refusing
 
@@ -253,7 +252,7 @@ def _gaussian(
     action, *scalars = _gaussian_room(logits, eps)
     views = action.view(1, rows, a), *(t.view(1, rows) for t in scalars)
     with torch.cuda.device_of(logits):
-        policy_sample(in_rows(logits, 1, rows), *_constants(eps, mask, rows), *views, low=low, high=high)
+        policy_sample(Sample(in_rows(logits, 1, rows), *_constants(eps, mask, rows), low, high), *views)
     return action, scalars[0], scalars[1]
 
 
@@ -283,20 +282,15 @@ def _gaussian_backward(
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     # One row of zeros serves where nothing arrives.
     nothing = logits.new_zeros(a, dtype=torch.float32)
-    noise, live = _constants(eps, mask, rows)
     to_action = nothing.expand(1, rows, a) if d_action is None else in_rows(d_action.float(), 1, rows)[0]
     to_log_prob, to_entropy = (nothing[:1] if d is None else d.reshape(1, rows) for d in (d_log_prob, d_entropy))
     with torch.cuda.device_of(logits):
         policy_sample_gradient(
-            in_rows(logits, 1, rows),
-            noise,
-            live,
+            Sample(in_rows(logits, 1, rows), *_constants(eps, mask, rows), low, high),
             to_action,
             to_log_prob.expand(1, rows),
             to_entropy.expand(1, rows),
             out.view(1, 1, rows, 2 * a),
-            low=low,
-            high=high,
         )
     return out
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, interpreting, jit, launch, pow2, tl
-from ..layers.grouped_layer import source, strided
-from ..layers.linear_tile import await_producers, row_ptrs
-from ..layers.rows import LEAST_COLUMNS, Rows
+from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.pointers import entry_ptrs, strided
+from ..device.reference import reference_of
+from ..layers.rows import LEAST_COLUMNS, Rows, source
 from .gradient_tile import Gradient, through_activation
 
 _COLUMNS = 64
@@ -23,44 +23,24 @@ _COLUMNS = 64
 
 @jit
 def activation_gradient_kernel(
-    d,
-    below,
-    y,
-    sums,
-    M,
-    n,
-    D,
-    IN_ACT: tl.constexpr,
-    V: tl.constexpr,
-    IN_TILE: tl.constexpr,
-    IN_TILES: tl.constexpr,
-    IN_MEMBERS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One tile [BM, BN]; grid (row tiles, column tiles, groups)."""
+    d, below, y, sums, M, n, D,
+    DUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Compute one tile [BM, BN]; grid (row tiles, column tiles, groups)."""
     g = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    rows, tile_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
+    cols = tile_n * BN + tl.arange(0, BN)
     row_ok, col_ok = rows < M, cols < D
     await_producers(PDL)
-    incoming = tl.load(
-        row_ptrs(d, g, rows, n)[:, None] + cols[None, :], mask=row_ok[:, None] & col_ok[None, :], other=0.0
-    )
-    # fmt: off
-    through_activation(
-        incoming.to(tl.float32), below, g, rows, n, row_ok, cols, col_ok, tl.program_id(1), D, y, sums, IN_ACT, V,
-        IN_TILE, IN_TILES, IN_MEMBERS, INTERPRETED,
-    )
-    # fmt: on
+    incoming = tl.load(entry_ptrs(d, g, rows, n, cols), mask=row_ok[:, None] & col_ok[None, :], other=0.0)
+    incoming = incoming.to(tl.float32)
+    through_activation(incoming, below, g, rows, n, row_ok, cols, col_ok, tile_n, D, y, sums, DUE, INTERPRETED)
 
 
 def activation_gradient(
     d: Tensor, below: Rows, out: Gradient, *, columns: int | None = None, pdl: bool = False
 ) -> Gradient:
-    """Gradient of rows with an activation due, from that of the activation; written in place.
+    """Write the gradient of rows with an activation due, given that of the activation.
 
     Args:
         d: (G, E, n, D), contiguous in its last dim.
@@ -82,30 +62,16 @@ def activation_gradient(
         bm, bn = 16, min(pow2(width, LEAST_COLUMNS), _COLUMNS)
     bn = columns or bn
     launch(
-        activation_gradient_kernel,
-        (cdiv(e * n, bm), cdiv(width, bn), groups),
-        strided(d),
-        reads,
-        strided(out.x),
-        strided(out.sums),
-        e * n,
-        n,
-        width,
-        BM=bm,
-        BN=bn,
-        INTERPRETED=interpreting(),
-        pdl=pdl,
-        num_warps=4,
-        **due,
-    )
+        activation_gradient_kernel, (cdiv(e * n, bm), cdiv(width, bn), groups),
+        strided(d), reads, strided(out.x), strided(out.sums), e * n, n, width,
+        DUE=due, BM=bm, BN=bn, INTERPRETED=interpreting(), pdl=pdl, num_warps=4,
+    )  # fmt: skip
     return replace(out, rows=below, tile=bn)
 
 
-def activation_gradient_reference(
-    d: Tensor, below: Rows, out: Gradient, *, columns: int | None = None, pdl: bool = False
-) -> Gradient:
-    """`activation_gradient` in plain torch; sums left out."""
-    del columns, pdl
+@reference_of(activation_gradient)
+def activation_gradient_reference(d: Tensor, below: Rows, out: Gradient) -> Gradient:
+    """Compute `activation_gradient` in plain torch; sums left out."""
     leaf = below.normalised().requires_grad_()
     with torch.enable_grad():
         (h,) = torch.autograd.grad(below.activation_of(leaf), leaf, d.to(leaf))

@@ -16,23 +16,20 @@ So no program needs a complete row, and a layer's backward is two launches: dL/d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..device.arithmetic import simnorm, store_rounded
 from ..device.launch import cdiv, jit, pow2, tl
-from ..layers.grouped_layer import keeping, source, strided
-from ..layers.linear_tile import MISH as _MISH_ACT
-from ..layers.linear_tile import PLAIN as _PLAIN_ACT
-from ..layers.linear_tile import Keep, Source, Strided, merge_statistics, row_ptrs, simnorm, slab_of, store_rounded
-from ..layers.normed_linear import LAYER_NORM_EPS
-from ..layers.rows import LEAST_COLUMNS, Rows
+from ..device.pointers import Strided, entry_ptrs, row_ptrs, slab_of, strided
+from ..device.statistics import LAYER_NORM_EPS, merge_statistics
+from ..layers.linear_tile import MISH
+from ..layers.rows import LEAST_COLUMNS, PLAIN, Keep, Layer, Rows, Source, keeping, source
 
 CHUNK = 64
 """Rows of a step whose shares of db, dγ and dβ are one, where these are computed apart."""
-
-MISH, PLAIN = tl.constexpr(_MISH_ACT), tl.constexpr(_PLAIN_ACT)
 
 
 @dataclass(frozen=True)
@@ -51,28 +48,21 @@ class Gradient:
 
     @classmethod
     def empty(
-        cls,
-        groups: int,
-        envs: int,
-        n: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        vectors: bool = False,
+        cls, groups: int, envs: int, n: int, width: int, dtype: torch.dtype, device: torch.device, vectors: bool = False
     ) -> Gradient:
-        """Room for gradients and sums, maybe for the vectors of its chunks."""
+        """Make room for gradients and sums, maybe for the vectors of its chunks."""
         x = torch.empty(groups, envs, n, width, dtype=dtype, device=device)
         chunks = torch.empty(groups, envs, cdiv(n, CHUNK), 3, width, device=device) if vectors else None
         return cls(x, torch.empty(groups, envs, n, cdiv(width, LEAST_COLUMNS), 2, device=device), vectors=chunks)
 
     def steps(self, which: slice) -> Gradient:
-        """Some environments (time steps, in an update)."""
+        """Return some environments (time steps, in an update)."""
         rows = None if self.rows is None else self.rows.steps(which)
         sums, vectors = (None if x is None else x[:, which] for x in (self.sums, self.vectors))
         return Gradient(self.x[:, which], sums, rows, self.tile, vectors)
 
     def products(self) -> Tensor:
-        """dL/dy in plain torch, in the type of `x`'s precision: (G, E, n, D)."""
+        """Compute dL/dy in plain torch, in the type of `x`'s precision: (G, E, n, D)."""
         h = self.x if self.x.dtype == torch.float64 else self.x.float()
         if self.rows is None:
             return h
@@ -89,8 +79,20 @@ class Gradient:
         return out
 
 
+def check_gradient(gradient: Gradient, layer: Layer) -> None:
+    """Refuse a gradient that is none of this layer's rows."""
+    d = layer.width
+    if gradient.x.shape[-1] != d or gradient.x.stride(-1) != 1:
+        raise ValueError(f"gradient: got shape {tuple(gradient.x.shape)}, allowed: (G, E, n, {d}), last dim contiguous")
+    rows = gradient.rows
+    if rows is not None and (rows.x.shape != gradient.x.shape or gradient.sums is None or not gradient.tile):
+        raise ValueError(f"gradient: got rows {tuple(rows.x.shape)}, allowed: {tuple(gradient.x.shape)}, with sums")
+    if gradient.sums is not None and gradient.sums.shape[3] * LEAST_COLUMNS < d:
+        raise ValueError(f"gradient: got sums {tuple(gradient.sums.shape)}, allowed: {cdiv(d, LEAST_COLUMNS)} tiles")
+
+
 class Upstream(NamedTuple):
-    """A `Gradient` for a kernel: its rows and sums, the rows it is the gradient of, their dropout."""
+    """A `Gradient` that a kernel reads: its rows and sums, the rows it is the gradient of, their dropout."""
 
     x: Strided
     sums: Strided
@@ -98,19 +100,31 @@ class Upstream(NamedTuple):
     keep: Keep
 
 
-def upstream(gradient: Gradient) -> tuple[Upstream, dict[str, Any]]:
-    """How a kernel reads a gradient, and its constants for what is due on it."""
+class UpstreamDue(NamedTuple):
+    """What is due on an `Upstream`: constants of a kernel."""
+
+    NORM: bool
+    G_TILE: int  # width of the column tiles that sums are of
+    G_TILES: int  # their number, to a power of two
+    Y_TILE: int  # the same of the statistics of the rows
+    Y_TILES: int
+    Y_MEMBERS: bool  # whether slabs are drawn
+    DROPOUT: bool
+
+
+def upstream(gradient: Gradient) -> tuple[Upstream, UpstreamDue]:
+    """Return how a kernel reads a gradient, and what is due on it."""
     x, rows = gradient.x, gradient.rows
     sums = x if gradient.sums is None else gradient.sums
     reads, due = source(Rows(x) if rows is None else rows)
     dropout = None if rows is None else rows.dropout
-    constants = dict(
-        NORM=due["IN_ACT"] != _PLAIN_ACT,
+    constants = UpstreamDue(
+        NORM=due.IN_ACT != PLAIN,
         G_TILE=max(gradient.tile, 1),
         G_TILES=pow2(cdiv(x.shape[-1], gradient.tile)) if gradient.tile else 1,
-        Y_TILE=due["IN_TILE"],
-        Y_TILES=due["IN_TILES"],
-        Y_MEMBERS=due["IN_MEMBERS"],
+        Y_TILE=due.IN_TILE,
+        Y_TILES=due.IN_TILES,
+        Y_MEMBERS=due.IN_MEMBERS,
         DROPOUT=dropout is not None,
     )
     return Upstream(strided(x), strided(sums), reads, keeping(dropout, x)), constants
@@ -118,7 +132,7 @@ def upstream(gradient: Gradient) -> tuple[Upstream, dict[str, Any]]:
 
 @jit
 def merge_sums(ptrs, row_ok, D, TILE: tl.constexpr, TILES: tl.constexpr):
-    """s1 / D and s2 / D of rows from those of their column tiles: [BM] each."""
+    """Return s1 / D and s2 / D of rows from those of their column tiles: [BM] each."""
     t = tl.arange(0, TILES)
     ok = row_ok[:, None] & (t * TILE < D)[None, :]
     at = ptrs[:, None] + 2 * t[None, :]  # [BM, TILES]
@@ -128,27 +142,16 @@ def merge_sums(ptrs, row_ok, D, TILE: tl.constexpr, TILES: tl.constexpr):
 
 
 @jit
-def row_factors(
-    up,
-    g,
-    rows,
-    n,
-    row_ok,
-    D,
-    G_TILE: tl.constexpr,
-    G_TILES: tl.constexpr,
-    Y_TILE: tl.constexpr,
-    Y_TILES: tl.constexpr,
-):
-    """Mean, 1/std, s1/D and s2/D of rows of group g: [BM] each."""
-    mean, rstd = merge_statistics(row_ptrs(up.rows.stats, g, rows, n), row_ok, D, Y_TILE, Y_TILES)
-    s1, s2 = merge_sums(row_ptrs(up.sums, g, rows, n), row_ok, D, G_TILE, G_TILES)
+def row_factors(up, g, rows, n, row_ok, D, UP: tl.constexpr):
+    """Return mean, 1/std, s1/D and s2/D of rows of group g: [BM] each."""
+    mean, rstd = merge_statistics(row_ptrs(up.rows.stats, g, rows, n), row_ok, D, UP.Y_TILE, UP.Y_TILES)
+    s1, s2 = merge_sums(row_ptrs(up.sums, g, rows, n), row_ok, D, UP.G_TILE, UP.G_TILES)
     return mean, rstd, s1, s2
 
 
 @jit
 def mish_gradient(x):
-    """d/dx x tanh(softplus(x)): with w = m/(m+2), m = e(e+2), e = exp(x), it is w + x 4e(e+1)/(m+2)²."""
+    """Return d/dx x tanh(softplus(x)): with w = m/(m+2), m = e(e+2), e = exp(x), it is w + x 4e(e+1)/(m+2)²."""
     e = tl.exp(tl.minimum(x, 20.0))
     m = e * (e + 2.0)
     w = 1.0 / (m + 2.0)
@@ -157,7 +160,7 @@ def mish_gradient(x):
 
 @jit
 def simnorm_gradient(d, x, V: tl.constexpr):
-    """Gradient d [BM, BK] through softmax in groups of V columns of x: p (d - sum p d)."""
+    """Return gradient d [BM, BK] taken through softmax in groups of V columns of x: p (d - sum p d)."""
     BM: tl.constexpr = x.shape[0]
     BK: tl.constexpr = x.shape[1]
     p = simnorm(x, V)
@@ -168,36 +171,19 @@ def simnorm_gradient(d, x, V: tl.constexpr):
 
 @jit
 def through_activation(
-    d,
-    below,
-    g,
-    rows,
-    n,
-    row_ok,
-    cols,
-    col_ok,
-    tile,
-    width,
-    y,
-    sums,
-    ACT: tl.constexpr,
-    V: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    d, below, g, rows, n, row_ok, cols, col_ok, tile, width, y, sums, DUE: tl.constexpr, INTERPRETED: tl.constexpr
 ):
-    """Gradient d [BM, BN] of act(LN(below)) to h, stored with the sums of this tile."""
+    """Store h, given the gradient d [BM, BN] of act(LN(below)), with the sums of this tile."""
     ok = row_ok[:, None] & col_ok[None, :]
-    slab = slab_of(below.slab, g, MEMBERS)
-    mean, rstd = merge_statistics(row_ptrs(below.stats, g, rows, n), row_ok, width, TILE, TILES)
-    x = tl.load(row_ptrs(below.x, g, rows, n)[:, None] + cols[None, :], mask=ok, other=0.0).to(tl.float32)
+    slab = slab_of(below.slab, g, DUE.IN_MEMBERS)
+    mean, rstd = merge_statistics(row_ptrs(below.stats, g, rows, n), row_ok, width, DUE.IN_TILE, DUE.IN_TILES)
+    x = tl.load(entry_ptrs(below.x, g, rows, n, cols), mask=ok, other=0.0).to(tl.float32)
     gamma = tl.load(below.gamma_ptr + slab * width + cols, mask=col_ok, other=0.0)
     beta = tl.load(below.beta_ptr + slab * width + cols, mask=col_ok, other=0.0)
     xhat = (x - mean[:, None]) * rstd[:, None]
     x = xhat * gamma[None, :] + beta[None, :]
-    h = d * mish_gradient(x) if ACT == MISH else simnorm_gradient(d, x, V)
-    store_rounded(row_ptrs(y, g, rows, n)[:, None] + cols[None, :], h, ok, INTERPRETED)
+    h = d * mish_gradient(x) if DUE.IN_ACT == MISH else simnorm_gradient(d, x, DUE.V)
+    store_rounded(entry_ptrs(y, g, rows, n, cols), h, ok, INTERPRETED)
     scaled = tl.where(ok, h * gamma[None, :], 0.0)
     at = row_ptrs(sums, g, rows, n) + 2 * tile
     tl.store(at, tl.sum(scaled, axis=1), mask=row_ok)
@@ -206,5 +192,5 @@ def through_activation(
 
 @jit
 def product_gradient(h, xhat, rstd, s1, s2, gamma):
-    """dL/dy of a LayerNorm: all [.., ..], or shapes that broadcast."""
+    """Return dL/dy of a LayerNorm: all [.., ..], or shapes that broadcast."""
     return rstd * (h * gamma - s1 - xhat * s2)

@@ -14,100 +14,68 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..device.launch import How, cdiv, jit, launch, tl
-from ..layers.grouped_layer import arithmetic, packed, source, strided
-from ..layers.linear_tile import await_producers, dropped, operand, row_ptrs, slab_of, store_rounded
-from ..layers.rows import EACH, LEAST_COLUMNS, Layer, Rows, Slabs
+from ..device.arithmetic import operand, store_rounded
+from ..device.launch import How, await_producers, cdiv, jit, launch, tl
+from ..device.pointers import entry_ptrs, row_ptrs, slab_of, strided
+from ..device.reference import reference_of
+from ..layers.linear_tile import dropped
+from ..layers.rows import EACH, Layer, Rows, Slabs, packed, source
 from ..layers.tiles import Tile, input_gradient_tile
-from .gradient_tile import PLAIN, Gradient, product_gradient, row_factors, through_activation, upstream
+from .gradient_tile import Gradient, check_gradient, product_gradient, row_factors, through_activation, upstream
 
 
 @jit
 def input_gradient_kernel(
-    up,
-    w,
-    add,
-    below,
-    y,
-    sums,
-    M,
-    n,
-    D,
-    K,
-    first,
-    width,
-    groups,
-    NORM: tl.constexpr,
-    G_TILE: tl.constexpr,
-    G_TILES: tl.constexpr,
-    Y_TILE: tl.constexpr,
-    Y_TILES: tl.constexpr,
-    Y_MEMBERS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    HAS_ADD: tl.constexpr,
-    IN_ACT: tl.constexpr,
-    V: tl.constexpr,
-    IN_TILE: tl.constexpr,
-    IN_TILES: tl.constexpr,
-    IN_MEMBERS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DOT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    up, w, add, below, y, sums, M, n, D, K, first, width, groups,
+    UP: tl.constexpr, MEMBERS: tl.constexpr, HAS_ADD: tl.constexpr, DUE: tl.constexpr, TILE: tl.constexpr,
     PDL: tl.constexpr,
-):
-    """One tile [BM, BN] of one group, or of the sum over `groups`; grid (row tiles x column tiles, groups or 1)."""
-    tiles_n = tl.cdiv(width, BN)
+):  # fmt: skip
+    """Compute a tile [BM, BN] of one group, or of the sum over `groups`; grid (row x column tiles, groups or 1)."""
+    tiles_n = tl.cdiv(width, TILE.BN)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     own = tl.program_id(1).to(tl.int64)
-    rows = tile_m * BM + tl.arange(0, BM)
-    cols = tile_n * BN + tl.arange(0, BN)
+    rows = tile_m * TILE.BM + tl.arange(0, TILE.BM)
+    cols = tile_n * TILE.BN + tl.arange(0, TILE.BN)
     row_ok, col_ok = rows < M, cols < width
     BFLOAT16: tl.constexpr = w.ptr.dtype.element_ty == tl.bfloat16
     await_producers(PDL)
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((TILE.BM, TILE.BN), tl.float32)
     for i in range(groups):
         g = own + i
         x_ptrs = row_ptrs(up.x, g, rows, n)
-        if NORM:
-            mean, rstd, s1, s2 = row_factors(up, g, rows, n, row_ok, D, G_TILE, G_TILES, Y_TILE, Y_TILES)
+        if UP.NORM:
+            mean, rstd, s1, s2 = row_factors(up, g, rows, n, row_ok, D, UP)
             y_ptrs = row_ptrs(up.rows.x, g, rows, n)
-            gamma_ptr = up.rows.gamma_ptr + slab_of(up.rows.slab, g, Y_MEMBERS) * D
+            gamma_ptr = up.rows.gamma_ptr + slab_of(up.rows.slab, g, UP.Y_MEMBERS) * D
         w_ptr = w.ptr + slab_of(w.slab, g, MEMBERS) * D * K + first
-        for start in range(0, D, BK):
-            k = start + tl.arange(0, BK)
+        for start in range(0, D, TILE.BK):
+            k = start + tl.arange(0, TILE.BK)
             k_ok = k < D
-            ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & k_ok[None, :]
+            ok = row_ok[:, None] if TILE.EVEN_K else row_ok[:, None] & k_ok[None, :]
             d = tl.load(x_ptrs[:, None] + k[None, :], mask=ok, other=0.0)  # [BM, BK]
-            if NORM:
+            if UP.NORM:
                 before = tl.load(y_ptrs[:, None] + k[None, :], mask=ok, other=0.0).to(tl.float32)
                 gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)[None, :]
                 xhat = (before - mean[:, None]) * rstd[:, None]
                 d = product_gradient(d.to(tl.float32), xhat, rstd[:, None], s1[:, None], s2[:, None], gamma)
-            if DROPOUT:
+            if UP.DROPOUT:
                 d = dropped(d, up.keep, g, rows, n, row_ok[:, None] & k_ok[None, :], k)
-            d = operand(d, BFLOAT16, DOT, INTERPRETED)
+            d = operand(d, BFLOAT16, TILE.DOT, TILE.INTERPRETED)
             # Beyond D a LayerNorm's gradient is not 0: W is 0 there.
-            w_ok = col_ok[None, :] if EVEN_K else col_ok[None, :] & k_ok[:, None]
+            w_ok = col_ok[None, :] if TILE.EVEN_K else col_ok[None, :] & k_ok[:, None]
             weight = tl.load(w_ptr + k[:, None] * K + cols[None, :], mask=w_ok, other=0.0)  # [BK, BN]
-            if INTERPRETED:
+            if TILE.INTERPRETED:
                 d, weight = d.to(tl.float32), weight.to(tl.float32)
-            acc = tl.dot(d, weight, acc, input_precision=DOT)
+            acc = tl.dot(d, weight, acc, input_precision=TILE.DOT)
     ok = row_ok[:, None] & col_ok[None, :]
     if HAS_ADD:
-        acc += tl.load(row_ptrs(add, own, rows, n)[:, None] + cols[None, :], mask=ok, other=0.0)
-    if IN_ACT == PLAIN:
-        store_rounded(row_ptrs(y, own, rows, n)[:, None] + cols[None, :], acc, ok, INTERPRETED)
-    else:
-        # fmt: off
+        acc += tl.load(entry_ptrs(add, own, rows, n, cols), mask=ok, other=0.0)
+    if DUE.IN_ACT:
         through_activation(
-            acc, below, own, rows, n, row_ok, cols, col_ok, tile_n, width, y, sums, IN_ACT, V, IN_TILE, IN_TILES,
-            IN_MEMBERS, INTERPRETED,
+            acc, below, own, rows, n, row_ok, cols, col_ok, tile_n, width, y, sums, DUE, TILE.INTERPRETED
         )
-        # fmt: on
+    else:
+        store_rounded(entry_ptrs(y, own, rows, n, cols), acc, ok, TILE.INTERPRETED)
 
 
 def input_gradient(
@@ -122,7 +90,7 @@ def input_gradient(
     add: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Gradient:
-    """Gradient of a layer's input, written in place.
+    """Write the gradient of a layer's input.
 
     Args:
         gradient: of the layer's rows, (G, E, n, D).
@@ -153,46 +121,19 @@ def input_gradient(
     reads, due = upstream(gradient)
     under, act = source(Rows(out.x) if below is None else below)
     launch(
-        input_gradient_kernel,
-        (cdiv(e * n, tile.BM) * cdiv(width, tile.BN), written),
-        reads,
-        packed(layer, slabs),
-        strided(out.x if add is None else add),
-        under,
-        strided(out.x),
-        strided(out.x if out.sums is None else out.sums),
-        e * n,
-        n,
-        d,
-        k,
-        first,
-        width,
-        groups // written,
-        MEMBERS=slabs.members is not None,
-        HAS_ADD=add is not None,
-        pdl=how.pdl,
-        **due,
-        **act,
-        **tile.options(d),
-        **arithmetic(how.precision),
-    )
+        input_gradient_kernel, (cdiv(e * n, tile.BM) * cdiv(width, tile.BN), written),
+        reads, packed(layer, slabs), strided(out.x if add is None else add), under, strided(out.x),
+        strided(out.x if out.sums is None else out.sums), e * n, n, d, k, first, width, groups // written,
+        UP=due, MEMBERS=slabs.members is not None, HAS_ADD=add is not None, DUE=act, **tile.options(d, how),
+    )  # fmt: skip
     return replace(out, rows=below, tile=tile.BN) if below is not None else Gradient(out.x)
 
 
+@reference_of(input_gradient)
 def input_gradient_reference(
-    gradient: Gradient,
-    layer: Layer,
-    below: Rows | None,
-    out: Gradient,
-    *,
-    how: How,
-    slabs: Slabs = EACH,
-    first: int = 0,
-    add: Tensor | None = None,
-    tile: Tile | None = None,
+    gradient: Gradient, layer: Layer, below: Rows | None, out: Gradient, slabs: Slabs, first: int, add: Tensor | None
 ) -> Gradient:
-    """`input_gradient` in plain torch: the same result, sums left out."""
-    del tile, how
+    """Compute `input_gradient` in plain torch: the same result, sums left out."""
     dy = gradient.products()
     width = out.x.shape[-1]
     parts = [dy[g] @ layer.weight[s][:, first : first + width].to(dy) for g, s in enumerate(slabs.of(len(dy)))]
@@ -207,15 +148,3 @@ def input_gradient_reference(
             (d,) = torch.autograd.grad(below.activation_of(leaf), leaf, d)
     out.x.copy_(d)
     return Gradient(out.x, None, below)
-
-
-def check_gradient(gradient: Gradient, layer: Layer) -> None:
-    """What a layer's gradient must be, or a `ValueError`."""
-    d = layer.width
-    if gradient.x.shape[-1] != d or gradient.x.stride(-1) != 1:
-        raise ValueError(f"gradient: got shape {tuple(gradient.x.shape)}, allowed: (G, E, n, {d}), last dim contiguous")
-    rows = gradient.rows
-    if rows is not None and (rows.x.shape != gradient.x.shape or gradient.sums is None or not gradient.tile):
-        raise ValueError(f"gradient: got rows {tuple(rows.x.shape)}, allowed: {tuple(gradient.x.shape)}, with sums")
-    if gradient.sums is not None and gradient.sums.shape[3] * LEAST_COLUMNS < d:
-        raise ValueError(f"gradient: got sums {tuple(gradient.sums.shape)}, allowed: {cdiv(d, LEAST_COLUMNS)} tiles")

@@ -14,9 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, interpreting, jit, launch, pow2, tl
-from ..layers.linear_tile import await_producers, dropped, row_ptrs, slab_of, store_rounded
-from ..layers.normed_linear import LAYER_NORM_EPS
+from ..device.arithmetic import store_rounded
+from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.pointers import entry_ptrs, slab_of
+from ..device.reference import reference_of
+from ..device.statistics import LAYER_NORM_EPS
+from ..layers.linear_tile import dropped
 from .gradient_tile import CHUNK, Gradient, product_gradient, row_factors, upstream
 from .weight_gradient import LayerGradient
 
@@ -25,35 +28,18 @@ _ROWS, _COLUMNS = 8, 128
 
 @jit
 def norm_gradient_kernel(
-    up,
-    sums_ptr,
-    sums_g,
-    sums_e,
-    n,
-    D,
-    chunks,
-    NORM: tl.constexpr,
-    G_TILE: tl.constexpr,
-    G_TILES: tl.constexpr,
-    Y_TILE: tl.constexpr,
-    Y_TILES: tl.constexpr,
-    Y_MEMBERS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    VECTORS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """ROWS rows of one environment, BN columns; grid (environments x chunks, column tiles, groups)."""
-    tl.static_assert(NORM)
+    up, sums_ptr, sums_g, sums_e, n, D, chunks,
+    UP: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Finish ROWS rows of one environment, BN columns; grid (environments x chunks, column tiles, groups)."""
+    tl.static_assert(UP.NORM)
     g = tl.program_id(2).to(tl.int64)
     e, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     col_ok = cols < D
     await_producers(PDL)
-    norm_gamma = tl.load(up.rows.gamma_ptr + slab_of(up.rows.slab, g, Y_MEMBERS) * D + cols, mask=col_ok, other=0.0)
+    norm_gamma = tl.load(up.rows.gamma_ptr + slab_of(up.rows.slab, g, UP.Y_MEMBERS) * D + cols, mask=col_ok, other=0.0)
     bias = tl.zeros((BM, BN), tl.float32)
     gamma = tl.zeros((BM, BN), tl.float32)
     beta = tl.zeros((BM, BN), tl.float32)
@@ -62,16 +48,16 @@ def norm_gradient_kernel(
         row_ok = row < n
         rows = e * n + row
         ok = row_ok[:, None] & col_ok[None, :]
-        at = row_ptrs(up.x, g, rows, n)[:, None] + cols[None, :]
+        at = entry_ptrs(up.x, g, rows, n, cols)
         d = tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        before = tl.load(row_ptrs(up.rows.x, g, rows, n)[:, None] + cols[None, :], mask=ok, other=0.0).to(tl.float32)
-        mean, rstd, s1, s2 = row_factors(up, g, rows, n, row_ok, D, G_TILE, G_TILES, Y_TILE, Y_TILES)
+        before = tl.load(entry_ptrs(up.rows.x, g, rows, n, cols), mask=ok, other=0.0).to(tl.float32)
+        mean, rstd, s1, s2 = row_factors(up, g, rows, n, row_ok, D, UP)
         xhat = (before - mean[:, None]) * rstd[:, None]
         if VECTORS:
             gamma += d * xhat
             beta += d
         d = product_gradient(d, xhat, rstd[:, None], s1[:, None], s2[:, None], norm_gamma[None, :])
-        if DROPOUT:
+        if UP.DROPOUT:
             d = dropped(d, up.keep, g, rows, n, ok, cols)
         if VECTORS:
             bias += tl.where(ok, d, 0.0)
@@ -85,21 +71,10 @@ def norm_gradient_kernel(
 
 @jit
 def add_up_kernel(
-    sums_ptr,
-    sums_g,
-    sums_e,
-    bias_ptr,
-    gamma_ptr,
-    beta_ptr,
-    out_g,
-    E,
-    D,
-    chunks,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """BN columns of the three vectors of a group, BM chunks a step; grid (column tiles, groups)."""
+    sums_ptr, sums_g, sums_e, bias_ptr, gamma_ptr, beta_ptr, out_g, E, D, chunks,
+    BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Add up BN columns of the three vectors of a group, BM chunks a step; grid (column tiles, groups)."""
     g = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     col_ok = cols < D
@@ -121,7 +96,7 @@ def add_up_kernel(
 
 
 def norm_gradient(gradient: Gradient, *, pdl: bool = False) -> Gradient:
-    """Gradient of a layer's product from that of its LayerNorm's result, written over it.
+    """Write the gradient of a layer's product over that of its LayerNorm's result.
 
     Args:
         gradient: with the rows it is the gradient of and their sums; (G, E, n, D). Where it has
@@ -139,30 +114,16 @@ def norm_gradient(gradient: Gradient, *, pdl: bool = False) -> Gradient:
     reads, due = upstream(gradient)
     bm, bn = (2 * _ROWS, min(pow2(d), 512)) if interpreting() else (_ROWS, min(pow2(d), _COLUMNS))
     launch(
-        norm_gradient_kernel,
-        (e * chunks, cdiv(d, bn), groups),
-        reads,
-        gradient.sums if vectors is None else vectors,
-        0 if vectors is None else vectors.stride(0),
-        0 if vectors is None else vectors.stride(1),
-        n,
-        d,
-        chunks,
-        VECTORS=vectors is not None,
-        ROWS=CHUNK,
-        BM=bm,
-        BN=bn,
-        INTERPRETED=interpreting(),
-        pdl=pdl,
-        num_warps=8,
-        **due,
-    )
+        norm_gradient_kernel, (e * chunks, cdiv(d, bn), groups), reads, gradient.sums if vectors is None else vectors,
+        0 if vectors is None else vectors.stride(0), 0 if vectors is None else vectors.stride(1), n, d, chunks,
+        UP=due, VECTORS=vectors is not None, ROWS=CHUNK, BM=bm, BN=bn, INTERPRETED=interpreting(), pdl=pdl, num_warps=8,
+    )  # fmt: skip
     return Gradient(gradient.x)
 
 
-def norm_gradient_reference(gradient: Gradient, *, pdl: bool = False) -> Gradient:
-    """`norm_gradient` in plain torch."""
-    del pdl
+@reference_of(norm_gradient)
+def norm_gradient_reference(gradient: Gradient) -> Gradient:
+    """Compute `norm_gradient` in plain torch."""
     assert gradient.rows is not None
     h, y, products = gradient.x.clone(), gradient.rows.x.to(gradient.x), gradient.products()
     if gradient.vectors is not None:
@@ -176,7 +137,7 @@ def norm_gradient_reference(gradient: Gradient, *, pdl: bool = False) -> Gradien
 
 
 def add_up(vectors: Tensor, out: LayerGradient, *, pdl: bool = False) -> None:
-    """db, dγ and dβ of a layer, written in place.
+    """Write db, dγ and dβ of a layer.
 
     Args:
         vectors: (G, E, chunks, 3, D), of all chunks.
@@ -191,33 +152,21 @@ def add_up(vectors: Tensor, out: LayerGradient, *, pdl: bool = False) -> None:
         raise ValueError(f"out: got vectors {got}, allowed: ({groups}, {d}), strides alike, contiguous in each group")
     bm, bn = (min(pow2(e * chunks), 512), min(pow2(d), 512)) if interpreting() else (8, min(pow2(d), 64))
     launch(
-        add_up_kernel,
-        (cdiv(d, bn), groups),
-        vectors,
-        vectors.stride(0),
-        vectors.stride(1),
-        *outs,
-        outs[0].stride(0),
-        e,
-        d,
-        chunks,
-        BM=bm,
-        BN=bn,
-        pdl=pdl,
-        num_warps=4,
-    )
+        add_up_kernel, (cdiv(d, bn), groups), vectors, *vectors.stride()[:2], *outs, outs[0].stride(0), e, d, chunks,
+        BM=bm, BN=bn, pdl=pdl, num_warps=4,
+    )  # fmt: skip
 
 
-def add_up_reference(vectors: Tensor, out: LayerGradient, *, pdl: bool = False) -> None:
-    """`add_up` in plain torch."""
-    del pdl
+@reference_of(add_up)
+def add_up_reference(vectors: Tensor, out: LayerGradient) -> None:
+    """Compute `add_up` in plain torch."""
     for i, x in enumerate((out.bias, out.ln_weight, out.ln_bias)):
         assert x is not None
         x.copy_(vectors[:, :, :, i].sum((1, 2)))
 
 
 def check_vectors(vectors: Tensor, shape: tuple[int, ...]) -> None:
-    """Shares of a layer's vectors as the kernels lay them out, or a `ValueError`."""
+    """Refuse shares of a layer's vectors that are laid out otherwise than by the kernels."""
     d = shape[-1]
     if vectors.shape != shape or vectors.stride()[2:] != (3 * d, d, 1) or vectors.dtype != torch.float32:
         got = f"{tuple(vectors.shape)} {vectors.dtype}"

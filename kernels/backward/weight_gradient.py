@@ -14,14 +14,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..device.launch import How, cdiv, jit, launch, tl
-from ..layers.grouped_layer import arithmetic, source
-from ..layers.linear_tile import activate, await_producers, merge_statistics, operand, row_ptrs, slab_of
-from ..layers.normed_linear import LAYER_NORM_EPS
-from ..layers.rows import Layer, Rows
+from ..device.arithmetic import operand
+from ..device.launch import How, await_producers, cdiv, jit, launch, tl
+from ..device.pointers import entry_ptrs, row_ptrs, slab_of
+from ..device.reference import reference_of
+from ..device.statistics import LAYER_NORM_EPS, merge_statistics
+from ..layers.grouped_layer import check_input
+from ..layers.linear_tile import activate
+from ..layers.rows import Layer, Rows, source
 from ..layers.tiles import Tile, weight_gradient_tile
-from .gradient_tile import PLAIN, Gradient, product_gradient, row_factors, upstream
-from .input_gradient import check_gradient
+from .gradient_tile import Gradient, check_gradient, product_gradient, row_factors, upstream
 
 
 @dataclass(frozen=True)
@@ -36,96 +38,67 @@ class LayerGradient:
 
 @jit
 def weight_gradient_kernel(
-    up,
-    x,
-    w_ptr,
-    w_g,
-    bias_ptr,
-    gamma_ptr,
-    beta_ptr,
-    vector_g,
-    M,
-    n,
-    D,
-    K,
-    NORM: tl.constexpr,
-    G_TILE: tl.constexpr,
-    G_TILES: tl.constexpr,
-    Y_TILE: tl.constexpr,
-    Y_TILES: tl.constexpr,
-    Y_MEMBERS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    IN_ACT: tl.constexpr,
-    V: tl.constexpr,
-    IN_TILE: tl.constexpr,
-    IN_TILES: tl.constexpr,
-    IN_MEMBERS: tl.constexpr,
-    BIAS: tl.constexpr,
-    BFLOAT16: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DOT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    up, x, w_ptr, w_g, bias_ptr, gamma_ptr, beta_ptr, vector_g, M, n, D, K,
+    UP: tl.constexpr, DUE: tl.constexpr, BIAS: tl.constexpr, BFLOAT16: tl.constexpr, TILE: tl.constexpr,
     PDL: tl.constexpr,
-):
-    """One tile [BM, BN] of the weight of one group, BK rows a step; grid (tiles of D x tiles of K, groups)."""
-    tiles_n = tl.cdiv(K, BN)
+):  # fmt: skip
+    """Compute a tile [BM, BN] of one group's weight, BK rows a step; grid (tiles of D x tiles of K, groups)."""
+    tiles_n = tl.cdiv(K, TILE.BN)
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     g = tl.program_id(1).to(tl.int64)
-    outs = tile_m * BM + tl.arange(0, BM)
-    cols = tile_n * BN + tl.arange(0, BN)
+    outs = tile_m * TILE.BM + tl.arange(0, TILE.BM)
+    cols = tile_n * TILE.BN + tl.arange(0, TILE.BN)
     out_ok, col_ok = outs < D, cols < K
     await_producers(PDL)
-    if NORM:
-        norm_gamma = tl.load(up.rows.gamma_ptr + slab_of(up.rows.slab, g, Y_MEMBERS) * D + outs, mask=out_ok, other=0.0)
-    if IN_ACT != PLAIN:
-        slab = slab_of(x.slab, g, IN_MEMBERS)
+    if UP.NORM:
+        norm_gamma = tl.load(
+            up.rows.gamma_ptr + slab_of(up.rows.slab, g, UP.Y_MEMBERS) * D + outs, mask=out_ok, other=0.0
+        )
+    if DUE.IN_ACT:
+        slab = slab_of(x.slab, g, DUE.IN_MEMBERS)
         in_gamma = tl.load(x.gamma_ptr + slab * K + cols, mask=col_ok, other=0.0)
         in_beta = tl.load(x.beta_ptr + slab * K + cols, mask=col_ok, other=0.0)
-    acc = tl.zeros((BM, BN), tl.float32)
-    bias = tl.zeros((BM,), tl.float32)
-    gamma = tl.zeros((BM,), tl.float32)
-    beta = tl.zeros((BM,), tl.float32)
-    for start in range(0, M, BK):
-        rows = start + tl.arange(0, BK)
+    acc = tl.zeros((TILE.BM, TILE.BN), tl.float32)
+    bias = tl.zeros((TILE.BM,), tl.float32)
+    gamma = tl.zeros((TILE.BM,), tl.float32)
+    beta = tl.zeros((TILE.BM,), tl.float32)
+    for start in range(0, M, TILE.BK):
+        rows = start + tl.arange(0, TILE.BK)
         row_ok = rows < M
         ok = out_ok[:, None] & row_ok[None, :]
         d = tl.load(row_ptrs(up.x, g, rows, n)[None, :] + outs[:, None], mask=ok, other=0.0)  # [BM, BK]
-        if NORM:
+        if UP.NORM:
             d = d.to(tl.float32)
-            mean, rstd, s1, s2 = row_factors(up, g, rows, n, row_ok, D, G_TILE, G_TILES, Y_TILE, Y_TILES)
+            mean, rstd, s1, s2 = row_factors(up, g, rows, n, row_ok, D, UP)
             before = tl.load(row_ptrs(up.rows.x, g, rows, n)[None, :] + outs[:, None], mask=ok, other=0.0)
             xhat = (before.to(tl.float32) - mean[None, :]) * rstd[None, :]
             gamma += tl.sum(d * xhat, axis=1)
             beta += tl.sum(d, axis=1)
             d = product_gradient(d, xhat, rstd[None, :], s1[None, :], s2[None, :], norm_gamma[:, None])
             d = tl.where(ok, d, 0.0)
-        if DROPOUT:
+        if UP.DROPOUT:
             drops = (rows * 0 + g >= up.keep.first)[None, :]
             kept = row_ptrs(up.keep.rows, g - up.keep.first, rows, n)[None, :] + outs[:, None]
             kept = tl.load(kept, mask=ok & drops, other=1)
             d = tl.where(kept != 0, d * tl.where(drops, up.keep.scale, 1.0), 0.0)
         if BIAS:
             bias += tl.sum(d.to(tl.float32), axis=1)
-        d = operand(d, BFLOAT16, DOT, INTERPRETED)
-        value = tl.load(
-            row_ptrs(x.x, g, rows, n)[:, None] + cols[None, :], mask=row_ok[:, None] & col_ok[None, :], other=0.0
-        )  # [BK, BN]
-        if IN_ACT != PLAIN:
-            in_mean, in_rstd = merge_statistics(row_ptrs(x.stats, g, rows, n), row_ok, K, IN_TILE, IN_TILES)
-            value = activate(value.to(tl.float32), in_mean, in_rstd, in_gamma, in_beta, IN_ACT, V)
-        value = operand(value, BFLOAT16, DOT, INTERPRETED)
-        if INTERPRETED:
+        d = operand(d, BFLOAT16, TILE.DOT, TILE.INTERPRETED)
+        value_ok = row_ok[:, None] & col_ok[None, :]
+        value = tl.load(entry_ptrs(x.x, g, rows, n, cols), mask=value_ok, other=0.0)  # [BK, BN]
+        if DUE.IN_ACT:
+            in_mean, in_rstd = merge_statistics(row_ptrs(x.stats, g, rows, n), row_ok, K, DUE.IN_TILE, DUE.IN_TILES)
+            value = activate(value.to(tl.float32), in_mean, in_rstd, in_gamma, in_beta, DUE.IN_ACT, DUE.V)
+        value = operand(value, BFLOAT16, TILE.DOT, TILE.INTERPRETED)
+        if TILE.INTERPRETED:
             d, value = d.to(tl.float32), value.to(tl.float32)
-        acc = tl.dot(d, value, acc, input_precision=DOT)
+        acc = tl.dot(d, value, acc, input_precision=TILE.DOT)
     at = w_ptr + g * w_g + outs[:, None].to(tl.int64) * K + cols[None, :]
     tl.store(at, acc, mask=out_ok[:, None] & col_ok[None, :])
     if tile_n == 0:
         if BIAS:
             tl.store(bias_ptr + g * vector_g + outs, bias, mask=out_ok)
-        if NORM:
+        if UP.NORM:
             tl.store(gamma_ptr + g * vector_g + outs, gamma, mask=out_ok)
             tl.store(beta_ptr + g * vector_g + outs, beta, mask=out_ok)
 
@@ -139,7 +112,7 @@ def weight_gradient(
     how: How,
     tile: Tile | None = None,
 ) -> None:
-    """Gradients of a layer's parameters, written in place.
+    """Write the gradients of a layer's parameters.
 
     Args:
         gradient: of the layer's rows, (G, E, n, D).
@@ -152,8 +125,7 @@ def weight_gradient(
     groups, e, n, d = gradient.x.shape
     check_gradient(gradient, layer)
     k = layer.weight.shape[-1]
-    if x.x.shape[1:] != (e, n, k) or x.x.shape[0] not in (1, groups):
-        raise ValueError(f"x: got shape {tuple(x.x.shape)}, allowed: (1 or {groups}, {e}, {n}, {k})")
+    check_input(x, layer, groups, e, n)
     wanted = [out.bias] if out.bias is not None or gradient.rows is not None else []
     vectors = wanted if gradient.rows is None else [*wanted, out.ln_weight, out.ln_bias]
     strides = {v.stride(0) if v is not None and v.shape == (groups, d) and v.stride(1) == 1 else -1 for v in vectors}
@@ -168,40 +140,16 @@ def weight_gradient(
     bias = out.weight if out.bias is None else out.bias
     norm = (bias, bias) if gradient.rows is None else (out.ln_weight, out.ln_bias)
     launch(
-        weight_gradient_kernel,
-        (cdiv(d, tile.BM) * cdiv(k, tile.BN), groups),
-        reads,
-        inputs,
-        out.weight,
-        out.weight.stride(0),
-        bias,
-        *norm,
-        bias.stride(0),
-        e * n,
-        n,
-        d,
-        k,
-        BIAS=out.bias is not None,
-        BFLOAT16=how.precision.name == "bfloat16",
-        pdl=how.pdl,
-        **due,
-        **act,
-        **tile.options(e * n),
-        **arithmetic(how.precision),
-    )
+        weight_gradient_kernel, (cdiv(d, tile.BM) * cdiv(k, tile.BN), groups),
+        reads, inputs, out.weight, out.weight.stride(0), bias, *norm, bias.stride(0), e * n, n, d, k,
+        UP=due, DUE=act, BIAS=out.bias is not None, BFLOAT16=how.precision.name == "bfloat16",
+        **tile.options(e * n, how),
+    )  # fmt: skip
 
 
-def weight_gradient_reference(
-    gradient: Gradient,
-    x: Rows,
-    layer: Layer,
-    out: LayerGradient,
-    *,
-    how: How,
-    tile: Tile | None = None,
-) -> None:
-    """`weight_gradient` in plain torch."""
-    del tile, how, layer
+@reference_of(weight_gradient)
+def weight_gradient_reference(gradient: Gradient, x: Rows, out: LayerGradient) -> None:
+    """Compute `weight_gradient` in plain torch."""
     dy, inputs = gradient.products(), x.activated()
     for g, d in enumerate(dy):
         value = inputs[min(g, len(inputs) - 1)].to(d)

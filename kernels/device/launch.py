@@ -1,4 +1,4 @@
-"""What every kernel launch shares: whether Triton can run here, precisions, and a launch log.
+"""What every kernel launch shares: whether Triton can run here, precisions, early starts, and a launch log.
 
 Triton is optional. Kernel files take `triton`, `tl` and `jit` from here, so that they import,
 with their plain-torch references, where it is missing.
@@ -32,7 +32,7 @@ except ImportError:
     KERNEL_ERRORS = ()
 
     class _Absent:
-        """Stands for Triton where a kernel is defined: gives back what it is given. None is launched."""
+        """Stands in for Triton where kernels are defined: gives back what it is given. None is launched."""
 
         def __getattr__(self, name: str) -> Any:
             return lambda value=None: value
@@ -65,11 +65,11 @@ class Precision:
 
     @property
     def dot(self) -> str:
-        """`input_precision` of float32 products."""
+        """The `input_precision` of float32 products."""
         return "tf32" if self.name == "tf32" else "ieee"
 
     def operand(self, x: torch.Tensor) -> torch.Tensor:
-        """x as products take it, to nearest; float64, the oracle's, is left alone.
+        """Return x as products take it, rounded to nearest; float64, the oracle's, is left alone.
 
         Tensor cores cut float32 off after the 10 stored bits of tf32, which errs twice as far and to one
         side, so it is rounded to them (Dekker's split); what is not finite comes out NaN.
@@ -91,12 +91,12 @@ class How(NamedTuple):
 
 
 def interpreting() -> bool:
-    """Whether kernels run under Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    """Tell whether kernels run under Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why kernels cannot run on this device, or None where they can."""
+    """Say why kernels cannot run on this device, or return None where they can."""
     if triton is None:
         return "the package triton is not installed"
     if interpreting():
@@ -112,7 +112,7 @@ def why_not(device: torch.device) -> str | None:
 
 @lru_cache
 def _why_no_driver() -> str | None:
-    """Why Triton cannot launch on this machine: some versions build their launcher with a C compiler."""
+    """Say why Triton cannot launch on this machine: some versions build their launcher with a C compiler."""
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as e:  # whatever it is, it is a reason
@@ -121,7 +121,7 @@ def _why_no_driver() -> str | None:
 
 
 def has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it ends (Hopper and newer)."""
+    """Tell whether a kernel may start while the one before it ends (Hopper and newer)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -136,19 +136,27 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's."""
+        """The name of the kernel."""
         name: str = self.kernel.__name__
         return name
 
     @property
     def programs(self) -> int:
-        """In the grid."""
+        """The number of programs in the grid."""
         return math.prod(self.grid)
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments, constants and compiler options by name."""
+        """Return arguments, constants and compiler options by name, and so the fields of constants that are tuples."""
         names = inspect.signature(getattr(self.kernel, "fn", self.kernel)).parameters
-        return dict(zip(names, self.args, strict=False)) | self.options
+        return dict(zip(names, self.args, strict=False)) | self.options | flat(self.options)
+
+
+def flat(constants: dict[str, Any]) -> dict[str, Any]:
+    """Return constants by name, the fields of a NamedTuple in its place: their names are a kernel's own."""
+    found: dict[str, Any] = {}
+    for name, value in constants.items():
+        found |= value._asdict() if hasattr(value, "_asdict") else {name: value}
+    return found
 
 
 COMPILER_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion")
@@ -161,7 +169,7 @@ class _Log:
 
 
 class _Open(threading.local):
-    """Logs open in this thread: another thread's launches are its own."""
+    """Holds the logs open in this thread: another thread's launches are its own."""
 
     def __init__(self) -> None:
         self.logs: list[_Log] = []
@@ -172,7 +180,7 @@ _open = _Open()
 
 @contextmanager
 def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
-    """Within: every launch of ours in this thread is appended to the list given; `dry`: not executed.
+    """Append every launch of ours in this thread to the list given, within; `dry`: instead of executing it.
 
     A dry run needs no GPU: it tells which kernels a composition launches, with which arguments.
     """
@@ -185,7 +193,7 @@ def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = None, **options: Any) -> None:
-    """kernel[grid](*args, **options), noted in open logs; a grid without programs is no launch.
+    """Run kernel[grid](*args, **options) and note it in open logs; a grid without programs is no launch.
 
     pdl: programmatic dependent launch; None for a kernel that does not know of it.
     """
@@ -205,13 +213,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = No
     kernel[grid](*args, **options)
 
 
+@jit
+def await_producers(PDL: tl.constexpr):
+    """Let the next kernel start, then wait for all before this one (programmatic dependent launch)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def pow2(n: int, least: int = 1) -> int:
-    """The least power of two that is at least n and `least`."""
+    """Return the least power of two that is at least n and `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 

@@ -27,13 +27,13 @@ WORD, BELOW_ONE, HALF_TURNS = tl.constexpr(2**-32), tl.constexpr(_BELOW_ONE), tl
 
 @jit
 def uniform(word):
-    """A float32 strictly inside (0, 1), fine near 0 where logarithms are long."""
+    """Return a float32 strictly inside (0, 1), fine near 0 where logarithms are long."""
     return tl.minimum(word.to(tl.float32) * WORD + 0.5 * WORD, BELOW_ONE)
 
 
 @jit
 def _cosine_and_sine(x):
-    """cos(pi x) and sin(pi x) for x in [-1, 1], within 1e-7: minimax polynomials in an eighth of a turn.
+    """Return cos(pi x) and sin(pi x) for x in [-1, 1], within 1e-7: minimax polynomials in an eighth of a turn.
 
     The ones of CUDA's library bring a reduction for large arguments, which needs a stack.
     """
@@ -51,7 +51,7 @@ def _cosine_and_sine(x):
 
 @jit
 def normal_pair(word0, word1):
-    """Two standard normals from two words (Box-Muller)."""
+    """Return two standard normals from two words (Box-Muller)."""
     r = tl.sqrt_rn(tl.maximum(-2.0 * tl.log(uniform(word0)), 0.0))
     # The signed word as half turns.
     cos, sin = _cosine_and_sine(word1.to(tl.int32, bitcast=True).to(tl.float32) * HALF_TURNS)
@@ -60,13 +60,13 @@ def normal_pair(word0, word1):
 
 @jit
 def in_range(word, count):
-    """word * count / 2^32, rounded down: 0 to count - 1 as int64."""
+    """Return word * count / 2^32, rounded down: 0 to count - 1 as int64."""
     return (word.to(tl.int64) * count) >> 32
 
 
 @jit
 def distinct_pair(word0, word1, count):
-    """An ordered pair of distinct numbers of 0 to count - 1, int64."""
+    """Return an ordered pair of distinct numbers of 0 to count - 1, int64."""
     i, j = in_range(word0, count), in_range(word1, count - 1)
     # Of the numbers but i: those from i on move up by one.
     return i, j + (j >= i).to(tl.int64)
@@ -74,13 +74,13 @@ def distinct_pair(word0, word1, count):
 
 @jit
 def four(x0, x1, x2, x3):
-    """Four blocks [BG] as consecutive elements [4 BG]."""
+    """Return four blocks [BG] as consecutive elements [4 BG]."""
     return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
 
 
 @jit
 def four_words(state_ptr, group, stream):
-    """The four words of each group [BG] of a stream, with the seed and counter in memory."""
+    """Return the four words of each group [BG] of a stream, with the seed and counter in memory."""
     zero = group * 0
     counter = tl.load(state_ptr + 1)
     return tl.philox(
@@ -89,14 +89,14 @@ def four_words(state_ptr, group, stream):
 
 
 def check_state(state: Tensor) -> None:
-    """Refuse what is no seed and counter."""
+    """Refuse a state that is not a seed and a counter."""
     if state.shape != (2,) or state.dtype != torch.int64 or not state.is_contiguous():
         got = f"shape {tuple(state.shape)} {state.dtype}, strides {state.stride()}"
         raise ValueError(f"state: got {got}, allowed: (2,) torch.int64, contiguous, seed and counter")
 
 
 def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 in plain torch: key (2,) and counters, 32-bit words in int64."""
+    """Compute Philox4x32-10 in plain torch: key (2,) and counters, 32-bit words in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key.unbind()
     for _ in range(10):
@@ -107,14 +107,14 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
 
 
 def _multiply(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of m x, in halves of x, for the whole does not fit an int64."""
+    """Return the high and low word of m x, from halves of x: the whole does not fit an int64."""
     low = m * (x & 0xFFFF)
     rest = m * (x >> 16) + (low >> 16)
     return rest >> 16, (rest & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def stream_words(state: Tensor, stream: int, size: int) -> Tensor:
-    """Words of the groups that serve `size` elements: (groups, 4) int64."""
+    """Return the words of the groups that serve `size` elements: (groups, 4) int64."""
     seed, counter = ((x & 0xFFFFFFFF, x >> 32 & 0xFFFFFFFF) for x in state)
     group = torch.arange(cdiv(size, 4), device=state.device)
     low, high = (x.expand_as(group) for x in counter)
@@ -122,12 +122,12 @@ def stream_words(state: Tensor, stream: int, size: int) -> Tensor:
 
 
 def uniform_reference(word: Tensor) -> Tensor:
-    """`uniform` in plain torch."""
+    """Compute `uniform` in plain torch."""
     return (word.float() * 2**-32 + 2**-33).clamp(max=_BELOW_ONE)
 
 
 def fill_normal(out: Tensor, words: Tensor) -> None:
-    """Standard normals in plain torch, from words (groups, 4)."""
+    """Fill `out` with standard normals in plain torch, from words (groups, 4)."""
     radius, angle = words.view(-1, 2).unbind(1)
     radius = (-2 * uniform_reference(radius).log()).sqrt()
     # In float64, for pi times a float32 is none.
@@ -137,7 +137,7 @@ def fill_normal(out: Tensor, words: Tensor) -> None:
 
 
 def distinct_pairs_reference(words: Tensor, count: int) -> Tensor:
-    """`distinct_pair` in plain torch: words (groups, 4) -> (2 groups, 2) int64."""
+    """Compute `distinct_pair` in plain torch: words (groups, 4) -> (2 groups, 2) int64."""
     word0, word1 = words.view(-1, 2).unbind(1)
     i, j = word0 * count >> 32, word1 * (count - 1) >> 32
     return torch.stack([i, j + (j >= i)], 1)

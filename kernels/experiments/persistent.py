@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from ..device.launch import Launch, Precision, cdiv, interpreting, jit, launch, pow2, tl
-from ..layers.grouped_layer import arithmetic, grouped_layer_kernel
-from ..layers.linear_tile import MISH, SIMNORM, Slab, Source, Strided, Weights, layer_on_tile
+from ..device.pointers import Slab, Strided
+from ..layers.grouped_layer import grouped_layer_kernel
+from ..layers.linear_tile import layer_on_tile
 from ..layers.policy_layer import policy_layer_kernel, policy_on_tile
+from ..layers.rows import MISH, SIMNORM, Due, Source, Weights
 from ..layers.scalar_head import scalar_head_kernel, scalars_on_tile
 from ..layers.tiles import Tile
 
@@ -44,43 +46,43 @@ SOURCE, WEIGHTS, REST, COLUMNS = (tl.constexpr(x) for x in (_SOURCE, _WEIGHTS, _
 
 @jit
 def _ptr(column, TYPE: tl.constexpr):
-    """A pointer out of the table; every buffer and slice of one starts at a multiple of 16 bytes."""
+    """Return a pointer out of the table; every buffer and slice of one starts at a multiple of 16 bytes."""
     return tl.multiple_of(tl.load(column).to(tl.pointer_type(TYPE)), 16)
 
 
 @jit
 def _plain_ptr(column, TYPE: tl.constexpr):
-    """A pointer out of the table to something whose alignment is not known."""
+    """Return a pointer out of the table to something whose alignment is not known."""
     return tl.load(column).to(tl.pointer_type(TYPE))
 
 
 @jit
 def _pitch(column):
-    """A stride or width out of the table that is a multiple of 16."""
+    """Return a stride or width out of the table that is a multiple of 16."""
     return tl.multiple_of(tl.load(column), 16)
 
 
 @jit
 def _strided(column, TYPE: tl.constexpr):
-    """Four columns: rows whose alignment is not known."""
+    """Return rows whose alignment is not known, from four columns."""
     return Strided(_plain_ptr(column, TYPE), tl.load(column + 1), tl.load(column + 2), tl.load(column + 3))
 
 
 @jit
 def _shared(column, TYPE: tl.constexpr):
-    """As `_strided`, for rows that all groups share: their stride over groups is not read."""
+    """Return rows as `_strided` does that all groups share: their stride over groups is not read."""
     return Strided(_plain_ptr(column, TYPE), 0, tl.load(column + 2), tl.load(column + 3))
 
 
 @jit
 def _slab(column):
-    """Three columns; the step is 1, `_row` sees to it."""
+    """Return a slab from three columns; the step is 1, `_row` sees to it."""
     return Slab(_plain_ptr(column, tl.int64), tl.load(column + 1), 1)
 
 
 @jit
 def _source(column, TYPE: tl.constexpr):
-    """The columns from SOURCE on."""
+    """Return a source from the columns from SOURCE on."""
     x = Strided(_ptr(column, TYPE), _pitch(column + 1), _pitch(column + 2), _pitch(column + 3))
     gamma, beta = _ptr(column + 8, tl.float32), _ptr(column + 9, tl.float32)
     return Source(x, _strided(column + 4, tl.float32), gamma, beta, _slab(column + 10))
@@ -88,14 +90,14 @@ def _source(column, TYPE: tl.constexpr):
 
 @jit
 def _weights(column, TYPE: tl.constexpr):
-    """The columns from WEIGHTS on."""
+    """Return weights from the columns from WEIGHTS on."""
     ptr, side, bias = _ptr(column, TYPE), _plain_ptr(column + 1, TYPE), _plain_ptr(column + 2, tl.float32)
     return Weights(ptr, side, bias, tl.load(column + 3), tl.load(column + 4), _slab(column + 5))
 
 
 @jit
 def _team_waits(counter_ptr, target):
-    """Until all programs of the team have finished `target` arrivals; orders their memory."""
+    """Wait until all programs of the team have made `target` arrivals; orders their memory."""
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release")
     while tl.atomic_add(counter_ptr, 0, sem="acquire") < target:
@@ -105,39 +107,17 @@ def _team_waits(counter_ptr, target):
 
 @jit
 def persistent_kernel(
-    table_ptr,
-    counters_ptr,
-    first_phase,
-    last_phase,
-    M,
-    n,
-    low,
-    high,
-    vmin,
-    vmax,
-    TEAM: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    V: tl.constexpr,
-    IN_TILES: tl.constexpr,
-    BINS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BA: tl.constexpr,
-    BH: tl.constexpr,
-    POLICY_BN: tl.constexpr,
-    SCALAR_BN: tl.constexpr,
-    MISH: tl.constexpr,
-    SIMNORM: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BFLOAT16: tl.constexpr,
-    DOT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    ALONE: tl.constexpr,
-    FROM_L2: tl.constexpr,
-):
-    """Phases first_phase..last_phase of one block of BM rows; grid (row blocks x TEAM programs,)."""
+    table_ptr, counters_ptr, first_phase, last_phase, M, n, low, high, vmin, vmax,
+    TEAM: tl.constexpr, HAS_MASK: tl.constexpr, BINS: tl.constexpr, LATENT: tl.constexpr, HIDDEN: tl.constexpr,
+    ACTIONS: tl.constexpr, SCALARS: tl.constexpr, LAYERS: tl.constexpr, BA: tl.constexpr, BFLOAT16: tl.constexpr,
+    ALONE: tl.constexpr, FROM_L2: tl.constexpr,
+):  # fmt: skip
+    """Run phases first_phase to last_phase of one block of BM rows; grid (row blocks x TEAM programs,).
+
+    LATENT, HIDDEN: what is due after such a layer. ACTIONS, SCALARS, LAYERS: how these phases compute their products.
+    """
     DTYPE: tl.constexpr = tl.bfloat16 if BFLOAT16 else tl.float32
+    PARTS: tl.constexpr = LAYERS.BM // SCALARS.BM
     block = tl.program_id(0) // TEAM
     rank = tl.program_id(0) % TEAM
     for phase in range(first_phase, last_phase):
@@ -149,47 +129,38 @@ def persistent_kernel(
         if kind == POLICY:
             eps, mask_ptr = _shared(rest, tl.float32), _plain_ptr(rest + 4, tl.float32)
             actions = _shared(rest + 5, tl.float32)
-            for part in range(rank, BM // BH, TEAM):
-                tile_m = block * (BM // BH) + part
-                # fmt: off
+            for part in range(rank, PARTS, TEAM):
                 policy_on_tile(
-                    tile_m, x, w, eps, mask_ptr, actions, M, n, K, A, low, high, HAS_MASK, MISH, 1, BN, IN_TILES, True,
-                    BH, POLICY_BN, BK, EVEN_K, DOT, INTERPRETED, FROM_L2,
-                )
-                # fmt: on
+                    block * PARTS + part, x, w, eps, mask_ptr, actions, M, n, K, A, low, high,
+                    HAS_MASK, HIDDEN, ACTIONS, FROM_L2,
+                )  # fmt: skip
         elif kind > POLICY:
             scalars = Strided(_plain_ptr(rest, tl.float32), tl.load(rest + 1), tl.load(rest + 2), 1)
-            for part in range(rank, groups * (BM // BH), TEAM):
-                tile_m, g = block * (BM // BH) + part // groups, (part % groups).to(tl.int64)
-                # fmt: off
+            for part in range(rank, groups * PARTS, TEAM):
+                tile_m, g = block * PARTS + part // groups, (part % groups).to(tl.int64)
                 scalars_on_tile(
-                    tile_m, g, x, w, scalars, M, n, D, K, vmin, vmax, MISH, 1, BN, IN_TILES, True, True, BINS, BH,
-                    SCALAR_BN, BK, EVEN_K, DOT, INTERPRETED, FROM_L2,
-                )
-                # fmt: on
+                    tile_m, g, x, w, scalars, M, n, D, K, vmin, vmax, scalars,
+                    HIDDEN, True, BINS, SCALARS, FROM_L2=FROM_L2,
+                )  # fmt: skip
         else:
             a, stats = _shared(rest, tl.float32), _strided(rest + 8, tl.float32)
             y = Strided(_ptr(rest + 4, DTYPE), tl.load(rest + 5), tl.load(rest + 6), tl.load(rest + 7))
-            tiles_n = tl.cdiv(D, BN)
+            tiles_n = tl.cdiv(D, LAYERS.BN)
             for part in range(rank, groups * tiles_n, TEAM):
                 tile_n, g = part % tiles_n, (part // tiles_n).to(tl.int64)
-                # The flags: a main input, a side input, a bias per environment, what is due.
+                # The flags: a main input, a side input, a bias per environment, what is due. No dropout.
                 if kind == AFTER_HIDDEN:
-                    # fmt: off
                     layer_on_tile(
-                        block, tile_n, g, x, w, a, y, stats, M, n, D, K, A, True, False, False, MISH, 1, BN, IN_TILES,
-                        True, True, BM, BN, BK, BA, EVEN_K, DOT, INTERPRETED, FROM_L2,
-                    )
-                    # fmt: on
+                        block, tile_n, g, x, w, a, y, stats, M, n, D, K, A, None,
+                        True, False, False, HIDDEN, True, LAYERS, BA, FROM_L2=FROM_L2,
+                    )  # fmt: skip
                 else:
                     # The first step has no latent of its own, the policy no action: K or A is 0
                     # there, and that product empty.
-                    # fmt: off
                     layer_on_tile(
-                        block, tile_n, g, x, w, a, y, stats, M, n, D, K, A, True, True, True, SIMNORM, V, BN, IN_TILES,
-                        True, True, BM, BN, BK, BA, EVEN_K, DOT, INTERPRETED, FROM_L2,
-                    )
-                    # fmt: on
+                        block, tile_n, g, x, w, a, y, stats, M, n, D, K, A, None,
+                        True, True, True, LATENT, True, LAYERS, BA, FROM_L2=FROM_L2,
+                    )  # fmt: skip
         if not ALONE:
             counter = counters_ptr + block
             if phase + 1 < last_phase:
@@ -203,7 +174,7 @@ def persistent_kernel(
 
 
 class PersistentRollout:
-    """Rollout and terminal value of chosen iterations, one launch each.
+    """Runs rollout and terminal value of chosen iterations in one launch each.
 
     Args:
         iterations: launches of the chain, in order, for each iteration, all over the same rows.
@@ -241,30 +212,27 @@ class PersistentRollout:
         self._grid = (blocks * self._team,)
         self._counters = torch.zeros(blocks, dtype=torch.int32, device=device)
         self._scalars = (policy["low"], policy["high"], scalars["vmin"], scalars["vmax"])
+        tiles, even = pow2(cdiv(max(widths), tile.BN)), all(w % tile.BK == 0 for w in widths)
+        layers_product = tile.product(even, precision)
+        actions, scalar_columns = 2 * pow2(policy["A"], 8), pow2(scalars["D"], 16)
+        heads = layers_product._replace(BM=min(_HEAD_ROWS, tile.BM))
         self._constants: dict[str, Any] = dict(
             TEAM=self._team,
             HAS_MASK=policy["HAS_MASK"],
-            V=max([v["V"] for v in layers]),
-            IN_TILES=pow2(cdiv(max(widths), tile.BN)),
             BINS=scalars["BINS"],
-            BM=tile.BM,
-            BN=tile.BN,
-            BK=tile.BK,
+            LATENT=Due(SIMNORM, max([v["V"] for v in layers]), tile.BN, tiles, True),
+            HIDDEN=Due(MISH, 1, tile.BN, tiles, True),
+            ACTIONS=heads._replace(BN=actions),
+            SCALARS=heads._replace(BN=scalar_columns),
+            LAYERS=layers_product,
             BA=max(v["BA"] for v in layers),
-            BH=min(_HEAD_ROWS, tile.BM),
-            POLICY_BN=2 * pow2(policy["A"], 8),
-            SCALAR_BN=pow2(scalars["D"], 16),
-            MISH=MISH,
-            SIMNORM=SIMNORM,
-            EVEN_K=all(w % tile.BK == 0 for w in widths),
             BFLOAT16=precision.name == "bfloat16",
             FROM_L2=not interpreting(),
-            **arithmetic(precision),
         )
         self._options: dict[str, Any] = dict(num_warps=tile.warps, num_stages=tile.stages)
 
     def run(self, index: int) -> None:
-        """Iteration `index` of those given."""
+        """Run iteration `index` of those given."""
         table = self._table[index]
         if interpreting():
             for phase in range(table.shape[0]):
@@ -274,23 +242,12 @@ class PersistentRollout:
 
     def _launch(self, table: Tensor, first: int, last: int, alone: bool) -> None:
         launch(
-            persistent_kernel,
-            self._grid,
-            table,
-            self._counters,
-            first,
-            last,
-            self._m,
-            self._n,
-            *self._scalars,
-            ALONE=alone,
-            launch_cooperative_grid=not alone,
-            **self._constants,
-            **self._options,
-        )
+            persistent_kernel, self._grid, table, self._counters, first, last, self._m, self._n, *self._scalars,
+            ALONE=alone, launch_cooperative_grid=not alone, **self._constants, **self._options,
+        )  # fmt: skip
 
     def _row(self, launched: Launch) -> list[int]:
-        """A launch of the chain as a row of the table."""
+        """Return a launch of the chain as a row of the table."""
         v, (_, groups) = launched.arguments(), launched.grid
         k, a = v["K"], v.get("A", 0)
         if launched.kernel is policy_layer_kernel:
@@ -308,7 +265,7 @@ class PersistentRollout:
         return row + [0] * (_COLUMNS - len(row))
 
     def _with_members(self, slab: Slab, drawn: bool) -> Slab:
-        """The same slabs, from a tensor of them with step 1."""
+        """Return the same slabs, from a tensor of them with step 1."""
         if not drawn:
             return Slab(self._steps[slab.step], slab.base, 1)
         if slab.step != 1:
@@ -317,7 +274,7 @@ class PersistentRollout:
 
 
 def _leaves(x: Any) -> Iterator[Any]:
-    """What a tuple and the tuples in it hold; anything else is its own leaf."""
+    """Yield what a tuple and the tuples in it hold; anything else is its own leaf."""
     if isinstance(x, tuple):
         for member in x:
             yield from _leaves(member)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device.launch import COMPILER_OPTIONS, Launch, triton
+from ..device.launch import COMPILER_OPTIONS, Launch, flat, triton
 
 # Shared memory a program may take: bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -98,14 +98,14 @@ class Specialisation:
     @property
     def precision(self) -> str:
         """As `Precision.name`; "-" for a kernel that is the same at every precision, or at two."""
-        if "*bf16" in str(self.signature) or self.tile.get("BFLOAT16"):
+        if "*bf16" in str(self.signature) or flat(self.tile).get("BFLOAT16"):
             return "bfloat16"
-        return {None: "-", "tf32": "tf32", "ieee": "float32"}[self.tile.get("DOT")]
+        return {None: "-", "tf32": "tf32", "ieee": "float32"}[flat(self.tile).get("DOT")]
 
     @property
     def needs_tensor(self) -> bool:
         """Whether tensor cores are meant to compute this kernel's products."""
-        return "DOT" in self.tile and self.precision != "float32"
+        return "DOT" in flat(self.tile) and self.precision != "float32"
 
     @property
     def configuration(self) -> str:
@@ -118,8 +118,9 @@ class Specialisation:
     @property
     def label(self) -> str:
         """The constants worth showing."""
-        values = [f"{k}={self.tile[k]}" for k in _SHOWN if k in self.tile]
-        return " ".join([*values, *(k for k in _FLAGS if self.tile.get(k))])
+        tile = flat(self.tile)
+        values = [f"{k}={tile[k]}" for k in _SHOWN if k in tile]
+        return " ".join([*values, *(k for k in _FLAGS if tile.get(k))])
 
 
 def specialisation(launch: Launch) -> Specialisation:
@@ -147,16 +148,16 @@ def specialisation(launch: Launch) -> Specialisation:
             attributes[place] = [["tt.divisibility", 16]]
         return kind
 
-    tile = {x.name: values[x.name] for x in kernel.params if x.is_constexpr}
+    fixed = {x.name: values[x.name] for x in kernel.params if x.is_constexpr}
     signature = {}
     for i, name in enumerate(kernel.arg_names):
-        if name in tile:
-            signature[name], constants[(i,)] = "constexpr", tile[name]
+        if name in fixed:
+            signature[name], constants[(i,)] = "constexpr", fixed[name]
         else:
             signature[name] = type_of(values[name], (i,))
     options = {k: v for k, v in launch.options.items() if k in COMPILER_OPTIONS}
     options.setdefault("enable_fp_fusion", True)  # as `launch` does
-    return Specialisation(kernel.fn.__module__, launch.name, signature, constants, attributes, options, tile)
+    return Specialisation(kernel.fn.__module__, launch.name, signature, constants, attributes, options, fixed)
 
 
 def compile_specialisation(spec: Specialisation, arch: int) -> Compiled:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..device.launch import Launch, Precision, cdiv, log_launches
-from ..layers.linear_tile import Slab, Source, Strided, Weights
+from ..device.pointers import Slab, Strided
+from ..layers.rows import Source, Weights
 from ..plan.buffers import PlanSizes, PlanWeights
 from ..plan.chain import PlanChain
 

@@ -15,7 +15,7 @@ _SATURATED = 20.0
 
 
 def _half_numerator(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e = exp(x) and m = e + e^2/2, so that tanh(softplus(x)) = m / (m + 1)."""
+    """Return e = exp(x) and m = e + e^2/2, so that tanh(softplus(x)) = m / (m + 1)."""
     e = x.clamp(max=_SATURATED).exp_()
     return e, torch.addcmul(e, e, e, value=0.5)
 
@@ -40,7 +40,7 @@ class _Mish(torch.autograd.Function):
 
 
 def mish(x: Tensor) -> Tensor:
-    """x * tanh(softplus(x)), any shape; float32 or float64 (others go to `F.mish`).
+    """Compute x * tanh(softplus(x)), any shape; float32 or float64 (others go to `F.mish`).
 
     tanh(log(1 + e)) is the ratio (e^2 + 2e)/(e^2 + 2e + 2), e = exp(x): one exponential in
     place of three transcendental functions, without cancellation on either side, so as exact
@@ -53,7 +53,7 @@ def mish(x: Tensor) -> Tensor:
 
 
 def simnorm(x: Tensor, dim: int) -> Tensor:
-    """Softmax within consecutive groups of `dim` along the last axis (paper, eq. 4).
+    """Compute the softmax within consecutive groups of `dim` along the last axis (paper, eq. 4).
 
     x: (..., L) with L a multiple of `dim`; same shape out. Each group sums to one.
     """

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import Precision, interpreting, jit, launch, tl
-from .linear_tile import await_producers, round_bits, store_rounded
+from ..device.arithmetic import round_bits, store_rounded
+from ..device.launch import Precision, await_producers, interpreting, jit, launch, tl
 
 _KINDS = dict(float32=0, tf32=1, bfloat16=2)
 _TF32, _BFLOAT16 = tl.constexpr(_KINDS["tf32"]), tl.constexpr(_KINDS["bfloat16"])
@@ -20,14 +20,9 @@ _COLUMNS = 7  # of the table: both addresses, columns, entries, both row strides
 
 @jit
 def copy_table_kernel(
-    table_ptr,
-    parts_ptr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
+    table_ptr, parts_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr
 ):
-    """BLOCK entries of one matrix; grid (parts,)."""
+    """Copy BLOCK entries of one matrix; grid (parts,)."""
     part = parts_ptr + 2 * tl.program_id(0)
     row = table_ptr + tl.load(part) * COLUMNS
     source = tl.load(row).to(tl.pointer_type(tl.float32))
@@ -49,7 +44,7 @@ def copy_table_kernel(
 
 
 class CopyTable:
-    """What is copied where, as addresses: tensors may be written, and must not be replaced.
+    """Holds what is copied where, as addresses: tensors may be written, and must not be replaced.
 
     Args:
         pairs: (to, source, whether it is an operand of products) of equal shapes, up to three dims,
@@ -78,20 +73,13 @@ class CopyTable:
     def copy(self, pdl: bool = False) -> None:
         """Copy all; pdl: programmatic dependent launch."""
         launch(
-            copy_table_kernel,
-            (len(self._parts),),
-            self._table,
-            self._parts,
-            COLUMNS=_COLUMNS,
-            BLOCK=self._block,
-            INTERPRETED=interpreting(),
-            pdl=pdl,
-            num_warps=4,
-        )
+            copy_table_kernel, (len(self._parts),), self._table, self._parts,
+            COLUMNS=_COLUMNS, BLOCK=self._block, INTERPRETED=interpreting(), pdl=pdl, num_warps=4,
+        )  # fmt: skip
 
 
 def _matrices(to: Tensor, source: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """A pair as pairs of matrices with rows of one stride."""
+    """Return a pair as pairs of matrices with rows of one stride."""
     if to.ndim == 3:
         if all(x.stride(0) == x.shape[1] * x.stride(1) for x in (to, source)):
             return _matrices(to.flatten(0, 1), source.flatten(0, 1))
@@ -103,6 +91,6 @@ def _matrices(to: Tensor, source: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def copy_reference(pairs: list[tuple[Tensor, Tensor, bool]], precision: Precision) -> None:
-    """`CopyTable.copy` in plain torch."""
+    """Compute `CopyTable.copy` in plain torch."""
     for to, source, is_operand in pairs:
         to.copy_(precision.operand(source) if is_operand else source)

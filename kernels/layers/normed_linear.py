@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device.statistics import LAYER_NORM_EPS
 from .activations import mish, simnorm
-
-LAYER_NORM_EPS = 1e-5
 
 
 def linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-    """concat(parts) Wᵀ + b, without the concatenation.
+    """Compute concat(parts) Wᵀ + b, without the concatenation.
 
     parts: tensors (..., K_i) whose leading dims broadcast; weight: (D, sum K_i), columns in
     the order of the parts; bias: (D,). Returns (..., D) with the broadcast leading dims.
@@ -54,7 +53,7 @@ def normed_linear(
     simnorm_dim: int = 0,
     dropout: Tensor | None = None,
 ) -> Tensor:
-    """act(LN(dropout * (concat(parts) Wᵀ + b))); Mish, or SimNorm where `simnorm_dim` > 0.
+    """Compute act(LN(dropout * (concat(parts) Wᵀ + b))); Mish, or SimNorm where `simnorm_dim` > 0.
 
     parts, weight, bias: as in `linear`; ln_weight, ln_bias: (D,). dropout: multiplier
     (..., D), 0 or 1/(1-p), applied *before* the LayerNorm as in the official layer.

@@ -12,7 +12,7 @@ LOG_SQRT_2PI = 0.9189385175704956
 
 
 class PolicyOutput(NamedTuple):
-    """All of the policy at some latents; leading dims as the input's."""
+    """All that the policy gives at some latents; leading dims are the input's."""
 
     action: Tensor  # (..., A) tanh of the sample
     mean: Tensor  # (..., A) tanh of the mean
@@ -30,17 +30,17 @@ def _gaussian(logits: Tensor, low: float, high: float, mask: Tensor | None) -> t
 
 
 def gaussian_log_prob(eps: Tensor, log_std: Tensor) -> Tensor:
-    """Log-density of mean + eps exp(log_std), summed over A: (..., A) -> (..., 1)."""
+    """Return the log-density of mean + eps exp(log_std), summed over A: (..., A) -> (..., 1)."""
     return (-0.5 * eps.square() - log_std - LOG_SQRT_2PI).sum(-1, keepdim=True)
 
 
 def squash_correction(action: Tensor) -> Tensor:
-    """What tanh takes off the log-density: sum log(relu(1 - action²) + 1e-6), (..., A) -> (..., 1)."""
+    """Return what tanh takes off the log-density: sum log(relu(1 - action²) + 1e-6), (..., A) -> (..., 1)."""
     return torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1, keepdim=True)
 
 
 def policy_action(logits: Tensor, eps: Tensor, low: float, high: float, mask: Tensor | None = None) -> Tensor:
-    """tanh(mean + eps exp(log_std)): the action alone, all that planning needs.
+    """Return tanh(mean + eps exp(log_std)): the action alone, all that planning needs.
 
     logits: (..., 2A); eps: (..., A) standard normal; mask: 0/1, broadcastable to (..., A),
     the live action dims of each row's task; dead dims act 0. Returns (..., A) in [-1, 1].
@@ -52,7 +52,7 @@ def policy_action(logits: Tensor, eps: Tensor, low: float, high: float, mask: Te
 
 
 def policy_head(logits: Tensor, eps: Tensor, low: float, high: float, mask: Tensor | None = None) -> PolicyOutput:
-    """Action, mean, log std, log-prob and scaled entropy; arguments as in `policy_action`.
+    """Return action, mean, log std, log-prob and scaled entropy; arguments as in `policy_action`.
 
     Two properties of the official code are kept on purpose. The squash correction uses
     log(relu(1 - tanh²) + 1e-6), which differs from the stable softplus form once tanh

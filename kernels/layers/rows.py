@@ -1,15 +1,24 @@
-"""What passes between fused layers: packed weights, and rows whose activation may still be due."""
+"""What passes between fused layers: packed weights, and rows whose activation may still be due.
+
+`source`, `packed` and `keeping` say how a kernel takes them: as a NamedTuple of pointers and strides;
+what is constant about rows, and so compiled in, is a `Due`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..device.launch import cdiv, pow2
+from ..device.pointers import Slab, Strided, strided
+from ..device.statistics import LAYER_NORM_EPS
 from .activations import mish, simnorm
-from .linear_tile import MISH, PLAIN, SIMNORM
-from .normed_linear import LAYER_NORM_EPS
+
+# What a reader does to the rows: nothing, or LayerNorm and then Mish or SimNorm.
+PLAIN, MISH, SIMNORM = 0, 1, 2
 
 # Narrowest column tile, which sets the room for statistics.
 LEAST_COLUMNS = 32
@@ -24,13 +33,13 @@ class Slabs:
     members: Tensor | None = None  # (G,) int64 on the device: critics drawn there
 
     def stride(self, shared: bool = False) -> int:
-        """From one group's slab, or entry of `members`, to the next; 0 where one serves all."""
+        """Return the step from one group's slab, or entry of `members`, to the next; 0 where one serves all."""
         if shared:
             return 0
         return self.step if self.members is None else self.members.stride(0)
 
     def of(self, groups: int) -> list[int]:
-        """Slab of each group; reads `members` back, so for the plain-torch references only."""
+        """Return the slab of each group; reads `members` back, so for the plain-torch references only."""
         if self.members is not None:
             return [self.base + int(m) for m in self.members[:groups]]
         return [self.base + self.step * g for g in range(groups)]
@@ -48,7 +57,7 @@ class Dropout:
     first: int = 0
 
     def multiplier(self, groups: int, dtype: torch.dtype) -> Tensor:
-        """Factors of all groups in plain torch: (G, E, n, D)."""
+        """Return the factors of all groups in plain torch: (G, E, n, D)."""
         out = torch.ones(groups, *self.keep.shape[1:], dtype=dtype, device=self.keep.device)
         out[self.first :] = self.keep[: groups - self.first].to(dtype) * self.scale
         return out
@@ -71,18 +80,18 @@ class Layer:
 
     @property
     def activation(self) -> int:
-        """What is due after this layer."""
+        """What is due after this layer: `PLAIN`, `MISH` or `SIMNORM`."""
         if self.ln_weight is None:
             return PLAIN
         return SIMNORM if self.simnorm_dim else MISH
 
     def tensors(self) -> list[Tensor]:
-        """All it holds."""
+        """Return all tensors it holds."""
         return [x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)]
 
     @property
     def width(self) -> int:
-        """D."""
+        """The number of outputs, D."""
         return self.weight.shape[1]
 
 
@@ -104,7 +113,7 @@ class Rows:
     active: Tensor | None = None  # (G, E, n, D): the activation, where it was computed for all readers
 
     def __getitem__(self, key: tuple[slice, slice]) -> Rows:
-        """Some groups and some rows of each environment."""
+        """Return some groups and some rows of each environment."""
         groups, rows = key
         stats = None if self.stats is None else self.stats[groups, :, rows]
         start, _, step = groups.indices(self.x.shape[0])
@@ -117,39 +126,39 @@ class Rows:
         return Rows(self.x[groups, :, rows], stats, self.layer, slabs, self.tile)
 
     def steps(self, which: slice) -> Rows:
-        """Some environments (time steps, in an update)."""
+        """Return some environments (time steps, in an update)."""
         stats = None if self.stats is None else self.stats[:, which]
         dropout = None if self.dropout is None else replace(self.dropout, keep=self.dropout.keep[:, which])
         active = None if self.active is None else self.active[:, which]
         return replace(self, x=self.x[:, which], stats=stats, dropout=dropout, active=active)
 
     def expand(self, n: int) -> Rows:
-        """The one row of each environment, n times, without a copy."""
+        """Return the one row of each environment n times, without a copy."""
         assert self.stats is not None
         return replace(self, x=self.x.expand(-1, -1, n, -1), stats=self.stats.expand(-1, -1, n, -1, -1))
 
     def ready(self) -> Rows:
-        """The activation as rows with nothing due, where it was computed; else these."""
+        """Return the activation as rows with nothing due, where it was computed; else these."""
         return self if self.active is None else Rows(self.active)
 
     @classmethod
     def empty(
         cls, groups: int, envs: int, n: int, width: int, dtype: torch.dtype, device: torch.device, active: bool = False
     ) -> Rows:
-        """Room for pre-activations and statistics, maybe for activations."""
-        tiles = -(-width // LEAST_COLUMNS)
+        """Make room for pre-activations and statistics, maybe for activations."""
+        tiles = cdiv(width, LEAST_COLUMNS)
         x = torch.empty(groups, envs, n, width, dtype=dtype, device=device)
         stats = torch.empty(groups, envs, n, tiles, 2, dtype=torch.float32, device=device)
         return cls(x, stats, active=torch.empty_like(x) if active else None)
 
     def activated(self) -> Tensor:
-        """act(LN(x)) in plain torch, in the type of the statistics' precision: (G, E, n, D)."""
+        """Compute act(LN(x)) in plain torch, in the type of the statistics' precision: (G, E, n, D)."""
         if self.layer is None or self.layer.ln_weight is None:
             return self.x
         return self.activation_of(self.normalised())
 
     def normalised(self) -> Tensor:
-        """LN(x) in plain torch."""
+        """Compute LN(x) in plain torch."""
         x = self.x if self.x.dtype == torch.float64 else self.x.float()
         out = torch.empty_like(x)
         assert self.layer is not None
@@ -161,6 +170,82 @@ class Rows:
         return out
 
     def activation_of(self, x: Tensor) -> Tensor:
-        """The activation that is due, in plain torch."""
+        """Compute the activation that is due, in plain torch."""
         assert self.layer is not None
         return simnorm(x, self.layer.simnorm_dim) if self.layer.simnorm_dim else mish(x)
+
+
+class Source(NamedTuple):
+    """Rows that a kernel reads, and the statistics and parameters of a LayerNorm that is due before."""
+
+    x: Strided
+    stats: Strided
+    gamma_ptr: Any
+    beta_ptr: Any
+    slab: Slab
+
+
+class Due(NamedTuple):
+    """What is due on the rows of a `Source`: constants of a kernel."""
+
+    IN_ACT: int  # PLAIN, MISH or SIMNORM
+    V: int  # columns of a SimNorm group
+    IN_TILE: int  # width of the column tiles that statistics are of
+    IN_TILES: int  # their number, to a power of two
+    IN_MEMBERS: bool  # whether slabs are drawn
+
+
+class Weights(NamedTuple):
+    """A packed layer that a kernel reads; its bias has strides over slab and environment."""
+
+    ptr: Any
+    side_ptr: Any
+    bias_ptr: Any
+    bias_s: Any
+    bias_e: Any
+    slab: Slab
+
+
+class Keep(NamedTuple):
+    """Dropout: which entries stay (bytes, 0 or 1), their factor, and the group it begins with."""
+
+    rows: Strided
+    scale: Any
+    first: Any
+
+
+def source(x: Rows) -> tuple[Source, Due]:
+    """Return how a kernel reads rows, and what is due on them."""
+    layer = x.layer if x.layer is not None and x.layer.activation != PLAIN else None
+    gamma, beta, stats = (x.x, x.x, x.x) if layer is None else (layer.ln_weight, layer.ln_bias, x.stats)
+    assert stats is not None
+    slab = _slab(x.slabs, x.x, shared=x.x.shape[0] == 1)
+    due = Due(
+        IN_ACT=PLAIN if layer is None else layer.activation,
+        V=max(layer.simnorm_dim, 1) if layer is not None else 1,
+        IN_TILE=max(x.tile, 1),
+        IN_TILES=pow2(cdiv(x.x.shape[-1], x.tile)) if x.tile else 1,
+        IN_MEMBERS=layer is not None and x.slabs.members is not None,
+    )
+    return Source(strided(x.x), strided(stats), gamma, beta, slab), due
+
+
+def _slab(slabs: Slabs, unread: Tensor, shared: bool = False) -> Slab:
+    """Return slabs as kernels take them; `unread` stands where there are no members."""
+    members = slabs.members
+    return Slab(unread if members is None else members, slabs.base, slabs.stride(shared))
+
+
+def packed(layer: Layer, slabs: Slabs, bias: Tensor | None = None) -> Weights:
+    """Return a layer as kernels take it; bias: (slabs, E, D) in place of its own."""
+    own = layer.bias if bias is None else bias
+    side = layer.weight if layer.side is None else layer.side
+    e_stride = 0 if bias is None else bias.stride(1)
+    return Weights(layer.weight, side, own, own.stride(0), e_stride, _slab(slabs, layer.weight))
+
+
+def keeping(dropout: Dropout | None, unread: Tensor) -> Keep:
+    """Return dropout as kernels take it; `unread` stands where there is none."""
+    if dropout is None:
+        return Keep(strided(unread), 1.0, 0)
+    return Keep(strided(dropout.keep), float(dropout.scale), dropout.first)

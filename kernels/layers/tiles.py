@@ -9,8 +9,10 @@ instead of by each of its readers, because the tensor cores, not the steps, are 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from ..device.launch import cdiv, interpreting, pow2
+from ..device.launch import How, Precision, cdiv, interpreting, pow2
+from .rows import Rows
 
 # Multiprocessors of an H100 or H200; A100 has 108, B200 148.
 _PROCESSORS = 132
@@ -20,6 +22,17 @@ THROUGHPUT_ROWS = 8192
 
 THROUGHPUT_UPDATE = 2**21
 """Rows times width of hidden layers from which an update takes it: 19M at batch 1024, 317M at 256."""
+
+
+class Product(NamedTuple):
+    """How a program computes its product: constants of a kernel."""
+
+    BM: int
+    BN: int
+    BK: int
+    EVEN_K: bool  # whether BK divides the depth
+    DOT: str  # Triton's `input_precision`
+    INTERPRETED: bool
 
 
 @dataclass(frozen=True)
@@ -32,10 +45,22 @@ class Tile:
     warps: int = 4
     stages: int = 3
 
-    def options(self, depth: int) -> dict[str, int | bool]:
-        """Constants and compiler options of a kernel whose product is over `depth`."""
-        shape = dict(BM=self.BM, BN=self.BN, BK=self.BK, EVEN_K=depth % self.BK == 0)
-        return shape | dict(num_warps=self.warps, num_stages=self.stages)
+    def product(self, even: bool, precision: Precision) -> Product:
+        """Return constants of a product; even: whether BK divides its depth."""
+        return Product(self.BM, self.BN, self.BK, even, precision.dot, interpreting())
+
+    def options(self, depth: int, how: How) -> dict[str, Any]:
+        """Return constants and options of the launch of a kernel whose product is over `depth`."""
+        product = self.product(depth % self.BK == 0, how.precision)
+        return dict(TILE=product, pdl=how.pdl, num_warps=self.warps, num_stages=self.stages)
+
+    def check(self, columns: int, x: Rows | None) -> None:
+        """Refuse a tile narrower than `columns`, or one that cuts a SimNorm group of the input."""
+        group = 1 if x is None or x.layer is None else max(x.layer.simnorm_dim, 1)
+        if columns > self.BN:
+            raise ValueError(f"tile: got BN={self.BN}, allowed: at least {columns}")
+        if self.BK % group:
+            raise ValueError(f"tile: got BK={self.BK}, allowed: multiples of simnorm_dim ({group})")
 
 
 # A100-and-newer shapes by precision, widest first; registers and shared memory of each are in the
@@ -64,7 +89,7 @@ _INTERPRETED = 512
 
 
 def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
-    """Tile of a layer: `rows` (of all environments) x `columns`, times `groups`, over `depth`."""
+    """Return the tile of a layer: `rows` (of all environments) x `columns`, times `groups`, over `depth`."""
     if interpreting():
         side = [min(_INTERPRETED, pow2(n, least)) for n, least in ((rows, 16), (columns, 32), (depth, 16))]
         return Tile(*side)
@@ -84,7 +109,7 @@ _WEIGHT_DEPTH = {"bfloat16": 32, "tf32": 32, "float32": 16}
 
 
 def input_gradient_tile(rows: int, groups: int, columns: int, depth: int, precision: str, summed: bool = False) -> Tile:
-    """Tile of a layer's dL/dx: `rows` x `columns`, times `groups` or `summed` over them, over the layer's width."""
+    """Return the tile of a dL/dx: `rows` x `columns`, times `groups` or `summed` over them, over the layer's width."""
     tile = layer_tile(rows, groups, columns, depth, precision)
     if summed and tile.BM == 16 and rows > 16:
         tile = next(t for t in reversed(_LATENCY[precision]) if t.BM == 32)
@@ -93,15 +118,16 @@ def input_gradient_tile(rows: int, groups: int, columns: int, depth: int, precis
 
 
 def weight_gradient_tile(width: int, groups: int, columns: int, rows: int, precision: str) -> Tile:
-    """Tile of a layer's dL/dW: `width` x `columns`, times `groups`, over all `rows`."""
+    """Return the tile of a layer's dL/dW: `width` x `columns`, times `groups`, over all `rows`."""
     tile = layer_tile(width, groups, columns, rows, precision)
     return _narrower(tile, _WEIGHT_DEPTH[precision], 2 if precision == "bfloat16" else tile.stages)
 
 
 def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str, through: bool = False) -> Tile | None:
-    """Tile of a product of ready operands, `rows` x `columns` over `depth`; None leaves it to its kernel's table.
+    """Return the tile of a product of ready operands, or None to leave it to its kernel's table.
 
-    through: the result goes through an activation's gradient, which takes registers.
+    It is of `rows` x `columns`, times `groups`, over `depth`. through: the result goes through an
+    activation's gradient, which takes registers.
     """
     for tile in () if interpreting() else _READY[precision][through:]:
         if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= _PROCESSORS:
@@ -114,12 +140,12 @@ def _narrower(tile: Tile, depth: int, stages: int) -> Tile:
 
 
 def _shallow(tile: Tile, depth: int) -> Tile:
-    """The tile, no deeper than the layer: an observation is."""
+    """Return the tile, no deeper than the layer; an observation is shallow."""
     return replace(tile, BK=min(tile.BK, pow2(depth, 16)))
 
 
 def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
-    """Tile of a last layer: all its `columns` in one program, which reduces over them."""
+    """Return the tile of a last layer: all its `columns` in one program, which reduces over them."""
     if interpreting():
         return Tile(min(_INTERPRETED, pow2(rows, 16)), pow2(columns, 16), min(_INTERPRETED, pow2(depth, 16)))
     most, bk = _HEAD_ROWS[precision]
@@ -131,12 +157,12 @@ def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) 
 
 
 def activates_once(rows: int) -> bool:
-    """Whether a plan's activations get a launch of their own (throughput) or are left to each reader (latency)."""
+    """Tell whether a plan's activations get a launch of their own (throughput) or are left to each reader (latency)."""
     return rows >= THROUGHPUT_ROWS
 
 
 def finishes_once(rows: int, width: int) -> bool:
-    """Whether an update's activations and gradients get launches of their own.
+    """Tell whether an update's activations and gradients get launches of their own.
 
     Each reader's programs would compute those of all rows and columns they read: width / BN times in
     total. A column of bfloat16 costs a tensor core BN multiplications and an activation some thirty

@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) log(1 + |x|)."""
+    """Return sign(x) log(1 + |x|)."""
     return torch.sign(x) * torch.log(1 + torch.abs(x))
 
 
 def symexp(x: Tensor) -> Tensor:
-    """sign(x) (exp(|x|) - 1), the inverse of `symlog`."""
+    """Return sign(x) (exp(|x|) - 1), the inverse of `symlog`."""
     return torch.sign(x) * (torch.exp(torch.abs(x)) - 1)
 
 
 def _bins_of(x: Tensor, num_bins: int, vmin: float, vmax: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower bin, upper bin (modulo K, as official) and weight of the upper one; (..., 1) each."""
+    """Return lower bin, upper bin (modulo K, as official) and weight of the upper one; (..., 1) each."""
     position = (symlog(x).clamp(vmin, vmax) - vmin) / ((vmax - vmin) / (num_bins - 1))
     lower = torch.floor(position)
     # NaN has no bin; it stays in the weight, where the loss shows it.
@@ -30,7 +30,7 @@ def _bins_of(x: Tensor, num_bins: int, vmin: float, vmax: float) -> tuple[Tensor
 
 
 def two_hot(x: Tensor, num_bins: int, vmin: float, vmax: float) -> Tensor:
-    """Two-hot code of scalars: (..., 1) -> (..., K), K >= 2; values beyond the bins are clamped.
+    """Return the two-hot code of scalars: (..., 1) -> (..., K), K >= 2; values beyond the bins are clamped.
 
     At exactly `vmax` the upper neighbour wraps to bin 0 and gets weight 0 there.
     """
@@ -40,7 +40,7 @@ def two_hot(x: Tensor, num_bins: int, vmin: float, vmax: float) -> Tensor:
 
 
 def two_hot_inv(logits: Tensor, num_bins: int, vmin: float, vmax: float) -> Tensor:
-    """Scalar a distribution over bins stands for: symexp(sum softmax(logits) bins).
+    """Return the scalar a distribution over bins stands for: symexp(sum softmax(logits) bins).
 
     logits: (..., max(K, 1)) -> (..., 1).
     """
@@ -53,7 +53,7 @@ def two_hot_inv(logits: Tensor, num_bins: int, vmin: float, vmax: float) -> Tens
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor, num_bins: int, vmin: float, vmax: float) -> Tensor:
-    """-sum two_hot(target) log_softmax(logits): (..., max(K, 1)), (..., 1) -> (..., 1).
+    """Return -sum two_hot(target) log_softmax(logits): (..., max(K, 1)), (..., 1) -> (..., 1).
 
     Only the two bins with weight are read. `target` broadcasts over the leading dims.
     """

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, interpreting, jit, launch, pow2, tl
-from ..layers.grouped_layer import strided
-from ..layers.linear_tile import await_producers, row_ptrs
+from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.pointers import entry_ptrs, row_ptrs, strided
+from ..device.reference import reference_of
 
 _COLUMNS = 128
 
@@ -22,7 +22,7 @@ _COLUMNS = 128
 def consistency_kernel(
     z, goal, weight_ptr, loss_ptr, d, M, n, L, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr
 ):
-    """BM rows of z[1:], all columns; grid (row tiles,)."""
+    """Compute BM rows of z[1:], all columns; grid (row tiles,)."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = rows < M
     await_producers(PDL)
@@ -31,15 +31,15 @@ def consistency_kernel(
     for start in range(0, L, BN):
         cols = start + tl.arange(0, BN)
         both = ok[:, None] & (cols < L)[None, :]
-        x = tl.load(row_ptrs(z, 0, rows, n)[:, None] + cols[None, :], mask=both, other=0.0).to(tl.float32)
-        y = tl.load(row_ptrs(goal, 0, rows, n)[:, None] + cols[None, :], mask=both, other=0.0).to(tl.float32)
+        x = tl.load(entry_ptrs(z, 0, rows, n, cols), mask=both, other=0.0).to(tl.float32)
+        y = tl.load(entry_ptrs(goal, 0, rows, n, cols), mask=both, other=0.0).to(tl.float32)
         total += tl.sum((x - y) * (x - y), axis=1)
-        tl.store(row_ptrs(d, 0, rows, n)[:, None] + cols[None, :], weight * (x - y), mask=both)
+        tl.store(entry_ptrs(d, 0, rows, n, cols), weight * (x - y), mask=both)
     tl.store(loss_ptr + rows, total / L, mask=ok)
 
 
 def consistency(z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tensor, *, pdl: bool = False) -> None:
-    """Mean squared difference of each row, and its weighted gradient, written in place.
+    """Write the mean squared difference of each row, and its weighted gradient.
 
     Args:
         z, next_z: (H, B, L), contiguous in the last dim.
@@ -57,28 +57,14 @@ def consistency(z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tens
         raise ValueError(f"weight and loss: got {got}, allowed: ({h},) and contiguous ({h}, {n})")
     bm, bn = (min(pow2(h * n), 1024), pow2(width)) if interpreting() else (8, min(pow2(width), _COLUMNS))
     launch(
-        consistency_kernel,
-        (cdiv(h * n, bm),),
-        strided(z[None]),
-        strided(next_z[None]),
-        weight,
-        loss,
-        strided(d[None]),
-        h * n,
-        n,
-        width,
-        BM=bm,
-        BN=bn,
-        pdl=pdl,
-        num_warps=4,
-    )
+        consistency_kernel, (cdiv(h * n, bm),), strided(z[None]), strided(next_z[None]), weight, loss, strided(d[None]),
+        h * n, n, width, BM=bm, BN=bn, pdl=pdl, num_warps=4,
+    )  # fmt: skip
 
 
-def consistency_reference(
-    z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tensor, *, pdl: bool = False
-) -> None:
-    """`consistency` in plain torch."""
-    del pdl
+@reference_of(consistency)
+def consistency_reference(z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tensor) -> None:
+    """Compute `consistency` in plain torch."""
     difference = z.to(d) - next_z.to(d)
     loss.copy_(difference.square().mean(-1))
     d.copy_(2 * weight.to(d)[:, None, None] * difference)
@@ -86,7 +72,7 @@ def consistency_reference(
 
 @jit
 def td_target_kernel(q_ptr, reward_ptr, terminated_ptr, discount, out_ptr, M, n, BM: tl.constexpr, PDL: tl.constexpr):
-    """BM rows; grid (row tiles,)."""
+    """Compute the targets of BM rows; grid (row tiles,)."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = rows < M
     await_producers(PDL)
@@ -100,7 +86,7 @@ def td_target_kernel(q_ptr, reward_ptr, terminated_ptr, discount, out_ptr, M, n,
 def td_target(
     q: Tensor, reward: Tensor, terminated: Tensor, discount: Tensor, out: Tensor, *, pdl: bool = False
 ) -> None:
-    """TD targets, written in place.
+    """Write TD targets.
 
     Args:
         q: (2, H, B) float32, two target critics at the policy's action.
@@ -116,26 +102,13 @@ def td_target(
     if discount.shape != (n,) or not out.is_contiguous():
         raise ValueError(f"discount: got shape {tuple(discount.shape)}, allowed: ({n},), and out contiguous")
     bm = min(pow2(h * n), 4096 if interpreting() else 256)
-    each = strided(discount.expand(1, h, n))
     launch(
-        td_target_kernel,
-        (cdiv(h * n, bm),),
-        q,
-        reward,
-        terminated,
-        each,
-        out,
-        h * n,
-        n,
-        BM=bm,
-        pdl=pdl,
-        num_warps=4,
-    )
+        td_target_kernel, (cdiv(h * n, bm),), q, reward, terminated, strided(discount.expand(1, h, n)), out, h * n, n,
+        BM=bm, pdl=pdl, num_warps=4,
+    )  # fmt: skip
 
 
-def td_target_reference(
-    q: Tensor, reward: Tensor, terminated: Tensor, discount: Tensor, out: Tensor, *, pdl: bool = False
-) -> None:
-    """`td_target` in plain torch."""
-    del pdl
+@reference_of(td_target)
+def td_target_reference(q: Tensor, reward: Tensor, terminated: Tensor, discount: Tensor, out: Tensor) -> None:
+    """Compute `td_target` in plain torch."""
     out.copy_(reward.to(q) + discount.to(q) * (1 - terminated.to(q)) * torch.minimum(q[0], q[1]))

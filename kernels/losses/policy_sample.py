@@ -2,48 +2,99 @@
 
     a = tanh(mean + eps exp(log_std)),    log_prob and scaled entropy as in policy_head.py
 
-Backward takes the gradient of the critics' sum to the action, adds that of the entropy, and ends at
-the logits. The loss of a row is -(q / scale + entropy_coef * scaled_entropy) with a weight by its
-time step; what reached the action is linear in the weight, so it is multiplied only here, when the
-running scale is known. Cost: a few reads and writes of (rows, A).
+Backward starts from any gradients of the three (`policy_sample_gradient`), or from the policy's own
+loss (`policy_gradient`): it takes the gradient of the critics' sum to the action, adds that of the
+entropy, and ends at the logits. The loss of a row is -(q / scale + entropy_coef * scaled_entropy)
+with a weight by its time step; what reached the action is linear in the weight, so it is multiplied
+only here, when the running scale is known. Cost: a few reads and writes of (rows, A).
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, interpreting, jit, launch, pow2, tl
-from ..layers.grouped_layer import strided
-from ..layers.linear_tile import await_producers, row_ptrs, store_rounded
-from ..layers.policy_head import LOG_SQRT_2PI, policy_head
-from ..layers.policy_layer import tanh
+from ..device.arithmetic import store_rounded, tanh
+from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.pointers import Strided, row_ptrs, strided
+from ..device.reference import reference_of
+from ..layers.policy_head import LOG_SQRT_2PI, PolicyOutput, policy_head
 
 _LOG_SQRT_2PI = tl.constexpr(LOG_SQRT_2PI)
 _ELEMENTS = 512
 
 
+class Sample(NamedTuple):
+    """What actions are drawn from; noise and mask are constants."""
+
+    logits: Tensor  # (1, E, n, 2A): means, then log stds before squashing
+    eps: Tensor  # (E, n, A) standard normal, float32
+    mask: Tensor | None  # (n, A) of 0/1, live action dims of each row, float32
+    low: float  # range of the log std
+    high: float
+
+    def check(self, **others: Tensor | None) -> None:
+        """Refuse shapes that are not of one sample; `others`: (E, n, ...)."""
+        logits, eps, mask = self[:3]
+        e, n, a = eps.shape
+        if logits.shape != (1, e, n, 2 * a) or logits.stride(-1) != 1 or eps.stride(-1) != 1:
+            got = f"{tuple(logits.shape)} and {tuple(eps.shape)}"
+            raise ValueError(f"logits and eps: got {got}, allowed: (1, E, n, 2A) and (E, n, A)")
+        if mask is not None and (mask.shape != (n, a) or mask.stride(-1) != 1):
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: ({n}, {a})")
+        for name, x in others.items():
+            if x is not None and x.shape[:2] != (e, n):
+                raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed: ({e}, {n}, ...)")
+
+    def launch(self, kernel: Any, *given: Any, pdl: bool, **constants: Any) -> None:
+        """Launch a kernel on rows of the sample, with what else it is given."""
+        e, n, a = self.eps.shape
+        width, eps = pow2(a, 4), strided(self.eps[None])
+        live = eps if self.mask is None else strided(self.mask.expand(1, e, n, a))
+        bm = min(pow2(e * n), 1024) if interpreting() else max(_ELEMENTS // width, 1)
+        reads = Drawn(strided(self.logits), eps, live, float(self.low), float(self.high))
+        launch(
+            kernel, (cdiv(e * n, bm),), reads, *given, e * n, n, a, HAS_MASK=self.mask is not None, BM=bm, BA=width,
+            INTERPRETED=interpreting(), pdl=pdl, num_warps=4, **constants,
+        )  # fmt: skip
+
+    def output(self, logits: Tensor) -> PolicyOutput:
+        """Compute all that the policy gives in plain torch, in the type of logits (E, n, 2A)."""
+        mask = None if self.mask is None else self.mask.to(logits)
+        return policy_head(logits, self.eps.to(logits), self.low, self.high, mask)
+
+
+class Drawn(NamedTuple):
+    """A `Sample` that a kernel reads."""
+
+    logits: Strided
+    eps: Strided
+    live: Strided
+    low: Any
+    high: Any
+
+
 @jit
-def gaussian_on_tile(
-    logits, eps, live, rows, n, row_ok, A, low, high, HAS_MASK: tl.constexpr, BM: tl.constexpr, BA: tl.constexpr
-):
-    """Mean, log std, its squashed logit, noise and live dims of rows: [BM, BA] each."""
+def gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK: tl.constexpr, BA: tl.constexpr):
+    """Return mean, log std, its squashed logit, noise and live dims of rows: [BM, BA] each."""
     dims = tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
-    at = row_ptrs(logits, 0, rows, n)[:, None] + dims
+    at = row_ptrs(s.logits, 0, rows, n)[:, None] + dims
     mean = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     squashed = tanh(tl.load(at + A, mask=ok, other=0.0).to(tl.float32))
-    noise = tl.load(row_ptrs(eps, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
+    noise = tl.load(row_ptrs(s.eps, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
     alive = ok.to(tl.float32)
     if HAS_MASK:
-        alive = tl.load(row_ptrs(live, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
-    log_std = (low + 0.5 * (high - low) * (squashed + 1.0)) * alive
+        alive = tl.load(row_ptrs(s.live, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
+    log_std = (s.low + 0.5 * (s.high - s.low) * (squashed + 1.0)) * alive
     return mean * alive, log_std, squashed, noise * alive, alive
 
 
 @jit
 def log_probs(noise, log_std, action, ok):
-    """Gaussian log-probability and squash correction of rows: [BM] each."""
+    """Return Gaussian log-probability and squash correction of rows: [BM] each."""
     gaussian = tl.sum(tl.where(ok, -0.5 * noise * noise - log_std - _LOG_SQRT_2PI, 0.0), axis=1)
     room = tl.maximum(1.0 - action * action, 0.0) + 1e-6
     return gaussian, tl.sum(tl.where(ok, tl.log(room), 0.0), axis=1)
@@ -51,32 +102,16 @@ def log_probs(noise, log_std, action, ok):
 
 @jit
 def policy_sample_kernel(
-    logits,
-    eps,
-    live,
-    action,
-    log_prob,
-    entropy,
-    M,
-    n,
-    A,
-    low,
-    high,
-    HAS_MASK: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    BM: tl.constexpr,
-    BA: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    s, action, log_prob, entropy, M, n, A,
+    HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, BM: tl.constexpr, BA: tl.constexpr, INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
-):
-    """BM rows; grid (row tiles,)."""
+):  # fmt: skip
+    """Sample the actions of BM rows; grid (row tiles,)."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
     await_producers(PDL)
-    mean, log_std, _, noise, alive = gaussian_on_tile(
-        logits, eps, live, rows, n, row_ok, A, low, high, HAS_MASK, BM, BA
-    )
+    mean, log_std, _, noise, alive = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK, BA)
     a = tanh(mean + noise * tl.exp(log_std))
     store_rounded(row_ptrs(action, 0, rows, n)[:, None] + dims, a, ok, INTERPRETED)
     if HAS_ENTROPY:
@@ -89,8 +124,12 @@ def policy_sample_kernel(
 
 
 @jit
-def logits_gradient(mean, log_std, squashed, noise, alive, ok, low, high, to_action, to_log_prob, to_entropy):
-    """From gradients of action [BM, BA], log-probability and scaled entropy [BM] to those of both logits: [BM, BA]."""
+def store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, to_log_prob, to_entropy, INTERPRETED: tl.constexpr):
+    """Store the gradients of both logits, given those of action [BM, BA], log-probability and scaled entropy [BM].
+
+    drawn: as `gaussian_on_tile` returned it.
+    """
+    mean, log_std, squashed, noise, alive = drawn
     std = tl.exp(log_std)
     a = tanh(mean + noise * std)
     gaussian, correction = log_probs(noise, log_std, a, ok)
@@ -105,218 +144,155 @@ def logits_gradient(mean, log_std, squashed, noise, alive, ok, low, high, to_act
     to_action += (to_log_prob + to_entropy * to_corrected)[:, None] * bent
     to_sample = to_action * room
     to_log_std = to_sample * noise * std - (to_log_prob + to_entropy * to_gaussian)[:, None]
-    return to_sample * alive, to_log_std * alive * (0.5 * (high - low)) * (1.0 - squashed * squashed)
+    to_logit = to_log_std * alive * (0.5 * (s.high - s.low)) * (1.0 - squashed * squashed)
+    at = row_ptrs(d, 0, rows, n)[:, None] + dims
+    store_rounded(at, to_sample * alive, ok, INTERPRETED)
+    store_rounded(at + A, to_logit, ok, INTERPRETED)
 
 
 @jit
 def policy_gradient_kernel(
-    logits,
-    eps,
-    live,
-    d_action,
-    weight_ptr,
-    scale_ptr,
-    d,
-    M,
-    n,
-    A,
-    low,
-    high,
-    entropy_coef,
-    HAS_MASK: tl.constexpr,
-    BM: tl.constexpr,
-    BA: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """BM rows; grid (row tiles,)."""
+    s, d_action, weight_ptr, scale_ptr, d, entropy_coef, M, n, A,
+    HAS_MASK: tl.constexpr, BM: tl.constexpr, BA: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of the policy's loss for BM rows; grid (row tiles,)."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
     await_producers(PDL)
-    mean, log_std, squashed, noise, alive = gaussian_on_tile(
-        logits, eps, live, rows, n, row_ok, A, low, high, HAS_MASK, BM, BA
-    )
+    drawn = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK, BA)
     weight = -tl.load(weight_ptr + rows // n, mask=row_ok, other=0.0)
     to_action = tl.load(row_ptrs(d_action, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
     # The mean of two critics, over the running scale.
     to_action *= (weight * 0.5 / tl.load(scale_ptr))[:, None]
-    to_mean, to_logit = logits_gradient(
-        mean, log_std, squashed, noise, alive, ok, low, high, to_action, 0.0, weight * entropy_coef
-    )
-    at = row_ptrs(d, 0, rows, n)[:, None] + dims
-    store_rounded(at, to_mean, ok, INTERPRETED)
-    store_rounded(at + A, to_logit, ok, INTERPRETED)
+    store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, 0.0, weight * entropy_coef, INTERPRETED)
 
 
-def rows_tile(rows: int, a: int) -> tuple[int, int]:
-    """Rows of a program, and its columns for A dims."""
-    width = pow2(a, 4)
-    return (min(pow2(rows), 1024) if interpreting() else max(_ELEMENTS // width, 1)), width
-
-
-def check_sample(logits: Tensor, eps: Tensor, mask: Tensor | None, others: dict[str, Tensor | None]) -> None:
-    """Refuse shapes that are not of one sample; `others`: (E, n, ...)."""
-    e, n, a = eps.shape
-    if logits.shape != (1, e, n, 2 * a) or logits.stride(-1) != 1 or eps.stride(-1) != 1:
-        got = f"{tuple(logits.shape)} and {tuple(eps.shape)}"
-        raise ValueError(f"logits and eps: got {got}, allowed: (1, E, n, 2A) and (E, n, A)")
-    if mask is not None and (mask.shape != (n, a) or mask.stride(-1) != 1):
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: ({n}, {a})")
-    for name, x in others.items():
-        if x is not None and x.shape[:2] != (e, n):
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed: ({e}, {n}, ...)")
+@jit
+def policy_sample_gradient_kernel(
+    s, d_action, d_log_prob, d_entropy, d, M, n, A,
+    HAS_MASK: tl.constexpr, BM: tl.constexpr, BA: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of any loss for BM rows; grid (row tiles,)."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
+    ok = row_ok[:, None] & (dims < A)
+    await_producers(PDL)
+    drawn = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK, BA)
+    to_action = tl.load(row_ptrs(d_action, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
+    to_log_prob = tl.load(row_ptrs(d_log_prob, 0, rows, n), mask=row_ok, other=0.0)
+    to_entropy = tl.load(row_ptrs(d_entropy, 0, rows, n), mask=row_ok, other=0.0)
+    store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, to_log_prob, to_entropy, INTERPRETED)
 
 
 def policy_sample(
-    logits: Tensor,
-    eps: Tensor,
-    mask: Tensor | None,
+    sample: Sample,
     action: Tensor,
     log_prob: Tensor | None = None,
     scaled_entropy: Tensor | None = None,
     *,
-    low: float,
-    high: float,
     pdl: bool = False,
 ) -> None:
-    """Sampled actions, and what the policy loss needs of them, written in place.
+    """Write sampled actions, and what the policy loss needs of them.
 
     Args:
-        logits: (1, E, n, 2A): means, then log stds before squashing.
-        eps: (E, n, A) standard normal, float32.
-        mask: (n, A) of 0/1, live action dims of each row, float32, or None.
+        sample: what they are drawn from.
         action: out: (E, n, A), any float type and strides but the last.
         log_prob, scaled_entropy: out: (E, n) float32, or None for both.
-        low, high: range of the log std.
         pdl: programmatic dependent launch.
     """
-    check_sample(logits, eps, mask, dict(action=action, log_prob=log_prob, scaled_entropy=scaled_entropy))
-    e, n, a = eps.shape
-    bm, ba = rows_tile(e * n, a)
-    launch(
-        policy_sample_kernel,
-        (cdiv(e * n, bm),),
-        strided(logits),
-        strided(eps[None]),
-        strided(eps[None] if mask is None else mask.expand(1, e, n, a)),
-        strided(action[None]),
-        strided((eps[..., 0] if log_prob is None else log_prob)[None]),
-        strided((eps[..., 0] if scaled_entropy is None else scaled_entropy)[None]),
-        e * n,
-        n,
-        a,
-        float(low),
-        float(high),
-        HAS_MASK=mask is not None,
-        HAS_ENTROPY=log_prob is not None,
-        BM=bm,
-        BA=ba,
-        INTERPRETED=interpreting(),
-        pdl=pdl,
-        num_warps=4,
-    )
+    sample.check(action=action, log_prob=log_prob, scaled_entropy=scaled_entropy)
+    logs = [sample.eps[..., 0] if x is None else x for x in (log_prob, scaled_entropy)]
+    outs = [strided(x[None]) for x in (action, *logs)]
+    sample.launch(policy_sample_kernel, *outs, HAS_ENTROPY=log_prob is not None, pdl=pdl)
 
 
-def policy_gradient(
-    logits: Tensor,
-    eps: Tensor,
-    mask: Tensor | None,
-    d_action: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    out: Tensor,
-    *,
-    low: float,
-    high: float,
-    entropy_coef: float,
-    pdl: bool = False,
-) -> None:
-    """Gradient of the policy loss to the logits, written in place.
-
-    Args:
-        logits, eps, mask: as `policy_sample` was given them.
-        d_action: (E, n, A) float32, of the sum of both critics to the action.
-        weight: (E,) float32, of each step's rows in the loss.
-        scale: (1,) float32, the running scale.
-        out: (1, E, n, 2A).
-        low, high: range of the log std.
-        entropy_coef: weight of the scaled entropy.
-        pdl: programmatic dependent launch.
-    """
-    check_sample(logits, eps, mask, dict(d_action=d_action))
-    e, n, a = eps.shape
-    if out.shape != logits.shape or out.stride(-1) != 1 or weight.shape != (e,):
-        raise ValueError(
-            f"out and weight: got {tuple(out.shape)} and {tuple(weight.shape)}, allowed: as logits, ({e},)"
-        )
-    bm, ba = rows_tile(e * n, a)
-    launch(
-        policy_gradient_kernel,
-        (cdiv(e * n, bm),),
-        strided(logits),
-        strided(eps[None]),
-        strided(eps[None] if mask is None else mask.expand(1, e, n, a)),
-        strided(d_action[None]),
-        weight,
-        scale,
-        strided(out),
-        e * n,
-        n,
-        a,
-        float(low),
-        float(high),
-        float(entropy_coef),
-        HAS_MASK=mask is not None,
-        BM=bm,
-        BA=ba,
-        INTERPRETED=interpreting(),
-        pdl=pdl,
-        num_warps=4,
-    )
-
-
+@reference_of(policy_sample)
 def policy_sample_reference(
-    logits: Tensor,
-    eps: Tensor,
-    mask: Tensor | None,
-    action: Tensor,
-    log_prob: Tensor | None = None,
-    scaled_entropy: Tensor | None = None,
-    *,
-    low: float,
-    high: float,
-    pdl: bool = False,
+    sample: Sample, action: Tensor, log_prob: Tensor | None, scaled_entropy: Tensor | None
 ) -> None:
-    """`policy_sample` in plain torch."""
-    del pdl
-    out = policy_head(logits[0], eps.to(logits), low, high, None if mask is None else mask.to(logits))
+    """Compute `policy_sample` in plain torch."""
+    out = sample.output(sample.logits[0])
     action.copy_(out.action)
     if log_prob is not None and scaled_entropy is not None:
         log_prob.copy_(out.log_prob.squeeze(-1))
         scaled_entropy.copy_(out.scaled_entropy.squeeze(-1))
 
 
-def policy_gradient_reference(
-    logits: Tensor,
-    eps: Tensor,
-    mask: Tensor | None,
+def policy_gradient(
+    sample: Sample,
     d_action: Tensor,
     weight: Tensor,
     scale: Tensor,
     out: Tensor,
     *,
-    low: float,
-    high: float,
     entropy_coef: float,
     pdl: bool = False,
 ) -> None:
-    """`policy_gradient` in plain torch, by autograd."""
-    del pdl
-    leaf = logits[0].detach().clone().requires_grad_()
+    """Write the gradient of the policy loss to the logits.
+
+    Args:
+        sample: as `policy_sample` was given it.
+        d_action: (E, n, A) float32, of the sum of both critics to the action.
+        weight: (E,) float32, of each step's rows in the loss.
+        scale: (1,) float32, the running scale.
+        out: (1, E, n, 2A).
+        entropy_coef: weight of the scaled entropy.
+        pdl: programmatic dependent launch.
+    """
+    sample.check(d_action=d_action)
+    e = len(sample.eps)
+    if out.shape != sample.logits.shape or out.stride(-1) != 1 or weight.shape != (e,):
+        got = f"{tuple(out.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"out and weight: got {got}, allowed: as logits, ({e},)")
+    given = strided(d_action[None]), weight, scale, strided(out), float(entropy_coef)
+    sample.launch(policy_gradient_kernel, *given, pdl=pdl)
+
+
+@reference_of(policy_gradient)
+def policy_gradient_reference(
+    sample: Sample, d_action: Tensor, weight: Tensor, scale: Tensor, out: Tensor, entropy_coef: float
+) -> None:
+    """Compute `policy_gradient` in plain torch, by autograd."""
+    leaf = sample.logits[0].detach().clone().requires_grad_()
     with torch.enable_grad():
-        found = policy_head(leaf, eps.to(leaf), low, high, None if mask is None else mask.to(leaf))
+        found = sample.output(leaf)
         q = (found.action * d_action.to(leaf)).sum(-1, keepdim=True) / 2
         loss = -(weight.to(leaf)[:, None, None] * (q / scale.to(leaf) + entropy_coef * found.scaled_entropy)).sum()
         (d,) = torch.autograd.grad(loss, leaf)
+    out.copy_(d[None])
+
+
+def policy_sample_gradient(
+    sample: Sample, d_action: Tensor, d_log_prob: Tensor, d_entropy: Tensor, out: Tensor, *, pdl: bool = False
+) -> None:
+    """Write the gradient of any loss to the logits.
+
+    Args:
+        sample: as `policy_sample` was given it.
+        d_action: (E, n, A) float32, contiguous in the last dim.
+        d_log_prob, d_entropy: (E, n) float32, of log-probability and scaled entropy.
+        out: (1, E, n, 2A), any float type.
+        pdl: programmatic dependent launch.
+    """
+    logits, eps = sample[:2]
+    sample.check(d_action=d_action, d_log_prob=d_log_prob, d_entropy=d_entropy)
+    if out.shape != logits.shape or out.stride(-1) != 1 or d_action.shape != eps.shape or d_action.stride(-1) != 1:
+        got = f"{tuple(out.shape)} and {tuple(d_action.shape)}"
+        raise ValueError(f"out and d_action: got {got}, allowed: as logits and eps, contiguous in the last dim")
+    arriving = (strided(x[None]) for x in (d_action, d_log_prob, d_entropy))
+    sample.launch(policy_sample_gradient_kernel, *arriving, strided(out), pdl=pdl)
+
+
+@reference_of(policy_sample_gradient)
+def policy_sample_gradient_reference(
+    sample: Sample, d_action: Tensor, d_log_prob: Tensor, d_entropy: Tensor, out: Tensor
+) -> None:
+    """Compute `policy_sample_gradient` in plain torch, by autograd."""
+    leaf = sample.logits[0].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        found = sample.output(leaf)
+        results = (found.action, found.log_prob, found.scaled_entropy)
+        arriving = (d_action.to(leaf), d_log_prob.to(leaf).unsqueeze(-1), d_entropy.to(leaf).unsqueeze(-1))
+        (d,) = torch.autograd.grad(results, leaf, arriving)
     out.copy_(d[None])

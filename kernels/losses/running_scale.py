@@ -13,46 +13,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import interpreting, jit, launch, pow2, tl
-from ..layers.linear_tile import await_producers
+from ..device.arithmetic import lerp
+from ..device.launch import await_producers, interpreting, jit, launch, pow2, tl
+from ..device.reference import reference_of
 
 _PERCENTILES = (5, 95)
 _MAX_BATCH = 4096
 
 
 @jit
-def lerp(start, end, weight):
-    """start + weight (end - start), exactly `end` at weight 1, as torch.lerp."""
-    off = end - start
-    return tl.where(weight < 0.5, start + weight * off, end - off * (1.0 - weight))
-
-
-@jit
 def at_place(q, below, place):
-    """The largest of q [BI] that at most `place` entries are below."""
+    """Return the largest of q [BI] that at most `place` entries are below."""
     return tl.max(tl.where(below <= place, q, float("-inf")), 0)
 
 
 @jit
 def running_scale_kernel(
-    q_ptr,
-    value_ptr,
-    q_stride,
-    B,
-    tau,
-    place5,
-    next5,
-    place95,
-    next95,
-    low5,
-    high5,
-    low95,
-    high95,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """All B entries; one program. low, high: the weights of the entries at a place and at the next."""
+    q_ptr, value_ptr, q_stride, B, tau, place5, next5, place95, next95, low5, high5, low95, high95,
+    BI: tl.constexpr, BJ: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Read all B entries in one program. low, high: the weights of the entries at a place and at the next."""
     await_producers(PDL)
     # The entries at both places and the ones after them.
     x5 = tl.full((), float("-inf"), tl.float32)
@@ -79,7 +59,7 @@ def running_scale_kernel(
 
 
 def scale_tile(b: int) -> tuple[int, int, int]:
-    """(BI, BJ, warps): 16 pairs a thread; twice as many spill where Q values are strided."""
+    """Return (BI, BJ, warps): 16 pairs a thread; twice as many spill where Q values are strided."""
     if interpreting():
         return min(pow2(b), 1024), min(pow2(b), 1024), 4
     bi, warps = min(pow2(b, 32), 512), 16 if b > 64 else 4
@@ -120,32 +100,15 @@ def running_scale(q: Tensor, value: Tensor, *, tau: float, pdl: bool = False) ->
     (place5, next5, share5), (place95, next95, share95) = places(q.numel())
     bi, bj, warps = scale_tile(q.numel())
     launch(
-        running_scale_kernel,
-        (1,),
-        q,
-        value,
-        q.stride(0),
-        q.numel(),
-        float(tau),
-        place5,
-        next5,
-        place95,
-        next95,
-        1 - share5,
-        share5,
-        1 - share95,
-        share95,
-        BI=bi,
-        BJ=bj,
-        pdl=pdl,
-        num_warps=warps,
-        # Rounded as torch rounds: products first, then their sum.
-        enable_fp_fusion=False,
-    )
+        running_scale_kernel, (1,), q, value, q.stride(0), q.numel(), float(tau), place5, next5, place95, next95,
+        1 - share5, share5, 1 - share95, share95, BI=bi, BJ=bj, pdl=pdl, num_warps=warps,
+        enable_fp_fusion=False,  # rounded as torch rounds: products first, then their sum
+    )  # fmt: skip
 
 
-def running_scale_reference(q: Tensor, value: Tensor, *, tau: float, pdl: bool = False) -> None:
-    """`running_scale` in plain torch, in the type of its arguments."""
+@reference_of(running_scale)
+def running_scale_reference(q: Tensor, value: Tensor, tau: float) -> None:
+    """Compute `running_scale` in plain torch, in the type of its arguments."""
     ordered = q.sort().values
     low, high = (ordered[i] * (1 - share) + ordered[j] * share for i, j, share in places(q.numel()))
     scale = torch.where(q.isnan().any(), torch.nan, (high - low).clamp(min=1.0))

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device.launch import How, cdiv, jit, launch, tl
-from ..layers.grouped_layer import arithmetic, check_tile, packed, source, strided
-from ..layers.linear_tile import await_producers, row_ptrs, store_rounded
+from ..device.arithmetic import store_rounded, symlog
+from ..device.launch import How, await_producers, jit, launch, tl
+from ..device.pointers import entry_ptrs, row_ptrs, strided
+from ..device.reference import reference_of
+from ..layers.last_layer import last_layer, last_layer_reference
+from ..layers.linear_tile import logits_on_tile
 from ..layers.rows import EACH, Layer, Rows, Slabs
-from ..layers.scalar_head import check_last_layer, last_layer_reference, logits_on_tile
-from ..layers.tiles import Tile, head_tile
+from ..layers.tiles import Tile
 from ..layers.two_hot import soft_cross_entropy
 
 BINARY = -1
@@ -26,54 +28,16 @@ BINARY = -1
 
 
 @jit
-def symlog(x):
-    """sign(x) log(1 + |x|)."""
-    y = tl.log(1.0 + tl.abs(x))
-    return tl.where(x < 0, -y, y)
-
-
-@jit
 def two_hot_loss_kernel(
-    x,
-    w,
-    target,
-    targets,
-    weight_ptr,
-    loss,
-    d,
-    M,
-    n,
-    E,
-    D,
-    K,
-    vmin,
-    vmax,
-    IN_ACT: tl.constexpr,
-    V: tl.constexpr,
-    IN_TILE: tl.constexpr,
-    IN_TILES: tl.constexpr,
-    IN_MEMBERS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    BINS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DOT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """BM rows of one group, all D <= BN logits; grid (row tiles, groups)."""
+    x, w, target, targets, weight_ptr, loss, d, M, n, E, D, K, vmin, vmax,
+    DUE: tl.constexpr, MEMBERS: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Compute loss and gradient of BM rows of one group, all D <= BN logits; grid (row tiles, groups)."""
     g = tl.program_id(1).to(tl.int64)
-    rows, cols = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
+    rows, cols = tl.program_id(0) * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
     row_ok, col_ok = rows < M, (cols < D)[None, :]
     await_producers(PDL)
-    # fmt: off
-    logits = logits_on_tile(
-        rows, cols, g, x, w, row_ok, n, D, K, IN_ACT, V, IN_TILE, IN_TILES, IN_MEMBERS, MEMBERS, BM, BN, BK, EVEN_K,
-        DOT, INTERPRETED, False,
-    )
-    # fmt: on
+    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS)
     goal = tl.load(row_ptrs(target, tl.minimum(g, targets - 1), rows, n), mask=row_ok, other=0.0)  # [BM]
     weight = tl.load(weight_ptr + g * E + rows // n, mask=row_ok, other=0.0)[:, None]
     if BINS > 1:
@@ -106,11 +70,10 @@ def two_hot_loss_kernel(
                 goal = symlog(goal)
             value = (x0 - goal) * (x0 - goal)
             slope = 2.0 * (x0 - goal)
-        gradient = tl.broadcast_to(slope[:, None], (BM, BN))
+        gradient = tl.broadcast_to(slope[:, None], (TILE.BM, TILE.BN))
     tl.store(row_ptrs(loss, g, rows, n), value, mask=row_ok)
-    store_rounded(
-        row_ptrs(d, g, rows, n)[:, None] + cols[None, :], weight * gradient, row_ok[:, None] & col_ok, INTERPRETED
-    )
+    d_ptrs = entry_ptrs(d, g, rows, n, cols)
+    store_rounded(d_ptrs, weight * gradient, row_ok[:, None] & col_ok, TILE.INTERPRETED)
 
 
 def two_hot_loss(
@@ -128,7 +91,7 @@ def two_hot_loss(
     slabs: Slabs = EACH,
     tile: Tile | None = None,
 ) -> None:
-    """Losses of every row and group, and the gradients of their logits, written in place.
+    """Write the losses of every row and group, and the gradients of their logits.
 
     Args:
         x: (G or 1, E, n, K) rows; an activation due is applied.
@@ -144,41 +107,20 @@ def two_hot_loss(
     """
     groups, e, n = loss.shape
     d, k = layer.weight.shape[1:]
-    check_last_layer(x, layer, (groups, e, n), max(num_bins, 1))
+    grid, inputs, constants = last_layer(x, layer, (groups, e, n), max(num_bins, 1), how=how, slabs=slabs, tile=tile)
     if target.shape[1:] != (e, n) or weight.shape != (groups, e) or not weight.is_contiguous():
         got = f"{tuple(target.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"target and weight: got {got}, allowed: (T, {e}, {n}) and contiguous ({groups}, {e})")
     if gradient.shape != (groups, e, n, d) or gradient.stride(-1) != 1:
         raise ValueError(f"gradient: got shape {tuple(gradient.shape)}, allowed: {(groups, e, n, d)}")
-    tile = tile or head_tile(e * n, groups, d, k, how.precision.name)
-    check_tile(tile, d, x)
-    reads, due = source(x)
     launch(
-        two_hot_loss_kernel,
-        (cdiv(e * n, tile.BM), groups),
-        reads,
-        packed(layer, slabs),
-        strided(target),
-        len(target),
-        weight,
-        strided(loss),
-        strided(gradient),
-        e * n,
-        n,
-        e,
-        d,
-        k,
-        float(vmin),
-        float(vmax),
-        MEMBERS=slabs.members is not None,
-        BINS=min(num_bins, 2),
-        pdl=how.pdl,
-        **due,
-        **tile.options(k),
-        **arithmetic(how.precision),
-    )
+        two_hot_loss_kernel, grid, *inputs, strided(target), len(target), weight, strided(loss), strided(gradient),
+        e * n, n, e, d, k, float(vmin), float(vmax),
+        MEMBERS=slabs.members is not None, BINS=min(num_bins, 2), **constants,
+    )  # fmt: skip
 
 
+@reference_of(two_hot_loss)
 def two_hot_loss_reference(
     x: Rows,
     layer: Layer,
@@ -186,16 +128,13 @@ def two_hot_loss_reference(
     weight: Tensor,
     loss: Tensor,
     gradient: Tensor,
-    *,
     how: How,
     num_bins: int,
     vmin: float,
     vmax: float,
-    slabs: Slabs = EACH,
-    tile: Tile | None = None,
+    slabs: Slabs,
 ) -> None:
-    """`two_hot_loss` in plain torch, its gradient by autograd."""
-    del tile
+    """Compute `two_hot_loss` in plain torch, its gradient by autograd."""
     logits = last_layer_reference(x, layer, loss, how, slabs).requires_grad_()
     goal = torch.stack([target[min(g, len(target) - 1)] for g in range(len(loss))]).to(logits).unsqueeze(-1)
     with torch.enable_grad():

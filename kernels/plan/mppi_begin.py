@@ -5,15 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, check_tensor, jit, launch, pow2, tl
-from ..layers.linear_tile import await_producers
+from ..device.arithmetic import clamp
+from ..device.launch import await_producers, cdiv, check_tensor, jit, launch, pow2, tl
 from .mppi import sample_actions, shift_mean
-
-
-@jit
-def clamp(x, low, high):
-    """x in [low, high]; NaN stays NaN, as in torch."""
-    return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit

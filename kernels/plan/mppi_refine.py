@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, check_tensor, interpreting, jit, launch, pow2, tl
-from ..layers.linear_tile import await_producers
+from ..device.arithmetic import clamp
+from ..device.launch import await_producers, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 from .mppi import SUM_EPS, elite_update, explore, pick_elite, sample_actions, take_samples
-from .mppi_begin import check_actions, clamp, drawn_from
+from .mppi_begin import check_actions, drawn_from
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, interpreting, jit, launch, pow2, tl
+from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
 from ..device.philox import (
     check_state,
     distinct_pair,
@@ -25,7 +25,6 @@ from ..device.philox import (
     uniform,
     uniform_reference,
 )
-from ..layers.linear_tile import await_producers
 
 # Streams of one plan, in the order of the grid. Never renumber: a seed means these draws.
 _NORMALS = ("pi_eps", "samples", "value_eps", "action")

@@ -36,7 +36,7 @@ from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
 from ..layers.tiles import Tile, finishes_once, input_gradient_tile, ready_tile
 from ..losses.latent_loss import consistency, td_target
-from ..losses.policy_sample import policy_gradient, policy_sample
+from ..losses.policy_sample import Sample, policy_gradient, policy_sample
 from ..losses.running_scale import running_scale
 from ..losses.two_hot_loss import BINARY, two_hot_loss
 from .buffers import (
@@ -328,15 +328,11 @@ class UpdateChain:
     def _back_through_policy(self, rows: list[Rows]) -> None:
         s, state, net = self.sizes, self.state, self._policy
         policy_gradient(
-            rows[2].x,
-            self.draws.pi_eps,
-            self.inputs.mask,
+            self._sample(rows[2], self.draws.pi_eps),
             state.d_action[0, ..., s.task_dim :],
             self.losses.policy_weight,
             state.new_scale,
             state.d_policy[2].x,
-            low=s.log_std_min,
-            high=s.log_std_max,
             entropy_coef=s.entropy_coef,
             pdl=self.pdl,
         )
@@ -366,10 +362,11 @@ class UpdateChain:
         for layer, out in zip(self._policy.layers, self.state.policy, strict=True):
             rows.append(self._layer(rows[-1], layer, out.steps(steps)))
         action = x[0, ..., at : at + s.action_dim]
-        policy_sample(
-            rows[3].x, eps, self.inputs.mask, action, *logs, low=s.log_std_min, high=s.log_std_max, pdl=self.pdl
-        )
+        policy_sample(self._sample(rows[3], eps), action, *logs, pdl=self.pdl)
         return rows[1:]
+
+    def _sample(self, logits: Rows, eps: Tensor) -> Sample:
+        return Sample(logits.x, eps, self.inputs.mask, self.sizes.log_std_min, self.sizes.log_std_max)
 
     def _layer(self, x: Rows, layer: Layer, out: Rows, slabs: Slabs = EACH, dropout: Dropout | None = None) -> Rows:
         groups, e, n, d = out.x.shape

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, check_tensor, interpreting, jit, launch, pow2, tl
+from ..device.launch import await_producers, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 from ..device.philox import (
     check_state,
     distinct_pair,
@@ -23,7 +23,6 @@ from ..device.philox import (
     normal_pair,
     stream_words,
 )
-from ..layers.linear_tile import await_producers
 
 # Streams of one update, in the order of the grid. Never renumber: a seed means these draws.
 _FIRST_STREAM = 16

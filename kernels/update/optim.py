@@ -25,9 +25,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..device.launch import Precision, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
-from ..layers.linear_tile import await_producers, round_bits, store_rounded
-from ..losses.running_scale import lerp
+from ..device.arithmetic import lerp, round_bits, store_rounded
+from ..device.launch import Precision, await_producers, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 
 _MAX_PARTIALS = 1024
 _NORM_BLOCK = 2048

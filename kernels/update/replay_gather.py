@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..device.launch import cdiv, interpreting, jit, launch, pow2, tl
+from ..device.arithmetic import store_rounded
+from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
 from ..device.philox import check_state, four_words, stream_words
-from ..layers.linear_tile import await_producers, store_rounded
 
 _STREAM = 22
 # Entries of an observation a program takes.

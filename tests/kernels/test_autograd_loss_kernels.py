@@ -17,7 +17,7 @@ from tdmpc2_fast.kernels.autograd.losses import consistency, squashed_gaussian, 
 from tdmpc2_fast.kernels.device.launch import Precision, log_launches
 from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy
-from tdmpc2_fast.kernels.losses.policy_sample_gradient import policy_sample_gradient, policy_sample_gradient_reference
+from tdmpc2_fast.kernels.losses.policy_sample import Sample, policy_sample_gradient, policy_sample_gradient_reference
 from tdmpc2_fast.kernels.losses.two_hot_loss import BINARY
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("poisoned_memory")]
@@ -198,11 +198,11 @@ def test_the_gradient_kernel_and_its_reference(masked: bool) -> None:
     assert all(d is not None for d in arriving)
     (_, exact), (_, plain) = (gaussian_as_written(given, arriving, t) for t in (torch.float64, torch.float32))
     want = torch.empty(1, e, n, 2 * a, dtype=torch.float64, device=DEVICE)
-    policy_sample_gradient_reference(given[0][None].double(), *given[1:], *arriving, want, **RANGE)
+    policy_sample_gradient_reference(Sample(given[0][None].double(), *given[1:], **RANGE), *arriving, want)
     oracle.agree(want[0], exact)
     buffer, got = poisoned(1, e, n, 2 * a)
     logits, eps, mask = (None if t is None else placed(t) for t in given)
-    policy_sample_gradient(logits[None], eps, mask, *(placed(d) for d in arriving), got, **RANGE)
+    policy_sample_gradient(Sample(logits[None], eps, mask, **RANGE), *(placed(d) for d in arriving), got)
     judge("gradient", got[0], exact, plain, exact)
     oracle.assert_written(buffer, got)
 

@@ -17,6 +17,7 @@ from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.scalar_head import scalar_head, scalar_head_reference
 from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy, two_hot, two_hot_inv
 from tdmpc2_fast.kernels.losses import latent_loss, policy_sample
+from tdmpc2_fast.kernels.losses.policy_sample import Sample
 from tdmpc2_fast.kernels.losses.two_hot_loss import BINARY, two_hot_loss, two_hot_loss_reference
 
 pytestmark = MARKS
@@ -198,19 +199,20 @@ def test_policy_forward_and_backward(a: int, masked: bool) -> None:
     exact, plain = found.values()
     buffers = {"action": poisoned(e, n, a), "log_prob": poisoned(e, n), "entropy": poisoned(e, n)}
     views = [v for _, v in buffers.values()]
-    policy_sample.policy_sample(logits, eps, mask, *views, low=-10.0, high=2.0)
+    sample = Sample(logits, eps, mask, -10.0, 2.0)
+    policy_sample.policy_sample(sample, *views)
     want = torch.empty(1, e, n, 2 * a, dtype=torch.float64, device=DEVICE)
-    ends: Any = dict(low=-10.0, high=2.0, entropy_coef=0.01)
-    policy_sample.policy_gradient_reference(logits.double(), eps, mask, d, weight, scale, want, **ends)
+    doubled = sample._replace(logits=logits.double())
+    policy_sample.policy_gradient_reference(doubled, d, weight, scale, want, entropy_coef=0.01)
     oracle.agree(want[0], exact["g"])
     buffer, g = poisoned(1, e, n, 2 * a)
-    policy_sample.policy_gradient(logits, eps, mask, d, weight, scale, g, **ends)
+    policy_sample.policy_gradient(sample, d, weight, scale, g, entropy_coef=0.01)
     for name, (room, view) in [*buffers.items(), ("g", (buffer, g))]:
         got, true = (view[0] if name == "g" else view), exact[name].detach()
         judge(name, got, true, plain[name].detach(), true)
         oracle.assert_written(room, view)
     buffer, bare = poisoned(e, n, a, dtype=torch.bfloat16)
-    policy_sample.policy_sample(logits, eps, mask, bare, low=-10.0, high=2.0)
+    policy_sample.policy_sample(sample, bare)
     assert (bare.double() - exact["action"].detach()).abs().max() <= 2**-8
     oracle.assert_written(buffer, bare)
 
@@ -220,7 +222,7 @@ def test_saturated_policy_has_the_gradient_autograd_gives() -> None:
     eps, d = torch.ones(1, 1, 3, device=DEVICE), torch.ones(1, 1, 3, device=DEVICE)
     weight, scale = torch.ones(1, device=DEVICE), torch.ones(1, device=DEVICE)
     got = torch.empty_like(logits)
-    policy_sample.policy_gradient(logits, eps, None, d, weight, scale, got, low=-10.0, high=2.0, entropy_coef=0.01)
+    policy_sample.policy_gradient(Sample(logits, eps, None, -10.0, 2.0), d, weight, scale, got, entropy_coef=0.01)
     leaf = logits[0].detach().requires_grad_()
     (want,) = torch.autograd.grad(policy_loss(leaf, eps, None, d, weight, scale), leaf)
     torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-6)
