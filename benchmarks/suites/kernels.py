@@ -19,7 +19,7 @@ from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer
 from tdmpc2_fast.kernels.layers.rows import Layer, Rows
 from tdmpc2_fast.kernels.layers.scalar_head import scalar_head
 from tdmpc2_fast.kernels.layers.tiles import activates_once
-from tdmpc2_fast.kernels.layers.two_hot import two_hot_inv
+from tdmpc2_fast.kernels.layers.two_hot import Code, two_hot_inv
 from tdmpc2_fast.kernels.plan.buffers import PlanDraws
 from tdmpc2_fast.kernels.plan.mppi import elite_update, sample_actions, shift_mean
 from tdmpc2_fast.kernels.plan.mppi_begin import mppi_begin
@@ -197,7 +197,7 @@ class _Bench(OpBench):
         d, bins, groups = self.cfg.mlp_dim, self.cfg.num_bins, self.cfg.horizon + 2
         x, layer = self._rows(groups, d), self._layer(groups, bins, d, norm=False)
         out = torch.empty(groups, self.envs, self.cfg.num_samples, device=self.device)
-        edges = (bins, self.cfg.vmin, self.cfg.vmax)
+        edges = Code(bins, self.cfg.vmin, self.cfg.vmax)
         support = torch.linspace(self.cfg.vmin, self.cfg.vmax, bins, device=self.device)
 
         def fused() -> Tensor:
@@ -206,9 +206,7 @@ class _Bench(OpBench):
                 layer,
                 out,
                 how=How(self.precision, self.pdl),
-                num_bins=bins,
-                vmin=self.cfg.vmin,
-                vmax=self.cfg.vmax,
+                code=edges,
             )
             return out
 

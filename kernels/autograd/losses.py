@@ -21,6 +21,7 @@ from ..backward.input_gradient import input_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
 from ..device.launch import How, Precision
 from ..layers.rows import Layer
+from ..layers.two_hot import Code
 from ..losses import latent_loss
 from ..losses.policy_sample import Sample, policy_sample, policy_sample_gradient
 from ..losses.two_hot_loss import BINARY, two_hot_loss
@@ -161,9 +162,7 @@ def _two_hot(
             loss.view(s.groups, 1, s.rows),
             kept,
             how=How(p),
-            num_bins=num_bins,
-            vmin=vmin,
-            vmax=vmax,
+            code=Code(num_bins, vmin, vmax),
         )
     return loss, kept
 

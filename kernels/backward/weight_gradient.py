@@ -28,7 +28,7 @@ from .gradient_tile import Gradient, check_gradient, product_gradient, row_facto
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """Where gradients of G layers of equal shape go; float32, contiguous but for their groups."""
+    """Tells where gradients of G layers of equal shape go; float32, contiguous but for their groups."""
 
     weight: Tensor  # (G, D, K)
     bias: Tensor | None  # (G, D)

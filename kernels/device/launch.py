@@ -46,7 +46,7 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 
 @dataclass(frozen=True)
 class Precision:
-    """How products are computed; sums, norms and returns are float32 always.
+    """Tells how products are computed; sums, norms and returns are float32 always.
 
     dtype: of weights and activations in memory. dot: Triton's `input_precision`. Weights are
     rounded when they are packed (`operand`), what they meet is when it is read.
@@ -84,7 +84,7 @@ class Precision:
 
 
 class How(NamedTuple):
-    """How an op's kernels are launched."""
+    """Tells how an op's kernels are launched."""
 
     precision: Precision  # of products
     pdl: bool = False  # programmatic dependent launch: a kernel may start while the one before it ends

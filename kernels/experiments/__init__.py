@@ -1,1 +1,1 @@
-"""What is built and tested, and not proven to pay: nothing here is chosen unless it is asked for."""
+"""Experiments: built and tested, but not proven to pay. Nothing here runs unless it is asked for by name."""

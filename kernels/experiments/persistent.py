@@ -1,4 +1,7 @@
-"""One iteration's rollout and terminal value as one cooperative launch: an option for few environments.
+"""An experiment: one iteration's rollout and terminal value as one cooperative launch, for few environments.
+
+It saves launches and costs waiting inside one; which is more, nobody has measured. A plan takes it only
+where it is given `persistent=`; `bench plan-regimes` compares it with the chain of small kernels.
 
 Runs the same tiles as the chain of small kernels (layer_on_tile, policy_on_tile, scalars_on_tile),
 described by a table in device memory with one row a phase, made from the chain's own launches. A
@@ -132,7 +135,7 @@ def persistent_kernel(
             for part in range(rank, PARTS, TEAM):
                 policy_on_tile(
                     block * PARTS + part, x, w, eps, mask_ptr, actions, M, n, K, A, low, high,
-                    HAS_MASK, HIDDEN, ACTIONS, FROM_L2,
+                    HAS_MASK=HAS_MASK, DUE=HIDDEN, TILE=ACTIONS, FROM_L2=FROM_L2,
                 )  # fmt: skip
         elif kind > POLICY:
             scalars = Strided(_plain_ptr(rest, tl.float32), tl.load(rest + 1), tl.load(rest + 2), 1)
@@ -140,7 +143,7 @@ def persistent_kernel(
                 tile_m, g = block * PARTS + part // groups, (part % groups).to(tl.int64)
                 scalars_on_tile(
                     tile_m, g, x, w, scalars, M, n, D, K, vmin, vmax, scalars,
-                    HIDDEN, True, BINS, SCALARS, FROM_L2=FROM_L2,
+                    DUE=HIDDEN, MEMBERS=True, BINS=BINS, TILE=SCALARS, FROM_L2=FROM_L2,
                 )  # fmt: skip
         else:
             a, stats = _shared(rest, tl.float32), _strided(rest + 8, tl.float32)
@@ -148,18 +151,19 @@ def persistent_kernel(
             tiles_n = tl.cdiv(D, LAYERS.BN)
             for part in range(rank, groups * tiles_n, TEAM):
                 tile_n, g = part % tiles_n, (part // tiles_n).to(tl.int64)
-                # The flags: a main input, a side input, a bias per environment, what is due. No dropout.
                 if kind == AFTER_HIDDEN:
                     layer_on_tile(
                         block, tile_n, g, x, w, a, y, stats, M, n, D, K, A, None,
-                        True, False, False, HIDDEN, True, LAYERS, BA, FROM_L2=FROM_L2,
+                        HAS_X=True, HAS_SIDE=False, ENV_BIAS=False, DUE=HIDDEN, MEMBERS=True, TILE=LAYERS, BA=BA,
+                        FROM_L2=FROM_L2,
                     )  # fmt: skip
                 else:
                     # The first step has no latent of its own, the policy no action: K or A is 0
                     # there, and that product empty.
                     layer_on_tile(
                         block, tile_n, g, x, w, a, y, stats, M, n, D, K, A, None,
-                        True, True, True, LATENT, True, LAYERS, BA, FROM_L2=FROM_L2,
+                        HAS_X=True, HAS_SIDE=True, ENV_BIAS=True, DUE=LATENT, MEMBERS=True, TILE=LAYERS, BA=BA,
+                        FROM_L2=FROM_L2,
                     )  # fmt: skip
         if not ALONE:
             counter = counters_ptr + block

@@ -39,7 +39,7 @@ def grouped_layer_kernel(
     await_producers(PDL)
     layer_on_tile(
         tile_m, tile_n, g, x, w, a, y, stats, M, n, D, K, A, keep,
-        HAS_X, HAS_SIDE, ENV_BIAS, DUE, MEMBERS, TILE, BA, DROPOUT,
+        HAS_X=HAS_X, HAS_SIDE=HAS_SIDE, ENV_BIAS=ENV_BIAS, DUE=DUE, MEMBERS=MEMBERS, TILE=TILE, BA=BA, DROPOUT=DROPOUT,
     )  # fmt: skip
 
 

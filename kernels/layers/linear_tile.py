@@ -44,7 +44,7 @@ def add_product(
     x_ptrs = row_ptrs(source.x, g, rows, n)
     if DUE.IN_ACT:
         stats_ptrs = row_ptrs(source.stats, g, rows, n)
-        mean, rstd = merge_statistics(stats_ptrs, row_ok, K, DUE.IN_TILE, DUE.IN_TILES, FROM_L2)
+        mean, rstd = merge_statistics(stats_ptrs, row_ok, K, DUE.IN_TILE, DUE.IN_TILES, FROM_L2=FROM_L2)
         in_slab = slab_of(source.slab, g, DUE.IN_MEMBERS)
         gamma_ptr, beta_ptr = source.gamma_ptr + in_slab * K, source.beta_ptr + in_slab * K
     for start in range(0, K, TILE.BK):
@@ -130,10 +130,10 @@ def layer_on_tile(
     acc = tl.zeros((TILE.BM, TILE.BN), tl.float32)
     if HAS_SIDE:
         a_ptrs, side_ptr = row_ptrs(a, g, rows, n), w.side_ptr + slab * D * A
-        acc = add_small_product(acc, a_ptrs, row_ok, side_ptr, cols, col_ok, A, BA, TILE, FROM_L2)
+        acc = add_small_product(acc, a_ptrs, row_ok, side_ptr, cols, col_ok, A, BA, TILE, FROM_L2=FROM_L2)
     if HAS_X:
         w_ptr = w.ptr + slab * D * K
-        acc = add_product(acc, x, g, rows, n, row_ok, w_ptr, cols, col_ok, K, DUE, TILE, FROM_L2)
+        acc = add_product(acc, x, g, rows, n, row_ok, w_ptr, cols, col_ok, K, DUE, TILE, FROM_L2=FROM_L2)
     acc += bias
     if DROPOUT:
         acc = dropped(acc, keep, g, rows, n, row_ok[:, None] & col_ok[None, :], cols)
@@ -150,5 +150,5 @@ def logits_on_tile(
     col_ok = cols < D
     slab = slab_of(w.slab, g, MEMBERS)
     logits, w_ptr = tl.zeros((TILE.BM, TILE.BN), tl.float32), w.ptr + slab * D * K
-    logits = add_product(logits, x, g, rows, n, row_ok, w_ptr, cols, col_ok, K, DUE, TILE, FROM_L2)
+    logits = add_product(logits, x, g, rows, n, row_ok, w_ptr, cols, col_ok, K, DUE, TILE, FROM_L2=FROM_L2)
     return logits + tl.load(w.bias_ptr + slab * w.bias_s + cols, mask=col_ok, other=0.0)[None, :]

@@ -51,7 +51,8 @@ def policy_layer_kernel(
 ):  # fmt: skip
     """Compute the actions of BM rows, all 2A <= BN columns; grid (row tiles, 1)."""
     await_producers(PDL)
-    policy_on_tile(tl.program_id(0), x, w, eps, mask_ptr, y, M, n, K, A, low, high, HAS_MASK, DUE, TILE)
+    tile_m = tl.program_id(0)
+    policy_on_tile(tile_m, x, w, eps, mask_ptr, y, M, n, K, A, low, high, HAS_MASK=HAS_MASK, DUE=DUE, TILE=TILE)
 
 
 def interleave(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ LEAST_COLUMNS = 32
 
 @dataclass(frozen=True)
 class Slabs:
-    """Which slab of a packed layer each group g uses: base + members[g], or base + step g."""
+    """Tells which slab of a packed layer each group g uses: base + members[g], or base + step g."""
 
     base: int = 0
     step: int = 1
@@ -50,7 +50,7 @@ EACH = Slabs()
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which entries of a pre-activation stay, in groups from `first` on; those are multiplied by `scale`."""
+    """Tells which entries of a pre-activation stay, in groups from `first` on; those are multiplied by `scale`."""
 
     keep: Tensor  # (G - first, E, n, D) uint8, 0 or 1
     scale: float  # 1 / (1 - p)

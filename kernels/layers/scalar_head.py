@@ -20,7 +20,7 @@ from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
 from .rows import EACH, Layer, Rows, Slabs
 from .tiles import Tile
-from .two_hot import two_hot_inv
+from .two_hot import Code, two_hot_inv
 
 
 @jit
@@ -63,7 +63,7 @@ def scalars_on_tile(
     """Reduce BM rows of group g, all D <= BN columns, to a scalar each, with its gradient in `d` if GRADIENT."""
     rows, cols = tile_m * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
     row_ok = rows < M
-    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS, FROM_L2)
+    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS=MEMBERS, FROM_L2=FROM_L2)
     scalar, gradient = scalar_of(logits, cols, D, vmin, vmax, BINS)
     tl.store(row_ptrs(y, g, rows, n), scalar, mask=row_ok)
     if GRADIENT:
@@ -80,7 +80,10 @@ def scalar_head_kernel(
     """Reduce BM rows of one group, all D <= BN columns; grid (row tiles, groups)."""
     await_producers(PDL)
     tile_m, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    scalars_on_tile(tile_m, g, x, w, y, M, n, D, K, vmin, vmax, d, DUE, MEMBERS, BINS, TILE, GRADIENT)
+    scalars_on_tile(
+        tile_m, g, x, w, y, M, n, D, K, vmin, vmax, d,
+        DUE=DUE, MEMBERS=MEMBERS, BINS=BINS, TILE=TILE, GRADIENT=GRADIENT,
+    )  # fmt: skip
 
 
 def scalar_head(
@@ -89,9 +92,7 @@ def scalar_head(
     out: Tensor,
     *,
     how: How,
-    num_bins: int,
-    vmin: float,
-    vmax: float,
+    code: Code,
     slabs: Slabs = EACH,
     gradient: Tensor | None = None,
     tile: Tile | None = None,
@@ -100,23 +101,25 @@ def scalar_head(
 
     Args:
         x: (G or 1, E, n, K) rows; an activation due is applied.
-        layer: packed (S, max(num_bins, 1), K), no LayerNorm.
+        layer: packed (S, max(bins, 1), K), no LayerNorm.
         out: (G, E, n) float32, contiguous in its last dim.
         how: precision of the product, and whether the launch may start early.
-        num_bins, vmin, vmax: the code, as in two_hot.py; 0 bins give the logit itself.
+        code: what the logits stand for; 0 bins give the logit itself.
         slabs: slab of `layer` of each group.
-        gradient: out: (G, E, n, max(num_bins, 1)), of each scalar to its logits; None for none.
+        gradient: out: (G, E, n, max(bins, 1)), of each scalar to its logits; None for none.
         tile: None takes the table's.
     """
     groups, e, n = out.shape
     d, k = layer.weight.shape[1:]
-    grid, inputs, constants = last_layer(x, layer, (groups, e, n), max(num_bins, 1), how=how, slabs=slabs, tile=tile)
+    grid, inputs, constants = last_layer(
+        x, layer, (groups, e, n), max(code.num_bins, 1), how=how, slabs=slabs, tile=tile
+    )
     if gradient is not None and (gradient.shape != (groups, e, n, d) or gradient.stride(-1) != 1):
         raise ValueError(f"gradient: got shape {tuple(gradient.shape)}, allowed: {(groups, e, n, d)}")
     launch(
-        scalar_head_kernel, grid, *inputs, strided(out), e * n, n, d, k, float(vmin), float(vmax),
+        scalar_head_kernel, grid, *inputs, strided(out), e * n, n, d, k, float(code.vmin), float(code.vmax),
         strided(x.x if gradient is None else gradient),
-        MEMBERS=slabs.members is not None, BINS=min(num_bins, 2), GRADIENT=gradient is not None, **constants,
+        MEMBERS=slabs.members is not None, BINS=min(code.num_bins, 2), GRADIENT=gradient is not None, **constants,
     )  # fmt: skip
 
 
@@ -126,16 +129,14 @@ def scalar_head_reference(
     layer: Layer,
     out: Tensor,
     how: How,
-    num_bins: int,
-    vmin: float,
-    vmax: float,
+    code: Code,
     slabs: Slabs,
     gradient: Tensor | None,
 ) -> None:
     """Compute `scalar_head` in plain torch, its gradient by autograd."""
     logits = last_layer_reference(x, layer, out, how, slabs).requires_grad_(gradient is not None)
     with torch.set_grad_enabled(gradient is not None):
-        value = two_hot_inv(logits, num_bins, vmin, vmax)
+        value = two_hot_inv(logits, *code)
     out.copy_(value.detach().squeeze(-1))
     if gradient is not None:
         gradient.copy_(torch.autograd.grad(value.sum(), logits)[0])

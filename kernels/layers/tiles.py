@@ -25,7 +25,7 @@ THROUGHPUT_UPDATE = 2**21
 
 
 class Product(NamedTuple):
-    """How a program computes its product: constants of a kernel."""
+    """Tells how a program computes its product: constants of a kernel."""
 
     BM: int
     BN: int

@@ -6,8 +6,18 @@ plain values, both with a squared error.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Code(NamedTuple):
+    """Tells what the logits of a head stand for."""
+
+    num_bins: int
+    vmin: float  # first and last bin, in symlog
+    vmax: float
 
 
 def symlog(x: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def policy_sample_kernel(
     row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
     await_producers(PDL)
-    mean, log_std, _, noise, alive = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK, BA)
+    mean, log_std, _, noise, alive = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK=HAS_MASK, BA=BA)
     a = tanh(mean + noise * tl.exp(log_std))
     store_rounded(row_ptrs(action, 0, rows, n)[:, None] + dims, a, ok, INTERPRETED)
     if HAS_ENTROPY:
@@ -160,12 +160,12 @@ def policy_gradient_kernel(
     row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
     await_producers(PDL)
-    drawn = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK, BA)
+    drawn = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK=HAS_MASK, BA=BA)
     weight = -tl.load(weight_ptr + rows // n, mask=row_ok, other=0.0)
     to_action = tl.load(row_ptrs(d_action, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
     # The mean of two critics, over the running scale.
     to_action *= (weight * 0.5 / tl.load(scale_ptr))[:, None]
-    store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, 0.0, weight * entropy_coef, INTERPRETED)
+    store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, 0.0, weight * entropy_coef, INTERPRETED=INTERPRETED)
 
 
 @jit
@@ -178,11 +178,11 @@ def policy_sample_gradient_kernel(
     row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
     await_producers(PDL)
-    drawn = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK, BA)
+    drawn = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK=HAS_MASK, BA=BA)
     to_action = tl.load(row_ptrs(d_action, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
     to_log_prob = tl.load(row_ptrs(d_log_prob, 0, rows, n), mask=row_ok, other=0.0)
     to_entropy = tl.load(row_ptrs(d_entropy, 0, rows, n), mask=row_ok, other=0.0)
-    store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, to_log_prob, to_entropy, INTERPRETED)
+    store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, to_log_prob, to_entropy, INTERPRETED=INTERPRETED)
 
 
 def policy_sample(

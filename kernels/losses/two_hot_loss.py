@@ -21,7 +21,7 @@ from ..layers.last_layer import last_layer, last_layer_reference
 from ..layers.linear_tile import logits_on_tile
 from ..layers.rows import EACH, Layer, Rows, Slabs
 from ..layers.tiles import Tile
-from ..layers.two_hot import soft_cross_entropy
+from ..layers.two_hot import Code, soft_cross_entropy
 
 BINARY = -1
 """In place of a number of bins: one logit, binary cross-entropy (termination)."""
@@ -37,7 +37,7 @@ def two_hot_loss_kernel(
     rows, cols = tl.program_id(0) * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
     row_ok, col_ok = rows < M, (cols < D)[None, :]
     await_producers(PDL)
-    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS)
+    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS=MEMBERS)
     goal = tl.load(row_ptrs(target, tl.minimum(g, targets - 1), rows, n), mask=row_ok, other=0.0)  # [BM]
     weight = tl.load(weight_ptr + g * E + rows // n, mask=row_ok, other=0.0)[:, None]
     if BINS > 1:
@@ -85,9 +85,7 @@ def two_hot_loss(
     gradient: Tensor,
     *,
     how: How,
-    num_bins: int,
-    vmin: float,
-    vmax: float,
+    code: Code,
     slabs: Slabs = EACH,
     tile: Tile | None = None,
 ) -> None:
@@ -95,19 +93,21 @@ def two_hot_loss(
 
     Args:
         x: (G or 1, E, n, K) rows; an activation due is applied.
-        layer: packed (S, max(num_bins, 1), K), no LayerNorm.
+        layer: packed (S, max(bins, 1), K), no LayerNorm.
         target: (T, E, n) float32; group g has target min(g, T - 1).
         weight: (G, E) float32, contiguous: of each row's loss in the whole.
         loss: out: (G, E, n) float32, not weighted.
-        gradient: out: (G, E, n, max(num_bins, 1)), weighted.
+        gradient: out: (G, E, n, max(bins, 1)), weighted.
         how: precision of the product, and whether the launch may start early.
-        num_bins, vmin, vmax: the code, as in two_hot.py; `BINARY` is one logit and cross-entropy.
+        code: what the logits stand for; `BINARY` in place of bins is one logit and cross-entropy.
         slabs: slab of `layer` of each group.
         tile: None takes the table's.
     """
     groups, e, n = loss.shape
     d, k = layer.weight.shape[1:]
-    grid, inputs, constants = last_layer(x, layer, (groups, e, n), max(num_bins, 1), how=how, slabs=slabs, tile=tile)
+    grid, inputs, constants = last_layer(
+        x, layer, (groups, e, n), max(code.num_bins, 1), how=how, slabs=slabs, tile=tile
+    )
     if target.shape[1:] != (e, n) or weight.shape != (groups, e) or not weight.is_contiguous():
         got = f"{tuple(target.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"target and weight: got {got}, allowed: (T, {e}, {n}) and contiguous ({groups}, {e})")
@@ -115,8 +115,8 @@ def two_hot_loss(
         raise ValueError(f"gradient: got shape {tuple(gradient.shape)}, allowed: {(groups, e, n, d)}")
     launch(
         two_hot_loss_kernel, grid, *inputs, strided(target), len(target), weight, strided(loss), strided(gradient),
-        e * n, n, e, d, k, float(vmin), float(vmax),
-        MEMBERS=slabs.members is not None, BINS=min(num_bins, 2), **constants,
+        e * n, n, e, d, k, float(code.vmin), float(code.vmax),
+        MEMBERS=slabs.members is not None, BINS=min(code.num_bins, 2), **constants,
     )  # fmt: skip
 
 
@@ -129,19 +129,17 @@ def two_hot_loss_reference(
     loss: Tensor,
     gradient: Tensor,
     how: How,
-    num_bins: int,
-    vmin: float,
-    vmax: float,
+    code: Code,
     slabs: Slabs,
 ) -> None:
     """Compute `two_hot_loss` in plain torch, its gradient by autograd."""
     logits = last_layer_reference(x, layer, loss, how, slabs).requires_grad_()
     goal = torch.stack([target[min(g, len(target) - 1)] for g in range(len(loss))]).to(logits).unsqueeze(-1)
     with torch.enable_grad():
-        if num_bins == BINARY:
+        if code.num_bins == BINARY:
             value = F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
         else:
-            value = soft_cross_entropy(logits, goal, num_bins, vmin, vmax)
+            value = soft_cross_entropy(logits, goal, *code)
         (d,) = torch.autograd.grad(value, logits, weight.to(logits)[..., None, None].expand_as(value))
     loss.copy_(value.detach().squeeze(-1))
     gradient.copy_(d)

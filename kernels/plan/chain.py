@@ -29,6 +29,7 @@ from ..layers.policy_layer import policy_layer
 from ..layers.rows import EACH, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
 from ..layers.tiles import activates_once, layer_tile
+from ..layers.two_hot import Code
 from .buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanDraws, PlanInputs, PlanSizes, PlanState, PlanWeights
 from .mppi_begin import mppi_begin
 from .mppi_refine import Choice, mppi_refine
@@ -302,8 +303,6 @@ class PlanChain:
             layer,
             out,
             how=self.how,
-            num_bins=num_bins,
-            vmin=self.sizes.vmin,
-            vmax=self.sizes.vmax,
+            code=Code(num_bins, self.sizes.vmin, self.sizes.vmax),
             slabs=slabs,
         )

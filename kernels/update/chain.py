@@ -35,6 +35,7 @@ from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
 from ..layers.tiles import Tile, finishes_once, input_gradient_tile, ready_tile
+from ..layers.two_hot import Code
 from ..losses.latent_loss import consistency, td_target
 from ..losses.policy_sample import Sample, policy_gradient, policy_sample
 from ..losses.running_scale import running_scale
@@ -110,7 +111,7 @@ class UpdateChain:
         self._targets = [x.moved(-layout.heads_start).layer(self.target, operand) for x in layout.heads]
         self.losses = UpdateLosses(sizes, device)
         # How last layers are read, with what every launch is given.
-        self._code: dict[str, Any] = dict(how=self.how, num_bins=sizes.num_bins, vmin=sizes.vmin, vmax=sizes.vmax)
+        self._code: dict[str, Any] = dict(how=self.how, code=Code(sizes.num_bins, sizes.vmin, sizes.vmax))
 
     def run(self) -> None:
         """One update from `inputs`, of a model of states and a single task."""
@@ -280,7 +281,7 @@ class UpdateChain:
         rows = [first, self._layer(first, net.layers[1], state.termination[1])]
         losses, d = self.losses, state.d_termination[2].x
         goal, weight = self.inputs.terminated, losses.termination_weight
-        code = self._code | dict(num_bins=BINARY)
+        code = self._code | dict(code=self._code["code"]._replace(num_bins=BINARY))
         two_hot_loss(rows[1].ready(), net.layers[2], goal, weight, losses.termination_loss, d, **code)
         self._back_to(state.d_x[:, 1:], net, x, rows, state.d_termination)
 

@@ -1,4 +1,4 @@
-"""A rehearsal of a CUDA device on the CPU: what only a GPU runs, run without one.
+"""An experiment: a rehearsal of a CUDA device on the CPU. What it lets pass, `pytest -m gpu` may still refuse.
 
 Code that is taken on a GPU alone (captured graphs, streams and events, copies between host and
 device, launches with the options of a chip) would else be tried there first. Here tensors live on
@@ -35,7 +35,7 @@ _WAIT |= {"nonzero", "masked_select", "unique", "cpu", "__repr__", "__format__",
 
 
 class _State:
-    """Of the device that is rehearsed."""
+    """The state of the device that is rehearsed."""
 
     recording: list[Callable[[], None]] | None = None
     sync_debug = "default"
@@ -48,7 +48,7 @@ def _storage(x: Tensor) -> Any:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether a tensor says it is on the device."""
+    """Tell whether a tensor says it is on the device."""
     return getattr(_storage(x), "rehearsed", False)
 
 
@@ -57,7 +57,7 @@ def _put(x: Tensor) -> None:
 
 
 def _wait(what: str, asked: bool = False) -> None:
-    """The host would wait for the device here; `asked`: as the code says."""
+    """Note that the host would wait for the device here; `asked`: as the code says."""
     if _State.recording is not None:
         raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
     if _State.sync_debug == "error" and not asked:
@@ -69,7 +69,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _fresh(given: list[Tensor], found: list[Tensor]) -> list[Tensor]:
-    """Of the results of a function, those that are no views of what it was given."""
+    """Return the results of a function that are no views of what it was given."""
     before = {_storage(x).data_ptr() for x in given}
     return [x for x in found if _storage(x).data_ptr() not in before or not _storage(x).data_ptr()]
 
@@ -81,7 +81,7 @@ def _is_gpu(device: Any) -> bool:
 
 
 class Rehearsal(TorchFunctionMode):
-    """Within: tensors asked for on `cuda` are host tensors that say they are there."""
+    """A mode in which tensors asked for on `cuda` are host tensors that say they are there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -202,12 +202,12 @@ class Rehearsal(TorchFunctionMode):
 
 
 def _plainly() -> Any:
-    """Within: torch's functions without the rehearsal, where it is on."""
+    """Run torch's functions without the rehearsal, where it is on."""
     return _pop_mode_temporarily() if torch._C._len_torch_function_stack() else nullcontext()
 
 
 class _Marker(TorchDispatchMode):
-    """Within: what torch makes, below its functions, of tensors of the device is there, too."""
+    """A mode in which what torch makes, below its functions, of tensors of the device is there, too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with _plainly():
@@ -220,7 +220,7 @@ class _Marker(TorchDispatchMode):
 
 
 class _Recorder(TorchDispatchMode):
-    """Within: what torch executes, below autograd, is kept to be executed again."""
+    """A mode that keeps what torch executes, below autograd, to execute it again."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -241,7 +241,7 @@ def _lists(index: Any) -> bool:
 
 
 class _Stream:
-    """One of the device, whose work is done at once."""
+    """A stream of the device, whose work is done at once."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = GPU
@@ -314,7 +314,7 @@ def _graph(graph: _Graph, pool: Any = None, stream: Any = None, capture_error_mo
 
 
 class _Launcher:
-    """kernel[grid] under the interpreter, with what a chip would be told."""
+    """Stands for kernel[grid]: runs under the interpreter, and is given what a chip would be told."""
 
     OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion")
 
@@ -355,7 +355,7 @@ def begin() -> None:
     generator = torch.Generator
 
     class Generator(generator):  # type: ignore[misc, valid-type]
-        """One of either place; draws of the device are the host's."""
+        """A generator of either place; draws of the device are the host's."""
 
         rehearsed = False
 

@@ -72,7 +72,7 @@ with torch.no_grad():
     d_x.add_(x)
 """,
     kernels="""
-from tdmpc2_fast.kernels.launch import jit, launch, tl
+from tdmpc2_fast.kernels.device.launch import jit, launch, tl
 @jit
 def double(x_ptr, PDL: tl.constexpr):
     at = x_ptr + tl.program_id(0)

@@ -27,7 +27,7 @@ SIZES = [(1,), (3000,), (7, 1), (37, 5), (300, 301), (5, 40, 24), (3, 1, 9)]
 
 
 def drawn(precision: Precision) -> tuple[list[tuple[Tensor, Tensor, bool]], list[Tensor]]:
-    """Pairs, sources between NaN, places NaN; and the buffers these are views of."""
+    """Draw pairs, sources between NaN, places NaN; return them, and the buffers these are views of."""
     pairs, buffers = [], []
     for i, size in enumerate(SIZES):
         is_operand = bool(i % 2)

@@ -19,6 +19,7 @@ from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer
 from tdmpc2_fast.kernels.layers.rows import Layer
 from tdmpc2_fast.kernels.layers.scalar_head import scalar_head
 from tdmpc2_fast.kernels.layers.tiles import Tile
+from tdmpc2_fast.kernels.layers.two_hot import Code
 
 pytestmark = oracle.MARKS
 
@@ -28,7 +29,7 @@ ULP = 2**-24
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Other numbers each run, and the line that repeats them shown where a test fails."""
+    """Draw other numbers each run, and show the line that repeats them where a test fails."""
     return oracle.reseed(request.node.name, "tests/kernels/test_head_kernels.py")
 
 
@@ -96,13 +97,13 @@ def test_heads_in_tf32() -> None:
 
 
 def scalars_of_logits(logits: Tensor, bins: int, vmin: float = -10.0, vmax: float = 10.0) -> Tensor:
-    """Scalars where the logits of each of R groups are given: (R, bins) -> (R,)."""
+    """Return scalars where the logits of each of R groups are given: (R, bins) -> (R,)."""
     groups = len(logits)
     zero = replace(random_layer(FLOAT32, groups, logits.shape[1], 8, act=""), bias=logits.contiguous())
     zero.weight.zero_()
     out = torch.full((groups, 1, 1), torch.nan, device=DEVICE)
     x = random_rows(FLOAT32, 1, 1, 1, 8)
-    scalar_head(x, zero, out, how=How(FLOAT32), num_bins=bins, vmin=vmin, vmax=vmax)
+    scalar_head(x, zero, out, how=How(FLOAT32), code=Code(bins, vmin, vmax))
     return out[:, 0, 0]
 
 
@@ -136,7 +137,7 @@ def test_without_bins_the_logit_is_the_scalar() -> None:
 def actions_of(
     mean: Tensor, log_std: Tensor, eps: Tensor, low: float = -10.0, high: float = 2.0, mask: Tensor | None = None
 ) -> Tensor:
-    """Actions (A,) where mean and log std logits (A,) are given."""
+    """Return actions (A,) where mean and log std logits (A,) are given."""
     a = len(mean)
     layer = random_layer(FLOAT32, 1, 2 * a, 8, act="")
     layer.weight.zero_()
@@ -199,14 +200,14 @@ def head(outputs: int) -> Layer:
 
 
 def bad_scalars() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Arguments that are refused: the name in the message, and what comes."""
+    """Return arguments that are refused: the name in the message, and what comes."""
     return {
         "x of three groups": ("x", dict(x=random_rows(FLOAT32, 3, 3, 5, 24))),
         "x of four rows": ("x", dict(x=random_rows(FLOAT32, 2, 3, 4, 24))),
         "x of another width": ("x", dict(x=random_rows(FLOAT32, 2, 3, 5, 25))),
         "no statistics": ("x", dict(x=replace(random_rows(FLOAT32, 2, 3, 5, 24), stats=None))),
-        "other bins": ("layer", dict(num_bins=8)),
-        "outputs for no bins": ("layer", dict(num_bins=0)),
+        "other bins": ("layer", dict(code=Code(8, -1, 1))),
+        "outputs for no bins": ("layer", dict(code=Code(0, -1, 1))),
         "out of another size": ("x", dict(out=torch.empty(2, 3, 4, device=DEVICE))),
     }
 
@@ -215,14 +216,14 @@ def bad_scalars() -> dict[str, tuple[str, dict[str, Any]]]:
 def test_bad_arguments_of_scalars_are_named(what: str) -> None:
     name, changes = bad_scalars()[what]
     args: dict[str, Any] = dict(x=random_rows(FLOAT32, 2, 3, 5, 24), layer=head(7))
-    args |= dict(out=torch.empty(2, 3, 5, device=DEVICE), how=How(FLOAT32), num_bins=7, vmin=-1, vmax=1)
+    args |= dict(out=torch.empty(2, 3, 5, device=DEVICE), how=How(FLOAT32), code=Code(7, -1, 1))
     scalar_head(**args)
     with pytest.raises(ValueError, match=rf"^{name}: .*allowed: "):
         scalar_head(**{**args, **changes})
 
 
 def bad_policy() -> dict[str, tuple[str, dict[str, Any]]]:
-    """As `bad_scalars`."""
+    """Return arguments as `bad_scalars` does."""
     return {
         "two groups": ("x", dict(x=random_rows(FLOAT32, 2, 3, 5, 24))),
         "x of two environments": ("x", dict(x=random_rows(FLOAT32, 1, 2, 5, 24))),

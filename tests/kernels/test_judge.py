@@ -14,7 +14,7 @@ Distort = Callable[[int, Tensor], Tensor]
 
 
 def case(distort: Distort, draws: list[int]) -> Callable[[], None]:
-    """A check of an operation that errs like plain torch, its errors distorted, which counts its draws."""
+    """Return a check of an operation that errs like plain torch, its errors distorted, which counts its draws."""
 
     @pooled
     def check() -> None:

@@ -34,6 +34,7 @@ from tdmpc2_fast.kernels.layers.policy_layer import policy_layer
 from tdmpc2_fast.kernels.layers.rows import Layer, Rows, Slabs
 from tdmpc2_fast.kernels.layers.scalar_head import scalar_head
 from tdmpc2_fast.kernels.layers.tiles import Tile
+from tdmpc2_fast.kernels.layers.two_hot import Code
 
 pytestmark = oracle.MARKS
 
@@ -47,7 +48,7 @@ def named(options: object) -> str | None:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Other numbers each run, and the line that repeats them shown where a test fails."""
+    """Draw other numbers each run, and show the line that repeats them where a test fails."""
     return oracle.reseed(request.node.name, "tests/kernels/test_layer_kernels.py")
 
 
@@ -228,7 +229,7 @@ def test_tf32_takes_operands_to_the_nearest() -> None:
 
 
 def readers(p: Precision, e: int, n: int, k: int) -> dict[str, Callable[[Rows], Tensor]]:
-    """Every op that reads rows (2, e, n, k), all else fixed."""
+    """Return every op that reads rows (2, e, n, k), all else fixed."""
     layer, heads = random_layer(p, 2, 24, k, 3), random_layer(p, 2, 7, k, act="")
     policy = random_layer(p, 1, 6, k, act="")
     a, eps = randn(e, n, 3), randn(e, n, 3)
@@ -239,7 +240,7 @@ def readers(p: Precision, e: int, n: int, k: int) -> dict[str, Callable[[Rows], 
 
     def through_scalars(x: Rows) -> Tensor:
         out = torch.empty(2, e, n, device=DEVICE)
-        scalar_head(x, heads, out, how=How(p), num_bins=7, vmin=-2, vmax=2)
+        scalar_head(x, heads, out, how=How(p), code=Code(7, -2, 2))
         return out.unsqueeze(-1)
 
     def through_policy(x: Rows) -> Tensor:
@@ -348,7 +349,7 @@ def test_reference_has_the_same_signature() -> None:
 
 
 def bad() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Arguments that are refused: how the message starts, and what comes; right ones are (2, 3, 5, 24) and 3 wide."""
+    """Return arguments that are refused: how the message starts, and what comes; (2, 3, 5, 24) and 3 wide is right."""
     return {
         "x of three groups": ("x", dict(x=Rows(randn(3, 3, 5, 24)))),
         "x of two environments": ("x", dict(x=Rows(randn(2, 2, 5, 24)))),
@@ -387,7 +388,7 @@ def test_unknown_precision_is_refused() -> None:
 
 
 def any_case(rng: random.Random) -> tuple[Callable[..., None], dict[str, Any]]:
-    """A check and its options, small enough for the interpreter."""
+    """Draw a check and its options, small enough for the interpreter."""
     due, v = rng.choice(["mish", "simnorm"]), rng.choice([2, 4, 8, 16])
 
     def width() -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tdmpc2_fast.kernels.device.launch import How, Precision
 from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.scalar_head import scalar_head, scalar_head_reference
-from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy, two_hot, two_hot_inv
+from tdmpc2_fast.kernels.layers.two_hot import Code, soft_cross_entropy, two_hot, two_hot_inv
 from tdmpc2_fast.kernels.losses import latent_loss, policy_sample
 from tdmpc2_fast.kernels.losses.policy_sample import Sample
 from tdmpc2_fast.kernels.losses.two_hot_loss import BINARY, two_hot_loss, two_hot_loss_reference
@@ -29,7 +29,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 def logits_of(x: Any, layer: Any, slabs: list[int], dtype: torch.dtype) -> Tensor:
-    """(G, E, n, D) by plain torch in one type."""
+    """Compute logits (G, E, n, D) by plain torch in one type."""
     dense = oracle.plain_activation(x.x.to(dtype), x.layer, x.slabs)
     rows = [
         F.linear(dense[min(g, len(dense) - 1)], layer.weight[s].to(dtype), layer.bias[s].to(dtype))
@@ -39,7 +39,7 @@ def logits_of(x: Any, layer: Any, slabs: list[int], dtype: torch.dtype) -> Tenso
 
 
 def loss_of(logits: Tensor, target: Tensor, bins: int, ends: tuple[float, float]) -> Tensor:
-    """As one writes it: (G, E, n, 1)."""
+    """Compute the loss as one writes it: (G, E, n, 1)."""
     goal = torch.stack([target[min(g, len(target) - 1)] for g in range(len(logits))]).to(logits.dtype).unsqueeze(-1)
     if bins == BINARY:
         return F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
@@ -86,7 +86,7 @@ def check_loss(
     x = oracle.random_rows(p, groups, e, rows, k)
     target = torch.rand(2, e, rows, device=DEVICE).round() if bins == BINARY else 3 * randn(2, e, rows).exp() - 3
     weight = torch.rand(groups, e, device=DEVICE)
-    options: Any = dict(how=How(p), num_bins=bins, vmin=ends[0], vmax=ends[1], slabs=which)
+    options: Any = dict(how=How(p), code=Code(bins, *ends), slabs=which)
     found = {}
     for dtype in (torch.float64, torch.bfloat16 if precision == "bfloat16" else torch.float32):
         logits = logits_of(x, layer, which.of(groups), dtype)
@@ -115,8 +115,8 @@ def test_targets_at_and_beyond_the_ends(value: float) -> None:
     layer = type(layer)(layer.weight[1:], layer.bias[1:])
     target = torch.full((1, 1, 33), value, device=DEVICE)
     loss, gradient = torch.empty(1, 1, 33, device=DEVICE), torch.empty(1, 1, 33, 101, device=DEVICE)
-    two_hot_loss(x, layer, target, torch.ones(1, 1, device=DEVICE), loss, gradient, how=How(p), num_bins=101,
-                 vmin=-10, vmax=10)  # fmt: skip
+    two_hot_loss(x, layer, target, torch.ones(1, 1, device=DEVICE), loss, gradient, how=How(p),
+                 code=Code(101, -10, 10))  # fmt: skip
     logits = logits_of(x, layer, [0], torch.float64)
     want = loss_of(logits, target, 101, (-10.0, 10.0))
     torch.testing.assert_close(loss.double(), want.detach().squeeze(-1), rtol=1e-5, atol=1e-5)
@@ -130,7 +130,7 @@ def test_a_target_that_is_nan_is_a_loss_that_is_nan() -> None:
     target = torch.tensor([[[1.0, torch.nan, 2.0]]], device=DEVICE)
     loss, gradient = torch.empty(1, 1, 3, device=DEVICE), torch.empty(1, 1, 3, 101, device=DEVICE)
     two_hot_loss(x, type(layer)(layer.weight[1:], layer.bias[1:]), target, torch.ones(1, 1, device=DEVICE), loss,
-                 gradient, how=How(p), num_bins=101, vmin=-10, vmax=10)  # fmt: skip
+                 gradient, how=How(p), code=Code(101, -10, 10))  # fmt: skip
     assert loss.isnan().tolist() == [[[False, True, False]]]
     assert gradient.isnan().any(-1).tolist() == [[[False, True, False]]]
 
@@ -144,7 +144,7 @@ def test_value_and_its_gradient(precision: str, bins: int, slabs: str) -> None:
     p = Precision(precision)
     which, count = oracle.random_slabs(slabs, 2)
     layer, x = oracle.random_layer(p, count, max(bins, 1), 40, act=""), oracle.random_rows(p, 2, 3, 333, 40)
-    options: Any = dict(how=How(p), num_bins=bins, vmin=-10.0, vmax=10.0, slabs=which)
+    options: Any = dict(how=How(p), code=Code(bins, -10.0, 10.0), slabs=which)
     found = {}
     for dtype in (torch.float64, torch.bfloat16 if precision == "bfloat16" else torch.float32):
         logits = logits_of(x, layer, which.of(2), dtype)
@@ -168,7 +168,7 @@ def test_value_and_its_gradient(precision: str, bins: int, slabs: str) -> None:
 
 
 def policy_loss(logits: Tensor, eps: Tensor, mask: Tensor | None, d: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """As written in the paper; linear in the action, with the slope given."""
+    """Compute the loss as written in the paper; linear in the action, with the slope given."""
     dtype = logits.dtype
     out = policy_head(logits, eps.to(dtype), -10.0, 2.0, None if mask is None else mask.to(dtype))
     q = (out.action * d.to(dtype)).sum(-1, keepdim=True) / 2

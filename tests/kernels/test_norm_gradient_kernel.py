@@ -26,7 +26,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 def draw(precision: str, **sizes: Any) -> Gradient:
-    """A gradient of rows, those of the layer's vectors wanted."""
+    """Draw a gradient of rows, those of the layer's vectors wanted."""
     options: Any = dict(
         groups=2, e=2, n=33, k=24, d=40, norm=True, x="own", due="", v=8, dropout=None, slabs="1", in_slabs="1",
         g_tile=32, y_tile=32, in_tile=32, offset=0.0,

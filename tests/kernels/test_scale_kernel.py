@@ -24,7 +24,7 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 
 
 def after(q: Tensor, value: float = 1.0, tau: float = 1.0) -> Tensor:
-    """The value after one step; at tau 1 it is the range itself."""
+    """Return the value after one step; at tau 1 it is the range itself."""
     out = torch.full((3,), torch.nan, device=DEVICE)
     out[1] = value
     running_scale(q, out[1:2], tau=tau)

@@ -44,7 +44,7 @@ class Found(NamedTuple):
 
 
 def normalised(x: Tensor, layer: Layer, slabs: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """LN(x) of each group with its inputs as leaves: (result, x, gamma, beta)."""
+    """Compute LN(x) of each group with its inputs as leaves: (result, x, gamma, beta)."""
     out = []
     for y, s in zip(x, slabs, strict=True):
         assert layer.ln_weight is not None
@@ -62,7 +62,7 @@ def act(h: Tensor, layer: Layer) -> Tensor:
 
 
 def through_norm(g: Gradient, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """dL/dy, dγ and dβ of each group of a gradient, in one type, as autograd gives them."""
+    """Compute dL/dy, dγ and dβ of each group of a gradient, in one type, as autograd gives them."""
     dys, gammas, betas = [], [], []
     assert g.rows is not None
     assert g.rows.layer is not None
@@ -88,7 +88,7 @@ def by_autograd(
     summed: bool,
     due: bool,
 ) -> Found:
-    """All gradients in one type, as autograd gives them."""
+    """Compute all gradients in one type, as autograd gives them."""
     g = case.gradient
     dys, gammas, betas = (list(g.x.to(dtype)), [], []) if g.rows is None else through_norm(g, dtype)
     below = case.below
@@ -124,7 +124,7 @@ def by_autograd(
 
 
 def random_gradient(precision: Precision, rows: Rows | None, sizes: tuple[int, ...], tile: int) -> Gradient:
-    """A gradient of rows, or of a plain product, with its sums."""
+    """Draw a gradient of rows, or of a plain product, with its sums."""
     x = placed(randn(*sizes).to(precision.dtype))
     if rows is None:
         return Gradient(x)
@@ -141,7 +141,7 @@ def random_gradient(precision: Precision, rows: Rows | None, sizes: tuple[int, .
 
 
 def double(gradient: Gradient) -> Gradient:
-    """In float64, without sums."""
+    """Return it in float64, without sums."""
     rows = gradient.rows
     if rows is not None:
         dropout = rows.dropout
@@ -211,7 +211,7 @@ def check_gradients(
     tile: Tile | None = None,
     weight_tile: Tile | None = None,
 ) -> None:
-    """`input_gradient` and `weight_gradient` of one layer.
+    """Check `input_gradient` and `weight_gradient` of one layer.
 
     norm: whether the layer has a LayerNorm. x: each group its "own" input or one "shared". due: on
     the input. dropout: the group it begins with. columns: of the input's gradient, all where None.
@@ -276,7 +276,7 @@ def check_gradients(
 
 
 def _tf32(case: Case, args: Any) -> Found:
-    """Gradients at tf32 in plain torch: operands rounded, everything else float32."""
+    """Compute gradients at tf32 in plain torch: operands rounded, everything else float32."""
     p = Precision("tf32")
     dy = case.gradient.products()
     x = case.below.activated()
@@ -301,7 +301,7 @@ def _tf32(case: Case, args: Any) -> Found:
 
 
 def _check_sums(got: Gradient, exact: Tensor) -> None:
-    """Sums of all tiles are those of the exact gradient, to the rounding of what was stored."""
+    """Assert that the sums of all tiles are those of the exact gradient, to the rounding of what was stored."""
     rows = got.rows
     assert rows is not None
     assert rows.layer is not None

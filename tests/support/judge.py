@@ -30,7 +30,7 @@ class Comparison:
     with_rms: bool
 
     def excess(self) -> str:
-        """What is beyond the limit, or nothing: max and RMS at most twice plain torch's, and the floor."""
+        """Return what is beyond the limit, or nothing: max and RMS at most twice plain torch's, and the floor."""
         pairs = {"max": (self.errors.max(), self.allowed.max())}
         if self.with_rms:
             pairs["rms"] = (self.errors.square().mean().sqrt(), self.allowed.square().mean().sqrt())
@@ -46,7 +46,7 @@ _drawn: list[Comparison] | None = None
 
 
 def pooled(check: Callable[P, None]) -> Callable[P, None]:
-    """A check whose errors are judged over DRAWS of its case where one exceeds its limit.
+    """Return the check; its errors are judged over DRAWS of its case where one exceeds its limit.
 
     The largest of few errors is luck. A limit exceeded in one draw has to hold over all of them
     together, that one included: luck does not last, and no error is forgotten.
@@ -86,7 +86,7 @@ def _compare(what: str, error: Tensor, allowed: Tensor, floor: float, with_rms: 
 
 
 def judge(what: str, got: Tensor, exact: Tensor, plain: Tensor, plain_exact: Tensor, terms: int = 1) -> None:
-    """Max and RMS error at most twice plain torch's, and half an ulp of the largest result.
+    """Assert a max and RMS error of at most twice plain torch's, and half an ulp of the largest result.
 
     terms: how many each result is a sum of. Of a few results plain torch's may all be lucky; they
     are allowed the rounding of a random walk over the terms.
@@ -98,13 +98,13 @@ def judge(what: str, got: Tensor, exact: Tensor, plain: Tensor, plain_exact: Ten
 
 
 def judge_scalars(what: str, bins: int, got: Tensor, exact: Tensor, plain: Tensor, plain_exact: Tensor) -> None:
-    """`judge` of what a head gives, where its code is even: symexp makes the largest error one row's luck."""
+    """Judge what a head gives, where its code is even: symexp makes the largest error one row's luck."""
     if bins > 0:
         got, exact, plain, plain_exact = (symlog(x.double()) for x in (got, exact, plain, plain_exact))
     judge(what, got, exact, plain, plain_exact)
 
 
 def within_twice(got: Tensor, plain: Tensor, exact: Tensor, floor: float = 2**-24) -> None:
-    """Max and RMS error at most twice plain torch's, and `floor` of the largest number."""
+    """Assert a max and RMS error of at most twice plain torch's, and `floor` of the largest number."""
     error, allowed = ((x.double() - exact).abs() for x in (got, plain))
     _compare("result", error, allowed, floor * float(exact.detach().abs().max()), True)

@@ -26,7 +26,7 @@ from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer, po
 from tdmpc2_fast.kernels.layers.rows import LEAST_COLUMNS, Layer, Rows, Slabs
 from tdmpc2_fast.kernels.layers.scalar_head import scalar_head, scalar_head_reference
 from tdmpc2_fast.kernels.layers.tiles import Tile
-from tdmpc2_fast.kernels.layers.two_hot import two_hot_inv
+from tdmpc2_fast.kernels.layers.two_hot import Code, two_hot_inv
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
 # numpy says so where infinite values meet, which the interpreter computes with
@@ -37,7 +37,7 @@ MARKS = [pytest.mark.skipif(why_not(DEVICE) is not None, reason=str(why_not(DEVI
 
 
 def in_precisions(cases: list[dict[str, Any]]) -> list[Any]:
-    """(precision, options) of each case: float32 always, bfloat16 for every other one, tf32 for every fourth."""
+    """Return (precision, options) of each case: float32 always, bfloat16 for every other one, tf32 for every fourth."""
     return [
         pytest.param(p, case, id=f"{p}-" + ",".join(f"{k}={v}" for k, v in case.items()))
         for i, case in enumerate(cases)
@@ -59,7 +59,7 @@ def randn(*size: int) -> Tensor:
 
 
 def poisoned(*size: int, dtype: torch.dtype = torch.float32, inner: int = 1) -> tuple[Tensor, Tensor]:
-    """NaN all over, and a misaligned view of `size` in it, with gaps before all but the last `inner` - 1 dims."""
+    """Return a NaN buffer and a misaligned view of `size` in it, with gaps before all but the last `inner` - 1 dims."""
     gaps = len(size) - inner + 1
     room = [n + 3 if i < gaps else n for i, n in enumerate(size)]
     buffer = torch.full((1 + math.prod(room),), torch.nan, dtype=dtype, device=DEVICE)[1:].view(room)
@@ -67,12 +67,12 @@ def poisoned(*size: int, dtype: torch.dtype = torch.float32, inner: int = 1) -> 
 
 
 def placed(x: Tensor, inner: int = 1) -> Tensor:
-    """A copy of x, NaN around it."""
+    """Return a copy of x, NaN around it."""
     return poisoned(*x.shape, dtype=x.dtype, inner=inner)[1].copy_(x)
 
 
 def packed(x: Tensor) -> Tensor:
-    """A contiguous copy of x (S, ...), misaligned, a slab of NaN before and after it."""
+    """Return a contiguous copy of x (S, ...), misaligned, a slab of NaN before and after it."""
     room = torch.full((2 + len(x), x[0].numel()), torch.nan, dtype=x.dtype, device=DEVICE).flatten()
     room = torch.cat([room, room[:1]])[1:]
     start = x[0].numel()
@@ -80,12 +80,12 @@ def packed(x: Tensor) -> Tensor:
 
 
 def rows_for_plain(e: int, n: int, results: int, width: int) -> int:
-    """Rows an environment for plain torch: at least n, and enough results for a maximum to mean something."""
+    """Return rows an environment for plain torch: at least n, and results enough for a maximum to mean something."""
     return max(n, cdiv(64, e), min(cdiv(4 * ENOUGH, e * results), 2**19 // (e * width)))
 
 
 def assert_written(buffer: Tensor, view: Tensor) -> None:
-    """All of the view was written, and nothing else of its buffer."""
+    """Assert that all of the view was written, and nothing else of its buffer."""
     written = ~buffer.isnan()
     view.fill_(torch.nan)
     assert int(written.sum()) == view.numel(), "entries of the output were left out, or others written"
@@ -93,7 +93,7 @@ def assert_written(buffer: Tensor, view: Tensor) -> None:
 
 
 def random_slabs(kind: str, groups: int) -> tuple[Slabs, int]:
-    """Which slab each group takes, and the number of slabs that this needs."""
+    """Draw which slab each group takes; return that, and the number of slabs it needs."""
     if kind == "members":
         count = groups + 3
         members = torch.full((groups + 2,), count - 1, device=DEVICE)  # of others: a slab of NaN
@@ -106,7 +106,7 @@ def random_slabs(kind: str, groups: int) -> tuple[Slabs, int]:
 def random_layer(
     precision: Precision, slabs: int, d: int, k: int, side: int = 0, act: str = "mish", v: int = 8
 ) -> Layer:
-    """A layer of some size, its outputs of size one; act: "mish", "simnorm" or "" for no LayerNorm."""
+    """Draw a layer, its outputs of size one; act: "mish", "simnorm" or "" for no LayerNorm."""
     return Layer(
         weight=packed(precision.operand(randn(slabs, d, k) / k**0.5)),
         bias=packed(randn(slabs, d)),
@@ -118,7 +118,7 @@ def random_layer(
 
 
 def statistics(x: Tensor, tile: int) -> Tensor:
-    """What a layer of this tile width leaves for its readers, unused slots NaN."""
+    """Return what a layer of this tile width leaves for its readers, unused slots NaN."""
     room = torch.full((*x.shape[:-1], cdiv(x.shape[-1], LEAST_COLUMNS), 2), torch.nan, device=DEVICE)
     for i, t in enumerate(x.double().split(tile, -1)):
         mean = t.mean(-1, keepdim=True)
@@ -139,7 +139,7 @@ def random_rows(
     offset: float = 0.0,
     scale: float = 1.0,
 ) -> Rows:
-    """Rows that wait for an activation, or for none."""
+    """Draw rows that wait for an activation, or for none."""
     x = placed((offset + scale * randn(groups, e, n, width)).to(precision.dtype))
     if not due:
         return Rows(x)
@@ -148,7 +148,7 @@ def random_rows(
 
 
 def double(x: Any) -> Any:
-    """A tensor, a layer or rows in float64; None remains."""
+    """Return a tensor, a layer or rows in float64; None remains."""
     if isinstance(x, Tensor):
         return x.double()
     if isinstance(x, Layer):
@@ -160,7 +160,7 @@ def double(x: Any) -> Any:
 
 
 def plain_activation(x: Tensor, layer: Layer | None, slabs: Slabs) -> Tensor:
-    """The activation due as one writes it, in the type of x: (G, E, n, D)."""
+    """Compute the activation due as one writes it, in the type of x: (G, E, n, D)."""
     if layer is None or layer.ln_weight is None:
         return x
     out = []
@@ -174,7 +174,7 @@ def plain_activation(x: Tensor, layer: Layer | None, slabs: Slabs) -> Tensor:
 def plain_layer(
     x: Rows | None, a: Tensor | None, layer: Layer, slabs: Slabs, groups: int, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """A layer as one writes it, all in one type: (G, E, n, D)."""
+    """Compute a layer as one writes it, all in one type: (G, E, n, D)."""
     dense = None if x is None else plain_activation(x.x.to(dtype), x.layer, x.slabs)
     out = []
     for g, s in enumerate(slabs.of(groups)):
@@ -189,14 +189,14 @@ def plain_layer(
 
 
 def assert_nearest_tf32(got: Tensor, x: Tensor) -> None:
-    """Each entry has 10 stored bits and is within half a unit of the last of them."""
+    """Assert that each entry has 10 stored bits and is within half a unit of the last of them."""
     assert (got.view(torch.int32) & 0x1FFF == 0).all()
     unit = 2.0 ** (x.double().abs().log2().floor() - 10)
     assert ((got.double() - x.double()).abs() <= unit / 2).all()
 
 
 def agree(reference: Tensor, plain: Tensor) -> None:
-    """The reference says what one would write, in float64."""
+    """Assert that the reference says what one would write, in float64."""
     torch.testing.assert_close(reference, plain, rtol=1e-9, atol=1e-9 * float(plain.abs().max()))
 
 
@@ -224,7 +224,7 @@ def check_layer(
     wide: bool = False,
     tile: Tile | None = None,
 ) -> None:
-    """`grouped_layer`, and `activate_rows` on what it wrote.
+    """Check `grouped_layer`, and `activate_rows` on what it wrote.
 
     a: width of the side input. x: each group its "own", "shared" by all, "expanded" from one row
     an environment, or "" for none. due, act: of the input, of the layer. offset, scale: of x.
@@ -298,7 +298,7 @@ def check_activation(
     in_place: bool = False,
     expand: bool = False,
 ) -> None:
-    """`activate_rows`; expand: one row an environment, shared."""
+    """Check `activate_rows`; expand: one row an environment, shared."""
     p = Precision(precision)
     rows = rows_for_plain(e, n, groups * k, groups * k)
     x = random_rows(p, groups, e, 1 if expand else rows, k, due, v, in_tile, in_slabs, offset, scale)
@@ -335,7 +335,7 @@ def check_scalars(
     logits: float = 1.0,
     tile: Tile | None = None,
 ) -> None:
-    """`scalar_head`; logits: their size."""
+    """Check `scalar_head`; logits: their size."""
     p = Precision(precision)
     rows = rows_for_plain(e, n, groups, groups * max(k, bins))
     which, count = random_slabs(slabs, groups)
@@ -343,7 +343,7 @@ def check_scalars(
     layer.weight.copy_(p.operand(layer.weight * logits))
     layer.bias.mul_(logits)
     main = random_rows(p, 1 if x == "shared" else groups, e, rows, k, due, v, in_tile, in_slabs)
-    args: Any = dict(how=How(p), num_bins=bins, vmin=ends[0], vmax=ends[1], slabs=which)
+    args: Any = dict(how=How(p), code=Code(bins, *ends), slabs=which)
     exact = torch.empty(groups, e, rows, dtype=torch.float64, device=DEVICE)
     plain = torch.empty(groups, e, rows, device=DEVICE)
     scalar_head_reference(double(main), double(layer), exact, **args)
@@ -390,7 +390,7 @@ def check_policy(
     logits: float = 1.0,
     tile: Tile | None = None,
 ) -> None:
-    """`policy_layer`; eps, logits: their size; log_std: added to its logits."""
+    """Check `policy_layer`; eps, logits: their size; log_std: added to its logits."""
     p = Precision(precision)
     rows = rows_for_plain(e, n, a, max(k, a))
     layer = random_layer(p, 1, 2 * a, k, act="")
