@@ -104,13 +104,7 @@ def weight_gradient_kernel(
 
 
 def weight_gradient(
-    gradient: Gradient,
-    x: Rows,
-    layer: Layer,
-    out: LayerGradient,
-    *,
-    how: How,
-    tile: Tile | None = None,
+    gradient: Gradient, x: Rows, layer: Layer, out: LayerGradient, *, how: How, tile: Tile | None = None
 ) -> None:
     """Write the gradients of a layer's parameters.
 

@@ -125,13 +125,7 @@ def scalar_head(
 
 @reference_of(scalar_head)
 def scalar_head_reference(
-    x: Rows,
-    layer: Layer,
-    out: Tensor,
-    how: How,
-    code: Code,
-    slabs: Slabs,
-    gradient: Tensor | None,
+    x: Rows, layer: Layer, out: Tensor, how: How, code: Code, slabs: Slabs, gradient: Tensor | None
 ) -> None:
     """Compute `scalar_head` in plain torch, its gradient by autograd."""
     logits = last_layer_reference(x, layer, out, how, slabs).requires_grad_(gradient is not None)

@@ -57,7 +57,7 @@ def _put(x: Tensor) -> None:
 
 
 def _wait(what: str, asked: bool = False) -> None:
-    """Note that the host would wait for the device here; `asked`: as the code says."""
+    """Refuse to wait for the device where that is forbidden; `asked`: the code says that it waits."""
     if _State.recording is not None:
         raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
     if _State.sync_debug == "error" and not asked:
