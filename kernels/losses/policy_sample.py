@@ -48,16 +48,16 @@ class Sample(NamedTuple):
             if x is not None and x.shape[:2] != (e, n):
                 raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed: ({e}, {n}, ...)")
 
-    def launch(self, kernel: Any, *given: Any, pdl: bool, **constants: Any) -> None:
-        """Launch a kernel on rows of the sample, with what else it is given."""
+    def launch(self, kernel: Any, *given: Any, numbers: tuple[float, ...] = (), pdl: bool, **constants: Any) -> None:
+        """Launch a kernel on rows of the sample, with what else it is given; its `numbers` come last."""
         e, n, a = self.eps.shape
         width, eps = pow2(a, 4), strided(self.eps[None])
         live = eps if self.mask is None else strided(self.mask.expand(1, e, n, a))
         bm = min(pow2(e * n), 1024) if interpreting() else max(_ELEMENTS // width, 1)
-        reads = Drawn(strided(self.logits), eps, live, float(self.low), float(self.high))
         launch(
-            kernel, (cdiv(e * n, bm),), reads, *given, e * n, n, a, HAS_MASK=self.mask is not None, BM=bm, BA=width,
-            INTERPRETED=interpreting(), pdl=pdl, num_warps=4, **constants,
+            kernel, (cdiv(e * n, bm),), Drawn(strided(self.logits), eps, live), *given, e * n, n, a, float(self.low),
+            float(self.high), *numbers, HAS_MASK=self.mask is not None, BM=bm, BA=width, INTERPRETED=interpreting(),
+            pdl=pdl, num_warps=4, **constants,
         )  # fmt: skip
 
     def output(self, logits: Tensor) -> PolicyOutput:
@@ -72,12 +72,10 @@ class Drawn(NamedTuple):
     logits: Strided
     eps: Strided
     live: Strided
-    low: Any
-    high: Any
 
 
 @jit
-def gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK: tl.constexpr, BA: tl.constexpr):
+def gaussian_on_tile(s, rows, n, row_ok, A, low, high, HAS_MASK: tl.constexpr, BA: tl.constexpr):
     """Return mean, log std, its squashed logit, noise and live dims of rows: [BM, BA] each."""
     dims = tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
@@ -88,7 +86,7 @@ def gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK: tl.constexpr, BA: tl.const
     alive = ok.to(tl.float32)
     if HAS_MASK:
         alive = tl.load(row_ptrs(s.live, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
-    log_std = (s.low + 0.5 * (s.high - s.low) * (squashed + 1.0)) * alive
+    log_std = (low + 0.5 * (high - low) * (squashed + 1.0)) * alive
     return mean * alive, log_std, squashed, noise * alive, alive
 
 
@@ -102,7 +100,7 @@ def log_probs(noise, log_std, action, ok):
 
 @jit
 def policy_sample_kernel(
-    s, action, log_prob, entropy, M, n, A,
+    s, action, log_prob, entropy, M, n, A, low, high,
     HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, BM: tl.constexpr, BA: tl.constexpr, INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +109,7 @@ def policy_sample_kernel(
     row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
     await_producers(PDL)
-    mean, log_std, _, noise, alive = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK=HAS_MASK, BA=BA)
+    mean, log_std, _, noise, alive = gaussian_on_tile(s, rows, n, row_ok, A, low, high, HAS_MASK=HAS_MASK, BA=BA)
     a = tanh(mean + noise * tl.exp(log_std))
     store_rounded(row_ptrs(action, 0, rows, n)[:, None] + dims, a, ok, INTERPRETED)
     if HAS_ENTROPY:
@@ -124,7 +122,9 @@ def policy_sample_kernel(
 
 
 @jit
-def store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, to_log_prob, to_entropy, INTERPRETED: tl.constexpr):
+def store_gradient(
+    drawn, d, rows, n, ok, dims, A, low, high, to_action, to_log_prob, to_entropy, INTERPRETED: tl.constexpr
+):
     """Store the gradients of both logits, given those of action [BM, BA], log-probability and scaled entropy [BM].
 
     drawn: as `gaussian_on_tile` returned it.
@@ -144,15 +144,16 @@ def store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, to_log_prob, to
     to_action += (to_log_prob + to_entropy * to_corrected)[:, None] * bent
     to_sample = to_action * room
     to_log_std = to_sample * noise * std - (to_log_prob + to_entropy * to_gaussian)[:, None]
-    to_logit = to_log_std * alive * (0.5 * (s.high - s.low)) * (1.0 - squashed * squashed)
+    to_mean = to_sample * alive
+    to_logit = to_log_std * alive * (0.5 * (high - low)) * (1.0 - squashed * squashed)
     at = row_ptrs(d, 0, rows, n)[:, None] + dims
-    store_rounded(at, to_sample * alive, ok, INTERPRETED)
+    store_rounded(at, to_mean, ok, INTERPRETED)
     store_rounded(at + A, to_logit, ok, INTERPRETED)
 
 
 @jit
 def policy_gradient_kernel(
-    s, d_action, weight_ptr, scale_ptr, d, entropy_coef, M, n, A,
+    s, d_action, weight_ptr, scale_ptr, d, M, n, A, low, high, entropy_coef,
     HAS_MASK: tl.constexpr, BM: tl.constexpr, BA: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of the policy's loss for BM rows; grid (row tiles,)."""
@@ -160,17 +161,18 @@ def policy_gradient_kernel(
     row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
     await_producers(PDL)
-    drawn = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK=HAS_MASK, BA=BA)
+    drawn = gaussian_on_tile(s, rows, n, row_ok, A, low, high, HAS_MASK=HAS_MASK, BA=BA)
     weight = -tl.load(weight_ptr + rows // n, mask=row_ok, other=0.0)
     to_action = tl.load(row_ptrs(d_action, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
     # The mean of two critics, over the running scale.
     to_action *= (weight * 0.5 / tl.load(scale_ptr))[:, None]
-    store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, 0.0, weight * entropy_coef, INTERPRETED=INTERPRETED)
+    to_entropy = weight * entropy_coef
+    store_gradient(drawn, d, rows, n, ok, dims, A, low, high, to_action, 0.0, to_entropy, INTERPRETED=INTERPRETED)
 
 
 @jit
 def policy_sample_gradient_kernel(
-    s, d_action, d_log_prob, d_entropy, d, M, n, A,
+    s, d_action, d_log_prob, d_entropy, d, M, n, A, low, high,
     HAS_MASK: tl.constexpr, BM: tl.constexpr, BA: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of any loss for BM rows; grid (row tiles,)."""
@@ -178,11 +180,13 @@ def policy_sample_gradient_kernel(
     row_ok, dims = rows < M, tl.arange(0, BA)[None, :]
     ok = row_ok[:, None] & (dims < A)
     await_producers(PDL)
-    drawn = gaussian_on_tile(s, rows, n, row_ok, A, HAS_MASK=HAS_MASK, BA=BA)
+    drawn = gaussian_on_tile(s, rows, n, row_ok, A, low, high, HAS_MASK=HAS_MASK, BA=BA)
     to_action = tl.load(row_ptrs(d_action, 0, rows, n)[:, None] + dims, mask=ok, other=0.0)
     to_log_prob = tl.load(row_ptrs(d_log_prob, 0, rows, n), mask=row_ok, other=0.0)
     to_entropy = tl.load(row_ptrs(d_entropy, 0, rows, n), mask=row_ok, other=0.0)
-    store_gradient(s, drawn, d, rows, n, ok, dims, A, to_action, to_log_prob, to_entropy, INTERPRETED=INTERPRETED)
+    store_gradient(
+        drawn, d, rows, n, ok, dims, A, low, high, to_action, to_log_prob, to_entropy, INTERPRETED=INTERPRETED
+    )
 
 
 def policy_sample(
@@ -245,8 +249,8 @@ def policy_gradient(
     if out.shape != sample.logits.shape or out.stride(-1) != 1 or weight.shape != (e,):
         got = f"{tuple(out.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"out and weight: got {got}, allowed: as logits, ({e},)")
-    given = strided(d_action[None]), weight, scale, strided(out), float(entropy_coef)
-    sample.launch(policy_gradient_kernel, *given, pdl=pdl)
+    given = strided(d_action[None]), weight, scale, strided(out)
+    sample.launch(policy_gradient_kernel, *given, numbers=(float(entropy_coef),), pdl=pdl)
 
 
 @reference_of(policy_gradient)
