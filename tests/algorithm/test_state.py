@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import filled_buffer, random_episode, tiny_config, tiny_multitask
+from going_on import check_goes_on
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
-from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.model.files import read_tensors, write_tensors
 
 SMALL = dict(mlp_dim=8, enc_dim=8, latent_dim=8, num_q=2, num_bins=11, horizon=1, num_samples=8, num_elites=2)
@@ -23,48 +22,6 @@ CONFIGS = {
     "episodic": lambda **keys: tiny_config(episodic=True, **keys),
     "multitask": lambda **keys: tiny_multitask(**keys),
 }
-
-
-def learn(agent: TDMPC2, buffer: ReplayBuffer, updates: int) -> list[float]:
-    """Some updates and a plan; what can be seen of them."""
-    task = 1 if agent.cfg.multitask else None
-    metrics = [agent.update(buffer)["total_loss"] for _ in range(updates)]
-    return [*torch.stack(metrics).tolist(), *agent.act(torch.ones(5), task=task).tolist()]
-
-
-def everything(agent: TDMPC2) -> dict[str, bytes]:
-    found = tensors_only(agent.model.state_dict()) | agent.updater.state()
-    found |= {f"planner {k}": v for k, v in agent.planner.state().items()}
-    found = {k: v.detach().cpu().contiguous() for k, v in found.items()}
-    return {k: v.flatten().view(torch.uint8).numpy().tobytes() for k, v in found.items()}
-
-
-def replay(agent: TDMPC2) -> ReplayBuffer:
-    return ReplayBuffer(agent.cfg, agent.device)
-
-
-def check_goes_on(cfg: Config, keep: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    """An agent and its replay, kept and taken up by others, do what they themselves do from there."""
-    agent = TDMPC2(cfg)
-    buffer = replay(agent)
-    for i in range(4):
-        buffer.add(random_episode(cfg, 20, seed=i, task=i % len(cfg.tasks) if cfg.multitask else None))
-    learn(agent, buffer, 2)
-    weights = {k: v.clone() for k, v in agent.model.state_dict().items() if isinstance(v, torch.Tensor)}
-    updater, planner, steps = keep(agent.updater.state()), keep(agent.planner.state()), keep(buffer.state())
-    chunk = buffer.steps(0, buffer.written)
-
-    other = TDMPC2(cfg.replace(seed=5))
-    other_buffer = replay(agent)
-    other.load(weights)
-    other.updater.load_state(updater)
-    other.planner.load_state(planner)
-    other_buffer.restore(steps, [(0, chunk)])
-    assert other_buffer.state().keys() == buffer.state().keys()
-    assert everything(other) == everything(agent)
-    assert other.updater.steps == 2
-    assert learn(other, other_buffer, 2) == learn(agent, buffer, 2)
-    assert everything(other) == everything(agent)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

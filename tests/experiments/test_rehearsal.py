@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,25 @@ from pathlib import Path
 import pytest
 from conftest import PYTHONPATH, ROOT
 
-BEGIN = """
-import os, sys
+# Runs the files given, one after the other, and prints how each ended.
+PLAY = """
+import json, os, runpy, sys, traceback
 os.environ["TRITON_INTERPRET"] = "1"
-import pytest, rehearsal, torch
+import rehearsal, torch
 rehearsal.begin()
+ends = {}
+for file in sys.argv[1:]:
+    try:
+        runpy.run_path(file)
+        ends[file] = ""
+    except BaseException:
+        ends[file] = traceback.format_exc()
+    torch.cuda.set_sync_debug_mode("default")
+print(json.dumps(ends))
+"""
+
+BEGIN = """
+import pytest, torch
 x, h = torch.ones(3, device="cuda"), torch.ones(3)
 """
 
@@ -102,23 +117,36 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_a_device_does_and_refuses(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "case.py"  # kernels are read from a file
-    file.write_text(BEGIN + CASES[name])
-    done = run(str(file))
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Play all cases in one process, and return what each raised."""
+    folder = tmp_path_factory.mktemp("cases")
+    for name, case in CASES.items():
+        (folder / f"{name}.py").write_text(BEGIN + case)  # kernels are read from a file
+    done = run("-c", PLAY, *(str(folder / f"{name}.py") for name in CASES))
     assert done.returncode == 0, done.stderr[-2000:]
+    return {Path(file).stem: end for file, end in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_a_replay_is_bitwise_an_eager_plan[multitask-1]",
-        "test_a_replayed_update_is_bitwise_an_eager_one[pixels]",
-        "test_a_failure_on_the_device_is_raised_by_a_later_call",
-    ],
-)
-def test_a_gpu_test_passes_in_rehearsal(name: str) -> None:
-    done = run("-m", "pytest", "-p", "no:cacheprovider", f"tests/test_gpu.py::{name}", TDMPC2_REHEARSE="1")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "1 passed" in done.stdout
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_device_does_and_refuses(name: str, ends: dict[str, str]) -> None:
+    assert not ends[name], ends[name][-2000:]
+
+
+GPU_TESTS = [
+    "test_a_replay_is_bitwise_an_eager_plan[multitask-1]",
+    "test_a_replayed_update_is_bitwise_an_eager_one[pixels]",
+    "test_a_failure_on_the_device_is_raised_by_a_later_call",
+]
+
+
+@pytest.fixture(scope="module")
+def rehearsed() -> str:
+    """Rehearse some of the GPU tests in one process, and return what pytest said."""
+    names = [f"tests/test_gpu.py::{name}" for name in GPU_TESTS]
+    return run("-m", "pytest", "-rA", "-p", "no:cacheprovider", *names, TDMPC2_REHEARSE="1").stdout
+
+
+@pytest.mark.parametrize("name", GPU_TESTS)
+def test_a_gpu_test_passes_in_rehearsal(name: str, rehearsed: str) -> None:
+    assert f"PASSED tests/test_gpu.py::{name}\n" in rehearsed, rehearsed[-3000:]

@@ -46,7 +46,7 @@ SHAPES: list[dict[str, Any]] = [
     dict(slabs="2", in_slabs="0", groups=3),
     dict(e=1, n=2, k=384, d=512, groups=1),
     dict(e=1, n=3, k=512, d=512, groups=1, due="simnorm"),
-    dict(e=1, n=2, k=1376, d=136, groups=1, due="simnorm", v=16),
+    dict(e=1, n=2, k=1376, d=24, groups=1, due="simnorm", v=16),
     dict(offset=1000.0, groups=1),
 ]
 
@@ -59,10 +59,11 @@ def test_gradients_of_any_layer(precision: str, options: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "options",
     [
-        dict(tile=Tile(16, 32, 16), weight_tile=Tile(16, 32, 32), e=3, n=17, k=72, d=80),
-        dict(tile=Tile(32, 64, 32), weight_tile=Tile(32, 32, 16), k=136, d=136, g_tile=64, y_tile=128, in_tile=64),
-        dict(precision="bfloat16", tile=Tile(16, 64, 64), weight_tile=Tile(64, 64, 32), k=72, d=136, dropout=1),
-        dict(tile=Tile(16, 32, 32), weight_tile=Tile(32, 32, 64), due="simnorm", v=8, k=64, d=40, x="shared",
+        dict(tile=Tile(16, 32, 16), weight_tile=Tile(16, 32, 32), groups=1, e=3, n=11, k=40, d=40),
+        dict(tile=Tile(32, 64, 32), weight_tile=Tile(32, 32, 16), groups=1, n=17, k=72, d=136, g_tile=64, y_tile=128,
+             in_tile=64),
+        dict(precision="bfloat16", tile=Tile(16, 64, 64), weight_tile=Tile(64, 64, 32), n=17, k=72, d=72, dropout=1),
+        dict(tile=Tile(16, 32, 32), weight_tile=Tile(32, 32, 64), due="simnorm", v=8, n=17, k=64, d=40, x="shared",
              summed=True, groups=3, add="own"),
     ],
     ids=str,

@@ -38,11 +38,11 @@ def draw(precision: str, **sizes: Any) -> Gradient:
 
 CASES: list[dict[str, Any]] = [
     dict(),
-    dict(n=2 * CHUNK + 2, e=3),
+    dict(n=2 * CHUNK + 2, groups=1),
     dict(n=CHUNK, d=136, g_tile=64, y_tile=128),
     dict(e=1, n=1, d=512, groups=1),
     dict(n=70, dropout=0),
-    dict(n=70, dropout=1, groups=3, slabs="members"),
+    dict(n=70, e=1, dropout=1, slabs="members"),
     dict(offset=1000.0, groups=1),
 ]
 
