@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import filled_buffer, random_episode, tiny_config, tiny_multitask
-from test_state import SMALLER, everything, learn
+from going_on import everything, learn
+from test_state import SMALLER
 
 from tdmpc2_fast import TDMPC2, Config, Planner, ReplayBuffer
 from tdmpc2_fast.learn.scale import RunningScale
