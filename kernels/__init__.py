@@ -1,7 +1,7 @@
 """The ops TD-MPC2 is made of, each with its plain-torch implementation.
 
-Knows torch (and, where kernels exist, triton) only. Every op names the maths, not the
-backend. Shapes use one legend throughout the project:
+This floor knows only torch and triton. Every op is named after the maths, not the backend.
+Shapes use one legend throughout the project:
 
     E environments   N samples    P policy-prior samples   H horizon   K bins
     L latent         A action     T task embedding         B batch     D mlp width
@@ -21,7 +21,7 @@ _MOVED = dict(
 
 
 def __getattr__(name: str) -> Any:
-    """A public op, imported now: who takes a kernel alone imports no other."""
+    """Import a public op now, so that importing one kernel imports no other."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import autograd

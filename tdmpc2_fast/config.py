@@ -13,18 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from tdmpc2_fast.kernels.layers.sizes import MODEL_SIZES as MODEL_SIZES
+
 from .config_values import checked, plain
 from .environment import sizes_of
 from .errors import ConfigError, did_you_mean, kind_of
-
-MODEL_SIZES: dict[int, dict[str, int]] = {
-    1: dict(enc_dim=256, mlp_dim=384, latent_dim=128, num_enc_layers=2, num_q=2),
-    5: dict(enc_dim=256, mlp_dim=512, latent_dim=512, num_enc_layers=2, num_q=5),
-    19: dict(enc_dim=1024, mlp_dim=1024, latent_dim=768, num_enc_layers=3, num_q=5),
-    48: dict(enc_dim=1792, mlp_dim=1792, latent_dim=768, num_enc_layers=4, num_q=5),
-    317: dict(enc_dim=4096, mlp_dim=4096, latent_dim=1376, num_enc_layers=5, num_q=8),
-}
-"""Architecture by model size in millions of parameters (paper, Table 9)."""
 
 _CHANNEL_LATENTS = 16  # of the pixel encoder's latent, per channel
 

@@ -20,7 +20,7 @@ import torch
 from tdmpc2_fast.kernels.device.launch import Launch, Precision, has_dependent_launch, why_not
 from tdmpc2_fast.kernels.inspect.compile import specialisation
 from tdmpc2_fast.kernels.inspect.plan_work import dry_plan
-from tdmpc2_fast.kernels.inspect.report import plan_sizes, update_sizes
+from tdmpc2_fast.kernels.inspect.published import plan_sizes, update_sizes
 from tdmpc2_fast.kernels.inspect.update_work import dry_update
 
 Work = tuple[int, int, int, str]

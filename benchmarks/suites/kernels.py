@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdmpc2_fast.kernels.device.draw import draw
 from tdmpc2_fast.kernels.device.launch import How
 from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer
 from tdmpc2_fast.kernels.layers.policy_head import policy_action
@@ -21,10 +22,10 @@ from tdmpc2_fast.kernels.layers.scalar_head import scalar_head
 from tdmpc2_fast.kernels.layers.tiles import activates_once
 from tdmpc2_fast.kernels.layers.two_hot import Code, two_hot_inv
 from tdmpc2_fast.kernels.plan.buffers import PlanDraws
-from tdmpc2_fast.kernels.plan.mppi import elite_update, sample_actions, shift_mean
+from tdmpc2_fast.kernels.plan.mppi import Elites, Rule, Samples, elite_update, sample_actions, shift_mean
 from tdmpc2_fast.kernels.plan.mppi_begin import mppi_begin
 from tdmpc2_fast.kernels.plan.mppi_refine import mppi_refine
-from tdmpc2_fast.kernels.plan.noise import draw_plan_noise
+from tdmpc2_fast.kernels.plan.noise import plan_runs
 from tdmpc2_fast.sizes import plan_sizes
 
 from ..harness.measure import CannotMeasureError, Case
@@ -177,8 +178,7 @@ class _Bench(OpBench):
         t0 = torch.zeros(e, dtype=torch.bool, device=self.device)
 
         def fused() -> Tensor:
-            outs = dict(actions=actions, mean=mean, std=std)
-            mppi_begin(before, t0, noise, None, cfg.max_std, **outs, pdl=self.pdl)
+            mppi_begin(before, t0, noise, None, cfg.max_std, Samples(actions, mean, std), pdl=self.pdl)
             return actions[:, :, p:]
 
         def ours() -> Tensor:
@@ -266,11 +266,11 @@ class _Bench(OpBench):
         actions, mean, std = start.clone(), *(torch.empty(e, h, a_dim, device=self.device) for _ in range(2))
         values, scores = torch.empty(e, n, device=self.device), torch.empty(e, k, device=self.device)
         elites = torch.empty(e, k, dtype=torch.int64, device=self.device)
-        limits = (k, cfg.temperature, cfg.min_std, cfg.max_std)
+        limits = Rule(k, cfg.temperature, cfg.min_std, cfg.max_std)
 
         def fused() -> Tensor:
-            outs = dict(values=values, elites=elites, scores=scores, mean=mean, std=std, next_noise=noise)
-            mppi_refine(scalars, discount, None, actions, None, *limits, **outs, pdl=self.pdl)  # type: ignore[arg-type]
+            samples, best = Samples(actions, mean, std), Elites(values, elites, scores)
+            mppi_refine(scalars, discount, None, samples, None, limits, best, next_noise=noise, pdl=self.pdl)
             return actions[:, :, p:]
 
         def returns() -> Tensor:
@@ -310,17 +310,7 @@ class _Bench(OpBench):
         state = torch.tensor([self.options.seed, 0], device=self.device)
 
         def fused() -> Tensor:
-            draw_plan_noise(
-                state,
-                pi_eps=draws.pi_eps,
-                samples=draws.samples,
-                value_eps=draws.value_eps,
-                elite=draws.elite,
-                action=draws.action,
-                members=draws.members,
-                num_q=sizes.num_q,
-                pdl=self.pdl,
-            )
+            draw(state, plan_runs(draws, sizes.num_q), pdl=self.pdl)
             return draws.samples
 
         def plain() -> Tensor:

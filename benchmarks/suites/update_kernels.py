@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tdmpc2_fast.kernels.autograd.layer import normed_linear
 from tdmpc2_fast.kernels.autograd.losses import squashed_gaussian, two_hot_cross_entropy
+from tdmpc2_fast.kernels.device.launch import How
 from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy
-from tdmpc2_fast.kernels.update.optim import adam_step, new_partials, squared_norm
+from tdmpc2_fast.kernels.update.optim import WORLD_EPS, FlatParameters, Outcome, Rates, adam_step, squared_norm
 
 from ..harness.measure import CannotMeasureError, Case
 from ..harness.ops import Op, OpBench, mbyte
@@ -154,38 +155,29 @@ class _Bench(OpBench):
 
     def optimiser(self) -> Case:
         """Norm, clipping and Adam over all parameters of reward and critics, beside torch's fused Adam."""
-        s, lr, eps = self.cfg, self.cfg.lr, 1e-8
+        s, lr, eps = self.cfg, self.cfg.lr, WORLD_EPS
         k = s.latent_dim + s.task_dim + self.options.actions[0]
         head = k * s.mlp_dim + s.mlp_dim**2 + (s.num_bins + 6) * s.mlp_dim
         count = (1 + s.num_q) * head
         start, grad = self.randn(count), 10 * self.randn(count)
-        param, exp_avg, exp_avg_sq = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
-        step, flag = (torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(2))
-        norm, partials = torch.zeros(1, device=self.device), new_partials(grad)
+        flat = FlatParameters.zeros(count, self.precision, self.device)._replace(grad=grad)
+        param = flat.param
+        outcome = Outcome(torch.zeros_like(flat.step), torch.zeros(1, device=self.device), 1)
+        rates, how = Rates(lr=lr, eps=eps, max_norm=s.grad_clip_norm), How(self.precision, self.pdl)
         leaf, clipped = start.clone().requires_grad_(), grad.clone()
         leaf.grad = clipped
         adam = torch.optim.Adam([leaf], lr=lr, eps=eps, fused=True, capturable=self.device.type == "cuda")
-        shadow = (
-            None
-            if self.precision.name == "float32"
-            else torch.empty(count, dtype=self.precision.dtype, device=self.device)
-        )
 
         def reset() -> None:
-            for x in (exp_avg, exp_avg_sq, step, flag, *adam.state[leaf].values()):
+            for x in (flat.exp_avg, flat.exp_avg_sq, flat.step, outcome.flag, *adam.state[leaf].values()):
                 x.zero_()
             param.copy_(start)
             leaf.detach().copy_(start)
             clipped.copy_(grad)
 
         def fused() -> Tensor:
-            squared_norm(grad, partials, step, pdl=self.pdl)
-            # fmt: off
-            adam_step(
-                param, grad, exp_avg, exp_avg_sq, partials, step, flag, norm, lr=lr, head_lr=lr, head=0, eps=eps,
-                max_norm=s.grad_clip_norm, code=1, precision=self.precision, shadow=shadow, pdl=self.pdl,
-            )
-            # fmt: on
+            squared_norm(grad, flat.partials, flat.step, pdl=self.pdl)
+            adam_step(flat, rates, None, outcome, how=how)
             return param
 
         def plain() -> Tensor:
@@ -201,6 +193,6 @@ class _Bench(OpBench):
             reset=reset,
             summary=lambda x: (x - start).double(),
             limit=1e-3,
-            mbyte=mbyte(param, param, exp_avg, exp_avg, exp_avg_sq, exp_avg_sq, grad),
+            mbyte=mbyte(*3 * [param, param], grad),
             shape=f"{count} parameters",
         )

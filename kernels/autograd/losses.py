@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 
 from ..backward.gradient_tile import Gradient
-from ..backward.input_gradient import input_gradient
-from ..backward.weight_gradient import LayerGradient, weight_gradient
 from ..device.launch import How, Precision
-from ..layers.rows import Layer
 from ..layers.two_hot import Code
 from ..losses import latent_loss
 from ..losses.policy_sample import Sample, policy_sample, policy_sample_gradient
 from ..losses.two_hot_loss import BINARY, two_hot_loss
-from .layer import Sizes, check_device, check_product, check_types, in_rows, input_rows, refusing
+from . import product
 
 # A program has all bins of its rows, and with so many no register is left.
 _MOST_BINS = 256
@@ -42,7 +39,7 @@ def two_hot_cross_entropy(
     vmax: float,
     precision: str = "float32",
 ) -> Tensor:
-    """Cross-entropy of a last layer's logits x Wᵀ + b with two-hot targets (paper, section 3.1), a loss a row.
+    """Compute the cross-entropy of a last layer's logits x Wᵀ + b with two-hot targets (paper, section 3.1), by row.
 
     Differentiable once, in x, weight and bias; gradients have their types. Logits are never in
     memory, only their gradient is. With a leading dimension G of the parameters it is G heads.
@@ -73,7 +70,7 @@ def two_hot_cross_entropy(
 def squashed_gaussian(
     logits: Tensor, eps: Tensor, mask: Tensor | None = None, *, low: float, high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sampled actions tanh(mean + eps exp(log_std)), their log-probability and scaled entropy (paper, eq. 5).
+    """Sample actions tanh(mean + eps exp(log_std)), with log-probability and scaled entropy (paper, eq. 5).
 
     As in policy_head.py, all in float32. Differentiable once, in the logits, which get the gradient
     of all three; noise and mask are constants.
@@ -96,7 +93,7 @@ def squashed_gaussian(
 
 
 def consistency(z: Tensor, next_z: Tensor) -> Tensor:
-    """Mean squared difference of latents (paper, eq. 3), a loss a row.
+    """Compute the mean squared difference of latents (paper, eq. 3), a loss a row.
 
     Differentiable once, in z; next_z is a constant, as if detached.
 
@@ -114,15 +111,10 @@ def consistency(z: Tensor, next_z: Tensor) -> Tensor:
     return loss
 
 
-def _head(weight: Tensor, bias: Tensor, s: Sizes, p: Precision) -> Layer:
-    operand = p.operand(weight.reshape(s.groups, s.width, s.depth)).contiguous()
-    return Layer(operand, bias.reshape(s.groups, s.width).float().contiguous())
-
-
 def _check_two_hot(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, num_bins: int, vmin: float, vmax: float, precision: str
-) -> Sizes:
-    """Sizes of a call, or a `ValueError`."""
+) -> product.Sizes:
+    """Return the sizes of a call, or raise a `ValueError`."""
     if not BINARY <= num_bins <= _MOST_BINS:
         raise ValueError(f"num_bins: got {num_bins}, allowed: {BINARY} to {_MOST_BINS}")
     if num_bins > 1 and not vmin < vmax:
@@ -130,8 +122,8 @@ def _check_two_hot(
     if weight.ndim > 1 and weight.shape[-2] != max(num_bins, 1):
         allowed = (*weight.shape[:-2], max(num_bins, 1), weight.shape[-1])
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, allowed: {allowed}")
-    s = check_product(x, weight, dict(bias=bias), precision)
-    check_types(dict(x=x, target=target))
+    s = product.check(x, weight, dict(bias=bias), precision)
+    product.check_types(dict(x=x, target=target))
     lead, inner = list(weight.shape[:-2]), s.result[weight.ndim - 2 : -1]
     if list(target.shape) not in (lead + inner, [1] * len(lead) + inner):
         sizes = ", ".join([*(f"{n} or 1" for n in lead), *map(str, inner)])
@@ -139,7 +131,7 @@ def _check_two_hot(
     return s
 
 
-def _two_hot_room(x: Tensor, s: Sizes, precision: str) -> tuple[Tensor, Tensor]:
+def _two_hot_room(x: Tensor, s: product.Sizes, precision: str) -> tuple[Tensor, Tensor]:
     kept = x.new_empty(s.groups, 1, s.rows, s.width, dtype=Precision(precision).dtype)
     return x.new_empty(s.result[:-1], dtype=torch.float32), kept
 
@@ -148,15 +140,15 @@ def _two_hot_room(x: Tensor, s: Sizes, precision: str) -> tuple[Tensor, Tensor]:
 def _two_hot(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, num_bins: int, vmin: float, vmax: float, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and each row's gradient of the logits (G, 1, rows, D)."""
+    """Return the loss, and each row's gradient of the logits (G, 1, rows, D)."""
     s, p = _check_two_hot(x, weight, bias, target, num_bins, vmin, vmax, precision), Precision(precision)
-    check_device("x", x)
+    product.check_device("x", x)
     loss, kept = _two_hot_room(x, s, precision)
     targets = s.groups if weight.ndim == 2 else target.shape[0]
     with torch.cuda.device_of(x):
         two_hot_loss(
-            input_rows(x, s, p),
-            _head(weight, bias, s, p),
+            product.input_rows(x, s, p),
+            product.packed((weight, bias), s, p),
             target.reshape(targets, 1, s.rows).float(),
             x.new_ones(s.groups, 1, dtype=torch.float32),
             loss.view(s.groups, 1, s.rows),
@@ -176,27 +168,18 @@ def _(x, weight, bias, target, num_bins, vmin, vmax, precision):
 def _two_hot_backward(
     d: Tensor, kept: Tensor, x: Tensor, weight: Tensor, bias: Tensor, precision: str, to_x: bool, to_parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; of no entries where they are not wanted."""
-    s, p = check_product(x, weight, dict(bias=bias), precision), Precision(precision)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if to_x else x.new_empty(0)
-    found = [t.new_empty(t.shape if to_parameters else 0, dtype=torch.float32) for t in (weight, bias)]
+    """Return the gradients of x, weight and bias; of no entries where they are not wanted."""
+    s, p = product.check(x, weight, dict(bias=bias), precision), Precision(precision)
     with torch.cuda.device_of(x):
-        layer = _head(weight, bias, s, p)
         gradient = Gradient(kept * d.reshape(s.groups, 1, s.rows, 1))
-        if to_x:
-            out = dx.view(1 if s.shared else s.groups, 1, s.rows, s.depth)
-            input_gradient(gradient, layer, None, Gradient(out), how=How(p))
-        if to_parameters:
-            sizes = (s.groups, s.width, s.depth), (s.groups, s.width)
-            places = LayerGradient(*(t.view(size) for t, size in zip(found, sizes, strict=True)))
-            weight_gradient(gradient, input_rows(x, s, p), layer, places, how=How(p))
-    return dx, found[0].to(weight.dtype), found[1].to(bias.dtype)
+        layer, parameters = product.packed((weight, bias), s, p), (weight, bias)
+        dx, dw, db = product.gradients(gradient, layer, x, parameters, s, p, to_x, to_parameters)
+    return dx, dw, db
 
 
 @_two_hot_backward.register_fake
 def _(d, kept, x, weight, bias, precision, to_x, to_parameters):
-    wanted = ((x, to_x), (weight, to_parameters), (bias, to_parameters))
-    return tuple(t.new_empty(t.shape if want else 0) for t, want in wanted)
+    return product.empty_gradients(x, (weight, bias), to_x, to_parameters)
 
 
 def _keep_two_hot(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -215,12 +198,12 @@ def _two_hot_gradients(ctx: Any, d: Tensor, *_: None) -> tuple[Tensor | None, ..
 
 
 _two_hot.register_autograd(_two_hot_gradients, setup_context=_keep_two_hot)
-_two_hot_backward.register_autograd(refusing("two_hot_cross_entropy"))
+_two_hot_backward.register_autograd(product.refusing("two_hot_cross_entropy"))
 
 
 def _check_gaussian(logits: Tensor, eps: Tensor, mask: Tensor | None, low: float, high: float) -> tuple[int, int]:
-    """Rows and action dims of a call, or a `ValueError`."""
-    check_types(dict(logits=logits, eps=eps))
+    """Return the rows and action dims of a call, or raise a `ValueError`."""
+    product.check_types(dict(logits=logits, eps=eps))
     if logits.ndim == 0 or logits.shape[-1] == 0 or logits.shape[-1] % 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, allowed: (..., 2A)")
     a = logits.shape[-1] // 2
@@ -237,9 +220,9 @@ def _check_gaussian(logits: Tensor, eps: Tensor, mask: Tensor | None, low: float
 
 
 def _constants(eps: Tensor, mask: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
-    """Noise (1, rows, A) and mask (rows, A) as kernels read them."""
-    live = None if mask is None else in_rows(mask.expand(eps.shape).float(), 1, rows)[0, 0]
-    return in_rows(eps.float(), 1, rows)[0], live
+    """Return noise (1, rows, A) and mask (rows, A) as kernels read them."""
+    live = None if mask is None else product.in_rows(mask.expand(eps.shape).float(), 1, rows)[0, 0]
+    return product.in_rows(eps.float(), 1, rows)[0], live
 
 
 @torch.library.custom_op("tdmpc2_fast::squashed_gaussian", mutates_args=())
@@ -247,11 +230,12 @@ def _gaussian(
     logits: Tensor, eps: Tensor, mask: Tensor | None, low: float, high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, a = _check_gaussian(logits, eps, mask, low, high)
-    check_device("logits", logits)
+    product.check_device("logits", logits)
     action, *scalars = _gaussian_room(logits, eps)
     views = action.view(1, rows, a), *(t.view(1, rows) for t in scalars)
     with torch.cuda.device_of(logits):
-        policy_sample(Sample(in_rows(logits, 1, rows), *_constants(eps, mask, rows), low, high), *views)
+        sample = Sample(product.in_rows(logits, 1, rows), *_constants(eps, mask, rows), low, high)
+        policy_sample(sample, *views)
     return action, scalars[0], scalars[1]
 
 
@@ -281,11 +265,11 @@ def _gaussian_backward(
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     # One row of zeros serves where nothing arrives.
     nothing = logits.new_zeros(a, dtype=torch.float32)
-    to_action = nothing.expand(1, rows, a) if d_action is None else in_rows(d_action.float(), 1, rows)[0]
+    to_action = nothing.expand(1, rows, a) if d_action is None else product.in_rows(d_action.float(), 1, rows)[0]
     to_log_prob, to_entropy = (nothing[:1] if d is None else d.reshape(1, rows) for d in (d_log_prob, d_entropy))
     with torch.cuda.device_of(logits):
         policy_sample_gradient(
-            Sample(in_rows(logits, 1, rows), *_constants(eps, mask, rows), low, high),
+            Sample(product.in_rows(logits, 1, rows), *_constants(eps, mask, rows), low, high),
             to_action,
             to_log_prob.expand(1, rows),
             to_entropy.expand(1, rows),
@@ -312,12 +296,12 @@ def _gaussian_gradients(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | No
 
 
 _gaussian.register_autograd(_gaussian_gradients, setup_context=_keep_gaussian)
-_gaussian_backward.register_autograd(refusing("squashed_gaussian"))
+_gaussian_backward.register_autograd(product.refusing("squashed_gaussian"))
 
 
 def _check_consistency(z: Tensor, next_z: Tensor) -> int:
-    """Rows of a call, or a `ValueError`."""
-    check_types(dict(z=z, next_z=next_z))
+    """Return the rows of a call, or raise a `ValueError`."""
+    product.check_types(dict(z=z, next_z=next_z))
     if z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(f"z: got shape {tuple(z.shape)}, allowed: (..., L), L not 0")
     if next_z.shape != z.shape:
@@ -331,14 +315,14 @@ def _consistency_room(z: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("tdmpc2_fast::consistency", mutates_args=())
 def _consistency(z: Tensor, next_z: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and each row's gradient of z: 2 (z - next_z) / L."""
+    """Return the loss, and each row's gradient of z: 2 (z - next_z) / L."""
     rows, width = _check_consistency(z, next_z), z.shape[-1]
-    check_device("z", z)
+    product.check_device("z", z)
     loss, kept = _consistency_room(z)
     with torch.cuda.device_of(z):
         latent_loss.consistency(
-            in_rows(z, 1, rows)[0],
-            in_rows(next_z, 1, rows)[0],
+            product.in_rows(z, 1, rows)[0],
+            product.in_rows(next_z, 1, rows)[0],
             z.new_full((1,), 1 / width, dtype=torch.float32),
             loss.view(1, rows),
             kept.view(1, rows, width),
@@ -374,4 +358,4 @@ def _consistency_gradients(ctx: Any, d: Tensor, *_: None) -> tuple[Tensor | None
 
 
 _consistency.register_autograd(_consistency_gradients, setup_context=_keep_consistency)
-_consistency_backward.register_autograd(refusing("consistency"))
+_consistency_backward.register_autograd(product.refusing("consistency"))

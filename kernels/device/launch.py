@@ -43,6 +43,9 @@ except ImportError:
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
+PROCESSORS = 132
+"""Multiprocessors of an H100 or H200; A100 has 108, B200 148."""
+
 
 @dataclass(frozen=True)
 class Precision:

@@ -6,8 +6,8 @@ but a counter in memory:
     key      the 64-bit seed
     counter  (group of four elements, stream, low and high word of a counter of plans or updates)
 
-Streams in use: 0 to 6 the draws of a plan (noise.py), 16 to 21 those of an update (update_noise.py),
-22 the slices of its batch (replay_gather.py). Never renumber: a seed means these draws.
+Streams in use: 0 to 6 the draws of a plan (plan/noise.py), 16 to 21 those of an update (update/noise.py),
+22 the slices of its batch (update/replay_gather.py). Never renumber: a seed means these draws.
 """
 
 from __future__ import annotations

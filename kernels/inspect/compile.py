@@ -68,7 +68,7 @@ class Compiled:
     size: int  # bytes of machine code
 
     def faults(self, needs_tensor: bool) -> list[str]:
-        """What makes this configuration unfit."""
+        """List what makes this configuration unfit."""
         found = []
         if self.spills:
             found.append(f"spills {self.spills} bytes a thread")
@@ -97,19 +97,19 @@ class Specialisation:
 
     @property
     def precision(self) -> str:
-        """As `Precision.name`; "-" for a kernel that is the same at every precision, or at two."""
+        """The name of a `Precision`; "-" for a kernel that is the same at every precision, or at two."""
         if "*bf16" in str(self.signature) or flat(self.tile).get("BFLOAT16"):
             return "bfloat16"
         return {None: "-", "tf32": "tf32", "ieee": "float32"}[flat(self.tile).get("DOT")]
 
     @property
     def needs_tensor(self) -> bool:
-        """Whether tensor cores are meant to compute this kernel's products."""
+        """Tells whether tensor cores are meant to compute this kernel's products."""
         return "DOT" in flat(self.tile) and self.precision != "float32"
 
     @property
     def configuration(self) -> str:
-        """Equal for launches of one tile, activation and form.
+        """A name that launches of one tile, activation and form share.
 
         Left out is what Triton derives from the arguments: alignment, and strides or sizes that are 1.
         """
@@ -117,21 +117,21 @@ class Specialisation:
 
     @property
     def label(self) -> str:
-        """The constants worth showing."""
+        """The constants worth showing in a table."""
         tile = flat(self.tile)
         values = [f"{k}={tile[k]}" for k in _SHOWN if k in tile]
         return " ".join([*values, *(k for k in _FLAGS if tile.get(k))])
 
 
 def specialisation(launch: Launch) -> Specialisation:
-    """Signature, constants, alignment attributes and compiler options, as a launch on a GPU gives them."""
+    """Find the signature, constants, alignment attributes and compiler options that a launch on a GPU gives."""
     kernel, values = launch.kernel, launch.arguments()
     constants: dict[Place, Any] = {}
     attributes: dict[Place, Any] = {}
 
     def type_of(value: Any, place: Place) -> Any:
         if isinstance(value, tuple):
-            return type(value)(*(type_of(x, (*place, i)) for i, x in enumerate(value)))
+            return getattr(value, "_make", tuple)(type_of(x, (*place, i)) for i, x in enumerate(value))
         if value is None or (type(value) is int and value == 1):
             constants[place] = value
             return "constexpr"
@@ -187,7 +187,7 @@ def compile_specialisation(spec: Specialisation, arch: int) -> Compiled:
 
 
 def build(spec: Specialisation, arch: int) -> Any:
-    """Triton's compiled kernel, with all stages in its `asm`."""
+    """Return Triton's compiled kernel, with all stages in its `asm`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -200,12 +200,12 @@ def build(spec: Specialisation, arch: int) -> Any:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL of the one kernel in it."""
+    """Return REG, STACK, SHARED and LOCAL of the one kernel in a cubin."""
     return {k: int(v) for k, v in re.findall(r"\b([A-Z]+):(\d+)", cuobjdump("--dump-resource-usage", cubin))}
 
 
 def _sections(cubin: bytes) -> Iterator[tuple[str, int]]:
-    """Name and bytes of each section of an ELF file of 64 bits."""
+    """Yield name and bytes of each section of an ELF file of 64 bits."""
     (start,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count)]
@@ -216,7 +216,7 @@ def _sections(cubin: bytes) -> Iterator[tuple[str, int]]:
 
 @lru_cache
 def _tool() -> str:
-    """The cuobjdump that comes with Triton."""
+    """Find the cuobjdump that comes with Triton."""
     found = sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump*"))
     if not found:
         raise RuntimeError("cuobjdump is not part of this installation of triton")
@@ -224,7 +224,7 @@ def _tool() -> str:
 
 
 def cuobjdump(what: str, cubin: bytes) -> str:
-    """What the tool prints about a cubin: --dump-resource-usage, --dump-sass."""
+    """Return what the tool prints about a cubin: --dump-resource-usage, --dump-sass."""
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as f:
         f.write(cubin)
     try:
@@ -234,7 +234,7 @@ def cuobjdump(what: str, cubin: bytes) -> str:
 
 
 def try_compile(spec: Specialisation, arch: int) -> Compiled | str:
-    """As `compile_specialisation`; why it failed, where it did. Suits worker processes."""
+    """Do as `compile_specialisation`, or return why it failed; suits worker processes."""
     try:
         return compile_specialisation(spec, arch)
     except Exception as e:

@@ -27,79 +27,49 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..device.launch import PRECISIONS, Precision, interpreting, triton
+from ..device.launch import PRECISIONS, PROCESSORS, Launch, Precision, interpreting, triton
+from ..layers.sizes import MODEL_SIZES
 from ..plan.buffers import PlanSizes
 from ..update.buffers import UpdateSizes
 from .compile import SHARED_LIMIT, Compiled, Specialisation, specialisation, try_compile
-from .plan_work import KERNELS, UPDATE_KERNELS, dry_plan
+from .plan_work import dry_plan
+from .published import FORMS, plan_sizes, update_sizes
 from .update_work import dry_update
-
-# Architecture by millions of parameters (paper, Table 9).
-MODEL_SIZES = {
-    1: dict(enc_dim=256, mlp_dim=384, latent_dim=128, num_enc_layers=2, num_q=2),
-    5: dict(enc_dim=256, mlp_dim=512, latent_dim=512, num_enc_layers=2, num_q=5),
-    19: dict(enc_dim=1024, mlp_dim=1024, latent_dim=768, num_enc_layers=3, num_q=5),
-    48: dict(enc_dim=1792, mlp_dim=1792, latent_dim=768, num_enc_layers=4, num_q=5),
-    317: dict(enc_dim=4096, mlp_dim=4096, latent_dim=1376, num_enc_layers=5, num_q=8),
-}
-# What a plan can be besides: a multi-task model adds an embedding and an action mask, an episodic
-# one the termination head.
-FORMS: dict[str, dict[str, Any]] = {"single": {}, "multi": dict(task_dim=96), "episodic": dict(episodic=True)}
+from .work import KERNELS
 
 # What is compiled unless other sizes are asked for. Updates of wide layers take kernels of their own.
 _PLANS, _UPDATES = (1, 5), (1, 5, 19)
 
-_OBS_DIM = 24
-_LARGE = 19  # millions of parameters from which a batch is 1024
-
 # The persistent variant is an option for few environments on Hopper, at tensor-core precisions.
-_PERSISTENT, _PERSISTENT_ARCH, _PROCESSORS = "persistent_kernel", 90, 132
+_PERSISTENT, _PERSISTENT_ARCH = "persistent_kernel", 90
 
 Row = tuple[str, Compiled, list[str]]
 """Precision, what came out, faults."""
 
 
-def plan_sizes(size: int, envs: int, actions: int, form: str = "single") -> PlanSizes:
-    """A plan of a published model size; two more iterations for many actions, as in the paper."""
-    dims: dict[str, Any] = {**MODEL_SIZES[size], **FORMS[form]}
-    return PlanSizes(
-        envs=envs,
-        obs_dim=_OBS_DIM,
-        action_dim=actions,
-        iterations=8 if actions >= 20 else 6,
-        **dims,
-    )
-
-
 def configurations(
     sizes: Iterable[PlanSizes], precision: Precision, variants: bool = False, updates: Iterable[UpdateSizes] = ()
 ) -> list[Specialisation]:
-    """Distinct configurations of plans and updates of these sizes, in the order they are first launched."""
+    """List the distinct configurations of plans and updates of these sizes, in the order they are first launched."""
     found: dict[str, Specialisation] = {}
+
+    def take(log: list[Launch]) -> None:
+        for spec in map(specialisation, log):
+            found.setdefault(str(spec) if variants else spec.configuration, spec)
+
     for s in sizes:
         # Chips without programmatic dependent launch have it taken out when they are compiled for.
-        for launch in dry_plan(s, precision, pdl=True)[1]:
-            spec = specialisation(launch)
-            found.setdefault(str(spec) if variants else spec.configuration, spec)
+        take(dry_plan(s, precision, pdl=True)[1])
         if s.envs == 1 and not s.episodic and precision.name != "float32":
-            log = dry_plan(s, precision, persistent=_PROCESSORS)[1]
-            spec = specialisation(next(x for x in log if x.name == _PERSISTENT))
-            found.setdefault(spec.configuration, spec)
+            log = dry_plan(s, precision, persistent=PROCESSORS)[1]
+            take([next(x for x in log if x.name == _PERSISTENT)])
     for u in updates:
-        for launch in dry_update(u, precision, pdl=True)[0]:
-            spec = specialisation(launch)
-            found.setdefault(str(spec) if variants else spec.configuration, spec)
+        take(dry_update(u, precision, pdl=True)[0])
     return list(found.values())
 
 
-def update_sizes(size: int, actions: int, form: str = "single") -> UpdateSizes:
-    """An update of a published model size at its published batch size."""
-    dims: dict[str, Any] = {**MODEL_SIZES[size], **FORMS[form]}
-    return UpdateSizes(batch=256 if size < _LARGE else 1024, obs_dim=_OBS_DIM, action_dim=actions, **dims)
-
-
 def compile_all(specs: list[Specialisation], archs: list[int], jobs: int) -> Iterator[Row]:
-    """Rows of all configurations on all chips, compiled in `jobs` processes; one job is this process."""
+    """Yield rows of all configurations on all chips, compiled in `jobs` processes; one job is this process."""
     work = [(spec, arch) for arch in archs for spec in specs if spec.name != _PERSISTENT or arch == _PERSISTENT_ARCH]
     with ExitStack() as stack:
         run: Callable[..., Iterator[Compiled | str]] = map
@@ -120,7 +90,7 @@ HEAD = ("kernel", "configuration", "precision", "arch", "warps", "registers", "s
 
 
 def table(rows: list[Row]) -> str:
-    """One line a configuration and chip; spills in bytes a thread, shared memory and code in bytes."""
+    """Format one line a configuration and chip; spills in bytes a thread, shared memory and code in bytes."""
     lines: list[tuple[str, ...]] = [HEAD]
     for precision, c, _ in rows:
         numbers = (c.arch, c.warps, c.registers, c.spills, c.shared, c.tensor, c.size)
@@ -130,7 +100,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """The most registers and shared memory of each chip."""
+    """Format the most registers and shared memory of each chip."""
     lines = []
     for arch in sorted({c.arch for _, c, _ in rows}):
         here = [c for _, c, _ in rows if c.arch == arch]
@@ -153,9 +123,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--envs", **many, type=int, default=[1, 64], help="environments at once")
     parser.add_argument("--actions", **many, type=int, default=[6], help="action dimensions")
     parser.add_argument("--form", **many, choices=FORMS, default=["single"], help="single, multi (task), episodic")
-    parser.add_argument(
-        "--kernel", **many, choices=[*KERNELS, *UPDATE_KERNELS, _PERSISTENT], help="these alone, by name"
-    )
+    parser.add_argument("--kernel", **many, choices=[*KERNELS, _PERSISTENT], help="these alone, by name")
     parser.add_argument("--variants", action="store_true", help="every alignment, not one of each configuration")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, default all processors"
@@ -165,14 +133,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def why_not() -> str | None:
-    """Why nothing can be compiled here, or None where it can."""
+    """Say why nothing can be compiled here, or return None where it can."""
     if triton is None:
         return "the package triton is not installed, so nothing can be compiled"
     return "TRITON_INTERPRET=1 interprets kernels, unset it to compile them" if interpreting() else None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile, print, and judge: the exit code."""
+    """Compile, print, and judge; returns the exit code."""
     args = _arguments(argv)
     if reason := why_not():
         print(f"report: {reason}", file=sys.stderr)

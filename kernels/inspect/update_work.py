@@ -1,4 +1,4 @@
-"""What an update costs, counted from the arguments of the launches of a dry run, as work.py does for a plan."""
+"""What an update costs, counted from the arguments of the launches of a dry run."""
 
 from __future__ import annotations
 
@@ -11,32 +11,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backward.gradient_tile import Gradient
-from ..device.launch import Launch, Precision, log_launches
+from ..device.launch import How, Launch, Precision, log_launches
 from ..layers.rows import Rows
 from ..update.buffers import UpdateSizes
 from ..update.chain import UpdateChain
-from .plan_work import launch_work, not_interpreted
+from .plan_work import not_interpreted
+from .work import Work, launch_work
 
 
-@dataclass(frozen=True)
-class UpdateWork:
-    """What one update costs, the drawing of its batch left out.
-
-    Attributes:
-        launches: kernels launched, ours and torch's.
-        kernels: launches by name; torch's by the name of the operation.
-        flops: of the products, a multiplication and an addition being two.
-        padded_flops: of the products as tiles execute them, with what is masked.
-    """
-
-    launches: int
-    kernels: dict[str, int]
-    flops: int
-    padded_flops: int
-
-
-def update_work(sizes: UpdateSizes, precision: Precision) -> UpdateWork:
-    """Count an update of these sizes, from states.
+def update_work(sizes: UpdateSizes, precision: Precision) -> Work:
+    """Count an update of these sizes, from states, the drawing of its batch left out.
 
     Tensor-core precisions, batch 256 (1M, 5M) or 1024, GFLOP beside those the products need by hand:
     1M 8.5 (8.8), 5M 29.2 (30.7), 19M 412 (431), 48M 1060 (1092), 317M 6583 (6717). So no product is
@@ -45,7 +29,7 @@ def update_work(sizes: UpdateSizes, precision: Precision) -> UpdateWork:
     log, operations = dry_update(sizes, precision)
     work = [launch_work(launch) for launch in log]
     kernels = Counter(launch.name for launch in log) + operations
-    return UpdateWork(
+    return Work(
         launches=sum(kernels.values()),
         kernels=dict(kernels),
         flops=sum(w.flops for w in work),
@@ -54,10 +38,10 @@ def update_work(sizes: UpdateSizes, precision: Precision) -> UpdateWork:
 
 
 def dry_update(sizes: UpdateSizes, precision: Precision, pdl: bool = False) -> tuple[list[Launch], Counter[str]]:
-    """Launches of an update as on a GPU, none of them executed, and torch's operations beside them."""
+    """Return the launches of an update as on a GPU, none of them executed, and torch's operations beside them."""
     with not_interpreted():
         # Nothing is computed, and no memory taken.
-        update = UpdateChain(sizes, precision, torch.device("meta"), pdl=pdl)
+        update = UpdateChain(sizes, How(precision, pdl), torch.device("meta"))
         with log_launches(dry=True) as log, _Operations() as operations:
             update.run()
     return log, operations.found
@@ -79,22 +63,22 @@ class UpdateMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all."""
         return self.parameters + self.optimiser + self.working
 
 
 def update_memory(sizes: UpdateSizes, precision: Precision) -> UpdateMemory:
     """Count what `UpdateChain` allocates."""
-    update = UpdateChain(sizes, precision, torch.device("meta"))
+    update = UpdateChain(sizes, How(precision), torch.device("meta"))
     optimisers = (update.world, update.policy)
-    parameters = [(x.param, x.shadow) for x in optimisers] + [(update.target, update.target_shadow)]
+    parameters = [(x.param, x.shadow) for x in (*optimisers, update.target)]
     moments = [(x.grad, x.exp_avg, x.exp_avg_sq, x.partials, x.step) for x in optimisers]
     working = [vars(x) for x in (update.inputs, update.draws, update.state, update.losses)]
     return UpdateMemory(*(_bytes(x) for x in (parameters, moments, working)))
 
 
 def _bytes(x: Any) -> int:
-    """Of all storages in lists, tuples, dicts and the buffers of rows."""
+    """Count the bytes of all storages in lists, tuples, dicts and the buffers of rows."""
     found: dict[int, int] = {}
 
     def walk(x: Any) -> None:
@@ -114,7 +98,7 @@ def _bytes(x: Any) -> int:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts torch's operations that are kernels: views are not."""
+    """Counts those operations of torch that are kernels; views are not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,11 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ..device.launch import How, Precision, cdiv, interpreting, pow2
+from ..device.launch import PROCESSORS, How, Precision, cdiv, interpreting, pow2
 from .rows import Rows
-
-# Multiprocessors of an H100 or H200; A100 has 108, B200 148.
-_PROCESSORS = 132
 
 THROUGHPUT_ROWS = 8192
 """Rows (environments x samples) from which the throughput regime is taken."""
@@ -97,7 +94,7 @@ def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str)
         return _shallow(_THROUGHPUT[precision], depth)
     fitting = [t for t in _LATENCY[precision] if pow2(rows, 16) >= t.BM]
     for tile in fitting:
-        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= 0.75 * _PROCESSORS:
+        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= 0.75 * PROCESSORS:
             return _shallow(tile, depth)
     return _shallow(fitting[-1], depth)
 
@@ -130,7 +127,7 @@ def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str,
     activation's gradient, which takes registers.
     """
     for tile in () if interpreting() else _READY[precision][through:]:
-        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= _PROCESSORS:
+        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= PROCESSORS:
             return _shallow(tile, depth)
     return None
 
@@ -150,7 +147,7 @@ def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) 
         return Tile(min(_INTERPRETED, pow2(rows, 16)), pow2(columns, 16), min(_INTERPRETED, pow2(depth, 16)))
     most, bk = _HEAD_ROWS[precision]
     bm = min(most, pow2(rows, 16))
-    while bm > 16 and cdiv(rows, bm) * groups < _PROCESSORS:
+    while bm > 16 and cdiv(rows, bm) * groups < PROCESSORS:
         bm //= 2
     bn = pow2(columns, 16)
     return Tile(bm, bn, bk, 8 if bm * bn >= 8192 else 4, 3)

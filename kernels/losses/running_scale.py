@@ -17,7 +17,7 @@ from ..device.arithmetic import lerp
 from ..device.launch import await_producers, interpreting, jit, launch, pow2, tl
 from ..device.reference import reference_of
 
-_PERCENTILES = (5, 95)
+PERCENTILES = (5, 95)
 _MAX_BATCH = 4096
 
 
@@ -80,7 +80,7 @@ def _check(q: Tensor, value: Tensor, tau: float) -> None:
 def places(b: int) -> list[tuple[int, int, float]]:
     """Return, for each percentile of b sorted numbers, the two places it lies between, and its share of the second."""
     last = b - 1
-    positions = [percent * last / 100 for percent in _PERCENTILES]
+    positions = [percent * last / 100 for percent in PERCENTILES]
     return [(int(x), min(int(x) + 1, last), x - int(x)) for x in positions]
 
 

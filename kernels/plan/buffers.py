@@ -1,11 +1,12 @@
 """What a plan is made of: its sizes, packed weights, inputs, draws and working memory.
 
-All of it is allocated once, so that the chain of launches in plan.py can be captured.
+All of it is allocated once, so that the chain of launches in chain.py can be captured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..device.launch import Precision
 from ..layers.rows import Layer, Rows
 from ..layers.sizes import ModelSizes
+from .mppi import Elites, Rule, Samples
 
 # Slabs of the packed first and second layers; critic q is slab CRITICS + q.
 DYNAMICS, POLICY, REWARD, CRITICS = 0, 1, 2, 3
@@ -24,13 +26,18 @@ class PlanSizes(ModelSizes):
     """What a plan is made of, for `envs` environments at once."""
 
     envs: int
-    iterations: int = 6
-    num_samples: int = 512
-    num_pi_trajs: int = 24
-    num_elites: int = 64
-    temperature: float = 0.5
-    min_std: float = 0.05
-    max_std: float = 2.0
+    iterations: int
+    num_samples: int
+    num_pi_trajs: int
+    num_elites: int
+    temperature: float
+    min_std: float
+    max_std: float
+
+    @property
+    def rule(self) -> Rule:
+        """What elites make of the next distribution."""
+        return Rule(self.num_elites, self.temperature, self.min_std, self.max_std)
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,10 @@ class PlanWeights:
 
     @classmethod
     def empty(cls, s: PlanSizes, precision: Precision, device: torch.device) -> PlanWeights:
-        """Room for all weights."""
+        """Make room for all weights."""
 
         def layer(slabs: int, d: int, k: int, side: int = 0, norm: bool = True, simnorm_dim: int = 0) -> Layer:
-            def vector() -> Tensor:
-                return torch.empty(slabs, d, device=device)
-
+            vector = partial(torch.empty, slabs, d, device=device)
             weight = torch.empty(slabs, d, k, dtype=precision.dtype, device=device)
             narrow = torch.empty(slabs, d, side, dtype=precision.dtype, device=device) if side else None
             gamma, beta = (vector(), vector()) if norm else (None, None)
@@ -76,7 +81,7 @@ class PlanWeights:
         )
 
     def layers(self) -> list[Layer]:
-        """All there are."""
+        """List all of them."""
         found = (getattr(self, f.name) for f in fields(self))
         return [x for part in found for x in (part if isinstance(part, tuple) else (part,)) if x is not None]
 
@@ -97,12 +102,10 @@ class PlanInputs:
 
     @classmethod
     def empty(cls, s: PlanSizes, device: torch.device) -> PlanInputs:
-        """Room for all inputs; previous mean and random state at zero."""
+        """Make room for all inputs; previous mean and random state are zero."""
         e = s.envs
 
-        def floats(*size: int) -> Tensor:
-            return torch.zeros(size, device=device)
-
+        floats = partial(torch.zeros, device=device)
         return cls(
             obs=floats(e, s.obs_dim),
             z0=None if s.obs_dim else floats(e, s.latent_dim),
@@ -118,7 +121,7 @@ class PlanInputs:
 
 @dataclass
 class PlanDraws:
-    """Buffers of a plan's random draws, filled by `draw_plan_noise` or from outside."""
+    """Buffers of a plan's random draws, filled by the kernel (noise.py) or from outside."""
 
     pi_eps: Tensor  # (E, H, P, A) normal
     samples: Tensor  # (I, E, H, N-P, A) normal
@@ -130,17 +133,15 @@ class PlanDraws:
 
     @property
     def members(self) -> Tensor:
-        """(I, 2), a view: the critics drawn."""
+        """The critics drawn: (I, 2), a view."""
         return self.slabs[:, -2:]
 
     @classmethod
     def empty(cls, s: PlanSizes, device: torch.device) -> PlanDraws:
-        """Room for all draws."""
+        """Make room for all draws."""
         e, i, h, a, n, p = s.envs, s.iterations, s.horizon, s.action_dim, s.num_samples, s.num_pi_trajs
 
-        def floats(*size: int) -> Tensor:
-            return torch.zeros(size, device=device)
-
+        floats = partial(torch.zeros, device=device)
         slabs = torch.full((i, h + 2), -1, dtype=torch.int64, device=device)
         slabs[:, h + 1] = 1
         slabs[:, h] = 0
@@ -164,9 +165,7 @@ class PlanState:
         def rows(groups: int, n: int, width: int, dtype: torch.dtype = precision.dtype) -> Rows:
             return Rows.empty(groups, e, n, width, dtype, device)
 
-        def floats(*size: int) -> Tensor:
-            return torch.empty(size, device=device)
-
+        floats = partial(torch.empty, device=device)
         self.encoded = [rows(1, 1, width) for width in s.encoder_widths[1:]]
         self.task_share = rows(CRITICS + s.num_q, 1, d, torch.float32) if s.task_dim else None
         self.shared = rows(3, 1, d, torch.float32)  # z0's share of the first layers
@@ -187,6 +186,8 @@ class PlanState:
         self.scores = floats(e, s.num_elites)
         self.mean = floats(e, h, a)
         self.std = floats(e, h, a)
+        self.samples = Samples(self.actions, self.mean, self.std)
+        self.ranked = Elites(self.values, self.elites, self.scores)
         self.action = floats(e, a)
         self.chosen = floats(e, h, a)
         self.picked = torch.empty(e, dtype=torch.int64, device=device)

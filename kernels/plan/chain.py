@@ -22,7 +22,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..device.launch import How, Precision, log_launches
+from ..device.draw import draw
+from ..device.launch import How, log_launches
 from ..experiments.persistent import PersistentRollout
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.policy_layer import policy_layer
@@ -33,10 +34,10 @@ from ..layers.two_hot import Code
 from .buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanDraws, PlanInputs, PlanSizes, PlanState, PlanWeights
 from .mppi_begin import mppi_begin
 from .mppi_refine import Choice, mppi_refine
-from .noise import draw_plan_noise
+from .noise import plan_runs
 
 Observer = Callable[[str], None]
-"""Called before each update ("values") and after it ("update"): for traces and tests."""
+"""Called in each iteration with the values known ("values") and after refining ("refined"): for traces and tests."""
 
 _PAIR = Slabs(DYNAMICS, REWARD - DYNAMICS)
 _SHARED = Slabs(0, 0)
@@ -48,9 +49,8 @@ class PlanChain:
     Args:
         sizes: of everything.
         weights: packed; read in place by every run.
-        precision: of the products.
-        device: of `weights`.
-        pdl: programmatic dependent launch.
+        how: precision of the products, and programmatic dependent launch.
+        device: where the buffers are.
         throughput: whether an activation gets a launch of its own; None lets the table decide.
         persistent: multiprocessors to use for one launch an iteration in place of a chain of
             small ones (persistent.py); 0: the chain.
@@ -61,30 +61,28 @@ class PlanChain:
         self,
         sizes: PlanSizes,
         weights: PlanWeights,
-        precision: Precision,
+        how: How,
         device: torch.device,
-        pdl: bool = False,
         throughput: bool | None = None,
         persistent: int = 0,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.sizes, self.weights, self.precision, self.pdl = sizes, weights, precision, pdl
-        self.how, self._annotate = How(precision, pdl), annotate
+        self.sizes, self.weights, self.how, self._annotate = sizes, weights, how, annotate
         self.inputs, self.draws = PlanInputs.empty(sizes, device), PlanDraws.empty(sizes, device)
-        self.state = PlanState(sizes, precision, device)
+        self.state = PlanState(sizes, how.precision, device)
         rows = sizes.envs * sizes.num_samples
         self.throughput = activates_once(rows) if throughput is None else throughput
         # Sampled and prior rows of one buffer are written by different launches and read by one,
         # so their tiles must be of one width: that of all rows together.
         d, z = sizes.mlp_dim, sizes.latent_dim
-        self._second_tile = layer_tile(rows, 2, d, d, precision.name)
-        self._third_tile = layer_tile(rows, 1, z, d, precision.name)
+        self._second_tile = layer_tile(rows, 2, d, d, how.precision.name)
+        self._third_tile = layer_tile(rows, 1, z, d, how.precision.name)
         third = (None, 0) if self.throughput else (weights.third, self._third_tile.BN)
         self.z = Rows(self.state.z.x, self.state.z.stats, third[0], _SHARED, third[1])
         self._persistent = self._one_launch(persistent) if persistent and sizes.iterations > 1 else None
 
     def run(self, draw: bool = True, observe: Observer | None = None) -> None:
-        """One plan from `inputs` to `state.action`; `draw`: fresh random numbers first."""
+        """Make one plan from `inputs` to `state.action`; `draw`: fresh random numbers first."""
         if draw:
             self.draw()
         with self._annotate("encode"):
@@ -104,12 +102,12 @@ class PlanChain:
                 observe("values")
             last = i == self.sizes.iterations - 1
             with self._annotate("select"):
-                self.update(None if last else self.draws.samples[i + 1], choose=last)
+                self.refine(None if last else self.draws.samples[i + 1], choose=last)
             if observe:
-                observe("update")
+                observe("refined")
 
     def _one_launch(self, processors: int) -> PersistentRollout:
-        """All iterations but the first, which draws the prior's actions, as one launch each."""
+        """Make one launch of each iteration but the first, which draws the prior's actions."""
         if self.throughput or self.sizes.episodic:
             what = "the throughput regime" if self.throughput else "an episodic model"
             raise ValueError(f"persistent: got {what}, allowed: few environments, without termination")
@@ -121,26 +119,14 @@ class PlanChain:
             iterations.append(log)
         # A kernel that holds every kind of phase has no registers to spare for deep blocks.
         tile = replace(self._second_tile, BK=min(self._second_tile.BK, 32))
-        return PersistentRollout(iterations, self.precision, processors, tile)
+        return PersistentRollout(iterations, self.how.precision, processors, tile)
 
     def draw(self) -> None:
         """Fill `draws` from the counter RNG."""
-        d = self.draws
-        draw_plan_noise(
-            self.inputs.rng,
-            pi_eps=d.pi_eps,
-            samples=d.samples,
-            value_eps=d.value_eps,
-            elite=d.elite,
-            action=d.action,
-            members=d.members,
-            num_q=self.sizes.num_q,
-            shift=d.shift,
-            pdl=self.pdl,
-        )
+        draw(self.inputs.rng, plan_runs(self.draws, self.sizes.num_q), pdl=self.how.pdl)
 
     def encode(self) -> Rows:
-        """Latent of the observation, (1, E, 1, L), its SimNorm due."""
+        """Encode the observation: (1, E, 1, L), its SimNorm due."""
         inputs = self.inputs
         if inputs.z0 is not None:
             return Rows(inputs.z0[None, :, None])
@@ -152,7 +138,7 @@ class PlanChain:
         return x
 
     def share(self, z0: Rows | None) -> Rows:
-        """What z0 and the task embedding add to the first layers of dynamics, policy and reward.
+        """Compute what z0 and the task embedding add to the first layers of dynamics, policy and reward.
 
         It is the same for all samples, (3, E, 1, D). z0 None: the task embedding alone.
         """
@@ -171,29 +157,19 @@ class PlanChain:
         return None if share is None else share.x[:, :, 0]
 
     def first_prior_action(self, shared: Rows) -> None:
-        """Policy actions at z0 for the prior sequences: one latent, P samples of its policy."""
+        """Draw the policy's actions at z0 for the prior sequences: one latent, P samples of its policy."""
         s, p = self.state, self.sizes.num_pi_trajs
         first = shared[POLICY : POLICY + 1, :]
         x = self._layer(first, None, self.weights.second, s.policy[:, :1], Slabs(POLICY))
         self._act(x.expand(p), self.draws.pi_eps[:, 0], s.actions[:, 0, :p])
 
     def begin(self) -> None:
-        """Warm start and the first samples."""
-        s = self.state
-        mppi_begin(
-            self.inputs.prev_mean,
-            self.inputs.t0,
-            self.draws.samples[0],
-            self.inputs.mask,
-            self.sizes.max_std,
-            actions=s.actions,
-            mean=s.mean,
-            std=s.std,
-            pdl=self.pdl,
-        )
+        """Write the warm start and the first samples."""
+        inputs, noise, max_std = self.inputs, self.draws.samples[0], self.sizes.max_std
+        mppi_begin(inputs.prev_mean, inputs.t0, noise, inputs.mask, max_std, self.state.samples, pdl=self.how.pdl)
 
     def rollout(self, z0: Rows | None, shared: Rows, start: int = 0, act: bool = False) -> None:
-        """Latents of all steps, and the reward's second layer, of sequences from `start` on.
+        """Roll sequences from `start` on out: latents of all steps, and the reward's second layer.
 
         z0: latents (1, E, N, L) to start from; None: the one of `share`. act: draw the actions
         of the prior sequences on the way, after the first step's.
@@ -213,7 +189,7 @@ class PlanChain:
             self._activated(z)
 
     def terminal_value(self, iteration: int) -> None:
-        """Scalars of all sequences: rewards, two critics at a policy action after the last step."""
+        """Compute the scalars of all sequences: rewards, and two critics at a policy action after the last step."""
         s, w, h, members = self.state, self.weights, self.sizes.horizon, self.draws.members[iteration]
         last = self.z[h - 1 : h, :]
         self._act(self._policy(last), self.draws.value_eps[iteration], s.terminal_action)
@@ -233,9 +209,9 @@ class PlanChain:
             x = self._layer(self._activated(x), None, w.termination[1], s.termination_second, _SHARED)
             self._scalars(x, w.termination[2], s.termination, _SHARED, 0)
 
-    def update(self, next_noise: Tensor | None = None, choose: bool = False) -> None:
-        """Values, elites, mean and std; then the next samples, or the choice of the action."""
-        s, d, inputs, sizes = self.state, self.draws, self.inputs, self.sizes
+    def refine(self, next_noise: Tensor | None = None, choose: bool = False) -> None:
+        """Write values, elites, mean and std; then the next samples, or the choice of the action."""
+        s, d, inputs = self.state, self.draws, self.inputs
         choice = Choice(
             elite_noise=d.elite,
             action_noise=d.action,
@@ -250,20 +226,13 @@ class PlanChain:
             s.scalars,
             inputs.discount,
             s.termination,
-            s.actions,
+            s.samples,
             inputs.mask,
-            sizes.num_elites,
-            sizes.temperature,
-            sizes.min_std,
-            sizes.max_std,
-            values=s.values,
-            elites=s.elites,
-            scores=s.scores,
-            mean=s.mean,
-            std=s.std,
+            self.sizes.rule,
+            s.ranked,
             next_noise=next_noise,
             choice=choice if choose else None,
-            pdl=self.pdl,
+            pdl=self.how.pdl,
         )
 
     def _layer(
@@ -277,10 +246,10 @@ class PlanChain:
         return grouped_layer(x, a, layer, out, how=self.how, slabs=slabs, bias=bias, tile=tile)
 
     def _activated(self, x: Rows) -> Rows:
-        return activate_rows(x, x.x, self.pdl) if self.throughput else x
+        return activate_rows(x, x.x, self.how.pdl) if self.throughput else x
 
     def _policy(self, z: Rows) -> Rows:
-        """The policy's second layer at latents (1, E, n, L)."""
+        """Evaluate the policy's first two layers at latents (1, E, n, L)."""
         slab, n = Slabs(POLICY), z.x.shape[2]
         x = self._layer(z, None, self.weights.first, self.state.first[:1, :n], slab, self._task_bias)
         return self._layer(self._activated(x), None, self.weights.second, self.state.policy[:, :n], slab)

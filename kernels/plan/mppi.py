@@ -6,14 +6,41 @@ All ops are batched over E environments that never mix (paper, section 3.2 and e
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 SUM_EPS = 1e-9
 
 
+class Rule(NamedTuple):
+    """What elites make of the next distribution; names as in the config."""
+
+    num_elites: int  # 1 to N
+    temperature: float  # of the scores
+    min_std: float  # least std of a live dimension
+    max_std: float
+
+
+class Samples(NamedTuple):
+    """The sequences of an iteration and the normal distribution they come from: float32, contiguous."""
+
+    actions: Tensor  # (E, H, N, A)
+    mean: Tensor  # (E, H, A)
+    std: Tensor  # (E, H, A), clamped, then masked
+
+
+class Elites(NamedTuple):
+    """Returns of all sequences and the best of them, contiguous."""
+
+    returns: Tensor  # (E, N) float32, NaN and infinities as they came
+    best: Tensor  # (E, num_elites) int64 indices, by descending value, ties to the lower index
+    scores: Tensor  # (E, num_elites) float32, sum to one
+
+
 def shift_mean(prev_mean: Tensor, t0: Tensor) -> Tensor:
-    """Warm start: the previous mean one step on, zeros last; zeros where an episode starts.
+    """Warm start: return the previous mean one step on, zeros last; zeros where an episode starts.
 
     prev_mean: (E, H, A); t0: (E,) bool. Returns a new (E, H, A).
     """
@@ -23,7 +50,7 @@ def shift_mean(prev_mean: Tensor, t0: Tensor) -> Tensor:
 
 
 def sample_actions(mean: Tensor, std: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
-    """clamp(mean + std noise, -1, 1), times the action mask.
+    """Return clamp(mean + std noise, -1, 1), times the action mask.
 
     mean, std: (E, H, A); noise: (E, H, N', A) standard normal; mask: (E, A) of 0/1.
     """
@@ -40,7 +67,7 @@ def elite_update(
     max_std: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Elites, their scores, and the new mean and std.
+    """Return elites, their scores, and the new mean and std.
 
     values: (E, N), NaN counts as 0; actions: (E, H, N, A); mask: (E, A) or None. Returns
     elite indices (E, K) by descending value with ties to the lower index, scores (E, K) that
@@ -65,13 +92,13 @@ def elite_update(
 
 
 def take_samples(actions: Tensor, index: Tensor) -> Tensor:
-    """Sequences `index` (E, K) out of actions (E, H, N, A): (E, H, K, A)."""
+    """Take sequences `index` (E, K) out of actions (E, H, N, A): (E, H, K, A)."""
     e, h, _, a = actions.shape
     return actions.gather(2, index[:, None, :, None].expand(e, h, index.shape[1], a))
 
 
 def pick_elite(score: Tensor, exponential: Tensor) -> Tensor:
-    """One elite per environment with probability `score`, by the Gumbel trick.
+    """Pick one elite per environment with probability `score`, by the Gumbel trick.
 
     score, exponential: (E, K), the latter Exp(1) draws. Returns (E,) indices into the elites.
     """

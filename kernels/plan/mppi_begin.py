@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..device.arithmetic import clamp
 from ..device.launch import await_producers, cdiv, check_tensor, jit, launch, pow2, tl
-from .mppi import sample_actions, shift_mean
+from .mppi import Samples, sample_actions, shift_mean
 
 
 @jit
@@ -29,7 +29,7 @@ def begin_kernel(
     BA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One step of one environment, BN of its N-P samples; grid (E, H, row tiles)."""
+    """Begin one step of one environment, BN of its N-P samples; grid (E, H, row tiles)."""
     await_producers(PDL)
     e, t = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     n, a = tl.program_id(2) * BN + tl.arange(0, BN), tl.arange(0, BA)  # [BN], [BA]
@@ -54,7 +54,7 @@ _MAX_SAMPLES = 32768  # the sum of their ranks is an int32
 
 
 def drawn_from(name: str, noise: Tensor, actions: Tensor) -> int:
-    """P, the number of samples that are not drawn."""
+    """Return P, the number of samples that are not drawn."""
     e, h, n, a = actions.shape
     m = noise.shape[2] if noise.ndim == 4 else -1
     if not 0 <= m <= n:
@@ -63,12 +63,19 @@ def drawn_from(name: str, noise: Tensor, actions: Tensor) -> int:
     return n - m
 
 
-def check_actions(actions: Tensor) -> None:
-    """Refuse actions that are not (E, H, N, A), or more samples than ranks can be counted for."""
+def check_samples(samples: Samples, mask: Tensor | None) -> tuple[int, int, int, int]:
+    """Return E, H, N and A; refuse other shapes, and more samples than ranks can be counted for."""
+    actions = samples.actions
     if actions.ndim != 4 or 0 in actions.shape or actions.shape[2] > _MAX_SAMPLES:
         allowed = f"(E, H, N, A), each at least 1, N at most {_MAX_SAMPLES}"
         raise ValueError(f"actions: got shape {tuple(actions.shape)}, allowed: {allowed}")
-    check_tensor("actions", actions, tuple(actions.shape), actions)
+    e, h, n, a = actions.shape
+    check_tensor("actions", actions, (e, h, n, a), actions)
+    for name in ("mean", "std"):
+        check_tensor(name, getattr(samples, name), (e, h, a), actions)
+    if mask is not None:
+        check_tensor("mask", mask, (e, a), actions)
+    return e, h, n, a
 
 
 def mppi_begin(
@@ -77,13 +84,11 @@ def mppi_begin(
     noise: Tensor,
     mask: Tensor | None,
     max_std: float,
+    out: Samples,
     *,
-    actions: Tensor,
-    mean: Tensor,
-    std: Tensor,
     pdl: bool = False,
 ) -> None:
-    """Warm start and first samples of a plan in one launch, written in place.
+    """Write the warm start and the first samples of a plan, in place and in one launch.
 
     Args:
         prev_mean: (E, H, A).
@@ -91,21 +96,16 @@ def mppi_begin(
         noise: (E, H, N-P, A) standard normal; N-P may be 0.
         mask: (E, A) of 0/1, live action dims.
         max_std: the std to start with.
-        actions: (E, H, N, A); out: the samples after the first P, which are left alone.
-        mean: out: (E, H, A) shifted mean, no part of `prev_mean`.
-        std: out: (E, H, A).
+        out: the mean, no part of `prev_mean`, and the std; the samples after the first P, which are left alone.
         pdl: programmatic dependent launch.
 
     All float32 unless said, and contiguous.
     """
-    check_actions(actions)
-    e, h, n, a = actions.shape
+    actions, mean, std = out
+    e, h, n, a = check_samples(out, mask)
     p = drawn_from("noise", noise, actions)
     check_tensor("t0", t0, (e,), actions, torch.bool)
-    for name, x in (("prev_mean", prev_mean), ("mean", mean), ("std", std)):
-        check_tensor(name, x, (e, h, a), actions)
-    if mask is not None:
-        check_tensor("mask", mask, (e, a), actions)
+    check_tensor("prev_mean", prev_mean, (e, h, a), actions)
     if mean.data_ptr() == prev_mean.data_ptr():
         raise ValueError("mean: got prev_mean itself, allowed: memory of its own, steps are shifted")
     ba = pow2(a)
@@ -115,8 +115,8 @@ def mppi_begin(
         (e, h, max(cdiv(n - p, bn), 1)),
         prev_mean,
         t0,
-        noise if p < n else actions,
-        mean if mask is None else mask,
+        noise,
+        mask,
         actions,
         mean,
         std,
@@ -139,13 +139,12 @@ def mppi_begin_reference(
     noise: Tensor,
     mask: Tensor | None,
     max_std: float,
+    out: Samples,
     *,
-    actions: Tensor,
-    mean: Tensor,
-    std: Tensor,
     pdl: bool = False,
 ) -> None:
-    """`mppi_begin` in plain torch, in the type of its arguments."""
+    """Do as `mppi_begin` in plain torch, in the type of the arguments."""
+    actions, mean, std = out
     mean.copy_(shift_mean(prev_mean, t0))
     std.fill_(max_std)
     p = actions.shape[2] - noise.shape[2]

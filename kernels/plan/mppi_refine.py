@@ -8,19 +8,19 @@ what costs. N^2 comparisons a program rank exactly and stably; it writes no slic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..device.arithmetic import clamp
 from ..device.launch import await_producers, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
-from .mppi import SUM_EPS, elite_update, explore, pick_elite, sample_actions, take_samples
-from .mppi_begin import check_actions, drawn_from
+from ..device.pointers import Strided
+from .mppi import SUM_EPS, Elites, Rule, Samples, elite_update, explore, pick_elite, sample_actions, take_samples
+from .mppi_begin import check_samples, drawn_from
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What the choice of the action needs and gives; `mppi_refine` fills the outputs."""
 
     elite_noise: Tensor  # (E, num_elites) Exp(1), by rank
@@ -35,25 +35,14 @@ class Choice:
 
 @jit
 def refine_kernel(
-    scalars_ptr,
+    scalars,
     discount_ptr,
-    termination_ptr,
-    actions_ptr,
+    termination,
+    samples,
     mask_ptr,
-    values_ptr,
-    elites_ptr,
-    scores_ptr,
-    mean_ptr,
-    std_ptr,
+    elites,
     noise_ptr,
-    elite_noise_ptr,
-    action_noise_ptr,
-    eval_ptr,
-    action_ptr,
-    prev_mean_ptr,
-    picked_ptr,
-    chosen_ptr,
-    counter_ptr,
+    choice,
     temperature,
     min_std,
     max_std,
@@ -61,12 +50,6 @@ def refine_kernel(
     P,
     A,
     K,
-    scalars_t,
-    scalars_e,
-    scalars_n,
-    termination_t,
-    termination_e,
-    termination_n,
     H: tl.constexpr,
     EPISODIC: tl.constexpr,
     MASKED: tl.constexpr,
@@ -79,7 +62,10 @@ def refine_kernel(
     BA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All N <= BN samples of one environment, one step, BA action dims; grid (E, H, action tiles)."""
+    """Refine from all N <= BN samples of one environment, one step, BA action dims; grid (E, H, action tiles).
+
+    `Strided` rows of scalars and termination logits by step; `Samples`, `Elites` and `Choice` as of the op.
+    """
     await_producers(PDL)
     e, t, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = (t == 0) & (tile == 0)
@@ -89,8 +75,9 @@ def refine_kernel(
     value = tl.zeros((BN,), tl.float32)
     weight = tl.full((BN,), 1.0, tl.float32)
     discount = tl.load(discount_ptr + e)
-    scalar = scalars_ptr + e * scalars_e + n * scalars_n
-    end = termination_ptr + e * termination_e + n * termination_n
+    scalar = scalars.ptr + e * scalars.e + n * scalars.r
+    if EPISODIC:
+        end = termination.ptr + e * termination.e + n * termination.r
     for _ in tl.static_range(H):
         value += weight * tl.load(scalar, mask=live, other=0.0)
         weight *= discount
@@ -98,13 +85,13 @@ def refine_kernel(
             # sigmoid(logit) <= 0.5, rounded alike; false for NaN
             goes_on = 1.0 + tl.exp(-tl.load(end, mask=live, other=0.0)) >= 2.0
             weight = tl.where(goes_on, weight, 0.0)
-            end += termination_t
-        scalar += scalars_t
+            end += termination.g
+        scalar += scalars.g
     q = tl.load(scalar, mask=live, other=0.0)
-    q += tl.load(scalar + scalars_t, mask=live, other=0.0)
+    q += tl.load(scalar + scalars.g, mask=live, other=0.0)
     value += weight * (q * 0.5)
     if first:
-        tl.store(values_ptr + e * N + n, value, mask=live)
+        tl.store(elites.returns + e * N + n, value, mask=live)
 
     # As nan_to_num(0): what lies beyond N is below every number it leaves.
     value = tl.where(value == value, value, 0.0)
@@ -131,14 +118,14 @@ def refine_kernel(
     score = tl.div_rn(score, tl.sum(score, 0))
     by_rank = e * K + rank
     if first:
-        tl.store(elites_ptr + by_rank, n.to(tl.int64), mask=elite)
-        tl.store(scores_ptr + by_rank, score, mask=elite)
+        tl.store(elites.best + by_rank, n.to(tl.int64), mask=elite)
+        tl.store(elites.scores + by_rank, score, mask=elite)
 
     a = tile * BA + tl.arange(0, BA)  # [BA]
     ok = a < A
     row = (e * H + t) * A + a
     # The whole slice is read, by reductions over it, before any of it is overwritten below.
-    actions = actions_ptr + ((e * H + t) * N + n[None, :]) * A + a[:, None]
+    actions = samples.actions + ((e * H + t) * N + n[None, :]) * A + a[:, None]
     x = tl.load(actions, mask=elite[None, :] & ok[:, None], other=0.0)  # [BA, BN]
     norm = tl.sum(score, 0) + SUM_EPS
     mean = tl.div_rn(tl.sum(score[None, :] * x, 1), norm)
@@ -147,8 +134,8 @@ def refine_kernel(
     if MASKED:
         mask = tl.load(mask_ptr + e * A + a, mask=ok, other=0.0)
         mean, std = mean * mask, std * mask
-    tl.store(mean_ptr + row, mean, mask=ok)
-    tl.store(std_ptr + row, std, mask=ok)
+    tl.store(samples.mean + row, mean, mask=ok)
+    tl.store(samples.std + row, std, mask=ok)
 
     if NEXT:
         fresh = live & (n >= P)
@@ -161,25 +148,25 @@ def refine_kernel(
 
     if CHOICE:
         # A score of 0 is never picked, not even where its draw is 0 too.
-        key = tl.log(score) - tl.log(tl.load(elite_noise_ptr + by_rank, mask=elite, other=1.0))
+        key = tl.log(score) - tl.log(tl.load(choice.elite_noise + by_rank, mask=elite, other=1.0))
         key = tl.where(elite & (score > 0) & (key == key), key, float("-inf"))
         best = elite & (key == tl.max(key, 0))
         pick = tl.min(tl.where(best, rank, BN), 0)
         x = tl.sum(tl.where((elite & (rank == pick))[None, :], x, 0.0), 1)  # [BA]
-        tl.store(chosen_ptr + row, x, mask=ok)
-        tl.store(prev_mean_ptr + row, mean, mask=ok)
+        tl.store(choice.chosen + row, x, mask=ok)
+        tl.store(choice.prev_mean + row, mean, mask=ok)
         if t == 0:
-            explore = tl.load(action_noise_ptr + e * A + a, mask=ok, other=0.0) * std
-            x += tl.where(tl.load(eval_ptr + e), 0.0, explore)
-            tl.store(action_ptr + e * A + a, clamp(x, -1.0, 1.0), mask=ok)
+            explore = tl.load(choice.action_noise + e * A + a, mask=ok, other=0.0) * std
+            x += tl.where(tl.load(choice.eval_mode + e), 0.0, explore)
+            tl.store(choice.action + e * A + a, clamp(x, -1.0, 1.0), mask=ok)
         if first:
-            tl.store(picked_ptr + e, pick.to(tl.int64))
+            tl.store(choice.picked + e, pick.to(tl.int64))
     if COUNT and first and e == 0:
-        tl.store(counter_ptr + 1, tl.load(counter_ptr + 1) + 1)
+        tl.store(choice.counter + 1, tl.load(choice.counter + 1) + 1)
 
 
 def refine_tile(n: int, a: int) -> tuple[int, int, int, int]:
-    """(BN, BJ, BA, warps) of an update: all samples in one program, which is what ranking needs."""
+    """Return (BN, BJ, BA, warps): all samples are in one program, which is what ranking needs."""
     bn = pow2(n, 32)
     # 8192 entries of actions and 16384 pairs: 16 and 32 registers a thread of 16 warps.
     bj, ba = (max(1, min(most, budget // bn)) for most, budget in ((32, 16384), (min(pow2(a), 8), 8192)))
@@ -187,109 +174,83 @@ def refine_tile(n: int, a: int) -> tuple[int, int, int, int]:
     return bn, bn if interpreting() and bn <= 1024 else bj, ba, warps
 
 
+def _check_choice(choice: Choice, elites: Elites, samples: Samples) -> None:
+    """Refuse what the choice would read or write wrongly."""
+    actions, (e, h, a) = samples.actions, samples.mean.shape
+    for name, shape in dict(
+        elite_noise=elites.scores.shape, action_noise=(e, a), action=(e, a), prev_mean=(e, h, a), chosen=(e, h, a)
+    ).items():
+        check_tensor(f"choice.{name}", getattr(choice, name), tuple(shape), actions)
+    check_tensor("choice.eval_mode", choice.eval_mode, (e,), actions, torch.bool)
+    check_tensor("choice.picked", choice.picked, (e,), actions, torch.int64)
+    if choice.counter is not None:
+        check_tensor("choice.counter", choice.counter, (2,), actions, torch.int64)
+
+
 def mppi_refine(
     scalars: Tensor,
     discount: Tensor,
     termination: Tensor | None,
-    actions: Tensor,
+    samples: Samples,
     mask: Tensor | None,
-    num_elites: int,
-    temperature: float,
-    min_std: float,
-    max_std: float,
+    rule: Rule,
+    elites: Elites,
     *,
-    values: Tensor,
-    elites: Tensor,
-    scores: Tensor,
-    mean: Tensor,
-    std: Tensor,
     next_noise: Tensor | None = None,
     choice: Choice | None = None,
     pdl: bool = False,
 ) -> None:
-    """Values, elites, new mean and std, then the next samples or the choice: one launch, in place.
+    """Write values, elites, new mean and std, then the next samples or the choice: in place and in one launch.
 
     Args:
         scalars: (H+2, E, N) rewards of the steps, then two critics' values of the terminal action.
         discount: (E,).
         termination: (H, E, N) logits for the latent after each step; None: nothing terminates.
-        actions: (E, H, N, A); out, where `next_noise` is given: the samples after the first P.
+        samples: the sequences; out: mean and std, and where `next_noise` is given the samples after the first P.
         mask: (E, A) of 0/1, live action dims.
-        num_elites: 1 to N.
-        temperature: of the scores.
-        min_std: least std of a live dimension.
-        max_std: largest std.
-        values: out: (E, N) returns, NaN and infinities as they came.
-        elites: out: (E, num_elites) int64 indices by descending value, ties to the lower index.
-        scores: out: (E, num_elites), sum to one.
-        mean: out: (E, H, A).
-        std: out: (E, H, A), clamped, then masked.
+        rule: what elites are, and what they make of mean and std.
+        elites: out.
         next_noise: (E, H, N-P, A) standard normal, for the next iteration.
         choice: draws and outputs of the last iteration instead.
         pdl: programmatic dependent launch.
 
     All float32 unless said; contiguous but for `scalars` and `termination`.
     """
-    check_actions(actions)
-    e, h, n, a = actions.shape
-    if not 1 <= num_elites <= n:
-        raise ValueError(f"num_elites: got {num_elites}, allowed: 1 to {n}")
+    e, h, n, a = check_samples(samples, mask)
+    actions, k = samples.actions, rule.num_elites
+    if not 1 <= k <= n:
+        raise ValueError(f"num_elites: got {k}, allowed: 1 to {n}")
     if next_noise is not None and choice is not None:
         raise ValueError("choice: got one beside next_noise, allowed: one of the two")
     check_tensor("scalars", scalars, (h + 2, e, n), actions, contiguous=False)
     check_tensor("discount", discount, (e,), actions)
     if termination is not None:
         check_tensor("termination", termination, (h, e, n), actions, contiguous=False)
-    if mask is not None:
-        check_tensor("mask", mask, (e, a), actions)
-    check_tensor("values", values, (e, n), actions)
-    check_tensor("elites", elites, (e, num_elites), actions, torch.int64)
-    check_tensor("scores", scores, (e, num_elites), actions)
-    check_tensor("mean", mean, (e, h, a), actions)
-    check_tensor("std", std, (e, h, a), actions)
+    check_tensor("values", elites.returns, (e, n), actions)
+    check_tensor("elites", elites.best, (e, k), actions, torch.int64)
+    check_tensor("scores", elites.scores, (e, k), actions)
     p = n if next_noise is None else drawn_from("next_noise", next_noise, actions)
     if choice is not None:
-        for name, shape in dict(
-            elite_noise=(e, num_elites), action_noise=(e, a), action=(e, a), prev_mean=(e, h, a), chosen=(e, h, a)
-        ).items():
-            check_tensor(f"choice.{name}", getattr(choice, name), shape, actions)
-        check_tensor("choice.eval_mode", choice.eval_mode, (e,), actions, torch.bool)
-        check_tensor("choice.picked", choice.picked, (e,), actions, torch.int64)
-        if choice.counter is not None:
-            check_tensor("choice.counter", choice.counter, (2,), actions, torch.int64)
-    unused = mean  # stands where a kernel of this form reads nothing
+        _check_choice(choice, elites, samples)
     bn, bj, ba, warps = refine_tile(n, a)
     launch(
         refine_kernel,
         (e, h, cdiv(a, ba)),
-        scalars,
+        Strided(scalars, *scalars.stride()),
         discount,
-        unused if termination is None else termination,
-        actions,
-        unused if mask is None else mask,
-        values,
+        None if termination is None else Strided(termination, *termination.stride()),
+        samples,
+        mask,
         elites,
-        scores,
-        mean,
-        std,
-        unused if next_noise is None or p == n else next_noise,
-        choice.elite_noise if choice else unused,
-        choice.action_noise if choice else unused,
-        choice.eval_mode if choice else unused,
-        choice.action if choice else unused,
-        choice.prev_mean if choice else unused,
-        choice.picked if choice else unused,
-        choice.chosen if choice else unused,
-        unused if choice is None or choice.counter is None else choice.counter,
-        float(temperature),
-        float(min_std),
-        float(max_std),
+        next_noise,
+        choice,
+        float(rule.temperature),
+        float(rule.min_std),
+        float(rule.max_std),
         n,
         p,
         a,
-        num_elites,
-        *scalars.stride(),
-        *((0, 0, 0) if termination is None else termination.stride()),
+        k,
         H=h,
         EPISODIC=termination is not None,
         MASKED=mask is not None,
@@ -309,23 +270,17 @@ def mppi_refine_reference(
     scalars: Tensor,
     discount: Tensor,
     termination: Tensor | None,
-    actions: Tensor,
+    samples: Samples,
     mask: Tensor | None,
-    num_elites: int,
-    temperature: float,
-    min_std: float,
-    max_std: float,
+    rule: Rule,
+    elites: Elites,
     *,
-    values: Tensor,
-    elites: Tensor,
-    scores: Tensor,
-    mean: Tensor,
-    std: Tensor,
     next_noise: Tensor | None = None,
     choice: Choice | None = None,
     pdl: bool = False,
 ) -> None:
-    """`mppi_refine` in plain torch, in the type of its arguments."""
+    """Do as `mppi_refine` in plain torch, in the type of the arguments."""
+    actions, mean, std = samples
     *rewards, q0, q1 = scalars
     value, weight = torch.zeros_like(q0), torch.ones_like(q0)
     for t, reward in enumerate(rewards):
@@ -333,9 +288,10 @@ def mppi_refine_reference(
         weight = weight * discount.unsqueeze(1)
         if termination is not None:
             weight = weight * (torch.sigmoid(termination[t]) <= 0.5)
-    values.copy_(value + weight * ((q0 + q1) / 2))
-    new = elite_update(values, actions, num_elites, temperature, min_std, max_std, mask)
-    for out, x in zip((elites, scores, mean, std), new, strict=True):
+    returns, best, scores = elites
+    returns.copy_(value + weight * ((q0 + q1) / 2))
+    new = elite_update(returns, actions, *rule, mask)
+    for out, x in zip((best, scores, mean, std), new, strict=True):
         out.copy_(x)
     if next_noise is not None:
         p = actions.shape[2] - next_noise.shape[2]
@@ -343,7 +299,7 @@ def mppi_refine_reference(
     if choice is not None:
         pick = pick_elite(scores, choice.elite_noise)
         choice.picked.copy_(pick)
-        choice.chosen.copy_(take_samples(actions, elites.gather(1, pick.unsqueeze(1))).squeeze(2))
+        choice.chosen.copy_(take_samples(actions, best.gather(1, pick.unsqueeze(1))).squeeze(2))
         choice.action.copy_(explore(choice.chosen[:, 0], std[:, 0], choice.action_noise, choice.eval_mode))
         choice.prev_mean.copy_(mean)
         if choice.counter is not None:

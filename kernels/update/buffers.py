@@ -8,6 +8,7 @@ with zeros, which stay zeros: its inputs are 0 there, hence its gradients, hence
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from math import prod
 
@@ -19,14 +20,13 @@ from ..backward.weight_gradient import LayerGradient
 from ..device.launch import Precision, cdiv
 from ..layers.rows import Layer, Rows
 from ..layers.sizes import ModelSizes
-from .optim import new_partials
 
 _COLUMNS = 16  # widths of first layers are multiples of this
 _ALIGNED = 32  # floats: where a tensor in a flat buffer begins
 
 
 def padded(width: int) -> int:
-    """Columns that an input of this width takes."""
+    """Return how many columns an input of this width takes."""
     return cdiv(width, _COLUMNS) * _COLUMNS
 
 
@@ -35,23 +35,23 @@ class UpdateSizes(ModelSizes):
     """What an update is made of; names as in the config."""
 
     batch: int
-    dropout: float = 0.01
-    encoder_numel: int = 0  # parameters of an encoder of pixels
-    num_tasks: int = 0
-    rho: float = 0.5
-    consistency_coef: float = 20.0
-    reward_coef: float = 0.1
-    value_coef: float = 0.1
-    termination_coef: float = 1.0
-    entropy_coef: float = 1e-4
-    lr: float = 3e-4
-    enc_lr_scale: float = 0.3
-    grad_clip_norm: float = 20.0
-    tau: float = 0.01
+    dropout: float
+    encoder_numel: int  # parameters of an encoder of pixels
+    num_tasks: int
+    rho: float
+    consistency_coef: float
+    reward_coef: float
+    value_coef: float
+    termination_coef: float
+    entropy_coef: float
+    lr: float
+    enc_lr_scale: float
+    grad_clip_norm: float
+    tau: float
 
     @property
     def input_dim(self) -> int:
-        """Columns of [z, e, a]."""
+        """The number of columns of [z, e, a]."""
         return self.latent_dim + self.task_dim + self.action_dim
 
 
@@ -72,18 +72,18 @@ class FlatLayer:
         return flat[start : start + self.slabs * prod(size)].view(self.slabs, *size)
 
     def layer(self, param: Tensor, operand: Tensor) -> Layer:
-        """As kernels read it: weights from `operand`, vectors from `param`."""
+        """Return the layer as kernels read it: weights from `operand`, vectors from `param`."""
         gamma, beta = (None if x is None else self._view(param, x, self.d) for x in (self.ln_weight, self.ln_bias))
         weight, bias = self._view(operand, self.weight, self.d, self.k), self._view(param, self.bias, self.d)
         return Layer(weight, bias, gamma, beta, simnorm_dim=self.simnorm_dim)
 
     def moved(self, by: int) -> FlatLayer:
-        """The same layers elsewhere in their buffer."""
+        """Return the same layers elsewhere in their buffer."""
         ln_weight, ln_bias = (None if at is None else at + by for at in (self.ln_weight, self.ln_bias))
         return replace(self, weight=self.weight + by, bias=self.bias + by, ln_weight=ln_weight, ln_bias=ln_bias)
 
     def gradient(self, grad: Tensor) -> LayerGradient:
-        """Where its gradients go."""
+        """Return where its gradients go."""
         layer = self.layer(grad, grad)
         return LayerGradient(layer.weight, layer.bias, layer.ln_weight, layer.ln_bias)
 
@@ -142,22 +142,6 @@ class PolicyLayout:
         self.size = flat.size
 
 
-class FlatParameters:
-    """Flat parameters of one optimiser, with all that Adam keeps of them."""
-
-    def __init__(self, size: int, precision: Precision, device: torch.device) -> None:
-        self.param, self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, device=device) for _ in range(4))
-        # Parameters as operands of products; at float32 that is what they are.
-        self.shadow = None if precision.name == "float32" else torch.zeros(size, dtype=precision.dtype, device=device)
-        self.partials = new_partials(self.grad)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
-
-    @property
-    def operand(self) -> Tensor:
-        """What products read."""
-        return self.param if self.shadow is None else self.shadow
-
-
 @dataclass
 class UpdateInputs:
     """Buffers an update reads; their addresses stay."""
@@ -174,12 +158,10 @@ class UpdateInputs:
 
     @classmethod
     def empty(cls, s: UpdateSizes, device: torch.device) -> UpdateInputs:
-        """Zeros: padding is never written again."""
+        """Make room for all inputs, with zeros: padding is never written again."""
         h, b = s.horizon, s.batch
 
-        def floats(*size: int) -> Tensor:
-            return torch.zeros(size, device=device)
-
+        floats = partial(torch.zeros, device=device)
         return cls(
             obs=floats(1, h + 1, b, padded(s.obs_dim + s.task_dim) if s.obs_dim else 0),
             x=floats(1, h + 1, b, padded(s.input_dim)),
@@ -199,26 +181,33 @@ class UpdateDraws:
 
     td_eps: Tensor  # (H, B, A) normal
     pi_eps: Tensor  # (H+1, B, A) normal
-    td_members: Tensor  # (2,) int64
-    pi_members: Tensor  # (2,) int64
+    members: Tensor  # (2, 2) int64: two critics for the TD target, two for the policy loss
     value_keep: Tensor | None  # (Q, H, B, D) uint8
     pi_keep: Tensor | None  # (2, H+1, B, D) uint8
     shift: Tensor | None  # (H+1, B, 1, 1, 2) int64, only for pixels
 
+    @property
+    def td_members(self) -> Tensor:
+        """The critics of the TD target: (2,), a view."""
+        return self.members[0]
+
+    @property
+    def pi_members(self) -> Tensor:
+        """The critics of the policy loss: (2,), a view."""
+        return self.members[1]
+
     @classmethod
     def empty(cls, s: UpdateSizes, device: torch.device) -> UpdateDraws:
-        """Room for all draws."""
+        """Make room for all draws."""
         h, b, a, d = s.horizon, s.batch, s.action_dim, s.mlp_dim
 
         def keep(*size: int) -> Tensor | None:
             return torch.ones(size, dtype=torch.uint8, device=device) if s.dropout > 0 else None
 
-        pair = torch.arange(2, device=device)
         return cls(
             td_eps=torch.zeros(h, b, a, device=device),
             pi_eps=torch.zeros(h + 1, b, a, device=device),
-            td_members=pair,
-            pi_members=pair.clone(),
+            members=torch.arange(2, device=device).repeat(2, 1),
             value_keep=keep(s.num_q, h, b, d),
             pi_keep=keep(2, h + 1, b, d),
             shift=None if s.obs_dim else torch.zeros(h + 1, b, 1, 1, 2, dtype=torch.int64, device=device),
@@ -236,24 +225,22 @@ class UpdateState:
         bins = max(s.num_bins, 1)
 
         def rows(groups: int, steps: int, width: int) -> Rows:
-            """Of a hidden layer, whose activation is read by several."""
+            """Make rows of a hidden layer, whose activation is read by several."""
             return Rows.empty(groups, steps, b, width, precision.dtype, device, active=once)
 
         def latent(steps: int) -> Rows:
-            """Of a layer that ends in a latent, which is stored."""
+            """Make rows of a layer that ends in a latent, which is stored."""
             return Rows.empty(1, steps, b, z, precision.dtype, device)
 
         def gradient(groups: int, steps: int, width: int, vectors: bool = once) -> Gradient:
             return Gradient.empty(groups, steps, b, width, precision.dtype, device, vectors)
 
         def gradients(groups: int, steps: int, out: int, vectors: bool = once) -> list[Gradient]:
-            """Of three layers, the last one without a LayerNorm."""
+            """Make gradients of three layers, the last one without a LayerNorm."""
             hidden = [gradient(groups, steps, d, vectors) for _ in range(2)]
             return [*hidden, gradient(groups, steps, out, vectors=False)]
 
-        def floats(*size: int) -> Tensor:
-            return torch.zeros(size, device=device)
-
+        floats = partial(torch.zeros, device=device)
         # Gradients of a layer's rows are named as the rows.
         self.encoded = [rows(1, h + 1, width) for width in s.encoder_widths[1:-1]]
         self.encoded += [latent(h + 1)] * (len(s.encoder_widths) > 1)

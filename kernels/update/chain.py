@@ -30,7 +30,8 @@ from ..backward.gradient_tile import Gradient
 from ..backward.input_gradient import input_gradient
 from ..backward.norm_gradient import add_up, norm_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
-from ..device.launch import How, Precision
+from ..device.draw import draw
+from ..device.launch import How
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
@@ -40,32 +41,31 @@ from ..losses.latent_loss import consistency, td_target
 from ..losses.policy_sample import Sample, policy_gradient, policy_sample
 from ..losses.running_scale import running_scale
 from ..losses.two_hot_loss import BINARY, two_hot_loss
-from .buffers import (
-    FlatLayer,
-    FlatParameters,
-    PolicyLayout,
-    UpdateDraws,
-    UpdateInputs,
-    UpdateSizes,
-    UpdateState,
-    WorldLayout,
-)
+from .buffers import FlatLayer, PolicyLayout, UpdateDraws, UpdateInputs, UpdateSizes, UpdateState, WorldLayout
 from .metrics import UpdateLosses
-from .noise import draw_update_noise
-from .optim import adam_step, squared_norm
+from .noise import update_runs
+from .optim import (
+    POLICY_EPS,
+    WORLD_EPS,
+    FlatParameters,
+    FlatTarget,
+    Outcome,
+    Rates,
+    adam_step,
+    new_shadow,
+    squared_norm,
+)
 
 WORLD, POLICY = 1, 2
 """What `flag` says was not finite first."""
-
-_POLICY_ADAM_EPS = 1e-5
-_WORLD_ADAM_EPS = 1e-8
 
 
 class _Net:
     """Layers of one network: packed, and where their gradients go."""
 
     def __init__(self, layers: tuple[FlatLayer, ...] | list[FlatLayer], flat: FlatParameters) -> None:
-        self.layers = [x.layer(flat.param, flat.operand) for x in layers]
+        operand = flat.param if flat.shadow is None else flat.shadow
+        self.layers = [x.layer(flat.param, operand) for x in layers]
         self.grads = [x.gradient(flat.grad) for x in layers]
 
 
@@ -74,9 +74,8 @@ class UpdateChain:
 
     Args:
         sizes: of everything.
-        precision: of the products.
-        device: where.
-        pdl: programmatic dependent launch.
+        how: precision of the products, and programmatic dependent launch.
+        device: where the buffers are.
         throughput: whether activations and gradients of LayerNorms get launches of their own; None
             lets the table decide.
         annotate: makes a named range for profilers.
@@ -85,21 +84,19 @@ class UpdateChain:
     def __init__(
         self,
         sizes: UpdateSizes,
-        precision: Precision,
+        how: How,
         device: torch.device,
-        pdl: bool = False,
         throughput: bool | None = None,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.sizes, self.precision, self.pdl, self._annotate = sizes, precision, pdl, annotate
-        self.how = How(precision, pdl)
+        self.sizes, self.how, self._annotate = sizes, how, annotate
         self.layout, self.policy_layout = WorldLayout(sizes), PolicyLayout(sizes)
-        layout = self.layout
-        self.world = FlatParameters(layout.size, precision, device)
-        self.policy = FlatParameters(self.policy_layout.size, precision, device)
-        self.target = torch.zeros(layout.heads_end - layout.heads_start, device=device)
-        shadowed = self.world.shadow is not None
-        self.target_shadow = torch.zeros(len(self.target), dtype=precision.dtype, device=device) if shadowed else None
+        layout, precision = self.layout, how.precision
+        self.world = FlatParameters.zeros(layout.size, precision, device)
+        self.policy = FlatParameters.zeros(self.policy_layout.size, precision, device)
+        average = torch.zeros(layout.heads_end - layout.heads_start, device=device)
+        shadow = new_shadow(average, precision)
+        self.target = FlatTarget(average, layout.heads_start, sizes.tau, shadow)
         self.inputs, self.draws = UpdateInputs.empty(sizes, device), UpdateDraws.empty(sizes, device)
         rows = sizes.horizon * sizes.batch
         self._once = finishes_once(rows, sizes.mlp_dim) if throughput is None else throughput
@@ -107,19 +104,19 @@ class UpdateChain:
         self._encoder, self._heads = _Net(layout.encoder, self.world), _Net(layout.heads, self.world)
         self._dynamics, self._policy = _Net(layout.dynamics, self.world), _Net(self.policy_layout.policy, self.policy)
         self._termination = None if layout.termination is None else _Net(layout.termination, self.world)
-        operand = self.target if self.target_shadow is None else self.target_shadow
-        self._targets = [x.moved(-layout.heads_start).layer(self.target, operand) for x in layout.heads]
+        operand = average if shadow is None else shadow
+        self._targets = [x.moved(-layout.heads_start).layer(average, operand) for x in layout.heads]
         self.losses = UpdateLosses(sizes, device)
         # How last layers are read, with what every launch is given.
-        self._code: dict[str, Any] = dict(how=self.how, code=Code(sizes.num_bins, sizes.vmin, sizes.vmax))
+        self._code: dict[str, Any] = dict(how=how, code=Code(sizes.num_bins, sizes.vmin, sizes.vmax))
 
     def run(self) -> None:
-        """One update from `inputs`, of a model of states and a single task."""
+        """Make one update from `inputs`, of a model of states and a single task."""
         self.draw()
-        self.encode()
+        encoded = self.encode()
         self.td_target()
-        self.world_losses()
-        self.encoder_gradients()
+        gradient = self.world_losses(encoded)
+        self.encoder_gradients(encoded, gradient)
         self.step_world()
         self.policy_losses()
         self.step_policy()
@@ -129,33 +126,23 @@ class UpdateChain:
 
     def draw(self) -> None:
         """Fill `draws` from the counter RNG."""
-        s, d = self.sizes, self.draws
-        draw_update_noise(
-            self.inputs.rng,
-            td_eps=d.td_eps,
-            pi_eps=d.pi_eps,
-            td_members=d.td_members,
-            pi_members=d.pi_members,
-            value_keep=d.value_keep,
-            pi_keep=d.pi_keep,
-            shift=d.shift,
-            num_q=s.num_q,
-            p=s.dropout,
-            pdl=self.pdl,
-        )
+        runs = update_runs(self.draws, self.sizes.num_q, self.sizes.dropout)
+        draw(self.inputs.rng, runs, pdl=self.how.pdl)
 
-    def encode(self) -> None:
-        """Latents of all observations: the first into `inputs.x`, the others into `inputs.next_x`."""
-        rows, inputs, z = Rows(self.inputs.obs), self.inputs, self.sizes.latent_dim
-        self._encoded = [rows]
+    def encode(self) -> list[Rows]:
+        """Write latents of all observations, the first into `inputs.x`, the others into `inputs.next_x`.
+
+        Returns the input of the encoder and the rows of its layers.
+        """
+        encoded, inputs, z = [Rows(self.inputs.obs)], self.inputs, self.sizes.latent_dim
         for layer, out in zip(self._encoder.layers, self.state.encoded, strict=True):
-            rows = self._layer(rows, layer, out)
-            self._encoded.append(rows)
-        activate_rows(rows.steps(slice(0, 1)), inputs.x[:, :1, :, :z], self.pdl)
-        activate_rows(rows.steps(slice(1, None)), inputs.next_x[..., :z], self.pdl)
+            encoded.append(self._layer(encoded[-1], layer, out))
+        activate_rows(encoded[-1].steps(slice(0, 1)), inputs.x[:, :1, :, :z], self.how.pdl)
+        activate_rows(encoded[-1].steps(slice(1, None)), inputs.next_x[..., :z], self.how.pdl)
+        return encoded
 
     def td_target(self) -> None:
-        """TD targets of all steps, by the targets at an action of the policy (no gradient)."""
+        """Write the TD targets of all steps, by the target critics at an action of the policy (no gradient)."""
         state, inputs, draws, h = self.state, self.inputs, self.draws, self.sizes.horizon
         with self._annotate("td_target"):
             self._act(inputs.next_x, slice(0, h), draws.td_eps)
@@ -165,22 +152,25 @@ class UpdateChain:
                 x = self._layer(x, layer, rows.steps(slice(0, h)), slabs)
             scalar_head(x.ready(), self._targets[2], state.target_q, slabs=slabs, **self._code)
             target = inputs.target
-            td_target(state.target_q, target[0], inputs.terminated[0], inputs.discount, target[1], pdl=self.pdl)
+            td_target(state.target_q, target[0], inputs.terminated[0], inputs.discount, target[1], pdl=self.how.pdl)
 
-    def world_losses(self) -> None:
-        """Rollout, consistency, reward, values, termination; then back to the encoder's latent."""
+    def world_losses(self, encoded: list[Rows]) -> Gradient:
+        """Roll out, compute consistency, reward, values and termination, and go back to the first latent.
+
+        encoded: as `encode` returns it; of no rows where torch encodes pixels. Returns the gradient of the
+        encoder's last rows in the first step; of the latent itself, in `state.d_x`, where torch encodes.
+        """
         with self._annotate("world"):
-            self._roll_out()
-            self._losses()
-            self._back_through_heads()
-            self._back_through_rollout()
+            rolled = self._roll_out()
+            hidden = self._losses()
+            self._back_through_heads(hidden)
+            return self._back_through_rollout(rolled, encoded)
 
-    def encoder_gradients(self) -> None:
-        """From the first latent to the encoder's parameters, and to the task embedding in its input."""
+    def encoder_gradients(self, encoded: list[Rows], gradient: Gradient) -> None:
+        """Go from the first latent to the encoder's parameters, and to the task embedding in its input."""
         net, first = self._encoder, slice(0, 1)
-        gradient = self._d_latent
         for i in reversed(range(len(net.layers))):
-            below = self._encoded[i].steps(first)
+            below = encoded[i].steps(first)
             gradient = self._finished(gradient, net.grads[i])
             self._weights(gradient, below, net.layers[i], net.grads[i])
             if i:
@@ -189,23 +179,19 @@ class UpdateChain:
             self._inputs(gradient, net.layers[0], None, Gradient(self.state.d_obs), first=self.sizes.obs_dim)
 
     def step_world(self) -> None:
-        """Norm, clip, Adam of the world model, and the targets' step towards the new critics."""
-        s, layout = self.sizes, self.layout
-        self._step(
-            self.world,
-            WORLD,
+        """Clip the world model's gradient, take its step, and move the targets towards the new critics."""
+        s = self.sizes
+        rates = Rates(
             lr=s.lr,
+            eps=WORLD_EPS,
+            max_norm=s.grad_clip_norm,
+            head=self.layout.encoder_end,
             head_lr=s.lr * s.enc_lr_scale,
-            head=layout.encoder_end,
-            eps=_WORLD_ADAM_EPS,
-            target=self.target,
-            target_shadow=self.target_shadow,
-            target_at=layout.heads_start,
-            tau=s.tau,
         )
+        self._step(self.world, rates, self.target, "grad_norm", WORLD)
 
     def policy_losses(self) -> None:
-        """Value and entropy of the policy at all latents, the running scale, gradients of the policy."""
+        """Compute the policy's value and entropy at all latents, the running scale, and the policy's gradients."""
         with self._annotate("policy"):
             s, state, inputs, draws = self.sizes, self.state, self.inputs, self.draws
             policy = self._act(inputs.x, slice(None), draws.pi_eps, (self.losses.log_prob, self.losses.entropy))
@@ -217,7 +203,7 @@ class UpdateChain:
             scalar_head(second.ready(), layer, state.q, slabs=slabs, gradient=d, **self._code)
             torch.mean(state.q, 0, out=self.losses.q)
             state.new_scale.copy_(state.scale)
-            running_scale(self.losses.q[0], state.new_scale, tau=s.tau, pdl=self.pdl)
+            running_scale(self.losses.q[0], state.new_scale, tau=s.tau, pdl=self.how.pdl)
             # Critics are constants: only what reaches [e, a] is of interest.
             back = self._finished(self._inputs(Gradient(d), layer, second, state.d_critics[1], slabs))
             back = self._finished(self._inputs(back, self._heads.layers[1], first, state.d_critics[0], slabs))
@@ -225,11 +211,12 @@ class UpdateChain:
             self._back_through_policy(policy)
 
     def step_policy(self) -> None:
-        """Norm, clip and Adam of the policy."""
-        self._step(self.policy, POLICY, lr=self.sizes.lr, head_lr=0.0, head=0, eps=_POLICY_ADAM_EPS)
+        """Clip the policy's gradient and take its step."""
+        rates = Rates(lr=self.sizes.lr, eps=POLICY_EPS, max_norm=self.sizes.grad_clip_norm)
+        self._step(self.policy, rates, None, "pi_grad_norm", POLICY)
 
     def summarise(self) -> None:
-        """The metrics; unless a step failed, keep the new scale and count the update."""
+        """Make the metrics; unless a step failed, keep the new scale and count the update."""
         state = self.state
         self.losses.summarise(state.new_scale)
         fine = self.inputs.flag == 0
@@ -238,7 +225,8 @@ class UpdateChain:
 
     # ---- parts of stages
 
-    def _roll_out(self) -> None:
+    def _roll_out(self) -> list[Rows]:
+        """Write the latents of all steps; returns the rows of the layers, of all steps together."""
         inputs, state, z = self.inputs, self.state, self.sizes.latent_dim
         rows: list[Rows] = []
         for t in range(self.sizes.horizon):
@@ -246,13 +234,12 @@ class UpdateChain:
             rows = [Rows(inputs.x[:, now])]
             for layer, out in zip(self._dynamics.layers, state.dynamics, strict=True):
                 rows.append(self._layer(rows[-1], layer, out.steps(now)))
-            activate_rows(rows[-1], inputs.x[:, t + 1 : t + 2, :, :z], self.pdl)
-        # Of all steps: their tiles are the same.
-        self._rolled = [
-            replace(out, layer=x.layer, tile=x.tile) for x, out in zip(rows[1:], state.dynamics, strict=True)
-        ]
+            activate_rows(rows[-1], inputs.x[:, t + 1 : t + 2, :, :z], self.how.pdl)
+        # The tiles of all steps are the same.
+        return [replace(out, layer=x.layer, tile=x.tile) for x, out in zip(rows[1:], state.dynamics, strict=True)]
 
-    def _losses(self) -> None:
+    def _losses(self) -> list[Rows]:
+        """Compute consistency, reward and values; returns the hidden rows of reward and critics."""
         state, inputs, h, z = self.state, self.inputs, self.sizes.horizon, self.sizes.latent_dim
         state.d_x.zero_()
         consistency(
@@ -261,18 +248,20 @@ class UpdateChain:
             self.losses.consistency_weight,
             self.losses.consistency_loss,
             state.d_x[0, 1:, :, :z],
-            pdl=self.pdl,
+            pdl=self.how.pdl,
         )
         dropout = None if self.draws.value_keep is None else self._dropout(self.draws.value_keep, 1)
         first = self._layer(Rows(inputs.x[:, :h]), self._heads.layers[0], state.heads[0], EACH, dropout)
-        self._headed = [first, self._layer(first, self._heads.layers[1], state.heads[1])]
+        second = self._layer(first, self._heads.layers[1], state.heads[1])
         losses, d = self.losses, state.d_heads[2].x
-        last = self._headed[1].ready(), self._heads.layers[2]
+        last = second.ready(), self._heads.layers[2]
         two_hot_loss(*last, inputs.target, losses.head_weight, losses.head_loss, d, **self._code)
+        return [first, second]
 
-    def _back_through_heads(self) -> None:
+    def _back_through_heads(self, hidden: list[Rows]) -> None:
+        """Compute the gradients of reward and critics; then the termination's loss and its gradients."""
         state, h, net = self.state, self.sizes.horizon, self._heads
-        self._back_to(state.d_x[:, :h], net, Rows(self.inputs.x[:, :h]), self._headed, state.d_heads)
+        self._back_to(state.d_x[:, :h], net, Rows(self.inputs.x[:, :h]), hidden, state.d_heads)
         if self._termination is None:
             return
         net = self._termination
@@ -285,16 +274,17 @@ class UpdateChain:
         two_hot_loss(rows[1].ready(), net.layers[2], goal, weight, losses.termination_loss, d, **code)
         self._back_to(state.d_x[:, 1:], net, x, rows, state.d_termination)
 
-    def _back_through_rollout(self) -> None:
+    def _back_through_rollout(self, rolled: list[Rows], encoded: list[Rows]) -> Gradient:
+        """Compute the gradients of the dynamics, from the last step to the first; returns as `world_losses`."""
         state, h, z, net = self.state, self.sizes.horizon, self.sizes.latent_dim, self._dynamics
-        first, second, third = self._rolled
+        first, second, third = rolled
         d_first, d_second, d_third = state.d_dynamics
         last = slice(h - 1, h)
         # Steps are read together afterwards, so their sums are of tiles of one width.
         sizes = self.sizes.batch, 1, z, self.sizes.mlp_dim
-        tile = self._tile(*sizes, True) or input_gradient_tile(*sizes, self.precision.name)
+        tile = self._tile(*sizes, True) or input_gradient_tile(*sizes, self.how.precision.name)
         d = activation_gradient(
-            state.d_x[:, h:, :, :z], third.steps(last), d_third.steps(last), columns=tile.BN, pdl=self.pdl
+            state.d_x[:, h:, :, :z], third.steps(last), d_third.steps(last), columns=tile.BN, pdl=self.how.pdl
         )
         for t in reversed(range(h)):
             now, before = slice(t, t + 1), slice(t - 1, t)
@@ -307,26 +297,27 @@ class UpdateChain:
             out = Gradient(d_z)
             if t:
                 below, out = third.steps(before), d_third.steps(before)
-            elif self._encoder.layers:
-                below, out = self._encoded[-1].steps(slice(0, 1)), state.d_encoded[-1]
+            elif encoded:
+                below, out = encoded[-1].steps(slice(0, 1)), state.d_encoded[-1]
             d = self._inputs(below_first, net.layers[0], below, out, add=d_z, tile=tile)
-        self._d_latent = d
         if self._once:
             whole = [Gradient(g.x) for g in state.d_dynamics]
             for g, grads in zip(state.d_dynamics, net.grads, strict=True):
                 assert g.vectors is not None
-                add_up(g.vectors, grads, pdl=self.pdl)
+                add_up(g.vectors, grads, pdl=self.how.pdl)
         else:
             tiles = below_first.tile, below_second.tile, tile.BN
-            whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, self._rolled, tiles, strict=True)]
+            whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, rolled, tiles, strict=True)]
         inputs = [Rows(self.inputs.x[:, :h]), first, second]
         for gradient, x, layer, grads in zip(whole, inputs, net.layers, net.grads, strict=True):
             self._weights(gradient, x, layer, grads)
         if self.sizes.task_dim:
             d_e = state.d_x[:, :h, :, z:]
             self._inputs(whole[0], net.layers[0], None, Gradient(d_e), first=z, add=d_e)
+        return d
 
     def _back_through_policy(self, rows: list[Rows]) -> None:
+        """Compute the policy's gradients, from the rows of its layers and the critics' gradient of its action."""
         s, state, net = self.sizes, self.state, self._policy
         policy_gradient(
             self._sample(rows[2], self.draws.pi_eps),
@@ -335,7 +326,7 @@ class UpdateChain:
             state.new_scale,
             state.d_policy[2].x,
             entropy_coef=s.entropy_coef,
-            pdl=self.pdl,
+            pdl=self.how.pdl,
         )
         x = Rows(self.inputs.x[..., : s.latent_dim + s.task_dim])
         gradient = self._back(net, x, rows[:2], state.d_policy)
@@ -343,7 +334,10 @@ class UpdateChain:
             self._inputs(gradient, net.layers[0], None, Gradient(state.d_policy_task), first=s.latent_dim)
 
     def _back(self, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient]) -> Gradient:
-        """From the last product's gradient, in `outs`, to all parameters of a head; returns that of its first rows."""
+        """Go from the last product's gradient, in `outs`, to all parameters of a head.
+
+        Returns the gradient of its first rows.
+        """
         gradient = Gradient(outs[2].x)
         for i in (2, 1):
             self._weights(gradient, hidden[i - 1], net.layers[i], net.grads[i])
@@ -353,17 +347,17 @@ class UpdateChain:
         return gradient
 
     def _back_to(self, d_x: Tensor, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient]) -> None:
-        """`_back`, and on to the head's input: added to `d_x`."""
+        """Go `_back`, and on to the head's input, whose gradient is added to `d_x`."""
         self._inputs(self._back(net, x, hidden, outs), net.layers[0], None, Gradient(d_x), add=d_x)
 
     def _act(self, x: Tensor, steps: slice, eps: Tensor, logs: tuple[Tensor, Tensor] | tuple[()] = ()) -> list[Rows]:
-        """The policy at rows x, its actions written into them; returns the rows of its layers."""
+        """Evaluate the policy at rows x and write its actions into them; returns the rows of its layers."""
         s, at = self.sizes, self.sizes.latent_dim + self.sizes.task_dim
         rows = [Rows(x[..., :at])]
         for layer, out in zip(self._policy.layers, self.state.policy, strict=True):
             rows.append(self._layer(rows[-1], layer, out.steps(steps)))
         action = x[0, ..., at : at + s.action_dim]
-        policy_sample(self._sample(rows[3], eps), action, *logs, pdl=self.pdl)
+        policy_sample(self._sample(rows[3], eps), action, *logs, pdl=self.how.pdl)
         return rows[1:]
 
     def _sample(self, logits: Rows, eps: Tensor) -> Sample:
@@ -383,7 +377,7 @@ class UpdateChain:
         )
         if out.active is None:
             return rows
-        activate_rows(rows, out.active, self.pdl)
+        activate_rows(rows, out.active, self.how.pdl)
         return replace(rows, active=out.active)
 
     def _inputs(
@@ -418,37 +412,23 @@ class UpdateChain:
         weight_gradient(gradient, x.ready(), layer, out, how=self.how, tile=tile)
 
     def _finished(self, gradient: Gradient, out: LayerGradient | None = None) -> Gradient:
-        """The gradient as its readers take it; where that is of the product itself, vectors go to `out`."""
+        """Return the gradient as its readers take it; where that is of the product itself, vectors go to `out`."""
         if not self._once or gradient.rows is None:
             return gradient
-        done = norm_gradient(gradient, pdl=self.pdl)
+        done = norm_gradient(gradient, pdl=self.how.pdl)
         if out is not None:
             assert gradient.vectors is not None
-            add_up(gradient.vectors, out, pdl=self.pdl)
+            add_up(gradient.vectors, out, pdl=self.how.pdl)
         return done
 
     def _tile(self, rows: int, groups: int, columns: int, depth: int, through: bool = False) -> Tile | None:
-        """Of a product whose operands are ready; None: as its kernel's table says."""
-        return ready_tile(rows, groups, columns, depth, self.precision.name, through) if self._once else None
+        """Return the tile of a product whose operands are ready; None leaves it to its kernel's table."""
+        return ready_tile(rows, groups, columns, depth, self.how.precision.name, through) if self._once else None
 
     def _dropout(self, keep: Tensor, first: int) -> Dropout:
         return Dropout(keep, 1 / (1 - self.sizes.dropout), first)
 
-    def _step(self, flat: FlatParameters, code: int, **options: Any) -> None:
-        squared_norm(flat.grad, flat.partials, flat.step, pdl=self.pdl)
-        adam_step(
-            flat.param,
-            flat.grad,
-            flat.exp_avg,
-            flat.exp_avg_sq,
-            flat.partials,
-            flat.step,
-            self.inputs.flag,
-            self.losses.metric("grad_norm" if code == WORLD else "pi_grad_norm"),
-            code=code,
-            max_norm=self.sizes.grad_clip_norm,
-            shadow=flat.shadow,
-            precision=self.precision,
-            pdl=self.pdl,
-            **options,
-        )
+    def _step(self, flat: FlatParameters, rates: Rates, target: FlatTarget | None, norm: str, code: int) -> None:
+        """Take a step whose gradient's norm goes to the metric `norm`, and whose failure is `code`."""
+        squared_norm(flat.grad, flat.partials, flat.step, pdl=self.how.pdl)
+        adam_step(flat, rates, target, Outcome(self.inputs.flag, self.losses.metric(norm), code), how=self.how)

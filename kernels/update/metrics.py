@@ -1,4 +1,4 @@
-"""Weights of rows in the losses of an update, their losses, and the metrics made of these.
+"""The losses of an update: what each counts in the total and in the metrics, and where its rows go.
 
 Every kernel writes the losses of its rows into one buffer, a time step a row; two small products
 make the metrics of them, in a fixed order.
@@ -6,80 +6,105 @@ make the metrics of them, in a fixed order.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .buffers import UpdateSizes
 
-# Sums of mean losses of rows, by a matrix; the last two are parts of the policy loss.
-_MIXED = (
-    "consistency_loss",
-    "reward_loss",
-    "value_loss",
-    "termination_loss",
-    "total_loss",
-    "pi_entropy",
-    "pi_scaled_entropy",
-    "_value",
-    "_entropy",
-)
-METRICS = (*_MIXED, "pi_loss", "grad_norm", "pi_grad_norm", "pi_scale")
-"""Names of `UpdateLosses.metrics`, in order; those with an underscore are parts of others."""
+
+class Loss(NamedTuple):
+    """A part of the world model's loss, of `groups` times H rows; its name is that of its metric."""
+
+    name: str
+    coef: float  # what the metric counts in the total
+    groups: int
+    weight: Tensor  # (H,) what the loss of one entry of a row counts in the total, for the gradient
+    share: Tensor  # (H,) what the mean over a row counts in the metric
+
+
+def world_losses(s: UpdateSizes) -> list[Loss]:
+    """Return the parts of the world model's loss, in the order of their rows (paper, eq. 3)."""
+    h, b, q = s.horizon, s.batch, s.num_q
+    rho, one = _decay(s)[:h], torch.ones(h)
+    c, r, v, t = s.consistency_coef, s.reward_coef, s.value_coef, s.termination_coef
+    return [
+        # An entry is the square of one of the latent.
+        Loss("consistency_loss", c, 1, c * rho / (h * b * s.latent_dim), rho / h),
+        Loss("reward_loss", r, 1, r * rho / (h * b), rho / h),
+        Loss("value_loss", v, q, v / q * rho / (h * b), rho / (h * q)),
+        Loss("termination_loss", t, int(s.episodic), t / (h * b) * one, 1 / h * one),
+    ]
+
+
+def _decay(s: UpdateSizes) -> Tensor:
+    """Return what each of H+1 steps counts: (H+1,)."""
+    return s.rho ** torch.arange(s.horizon + 1, dtype=torch.float32)
 
 
 class UpdateLosses:
-    """Losses of rows, (H or H+1, B) each and one beside another, and the metrics (len(METRICS),)."""
+    """Losses of rows, (groups, H or H+1, B) each and one behind another, and the metrics made of them."""
 
     def __init__(self, s: UpdateSizes, device: torch.device) -> None:
-        h, b, heads = s.horizon, s.batch, 1 + s.num_q
-        rho = s.rho ** torch.arange(h + 1, dtype=torch.float32)
-        shares = torch.full((heads, 1), s.value_coef / s.num_q)
-        shares[0] = s.reward_coef
-        self.head_weight = (shares * rho[:h] / (h * b)).to(device).contiguous()
-        # Of the square of one entry.
-        self.consistency_weight = (s.consistency_coef * rho[:h] / (h * b * s.latent_dim)).to(device)
-        self.termination_weight = torch.full((1, h), s.termination_coef / (h * b), device=device)
+        h, b = s.horizon, s.batch
+        world, rho = world_losses(s), _decay(s)
+        consistency, reward, value, termination = (x.weight.to(device) for x in world)
+        self.consistency_weight, self.termination_weight = consistency, termination[None]
+        self.head_weight = torch.stack([reward, *[value] * s.num_q])
         self.policy_weight = (rho / ((h + 1) * b)).to(device)
 
-        counts = [h, heads * h, h if s.episodic else 0, h + 1, h + 1, h + 1]
-        self._rows = torch.zeros(sum(counts), b, device=device)
-        at = torch.tensor([0, *counts]).cumsum(0).tolist()
-        parts = [self._rows[start:end] for start, end in pairwise(at)]
-        self.consistency_loss, self.head_loss = parts[0], parts[1].view(heads, h, b)
-        self.termination_loss = parts[2].view(-1, h, b)
+        counts = {x.name: x.groups * h for x in world} | dict(q=h + 1, log_prob=h + 1, entropy=h + 1)
+        ends = pairwise(accumulate(counts.values(), initial=0))
+        at = {name: slice(*end) for name, end in zip(counts, ends, strict=True)}
+        rows = self._rows = torch.zeros(sum(counts.values()), b, device=device)
+        self.consistency_loss = rows[at["consistency_loss"]]
+        self.head_loss = rows[at["reward_loss"].start : at["value_loss"].stop].view(1 + s.num_q, h, b)
+        self.termination_loss = rows[at["termination_loss"]].view(-1, h, b)
         # Of the policy loss: mean of two critics, log-probability, scaled entropy.
-        self.q, self.log_prob, self.entropy = parts[3:]
+        self.q, self.log_prob, self.entropy = (rows[at[name]] for name in ("q", "log_prob", "entropy"))
 
-        mix = torch.zeros(len(_MIXED), len(self._rows))
-        mix[0, at[0] : at[1]] = rho[:h] / h
-        mix[1, at[1] : at[1] + h] = rho[:h] / h
-        mix[2, at[1] + h : at[2]] = (rho[:h] / (h * s.num_q)).repeat(s.num_q)
-        mix[3, at[2] : at[3]] = 1 / h
-        mix[4] = torch.tensor([s.consistency_coef, s.reward_coef, s.value_coef, s.termination_coef]) @ mix[:4]
-        mix[5, at[4] : at[5]] = -1 / (h + 1)
-        mix[6, at[5] : at[6]] = 1 / (h + 1)
-        mix[7, at[3] : at[4]] = rho / (h + 1)
-        mix[8, at[5] : at[6]] = -s.entropy_coef * rho / (h + 1)
-        self._mix = mix.to(device)
-        self._means = torch.zeros(len(self._rows), device=device)
-        self.metrics = torch.zeros(len(METRICS), device=device)
+        def sum_of(name: str, share: Tensor | float) -> Tensor:
+            """Return what each row counts in a metric of some of them."""
+            found = torch.zeros(len(rows))
+            found[at[name]] = share
+            return found
+
+        mix = {x.name: sum_of(x.name, x.share.repeat(x.groups)) for x in world}
+        mix["total_loss"] = torch.tensor([x.coef for x in world]) @ torch.stack(list(mix.values()))
+        mix["pi_entropy"] = sum_of("log_prob", -1 / (h + 1))
+        mix["pi_scaled_entropy"] = sum_of("entropy", 1 / (h + 1))
+        # Parts of the policy loss.
+        mix["_value"] = sum_of("q", rho / (h + 1))
+        mix["_entropy"] = sum_of("entropy", -s.entropy_coef * rho / (h + 1))
+        self._mixed, self._mix = list(mix), torch.stack(list(mix.values())).to(device)
+        self._means = torch.zeros(len(rows), device=device)
+        self._names = [*mix, "pi_loss", "grad_norm", "pi_grad_norm", "pi_scale"]
+        self._metrics = torch.zeros(len(self._names), device=device)
 
     def metric(self, name: str) -> Tensor:
-        """Where one metric lies: (1,)."""
-        at = METRICS.index(name)
-        return self.metrics[at : at + 1]
+        """Return where one metric lies: (1,)."""
+        at = self._names.index(name)
+        return self._metrics[at : at + 1]
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return a copy of all metrics, without parts of others."""
+        found = zip(self._names, self._metrics.clone(), strict=True)
+        return {name: x for name, x in found if not name.startswith("_")}
 
     def summarise(self, scale: Tensor) -> None:
-        """Make the metrics of the losses of rows and the running scale (1,); norms are written by others."""
+        """Make the metrics of the losses of rows and the running scale (1,); the optimisers write the norms."""
         torch.mean(self._rows, 1, out=self._means)
-        torch.mv(self._mix, self._means, out=self.metrics[: len(_MIXED)])
+        torch.mv(self._mix, self._means, out=self._metrics[: len(self._mixed)])
         value, entropy = self.metric("_value"), self.metric("_entropy")
         torch.addcdiv(entropy, value, scale, value=-1, out=self.metric("pi_loss"))
         self.metric("pi_scale").copy_(scale)
 
     def not_finite(self) -> list[str]:
-        """Losses whose own rows were not, at the last `summarise`; its product makes all metrics NaN by one. Waits."""
+        """Name the metrics whose own rows were not finite at the last `summarise`; waits for the device.
+
+        The product of `summarise` makes all of them NaN by one.
+        """
         mixed = (self._mix != 0) & ~self._means.isfinite()
-        return [name for name, bad in zip(_MIXED, mixed.any(1).tolist(), strict=True) if bad]
+        return [name for name, bad in zip(self._mixed, mixed.any(1).tolist(), strict=True) if bad]

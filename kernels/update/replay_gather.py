@@ -15,6 +15,7 @@ that is cheaper than a launch between. Reads and writes every number of the batc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..device.arithmetic import store_rounded
 from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
 from ..device.philox import check_state, four_words, stream_words
+from ..device.pointers import Strided
 
 _STREAM = 22
 # Entries of an observation a program takes.
@@ -31,8 +33,7 @@ _INTERPRETED_TILE = 16384
 STREAM = tl.constexpr(_STREAM)
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """The replay's storage: a ring of C steps. Row 0 of an episode has NaN action and reward."""
 
     obs: Tensor  # (C, O) float32, or uint8 pixels
@@ -43,7 +44,19 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Slices:
+class DeviceReplay:
+    """A replay to draw from; addresses stay while it lives, contents change.
+
+    They are read when the kernel runs, so a captured graph sees episodes that came later.
+    """
+
+    steps: Steps
+    table: Tensor  # (R, 2) int64, start (in steps of all time) and length, H+1 steps at least and all in the ring
+    first: Tensor  # (1,) int64, row of the oldest episode a slice can come from
+    count: Tensor  # (1,) int64, how many there are, from 1, below 2^31: rows first, first + 1, ... modulo R
+
+
+class Slices(NamedTuple):
     """Where a batch goes; rows of obs and action are contiguous, all other strides are free."""
 
     obs: Tensor  # (H+1, B, O) float32 or bfloat16, uint8 pixels
@@ -55,7 +68,7 @@ class Slices:
 
 @jit
 def share_of(high, low, count):
-    """The 64-bit word times count / 2^64, rounded down; count below 2^31."""
+    """Return the 64-bit word times count / 2^64, rounded down; count below 2^31."""
     return (high.to(tl.int64) * count + ((low.to(tl.int64) * count) >> 32)) >> 32
 
 
@@ -66,24 +79,8 @@ def draw_slices_kernel(
     first_ptr,
     count_ptr,
     starts_ptr,
-    obs_ptr,
-    action_ptr,
-    reward_ptr,
-    terminated_ptr,
-    task_ptr,
-    obs_out_ptr,
-    action_out_ptr,
-    reward_out_ptr,
-    terminated_out_ptr,
-    task_out_ptr,
-    obs_t,
-    obs_b,
-    action_t,
-    action_b,
-    reward_t,
-    reward_b,
-    terminated_t,
-    terminated_b,
+    steps,
+    out,
     C,
     R,
     B,
@@ -98,7 +95,10 @@ def draw_slices_kernel(
     INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BB slices, one step, BO columns of obs; grid (slice tiles, H+1, column tiles)."""
+    """Copy BB slices, one step, BO columns of obs; grid (slice tiles, H+1, column tiles).
+
+    steps: `Steps`. out: `Slices`, all but the task `Strided` by step and slice.
+    """
     await_producers(PDL)
     t, tile = tl.program_id(1).to(tl.int64), tl.program_id(2)
     b = tl.program_id(0) * BB + tl.arange(0, BB)  # [BB]
@@ -116,22 +116,22 @@ def draw_slices_kernel(
 
     o = tile * BO + tl.arange(0, BO)  # [BO]
     ok = live[:, None] & (o < width)[None, :]
-    x = tl.load(obs_ptr + step[:, None] * width + o[None, :], mask=ok, other=0)  # [BB, BO]
-    store_rounded(obs_out_ptr + t * obs_t + b[:, None] * obs_b + o[None, :], x, ok, INTERPRETED)
+    x = tl.load(steps.obs + step[:, None] * width + o[None, :], mask=ok, other=0)  # [BB, BO]
+    store_rounded(out.obs.ptr + t * out.obs.g + b[:, None] * out.obs.e + o[None, :], x, ok, INTERPRETED)
     if tile == 0:
         if t == 0:
             if TASK:
-                tl.store(task_out_ptr + b, tl.load(task_ptr + step, mask=live, other=0), mask=live)
+                tl.store(out.task + b, tl.load(steps.task + step, mask=live, other=0), mask=live)
         else:
             a = tl.arange(0, BA)  # [BA]
             a_ok = live[:, None] & (a < A)[None, :]
-            action = tl.load(action_ptr + step[:, None] * A + a[None, :], mask=a_ok, other=0.0)  # [BB, BA]
-            to = action_out_ptr + (t - 1) * action_t + b[:, None] * action_b + a[None, :]
+            action = tl.load(steps.action + step[:, None] * A + a[None, :], mask=a_ok, other=0.0)  # [BB, BA]
+            to = out.action.ptr + (t - 1) * out.action.g + b[:, None] * out.action.e + a[None, :]
             store_rounded(to, action, a_ok, INTERPRETED)
-            reward = tl.load(reward_ptr + step, mask=live, other=0.0)
-            tl.store(reward_out_ptr + (t - 1) * reward_t + b * reward_b, reward, mask=live)
-            ended = tl.load(terminated_ptr + step, mask=live, other=0).to(tl.float32)
-            tl.store(terminated_out_ptr + (t - 1) * terminated_t + b * terminated_b, ended, mask=live)
+            reward = tl.load(steps.reward + step, mask=live, other=0.0)
+            tl.store(out.reward.ptr + (t - 1) * out.reward.g + b * out.reward.e, reward, mask=live)
+            ended = tl.load(steps.terminated + step, mask=live, other=0).to(tl.float32)
+            tl.store(out.terminated.ptr + (t - 1) * out.terminated.g + b * out.terminated.e, ended, mask=live)
 
 
 def _check(
@@ -150,23 +150,16 @@ def _check(
         raise ValueError(f"{name}: got {got}, allowed: {shape} {' or '.join(map(str, dtypes))} on {device}, {layout}")
 
 
-def _check_slices(
-    state: Tensor,
-    table: Tensor,
-    first: Tensor,
-    count: Tensor,
-    steps: Steps,
-    out: Slices,
-    starts: Tensor | None,
-) -> tuple[int, int, int]:
-    """H, B and C."""
+def _check_slices(state: Tensor, replay: DeviceReplay, out: Slices, starts: Tensor | None) -> tuple[int, int, int]:
+    """Return H, B and C; refuse what the kernel would read or write wrongly."""
     check_state(state)
     device, words, floats = state.device, (torch.int64,), (torch.float32,)
+    steps, table = replay.steps, replay.table
     if table.ndim != 2 or not 1 <= table.shape[0] < 2**31:
         raise ValueError(f"table: got shape {tuple(table.shape)}, allowed: (R, 2), R from 1")
     _check("table", table, (table.shape[0], 2), words, device)
-    _check("first", first, (1,), words, device)
-    _check("count", count, (1,), words, device)
+    _check("first", replay.first, (1,), words, device)
+    _check("count", replay.count, (1,), words, device)
     if steps.obs.ndim != 2 or steps.action.ndim != 2 or out.obs.ndim != 3:
         shapes = [tuple(x.shape) for x in (steps.obs, steps.action, out.obs)]
         raise ValueError(f"steps.obs, steps.action, out.obs: got shapes {shapes}, allowed: (C, O), (C, A), (H+1, B, O)")
@@ -195,63 +188,39 @@ def _check_slices(
 
 
 def draw_slices(
-    state: Tensor,
-    table: Tensor,
-    first: Tensor,
-    count: Tensor,
-    steps: Steps,
-    out: Slices,
-    *,
-    starts: Tensor | None = None,
-    pdl: bool = False,
+    state: Tensor, replay: DeviceReplay, out: Slices, *, starts: Tensor | None = None, pdl: bool = False
 ) -> None:
     """Draw a batch of slices and copy their steps, in place and in one launch.
 
     Args:
         state: (2,) int64 seed and counter; another kernel counts.
-        table: (R, 2) int64, start (in steps of all time) and length of the episodes a slice can come
-            from, each of H+1 steps at least, all still in the ring.
-        first: (1,) int64, row of the oldest of them.
-        count: (1,) int64, how many there are, from 1, below 2^31: rows first, first + 1, ... modulo R.
-        steps: the ring.
+        replay: what is drawn from.
         out: the batch: obs of steps 0 to H of each slice; action, reward, terminated of 1 to H; task.
         starts: (B,) int64 first steps, of all time, to take instead of drawing.
         pdl: programmatic dependent launch.
 
-    `first` and `count` are read when the kernel runs, so a captured graph sees episodes that came later.
-
     Raises:
         ValueError: a tensor of another shape, type, device or layout.
     """
-    h, b, c = _check_slices(state, table, first, count, steps, out, starts)
+    h, b, c = _check_slices(state, replay, out, starts)
+    steps, table = replay.steps, replay.table
     o, a = steps.obs.shape[1], steps.action.shape[1]
     tile = _INTERPRETED_TILE if interpreting() else _TILE * 4 // steps.obs.element_size()
     bo = min(pow2(o), tile)
     # Few slices a program: the loads of one wait for each other, programs do not.
     bb = max(1, min(pow2(b), tile // max(bo, pow2(a)), tile if interpreting() else 16))
-    unused = state  # stands where a kernel of this form reads and writes nothing
+    names = ("obs", "action", "reward", "terminated")
+    strided: dict[str, Any] = {name: Strided(x := getattr(out, name), x.stride(0), x.stride(1), 1) for name in names}
     launch(
         draw_slices_kernel,
         (cdiv(b, bb), h + 1, cdiv(o, bo)),
         state,
         table,
-        first,
-        count,
-        unused if starts is None else starts,
-        steps.obs,
-        steps.action,
-        steps.reward,
-        steps.terminated,
-        unused if steps.task is None else steps.task,
-        out.obs,
-        out.action,
-        out.reward,
-        out.terminated,
-        unused if out.task is None else out.task,
-        *out.obs.stride()[:2],
-        *out.action.stride()[:2],
-        *out.reward.stride(),
-        *out.terminated.stride(),
+        replay.first,
+        replay.count,
+        starts,
+        steps,
+        out._replace(**strided),
         c,
         table.shape[0],
         b,
@@ -270,25 +239,19 @@ def draw_slices(
 
 
 def draw_slices_reference(
-    state: Tensor,
-    table: Tensor,
-    first: Tensor,
-    count: Tensor,
-    steps: Steps,
-    out: Slices,
-    *,
-    starts: Tensor | None = None,
-    pdl: bool = False,
+    state: Tensor, replay: DeviceReplay, out: Slices, *, starts: Tensor | None = None, pdl: bool = False
 ) -> None:
-    """`draw_slices` in plain torch: the same slices, bit for bit."""
-    h, b, c = _check_slices(state, table, first, count, steps, out, starts)
+    """Do as `draw_slices` in plain torch: the same slices, bit for bit."""
+    h, b, c = _check_slices(state, replay, out, starts)
+    steps, table = replay.steps, replay.table
     if starts is None:
         words = stream_words(state, _STREAM, 4 * b).unbind(1)
 
         def share(high: Tensor, low: Tensor, count: Tensor) -> Tensor:
             return high * count + (low * count >> 32) >> 32
 
-        start, length = table[(first + share(words[0], words[1], count)) % len(table)].unbind(1)
+        row = replay.first + share(words[0], words[1], replay.count)
+        start, length = table[row % len(table)].unbind(1)
         starts = start + share(words[2], words[3], length - h)
     index = (starts + torch.arange(h + 1, device=state.device).unsqueeze(1)) % c  # (H+1, B)
     out.obs.copy_(steps.obs[index])

@@ -44,7 +44,7 @@ class FlatModel:
         kept = {name: (held, key) for name, held, key in self.model.places()}
         self._bound = []
         u = self.update
-        for name, view in self._views(u.world.param, u.policy.param, u.target):
+        for name, view in self._views(u.world.param, u.policy.param, u.target.param):
             holder, key = kept[name]
             parameter = holder[key]
             assert parameter is not None
@@ -58,11 +58,9 @@ class FlatModel:
     def refresh_operands(self) -> None:
         """Round the parameters anew to what products take."""
         u = self.update
-        for flat in (u.world, u.policy):
+        for flat in (u.world, u.policy, u.target):
             if flat.shadow is not None:
                 flat.shadow.copy_(self.precision.operand(flat.param))
-        if u.target_shadow is not None:
-            u.target_shadow.copy_(self.precision.operand(u.target))
         self._seen = self._versions()
 
     def check(self) -> bool:

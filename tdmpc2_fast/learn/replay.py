@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from statistics import mode
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdmpc2_fast.kernels.update.replay_gather import Steps
+from tdmpc2_fast.kernels.update.replay_gather import DeviceReplay, Steps
 
 from ..config import Config
 from ..errors import InputError, kind_of
@@ -30,16 +29,6 @@ from .batch import Batch
 _DEVICE_HEADROOM = 2.5  # official rule: the replay lives on the GPU if this many times its size is free
 _HOST_SHARE = 0.8  # of the free memory that the advice leaves to the replay: the model wants some, too
 _FIELDS = ("obs", "action", "reward", "terminated", "task")
-
-
-@dataclass(frozen=True)
-class DeviceReplay:
-    """A replay for kernels that draw from it; its addresses stay while the buffer lives, its contents change."""
-
-    steps: Steps
-    table: Tensor  # (R, 2) int64, start and length of episodes a slice can come from
-    first: Tensor  # (1,) int64, the first row in use
-    count: Tensor  # (1,) int64, rows in use
 
 
 class ReplayBuffer:

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy
+from tdmpc2_fast.kernels.update.optim import POLICY_EPS
 
 from ..errors import NonFiniteError, warn
 from ..model.world_model import WorldModel, join
@@ -29,7 +30,6 @@ from .batch import Batch, Sampler, UpdateTrace
 from .metrics import termination_statistics
 from .scale import RunningScale
 
-_POLICY_ADAM_EPS = 1e-5
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _PROGRAMS = ("_targets", "_world_losses", "_policy_losses")  # of `TorchUpdate`, that `compile` compiles
 _T = TypeVar("_T")
@@ -52,7 +52,7 @@ class TorchUpdate(UpdateBackend):
         have_a_cache()
         groups: list[dict[str, Any]] = [dict(params=encoder, lr=cfg.lr * cfg.enc_lr_scale), dict(params=rest)]
         self.optim = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
-        self.pi_optim = torch.optim.Adam(model._pi.parameters(), lr=cfg.lr, eps=_POLICY_ADAM_EPS, fused=True)
+        self.pi_optim = torch.optim.Adam(model._pi.parameters(), lr=cfg.lr, eps=POLICY_EPS, fused=True)
         self.scale = RunningScale(cfg.tau, device, model.dtype)
         self._rho = cfg.rho ** torch.arange(cfg.horizon + 1, device=device, dtype=torch.float32)
         self.discount: Tensor | float = cfg.discounts[0]

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tdmpc2_fast.kernels.device.launch import has_dependent_launch
+from tdmpc2_fast.kernels.device.launch import How, has_dependent_launch
 from tdmpc2_fast.kernels.update.chain import POLICY, WORLD, UpdateChain
-from tdmpc2_fast.kernels.update.metrics import METRICS
-from tdmpc2_fast.kernels.update.replay_gather import Slices, draw_slices
+from tdmpc2_fast.kernels.update.replay_gather import DeviceReplay, Slices, draw_slices
 
 from ..errors import InputError, NonFiniteError
 from ..model.task_embedding import look_up
@@ -29,7 +28,7 @@ from .backend import TASK_GRADIENT, UpdateBackend
 from .batch import Batch, Sampler, UpdateTrace
 from .flat_model import FlatModel
 from .metrics import termination_statistics
-from .replay import DeviceReplay, ReplayBuffer
+from .replay import ReplayBuffer
 from .scale import RunningScale
 from .tasks import Tasks
 
@@ -51,9 +50,8 @@ class TritonUpdate(UpdateBackend):
         self.precision = plan_precision(cfg, device)
         self.chain = UpdateChain(
             update_sizes(model),
-            self.precision,
+            How(self.precision, has_dependent_launch(device) if pdl is None else pdl),
             device,
-            pdl=has_dependent_launch(device) if pdl is None else pdl,
             throughput=throughput,
             annotate=annotate,
         )
@@ -186,7 +184,7 @@ class TritonUpdate(UpdateBackend):
         obs = inputs.obs[0, ..., : sizes.obs_dim] if self._images is None else self._images.flatten(2)
         task = None if self._tasks is None else self._tasks.index
         out = Slices(obs, self._actions, inputs.target[0], inputs.terminated[0], task)
-        draw_slices(inputs.rng, replay.table, replay.first, replay.count, replay.steps, out, pdl=self.chain.pdl)
+        draw_slices(inputs.rng, replay, out, pdl=self.chain.how.pdl)
         self._run()
 
     @property
@@ -200,11 +198,12 @@ class TritonUpdate(UpdateBackend):
         chain = self.chain
         if self._tasks is not None:
             self._tasks.look_up()
-        z0 = self._encode()
+        encoded = [] if self._images is not None else chain.encode()
+        z0 = self._encode_images()
         chain.td_target()
-        chain.world_losses()
+        gradient = chain.world_losses(encoded)
         if z0 is None:
-            chain.encoder_gradients()
+            chain.encoder_gradients(encoded, gradient)
         else:
             chain.world.grad[chain.layout.pixels : chain.layout.encoder_end].zero_()
             with matmul_precision(self.cfg, z0.device):
@@ -234,11 +233,10 @@ class TritonUpdate(UpdateBackend):
             self._take_noise(noise)
         self._update(trace)
 
-    def _encode(self) -> Tensor | None:
-        """Encode all observations; of pixels, return the first latent, with its graph."""
+    def _encode_images(self) -> Tensor | None:
+        """Encode all observations, where they are pixels, and return the first latent, with its graph."""
         chain, z = self.chain, self.cfg.latent_dim
         if self._images is None:
-            chain.encode()
             return None
         shift = chain.draws.shift
         assert shift is not None
@@ -302,8 +300,7 @@ class TritonUpdate(UpdateBackend):
 
     def _metrics(self) -> dict[str, Tensor]:
         """Return copies of the metrics: the next update overwrites the buffer."""
-        values = dict(zip(METRICS, self.chain.losses.metrics.clone(), strict=True))
-        found = {k: v for k, v in values.items() if not k.startswith("_")}
+        found = self.chain.losses.metrics()
         if self.cfg.episodic:
             found |= {k: v.clone() for k, v in self._statistics.items()}
         return found

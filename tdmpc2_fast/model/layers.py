@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tdmpc2_fast.kernels.layers.activations import simnorm
 from tdmpc2_fast.kernels.layers.normed_linear import linear, normed_linear
+from tdmpc2_fast.kernels.layers.sizes import SHIFT_PAD
 
 _INIT_STD = 0.02
-_SHIFT_PAD = 3
 
 
 class NormedLinear(nn.Linear):
@@ -161,7 +161,7 @@ def random_shift(obs: Tensor, shift: Tensor) -> Tensor:
     resampling as in the official code, whose rounding a plain crop does not have. The
     official agent shifts always: when acting and evaluating, too.
     """
-    x = F.pad(obs.float(), (_SHIFT_PAD,) * 4, "replicate")
+    x = F.pad(obs.float(), (SHIFT_PAD,) * 4, "replicate")
     size, padded = obs.shape[-1], x.shape[-1]
     eps = 1.0 / padded
     axis = torch.linspace(-1.0 + eps, 1.0 - eps, padded, device=x.device, dtype=x.dtype)[:size]
@@ -173,7 +173,7 @@ def random_shift(obs: Tensor, shift: Tensor) -> Tensor:
 def draw_shift(count: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
     """Draw random shifts for `count` images: (*count, 1, 1, 2) integers 0..6."""
     size = (*count, 1, 1, 2)
-    return torch.randint(0, 2 * _SHIFT_PAD + 1, size, generator=generator, device=device)
+    return torch.randint(0, 2 * SHIFT_PAD + 1, size, generator=generator, device=device)
 
 
 def init_weights(module: nn.Module) -> None:

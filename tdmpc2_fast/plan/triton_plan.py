@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tdmpc2_fast.kernels.device.launch import has_dependent_launch
+from tdmpc2_fast.kernels.device.launch import How, has_dependent_launch
 from tdmpc2_fast.kernels.layers.rows import Rows
 from tdmpc2_fast.kernels.plan.chain import PlanChain
 
@@ -48,9 +48,8 @@ class TritonPlan(PlanBackend):
         self.chain = PlanChain(
             sizes,
             self._packed.weights,
-            self.precision,
+            How(self.precision, has_dependent_launch(device) if pdl is None else pdl),
             device,
-            pdl=has_dependent_launch(device) if pdl is None else pdl,
             throughput=throughput,
             persistent=persistent,
             annotate=annotate,
@@ -182,5 +181,5 @@ class TritonPlan(PlanBackend):
             chain.state.actions.copy_(actions)
             chain.rollout(Rows(z.unsqueeze(0)), chain.share(None))
             chain.terminal_value(0)
-            chain.update()
+            chain.refine()
             return chain.state.values.clone()

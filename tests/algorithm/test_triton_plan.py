@@ -18,8 +18,17 @@ from plan_oracle import draw
 
 from tdmpc2_fast import TDMPC2, Config, Planner, WorldModel
 from tdmpc2_fast.errors import BackendError, InputError
-from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS, Precision, _why_no_driver, log_launches, triton, why_not
-from tdmpc2_fast.kernels.plan.buffers import PlanSizes, PlanWeights
+from tdmpc2_fast.kernels.device.launch import (
+    KERNEL_ERRORS,
+    How,
+    Precision,
+    _why_no_driver,
+    log_launches,
+    triton,
+    why_not,
+)
+from tdmpc2_fast.kernels.inspect.published import plan_sizes
+from tdmpc2_fast.kernels.plan.buffers import PlanWeights
 from tdmpc2_fast.kernels.plan.chain import PlanChain
 from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.torch_plan import TorchPlan
@@ -419,11 +428,9 @@ class TestBackend:
 
 
 def test_a_plan_is_at_most_130_launches() -> None:
-    sizes = PlanSizes(
-        envs=1, obs_dim=24, action_dim=6, latent_dim=512, mlp_dim=512, enc_dim=256, num_enc_layers=2, num_q=5
-    )
+    sizes = plan_sizes(5, 1, 6)
     precision, cpu = Precision("bfloat16"), torch.device("cpu")
-    plan = PlanChain(sizes, PlanWeights.empty(sizes, precision, cpu), precision, cpu)
+    plan = PlanChain(sizes, PlanWeights.empty(sizes, precision, cpu), How(precision), cpu)
     with log_launches(dry=True) as log:
         plan.run()
     assert len(log) == 109

@@ -151,7 +151,7 @@ def test_parameters_keep_names_shapes_and_objects(livened: Liven) -> None:
     after = tensors_only(agent.model.state_dict())
     assert list(after) == list(state)
     assert all(torch.equal(after[k], state[k]) for k in state)
-    flat = [updater.chain.world.param, updater.chain.policy.param, updater.chain.target]
+    flat = [updater.chain.world.param, updater.chain.policy.param, updater.chain.target.param]
     inside = [
         any(f.data_ptr() <= p.data_ptr() < f.data_ptr() + f.nbytes for f in flat) for p in agent.model.parameters()
     ]

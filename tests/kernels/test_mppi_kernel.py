@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import fields, replace
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,9 +17,10 @@ from mppi_oracle import MAX_STD, MIN_STD, ULP, Case, Result, exact_update, judge
 from oracle import DEVICE, MARKS
 
 from tdmpc2_fast import TDMPC2
-from tdmpc2_fast.kernels.plan import mppi, mppi_begin
-from tdmpc2_fast.kernels.plan import mppi_refine as mppi_refine
-from tdmpc2_fast.kernels.plan.mppi_refine import Choice
+from tdmpc2_fast.kernels.plan import mppi
+from tdmpc2_fast.kernels.plan.mppi import Elites, Rule, Samples
+from tdmpc2_fast.kernels.plan.mppi_begin import mppi_begin, mppi_begin_reference
+from tdmpc2_fast.kernels.plan.mppi_refine import Choice, mppi_refine, mppi_refine_reference
 from tdmpc2_fast.plan.planner import Planner
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise
@@ -35,8 +35,8 @@ pytestmark = MARKS
 def test_update_is_as_exact_as_torch(sizes: dict[str, int], episodic: bool) -> None:
     case = Case.draw(**sizes, episodic=episodic)
     got = run(case)
-    plain = run(case, mppi_refine.mppi_refine_reference)
-    within_twice(got.values, plain.values, run(case.double(), mppi_refine.mppi_refine_reference).values)
+    plain = run(case, mppi_refine_reference)
+    within_twice(got.values, plain.values, run(case.double(), mppi_refine_reference).values)
     wide, narrow = (exact_update(case, got.values, t)[1:] for t in (torch.float64, torch.float32))
     for x, y, exact in zip((got.scores, got.mean, got.std), narrow, wide, strict=True):
         within_twice(x, y, exact)
@@ -78,7 +78,7 @@ def test_ties_and_numbers_that_are_none(values: list[float], k: int) -> None:
     case = Case.draw(e=1, h=1, n=11, p=2, a=2, k=k, form="choice")
     case = case.with_values(torch.tensor([values], device=DEVICE))
     # (v + v) / 2 of the largest overflows in float32, in torch too
-    got, plain = run(case), run(case, mppi_refine.mppi_refine_reference)
+    got, plain = run(case), run(case, mppi_refine_reference)
     assert torch.equal(got.values.isnan(), plain.values.isnan())
     assert torch.equal(got.values.nan_to_num(0), plain.values.nan_to_num(0))
     assert torch.equal(got.elites, plain.elites)
@@ -114,7 +114,7 @@ def test_no_elite_without_a_score_is_picked() -> None:
     assert got.choice is not None
     assert got.scores.tolist() == [[1, 0, 0, 0]] * 2
     assert got.choice.picked.tolist() == [0, 0]
-    zero = replace(got.choice, elite_noise=torch.tensor([[1.0, 0, 0, 0], [torch.nan] * 4], device=DEVICE))
+    zero = got.choice._replace(elite_noise=torch.tensor([[1.0, 0, 0, 0], [torch.nan] * 4], device=DEVICE))
     run(case, choice=zero)
     assert zero.picked.tolist() == [0, 0]
 
@@ -185,7 +185,7 @@ def test_begin(e: int, h: int, n: int, p: int, a: int, masked: bool) -> None:
     mask = (torch.rand(e, a, device=DEVICE) > 0.4).float() if masked else None
     t0 = torch.arange(e, device=DEVICE) % 3 == 1
     actions, mean, std = (torch.full(s, torch.nan, device=DEVICE) for s in ((e, h, n, a), (e, h, a), (e, h, a)))
-    mppi_begin.mppi_begin(prev, t0, noise, mask, MAX_STD, actions=actions, mean=mean, std=std)
+    mppi_begin(prev, t0, noise, mask, MAX_STD, Samples(actions, mean, std))
     assert torch.equal(mean, mppi.shift_mean(prev, t0))
     assert (std == MAX_STD).all()
     assert actions[:, :, :p].isnan().all()
@@ -193,10 +193,11 @@ def test_begin(e: int, h: int, n: int, p: int, a: int, masked: bool) -> None:
     torch.testing.assert_close(actions[:, :, p:].double(), mppi.sample_actions(*wide), rtol=0, atol=16 * ULP)
 
 
-@pytest.mark.parametrize(("module", "name"), [(mppi_begin, "mppi_begin"), (mppi_refine, "mppi_refine")])
-def test_references_have_the_same_signature(module: ModuleType, name: str) -> None:
-    op, reference = (inspect.signature(getattr(module, x)) for x in (name, f"{name}_reference"))
-    assert op == reference
+@pytest.mark.parametrize(
+    ("op", "reference"), [(mppi_begin, mppi_begin_reference), (mppi_refine, mppi_refine_reference)]
+)
+def test_references_have_the_same_signature(op: Callable[..., None], reference: Callable[..., None]) -> None:
+    assert inspect.signature(op) == inspect.signature(reference)
 
 
 def test_a_plan_of_the_planner_in_launches(livened: Callable[[TDMPC2], TDMPC2]) -> None:
@@ -214,7 +215,7 @@ def test_a_plan_of_the_planner_in_launches(livened: Callable[[TDMPC2], TDMPC2]) 
     actions[:, :, :p] = trace.pi_actions[0].to(DEVICE)
     mean, std = torch.empty(e, h, a, device=DEVICE), torch.empty(e, h, a, device=DEVICE)
     draws = noise.samples.to(DEVICE)
-    mppi_begin.mppi_begin(prev, t0.to(DEVICE), draws[0], None, cfg.max_std, actions=actions, mean=mean, std=std)
+    mppi_begin(prev, t0.to(DEVICE), draws[0], None, cfg.max_std, Samples(actions, mean, std))
     choice = Choice(
         noise.elite.to(DEVICE),
         noise.action.to(DEVICE),
@@ -231,21 +232,14 @@ def test_a_plan_of_the_planner_in_launches(livened: Callable[[TDMPC2], TDMPC2]) 
         scalars[-2:] = trace.values[i].to(DEVICE)
         values, scores = torch.empty(e, n, device=DEVICE), torch.empty(e, cfg.num_elites, device=DEVICE)
         elites = torch.empty(e, cfg.num_elites, dtype=torch.int64, device=DEVICE)
-        mppi_refine.mppi_refine(
+        mppi_refine(
             scalars,
             torch.ones(e, device=DEVICE),
             None,
-            actions,
+            Samples(actions, mean, std),
             None,
-            cfg.num_elites,
-            cfg.temperature,
-            cfg.min_std,
-            cfg.max_std,
-            values=values,
-            elites=elites,
-            scores=scores,
-            mean=mean,
-            std=std,
+            Rule(cfg.num_elites, cfg.temperature, cfg.min_std, cfg.max_std),
+            Elites(values, elites, scores),
             next_noise=draws[i + 1] if i < last else None,
             choice=choice if i == last else None,
         )
@@ -292,13 +286,13 @@ def test_bad_outputs_are_named() -> None:
         run(case, next_noise=case.noise)
     for name, x in dict(eval_mode=choice.action[:, 0], picked=choice.picked.int(), chosen=choice.prev_mean[:1]).items():
         with pytest.raises(ValueError, match=rf"^choice.{name}: got .*allowed: "):
-            run(case, choice=replace(choice, **{name: x}))
+            run(case, choice=choice._replace(**{name: x}))
     mean, std = torch.zeros(2, 3, 3, device=DEVICE), torch.zeros(2, 3, 3, device=DEVICE)
     t0 = torch.zeros(2, device=DEVICE, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"^mean: got prev_mean itself"):
-        mppi_begin.mppi_begin(mean, t0, case.noise, None, 2.0, actions=case.actions, mean=mean, std=std)
+        mppi_begin(mean, t0, case.noise, None, 2.0, Samples(case.actions, mean, std))
     with pytest.raises(ValueError, match=r"^t0: got .*allowed: \(2,\) bool"):
-        mppi_begin.mppi_begin(mean, t0.float(), case.noise, None, 2.0, actions=case.actions, mean=mean.clone(), std=std)
+        mppi_begin(mean, t0.float(), case.noise, None, 2.0, Samples(case.actions, mean.clone(), std))
 
 
 def test_fuzz() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from oracle import DEVICE, MARKS
 from torch import Tensor
 
 from tdmpc2_fast.kernels.device import philox
+from tdmpc2_fast.kernels.device.draw import draw, draw_reference
 from tdmpc2_fast.kernels.device.launch import jit, launch, log_launches, tl
-from tdmpc2_fast.kernels.plan import noise
+from tdmpc2_fast.kernels.plan.buffers import PlanDraws
+from tdmpc2_fast.kernels.plan.noise import plan_runs
 
 pytestmark = MARKS
 
@@ -36,27 +39,27 @@ def signed(x: int, bits: int) -> int:
     return x - (1 << bits) if x >> (bits - 1) else x
 
 
-def plan(e: int = 3, h: int = 2, p: int = 3, a: int = 5, i: int = 3, n: int = 17, k: int = 7) -> dict[str, Tensor]:
+def plan(e: int = 3, h: int = 2, p: int = 3, a: int = 5, i: int = 3, n: int = 17, k: int = 7) -> PlanDraws:
     """Poisoned tensors of a plan."""
 
     def poison(*size: int) -> Tensor:
         return torch.full(size, torch.nan, device=DEVICE)
 
-    return dict(
+    return PlanDraws(
         pi_eps=poison(e, h, p, a),
         samples=poison(i, e, h, n - p, a),
         value_eps=poison(i, e, n, a),
         action=poison(e, a),
         elite=poison(e, k),
-        members=torch.full((i, 2), -1, device=DEVICE),
+        slabs=torch.full((i, h + 2), -1, device=DEVICE),
         shift=torch.full((e, 1, 1, 2), -1, device=DEVICE),
     )
 
 
-def draw(seed: int = 1, counter: int = 0, num_q: int = 5, **sizes: int) -> dict[str, Tensor]:
-    out = plan(**sizes)
-    noise.draw_plan_noise(torch.tensor([seed, counter], device=DEVICE), num_q=num_q, **out)
-    return out
+def drawn(seed: int = 1, counter: int = 0, num_q: int = 5, **sizes: int) -> dict[str, Tensor]:
+    runs = plan_runs(plan(**sizes), num_q)
+    draw(torch.tensor([seed, counter], device=DEVICE), runs)
+    return {run.name: run.out for run in runs}
 
 
 @jit
@@ -96,35 +99,36 @@ STATES = [(0, 0), (1, 2**32 - 1), (-(2**63), 2**40 + 3), (2**63 - 1, 2**63 - 1),
 )
 def test_kernel_draws_what_the_reference_draws(sizes: dict[str, int], seed: int, counter: int) -> None:
     state = torch.tensor([seed, counter], device=DEVICE)
-    got, want = plan(**sizes), plan(**sizes)
-    noise.draw_plan_noise(state, num_q=5, **got)
-    noise.draw_plan_noise_reference(state, num_q=5, **want)
+    got, want = (plan_runs(plan(**sizes), 5) for _ in range(2))
+    draw(state, got)
+    draw_reference(state, want)
     assert state.tolist() == [seed, counter]
-    for name, x in got.items():
-        if x.dtype == torch.int64:
-            assert torch.equal(x, want[name]), name
+    assert len(got) == 7
+    for x, y in zip(got, want, strict=True):
+        if x.out.dtype == torch.int64:
+            assert torch.equal(x.out, y.out), x.name
         else:
             # A few roundings of a logarithm, a root, and a sine of at most 1.
-            torch.testing.assert_close(x, want[name], rtol=8 * 2**-23, atol=8 * 2**-23)
+            torch.testing.assert_close(x.out, y.out, rtol=8 * 2**-23, atol=8 * 2**-23)
 
 
 def test_one_launch_and_the_same_signature() -> None:
     with log_launches() as log:
-        draw()
+        drawn()
     assert len(log) == 1
-    assert inspect.signature(noise.draw_plan_noise) == inspect.signature(noise.draw_plan_noise_reference)
+    assert inspect.signature(draw) == inspect.signature(draw_reference)
 
 
 def test_same_state_same_bits_another_state_others() -> None:
-    base = draw(3, 4)
-    assert all(torch.equal(x, base[name]) for name, x in draw(3, 4).items())
-    for other in (draw(4, 4), draw(3, 5), draw(3 + 2**32, 4), draw(3, 4 + 2**32)):
+    base = drawn(3, 4)
+    assert all(torch.equal(x, base[name]) for name, x in drawn(3, 4).items())
+    for other in (drawn(4, 4), drawn(3, 5), drawn(3 + 2**32, 4), drawn(3, 4 + 2**32)):
         for name in ("pi_eps", "samples", "value_eps", "action", "elite"):
             assert (other[name] == base[name]).float().mean() < 0.1, name
 
 
 def test_draws_of_some_sizes_do_not_depend_on_the_others() -> None:
-    base, other = draw(n=17, p=3), draw(n=700, p=3)
+    base, other = drawn(n=17, p=3), drawn(n=700, p=3)
     for name in ("pi_eps", "action", "elite", "members", "shift"):
         assert torch.equal(base[name], other[name])
     assert torch.equal(base["samples"].flatten(), other["samples"].flatten()[: base["samples"].numel()])
@@ -132,9 +136,8 @@ def test_draws_of_some_sizes_do_not_depend_on_the_others() -> None:
 
 def test_pairs_may_be_columns_of_a_wider_table() -> None:
     table = torch.full((9, 5), -1, device=DEVICE)
-    out = dict(plan(i=9), members=table[:, -2:])
-    noise.draw_plan_noise(torch.tensor([1, 0], device=DEVICE), num_q=5, **out)
-    assert torch.equal(table[:, -2:], draw(i=9)["members"])
+    draw(torch.tensor([1, 0], device=DEVICE), plan_runs(replace(plan(i=9), slabs=table), 5))
+    assert torch.equal(table[:, -2:], drawn(i=9)["members"])
     assert (table[:, :-2] == -1).all()
 
 
@@ -156,7 +159,7 @@ def law(x: Tensor, cdf: Tensor, mean: float, var: float, fourth: float) -> None:
 @pytest.fixture(scope="module")
 def much() -> dict[str, Tensor]:
     """Enough draws of every tensor; read-only."""
-    return draw(seed=12345, counter=678, e=64, h=1, p=256, a=8, i=1, n=512, k=2048)
+    return drawn(seed=12345, counter=678, e=64, h=1, p=256, a=8, i=1, n=512, k=2048)
 
 
 @pytest.mark.parametrize("name", ["pi_eps", "samples", "value_eps", "action"])
@@ -180,8 +183,8 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 def test_nothing_is_correlated(much: dict[str, Tensor]) -> None:
     flat = {name: much[name].flatten() for name in ("pi_eps", "samples", "value_eps")}
-    successor = draw(seed=12345, counter=679, e=64, h=1, p=256, a=8, i=1, n=512, k=1)
-    neighbour = draw(seed=12346, counter=678, e=64, h=1, p=256, a=8, i=1, n=512, k=1)
+    successor = drawn(seed=12345, counter=679, e=64, h=1, p=256, a=8, i=1, n=512, k=1)
+    neighbour = drawn(seed=12346, counter=678, e=64, h=1, p=256, a=8, i=1, n=512, k=1)
     for name, x in flat.items():
         for lag in (1, 2, 3, 4, 8, 1024):
             assert correlation(x[lag:], x[:-lag]) < 5
@@ -221,7 +224,7 @@ def ends_kernel(word_ptr, out_ptr, n):
 
 @pytest.mark.parametrize("num_q", [2, 3, 5])
 def test_members_are_ordered_pairs_of_distinct_critics(num_q: int) -> None:
-    members = draw(seed=9, i=20_000, num_q=num_q, e=1, h=1, n=1, p=1, a=1)["members"]
+    members = drawn(seed=9, i=20_000, num_q=num_q, e=1, h=1, n=1, p=1, a=1)["members"]
     assert (members[:, 0] != members[:, 1]).all()
     counts = torch.bincount(members[:, 0] * num_q + members[:, 1], minlength=num_q**2).double()
     pairs = num_q * (num_q - 1)
@@ -234,7 +237,7 @@ def test_members_are_ordered_pairs_of_distinct_critics(num_q: int) -> None:
 
 
 def test_shifts_are_uniform() -> None:
-    shift = draw(seed=2, e=10_000, h=1, i=1, n=1, p=1, a=1, k=1)["shift"].flatten()
+    shift = drawn(seed=2, e=10_000, h=1, i=1, n=1, p=1, a=1, k=1)["shift"].flatten()
     counts = torch.bincount(shift, minlength=7).double()
     assert len(counts) == 7
     assert (counts - len(shift) / 7).abs().max() < 5 * math.sqrt(len(shift) / 7)
@@ -255,10 +258,9 @@ def test_shifts_are_uniform() -> None:
     ],
 )
 def test_bad_arguments_are_named(name: str, change: Any) -> None:
-    args: dict[str, Any] = dict(plan(), num_q=5)
+    runs = plan_runs(plan(), 1 if name == "num_q" else 5)
+    runs = [run._replace(out=change(run.out)) if run.name == name else run for run in runs]
     state = torch.zeros(3 if name == "state" else 2, dtype=torch.int64, device=DEVICE)
-    if name != "state":
-        args[name] = change(args[name])
-    for op in (noise.draw_plan_noise, noise.draw_plan_noise_reference):
+    for op in (draw, draw_reference):
         with pytest.raises(ValueError, match=rf"^{name}: got .*allowed: "):
-            op(state, **args)
+            op(state, runs)

@@ -11,20 +11,19 @@ import pytest
 import torch
 
 from tdmpc2_fast.kernels.device.launch import How, Precision, log_launches
-from tdmpc2_fast.kernels.inspect.plan_work import dry_plan, launch_work, plan_work
-from tdmpc2_fast.kernels.inspect.report import plan_sizes
+from tdmpc2_fast.kernels.inspect.plan_work import dry_plan, plan_work
+from tdmpc2_fast.kernels.inspect.published import plan_sizes
+from tdmpc2_fast.kernels.inspect.work import launch_work
 from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer
 from tdmpc2_fast.kernels.layers.rows import Layer, Rows
 from tdmpc2_fast.kernels.layers.tiles import Tile
-from tdmpc2_fast.kernels.plan.buffers import PlanSizes
 
 BFLOAT16, FLOAT32 = Precision("bfloat16"), Precision("float32")
 
 # One iteration of one step; obs 3, action 2, latent 8, width 16, four samples, none of the prior.
-SMALL = PlanSizes(
-    envs=1,
+SMALL = replace(
+    plan_sizes(1, 1, 2),
     obs_dim=3,
-    action_dim=2,
     latent_dim=8,
     mlp_dim=16,
     enc_dim=8,
@@ -43,7 +42,7 @@ def test_launches_of_a_small_plan() -> None:
     kernels = plan_work(SMALL, FLOAT32).kernels
     # encoder 2, share of z0, first, second, third of the step, policy 2, critics 2
     assert kernels == dict(
-        noise_kernel=1,
+        draw_kernel=1,
         grouped_layer_kernel=10,
         policy_layer_kernel=1,
         begin_kernel=1,
@@ -167,7 +166,7 @@ def test_needs_no_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "from tdmpc2_fast.kernels.device.launch import How, Precision, triton\n"
-        "from tdmpc2_fast.kernels.inspect.report import plan_sizes\n"
+        "from tdmpc2_fast.kernels.inspect.published import plan_sizes\n"
         "from tdmpc2_fast.kernels.inspect.plan_work import plan_work\n"
         "assert triton is None\n"
         "print(plan_work(plan_sizes(1, 1, 6), Precision('float32')))"

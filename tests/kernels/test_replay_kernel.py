@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdmpc2_fast.kernels.device.launch import log_launches
 from tdmpc2_fast.kernels.update import replay_gather
-from tdmpc2_fast.kernels.update.replay_gather import Slices, Steps, draw_slices, draw_slices_reference
+from tdmpc2_fast.kernels.update.replay_gather import DeviceReplay, Slices, Steps, draw_slices, draw_slices_reference
 
 pytestmark = MARKS
 
@@ -69,17 +69,17 @@ def words(*x: int) -> Tensor:
     return torch.tensor(x, device=DEVICE)
 
 
-def table_of(rows: list[tuple[int, int]], first: int = 0, size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def replay_of(steps: Steps, rows: list[tuple[int, int]], first: int = 0, size: int = 0) -> DeviceReplay:
     """Table, first and count; what is not valid would be far outside of the ring's steps."""
     size = size or len(rows)
     table = torch.full((size, 2), 10**15, device=DEVICE)
     for i, row in enumerate(rows):
         table[(first + i) % size] = words(*row)
-    return table, words(first), words(len(rows))
+    return DeviceReplay(steps, table, words(first), words(len(rows)))
 
 
 def assert_same(got: Slices, want: Slices) -> None:
-    for name, x in vars(got).items():
+    for name, x in got._asdict().items():
         if x is not None:
             assert torch.equal(x, getattr(want, name)), name
 
@@ -103,13 +103,13 @@ def test_kernel_gathers_what_the_reference_gathers(sizes: dict[str, Any], drawn:
     steps = ring(c, o, a, pixels, tasks)
     # 5 * 61 steps of all time and 20 more: the ring wraps within an episode.
     begin = 5 * c - 11
-    episodes = table_of([(begin, h + 1), (begin + 10, 23), (begin + 33, 15)], first=3, size=7)
+    replay = replay_of(steps, [(begin, h + 1), (begin + 10, 23), (begin + 33, 15)], first=3, size=7)
     starts = None if drawn else torch.randint(begin, begin + c - h, (b,), device=DEVICE)
     for seed, counter in ((1, 0), (-5, 2**40 + 1)):
         got, want = (batch(steps, h, b, dtype, wide) for _ in range(2))
         state = words(seed, counter)
-        draw_slices(state, *episodes, steps, got, starts=starts)
-        draw_slices_reference(state, *episodes, steps, want, starts=starts)
+        draw_slices(state, replay, got, starts=starts)
+        draw_slices_reference(state, replay, want, starts=starts)
         assert state.tolist() == [seed, counter]
         assert_same(got, want)
         if wide:
@@ -129,7 +129,7 @@ def test_given_starts_are_taken_and_numbers_rounded_to_nearest(dtype: torch.dtyp
     steps.obs[:, 0] = (torch.arange(c, device=DEVICE) % 2).float() * 2**-7 + 1 + 2**-8  # halfway, to both sides
     out = batch(steps, h, b, dtype)
     starts = torch.randint(10**10, 10**10 + 1000, (b,), device=DEVICE)
-    draw_slices(words(1, 0), *table_of([(0, 9)]), steps, out, starts=starts)
+    draw_slices(words(1, 0), replay_of(steps, [(0, 9)]), out, starts=starts)
     for i, start in enumerate(starts.tolist()):
         where = torch.arange(start, start + h + 1, device=DEVICE) % c
         assert torch.equal(out.obs[:, i], steps.obs[where].to(dtype))
@@ -141,12 +141,10 @@ def test_given_starts_are_taken_and_numbers_rounded_to_nearest(dtype: torch.dtyp
         assert out.task[i] == steps.task[where[0]]
 
 
-def drawn_starts(
-    episodes: tuple[Tensor, Tensor, Tensor], steps: Steps, h: int, b: int, seed: int, counter: int = 0
-) -> Tensor:
+def drawn_starts(replay: DeviceReplay, h: int, b: int, seed: int, counter: int = 0) -> Tensor:
     """First steps of a batch from a numbered ring, after a look at the rest of it."""
-    out = batch(steps, h, b)
-    draw_slices(words(seed, counter), *episodes, steps, out)
+    out = batch(replay.steps, h, b)
+    draw_slices(words(seed, counter), replay, out)
     obs = out.obs[..., 0]
     assert torch.equal(obs[1:] - obs[:-1], torch.ones_like(obs[1:]))
     assert torch.equal(out.action[..., 0], obs[1:])
@@ -159,7 +157,7 @@ def test_law_episode_first_then_start(seed: int) -> None:
     h, n, lengths = 3, 60_000, [4, 9, 5, 40]
     begins = [1000, 1004, 1013, 1018]
     steps = numbered(70, 1058)
-    starts = drawn_starts(table_of(list(zip(begins, lengths, strict=True))), steps, h, n, seed)
+    starts = drawn_starts(replay_of(steps, list(zip(begins, lengths, strict=True))), h, n, seed)
     for begin, length in zip(begins, lengths, strict=True):
         mine = starts[(starts >= begin) & (starts < begin + length)] - begin
         assert abs(len(mine) / n - 1 / 4) < 5 * (3 / 16 / n) ** 0.5
@@ -178,16 +176,16 @@ def test_law_episode_first_then_start(seed: int) -> None:
 def test_only_valid_rows_are_drawn_and_later_ones_are_seen() -> None:
     h, c = 2, 40
     steps = numbered(c, 200)
-    table, first, count = table_of([(165, 5), (170, 5)], first=4, size=6)
-    assert set(drawn_starts((table, first, count), steps, h, 500, 1).tolist()) == {*range(165, 168), *range(170, 173)}
+    replay = replay_of(steps, [(165, 5), (170, 5)], first=4, size=6)
+    assert set(drawn_starts(replay, h, 500, 1).tolist()) == {*range(165, 168), *range(170, 173)}
     # The next episode takes the row after, which is the table's first again; the oldest one goes.
-    table[0] = words(180, 4)
-    first += 1
-    starts = drawn_starts((table, first, count), steps, h, 500, 1)
+    replay.table[0] = words(180, 4)
+    replay.first.add_(1)
+    starts = drawn_starts(replay, h, 500, 1)
     assert set(starts.tolist()) == {*range(170, 173), 180, 181}
-    count += 1
-    table[1] = words(190, 3)
-    assert set(drawn_starts((table, first, count), steps, h, 500, 1).tolist()) == {*range(170, 173), 180, 181, 190}
+    replay.count.add_(1)
+    replay.table[1] = words(190, 3)
+    assert set(drawn_starts(replay, h, 500, 1).tolist()) == {*range(170, 173), 180, 181, 190}
 
 
 def test_many_episodes_and_long_ones() -> None:
@@ -196,9 +194,9 @@ def test_many_episodes_and_long_ones() -> None:
     steps = ring(c)
     out = batch(steps, h, b)
     table = torch.stack([torch.arange(r) * 2**31, torch.full((r,), 2**31 - 1)], 1).to(DEVICE)
-    draw_slices(words(3, 9), table, words(0), words(r), steps, out)
+    draw_slices(words(3, 9), DeviceReplay(steps, table, words(0), words(r)), out)
     want = batch(steps, h, b)
-    draw_slices_reference(words(3, 9), table, words(0), words(r), steps, want)
+    draw_slices_reference(words(3, 9), DeviceReplay(steps, table, words(0), words(r)), want)
     assert_same(out, want)
 
     def share(high: int, low: int, count: int) -> int:
@@ -208,7 +206,7 @@ def test_many_episodes_and_long_ones() -> None:
     episodes = [share(w[0], w[1], r) for w in word.tolist()]
     starts = [e * 2**31 + share(w[2], w[3], 2**31 - 1 - h) for e, w in zip(episodes, word.tolist(), strict=True)]
     given = batch(steps, h, b)
-    draw_slices(words(0, 0), table, words(0), words(r), steps, given, starts=words(*starts))
+    draw_slices(words(0, 0), DeviceReplay(steps, table, words(0), words(r)), given, starts=words(*starts))
     assert_same(out, given)
     assert min(episodes) < r / 500
     assert max(episodes) > r - r / 500
@@ -216,18 +214,18 @@ def test_many_episodes_and_long_ones() -> None:
 
 def test_same_state_same_slices_another_state_others() -> None:
     steps = numbered(2000, 2000)
-    episodes = table_of([(0, 2000)])
-    base = drawn_starts(episodes, steps, 3, 300, 5, 6)
-    assert torch.equal(base, drawn_starts(episodes, steps, 3, 300, 5, 6))
-    assert torch.equal(base[:7], drawn_starts(episodes, steps, 3, 7, 5, 6))
+    replay = replay_of(steps, [(0, 2000)])
+    base = drawn_starts(replay, 3, 300, 5, 6)
+    assert torch.equal(base, drawn_starts(replay, 3, 300, 5, 6))
+    assert torch.equal(base[:7], drawn_starts(replay, 3, 7, 5, 6))
     for seed, counter in ((5, 7), (6, 6), (5 + 2**32, 6), (5, 6 + 2**32)):
-        assert (drawn_starts(episodes, steps, 3, 300, seed, counter) == base).float().mean() < 0.05
+        assert (drawn_starts(replay, 3, 300, seed, counter) == base).float().mean() < 0.05
 
 
 def test_one_launch_and_the_same_signature() -> None:
     steps = ring(30)
     with log_launches() as log:
-        draw_slices(words(1, 0), *table_of([(0, 30)]), steps, batch(steps, 3, 8))
+        draw_slices(words(1, 0), replay_of(steps, [(0, 30)]), batch(steps, 3, 8))
     assert len(log) == 1
     assert inspect.signature(draw_slices) == inspect.signature(draw_slices_reference)
 
@@ -256,12 +254,17 @@ def test_one_launch_and_the_same_signature() -> None:
 )
 def test_bad_arguments_are_named(name: str, change: Any) -> None:
     steps = ring(30, tasks=True)
-    table, first, count = table_of([(0, 30)])
-    args: dict[str, Any] = dict(state=words(1, 0), table=table, first=first, count=count, starts=torch.arange(8))
-    args |= dict(starts=args["starts"].to(DEVICE), steps=steps, out=batch(steps, 3, 8))
+    args: dict[str, Any] = dict(state=words(1, 0), starts=torch.arange(8, device=DEVICE), out=batch(steps, 3, 8))
+    args["replay"] = replay_of(steps, [(0, 30)])
     whole, _, part = name.partition(".")
-    value = change(getattr(args[whole], part) if part else args[whole])
-    args[whole] = replace(args[whole], **{part: value}) if part else value
+    if whole == "steps":
+        args["replay"] = replace(args["replay"], steps=steps._replace(**{part: change(getattr(steps, part))}))
+    elif whole == "out":
+        args["out"] = args["out"]._replace(**{part: change(getattr(args["out"], part))})
+    elif name in ("state", "starts"):
+        args[name] = change(args[name])
+    else:
+        args["replay"] = replace(args["replay"], **{name: change(getattr(args["replay"], name))})
     for op in (draw_slices, draw_slices_reference):
         with pytest.raises(ValueError, match=rf"^{name}: got .*allowed: "):
             op(**args)
@@ -270,4 +273,4 @@ def test_bad_arguments_are_named(name: str, change: Any) -> None:
 def test_a_ring_shorter_than_a_slice_is_named() -> None:
     steps = ring(4)
     with pytest.raises(ValueError, match=r"^out.obs: got 5 steps a slice, allowed: 2 to 4"):
-        draw_slices(words(1, 0), *table_of([(0, 4)]), steps, batch(steps, 4, 2))
+        draw_slices(words(1, 0), replay_of(steps, [(0, 4)]), batch(steps, 4, 2))

@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from tdmpc2_fast.config import MODEL_SIZES
+from tdmpc2_fast import Config, sizes
 from tdmpc2_fast.kernels.inspect import report
 from tdmpc2_fast.kernels.inspect.compile import SHARED_LIMIT, Compiled
+from tdmpc2_fast.kernels.inspect.published import HYPERPARAMETERS, plan_sizes
+from tdmpc2_fast.kernels.layers.sizes import MODEL_SIZES
 
 FIT = Compiled("grouped_layer_kernel", 90, "BM=64", 8, 144, 0, 50176, "wgmma HGMMA", 22144)
 
@@ -46,8 +49,15 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False)
 
 
-def test_sizes_are_the_published_ones() -> None:
-    assert report.MODEL_SIZES == MODEL_SIZES
+def test_what_is_compiled_is_the_default() -> None:
+    cfg = Config()
+    assert {name: getattr(cfg, name) for name in HYPERPARAMETERS} == HYPERPARAMETERS
+    for size in MODEL_SIZES:
+        for actions in (6, 38):
+            full = Config(model_size=size).with_env({"state": (24,)}, actions, 500)
+            ours, theirs = plan_sizes(size, 1, actions), sizes.plan_sizes(full, 1)
+            same = [f.name for f in fields(ours) if f.type != "float"]
+            assert [getattr(ours, name) for name in same] == [getattr(theirs, name) for name in same]
 
 
 def test_report_compiles_a_plan(tmp_path: Path) -> None:

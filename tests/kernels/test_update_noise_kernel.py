@@ -5,7 +5,6 @@ Statistics use fixed seeds and limits of five standard errors.
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -14,9 +13,12 @@ import torch
 from oracle import DEVICE, MARKS
 from torch import Tensor
 
+from tdmpc2_fast.kernels.device.draw import Run, draw, draw_reference
 from tdmpc2_fast.kernels.device.launch import log_launches
-from tdmpc2_fast.kernels.plan import noise
-from tdmpc2_fast.kernels.update import noise as update_noise
+from tdmpc2_fast.kernels.plan.buffers import PlanDraws
+from tdmpc2_fast.kernels.plan.noise import plan_runs
+from tdmpc2_fast.kernels.update.buffers import UpdateDraws
+from tdmpc2_fast.kernels.update.noise import _dropped, update_runs
 
 pytestmark = MARKS
 
@@ -26,7 +28,7 @@ BYTE = 77  # what a mask is poisoned with
 def outputs(
     h: int = 3, b: int = 7, a: int = 5, q: int = 5, d: int = 9, p: float = 0.1, pixels: bool = True
 ) -> dict[str, Any]:
-    """Poisoned tensors of an update, and the arguments that go with them."""
+    """Poisoned tensors of an update, and the arguments that go with them; of `update_runs` by `runs`."""
 
     def poison(*size: int) -> Tensor:
         return torch.full(size, torch.nan, device=DEVICE)
@@ -37,8 +39,7 @@ def outputs(
     return dict(
         td_eps=poison(h, b, a),
         pi_eps=poison(h + 1, b, a),
-        td_members=torch.full((2,), -1, device=DEVICE),
-        pi_members=torch.full((2,), -1, device=DEVICE),
+        members=torch.full((2, 2), -1, device=DEVICE),
         num_q=q,
         value_keep=mask(q, h, b, d),
         pi_keep=mask(2, h + 1, b, d),
@@ -47,9 +48,14 @@ def outputs(
     )
 
 
-def draw(seed: int = 1, counter: int = 0, **sizes: Any) -> dict[str, Any]:
+def runs(out: dict[str, Any]) -> list[Run]:
+    draws = UpdateDraws(**{name: x for name, x in out.items() if name not in ("num_q", "p")})
+    return update_runs(draws, out["num_q"], out["p"])
+
+
+def drawn(seed: int = 1, counter: int = 0, **sizes: Any) -> dict[str, Any]:
     out = outputs(**sizes)
-    update_noise.draw_update_noise(torch.tensor([seed, counter], device=DEVICE), **out)
+    draw(torch.tensor([seed, counter], device=DEVICE), runs(out))
     return out
 
 
@@ -74,8 +80,8 @@ def tensors(out: dict[str, Any]) -> dict[str, Tensor]:
 def test_kernel_draws_what_the_reference_draws(sizes: dict[str, Any], seed: int, counter: int) -> None:
     state = torch.tensor([seed, counter], device=DEVICE)
     got, want = outputs(**sizes), outputs(**sizes)
-    update_noise.draw_update_noise(state, **got)
-    update_noise.draw_update_noise_reference(state, **want)
+    draw(state, runs(got))
+    draw_reference(state, runs(want))
     assert state.tolist() == [seed, counter]
     for name, x in tensors(got).items():
         if x.dtype == torch.float32:
@@ -85,42 +91,36 @@ def test_kernel_draws_what_the_reference_draws(sizes: dict[str, Any], seed: int,
             assert torch.equal(x, want[name]), name
 
 
-def test_one_launch_and_the_same_signature() -> None:
+def test_one_launch() -> None:
     with log_launches() as log:
-        draw()
+        drawn()
     assert len(log) == 1
-    op, reference = update_noise.draw_update_noise, update_noise.draw_update_noise_reference
-    assert inspect.signature(op) == inspect.signature(reference)
 
 
 def test_same_state_same_bits_another_state_others() -> None:
-    base = draw(3, 4, p=0.5)
-    assert all(torch.equal(x, base[name]) for name, x in tensors(draw(3, 4, p=0.5)).items())
-    for other in (draw(4, 4, p=0.5), draw(3, 5, p=0.5), draw(3 + 2**32, 4, p=0.5), draw(3, 4 + 2**32, p=0.5)):
+    base = drawn(3, 4, p=0.5)
+    assert all(torch.equal(x, base[name]) for name, x in tensors(drawn(3, 4, p=0.5)).items())
+    for other in (drawn(4, 4, p=0.5), drawn(3, 5, p=0.5), drawn(3 + 2**32, 4, p=0.5), drawn(3, 4 + 2**32, p=0.5)):
         for name, most in dict(td_eps=0.1, pi_eps=0.1, value_keep=0.6, pi_keep=0.6, shift=0.4).items():
             assert (other[name] == base[name]).float().mean() < most, name
 
 
 def test_a_tensor_does_not_depend_on_the_others() -> None:
-    base = draw()
-    for other in (draw(d=700), draw(p=0.0), draw(pixels=False)):
+    base = drawn()
+    for other in (drawn(d=700), drawn(p=0.0), drawn(pixels=False)):
         for name, x in tensors(other).items():
             if x.shape == base[name].shape:
                 assert torch.equal(base[name], x), name
 
 
 def test_no_stream_is_one_of_a_plan() -> None:
-    plan = dict(
-        pi_eps=torch.empty(1, 1, 1, 64),
-        samples=torch.empty(1, 1, 1, 1, 64),
-        value_eps=torch.empty(1, 1, 64),
-        action=torch.empty(1, 64),
-        elite=torch.empty(1, 1),
-        members=torch.empty(1, 2, dtype=torch.int64),
-    )
-    plan = {name: x.to(DEVICE) for name, x in plan.items()}
-    noise.draw_plan_noise(torch.tensor([1, 0], device=DEVICE), num_q=5, **plan)  # type: ignore[arg-type]
-    mine = draw(h=1, b=1, a=64)
+    sizes = dict(pi_eps=(1, 1, 1, 64), samples=(1, 1, 1, 1, 64), value_eps=(1, 1, 64), action=(1, 64), elite=(1, 1))
+    plan = {name: torch.empty(size, device=DEVICE) for name, size in sizes.items()}
+    slabs = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+    other = plan_runs(PlanDraws(**plan, slabs=slabs, shift=None), 5)
+    draw(torch.tensor([1, 0], device=DEVICE), other)
+    mine = drawn(h=1, b=1, a=64)
+    assert not {run.stream for run in other} & {run.stream for run in runs(outputs())}
     for x in (mine["td_eps"], mine["pi_eps"]):
         for name in ("pi_eps", "samples", "value_eps", "action"):
             assert (x.flatten()[:64] != plan[name].flatten()).all()
@@ -129,7 +129,7 @@ def test_no_stream_is_one_of_a_plan() -> None:
 @pytest.fixture(scope="module")
 def much() -> dict[str, Any]:
     """Enough draws of every tensor; read-only."""
-    return draw(seed=12345, counter=678, h=3, b=256, a=64, q=5, d=128, p=0.01)
+    return drawn(seed=12345, counter=678, h=3, b=256, a=64, q=5, d=128, p=0.01)
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
@@ -157,7 +157,7 @@ def test_normals_are_normal(much: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("p", [0.01, 0.25, 0.9])
 def test_masks_drop_at_their_rate_and_independently(p: float) -> None:
-    out = draw(seed=8, counter=2, h=2, b=64, a=1, q=3, d=256, p=p)
+    out = drawn(seed=8, counter=2, h=2, b=64, a=1, q=3, d=256, p=p)
     series = [standard(out[name], p).flatten() for name in ("value_keep", "pi_keep")]
     for name, x in zip(("value_keep", "pi_keep"), series, strict=True):
         assert set(out[name].unique().tolist()) == {0, 1}
@@ -168,14 +168,14 @@ def test_masks_drop_at_their_rate_and_independently(p: float) -> None:
 
 
 def test_the_rate_is_fine() -> None:
-    assert update_noise._dropped(0.25) == 2**30
-    assert update_noise._dropped(2**-32) == 1
-    assert update_noise._dropped(1 - 2**-40) == 2**32 - 1
+    assert _dropped(0.25) == 2**30
+    assert _dropped(2**-32) == 1
+    assert _dropped(1 - 2**-40) == 2**32 - 1
 
 
 def test_nothing_is_correlated(much: dict[str, Any]) -> None:
     sizes: dict[str, Any] = dict(h=3, b=256, a=64, q=5, d=128, p=0.01)
-    successor, neighbour = draw(seed=12345, counter=679, **sizes), draw(seed=12346, counter=678, **sizes)
+    successor, neighbour = drawn(seed=12345, counter=679, **sizes), drawn(seed=12346, counter=678, **sizes)
     assert correlation(much["td_eps"], much["pi_eps"]) < 5
     for name in ("td_eps", "pi_eps"):
         x = much[name].flatten()
@@ -198,12 +198,12 @@ def test_members_are_independent_ordered_pairs_of_distinct_critics(num_q: int) -
     rounds = 400
     counter, out = torch.tensor([9, 0]), outputs(h=1, b=1, a=1, q=num_q, p=0.0, pixels=False)
     out = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in out.items()}
-    drawn = []
+    found, all_runs = [], runs(out)
     for _ in range(rounds):
-        update_noise.draw_update_noise_reference(counter, **out)
-        drawn.append(torch.stack([out["td_members"], out["pi_members"]]))
+        draw_reference(counter, all_runs)
+        found.append(out["members"].clone())
         counter[1] += 1
-    members = torch.stack(drawn)  # (rounds, 2, 2)
+    members = torch.stack(found)  # (rounds, 2, 2)
     assert (members[..., 0] != members[..., 1]).all()
     pair = members[..., 0] * num_q + members[..., 1]
     pairs = num_q * (num_q - 1)
@@ -231,8 +231,8 @@ def test_shifts_are_uniform(much: dict[str, Any]) -> None:
         ("td_eps", lambda x: x[0]),
         ("pi_eps", lambda x: x[1:]),
         ("pi_eps", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)),
-        ("td_members", lambda x: x.int()),
-        ("pi_members", lambda x: x[:1]),
+        ("members", lambda x: x.int()),
+        ("members", lambda x: x[:1]),
         ("num_q", lambda x: 1),
         ("p", lambda x: 1.0),
         ("p", lambda x: -0.1),
@@ -246,18 +246,18 @@ def test_bad_arguments_are_named(name: str, change: Any) -> None:
     args = outputs()
     args[name] = change(args[name])
     state = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    for op in (update_noise.draw_update_noise, update_noise.draw_update_noise_reference):
+    for op in (draw, draw_reference):
         with pytest.raises(ValueError, match=rf"^{name}: got .*allowed: "):
-            op(state, **args)
+            op(state, runs(args))
 
 
 def test_a_mask_without_dropout_is_refused() -> None:
     args = dict(outputs(), p=0.0)
     with pytest.raises(ValueError, match=r"^value_keep: got a mask .*allowed: None"):
-        update_noise.draw_update_noise(torch.zeros(2, dtype=torch.int64, device=DEVICE), **args)
+        runs(args)
 
 
 @pytest.mark.parametrize("state", [torch.zeros(3, dtype=torch.int64), torch.zeros(2), torch.zeros(4).long()[::2]])
 def test_a_bad_state_is_named(state: Tensor) -> None:
     with pytest.raises(ValueError, match=r"^state: got .*allowed: "):
-        update_noise.draw_update_noise(state.to(DEVICE), **outputs())
+        draw(state.to(DEVICE), runs(outputs()))

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tdmpc2_fast.kernels.device.launch import Precision
-from tdmpc2_fast.kernels.inspect.report import update_sizes
+from tdmpc2_fast.kernels.device.launch import How, Precision
+from tdmpc2_fast.kernels.inspect.published import update_sizes
 from tdmpc2_fast.kernels.inspect.update_work import dry_update, update_memory, update_work
-from tdmpc2_fast.kernels.update.buffers import UpdateSizes
 from tdmpc2_fast.kernels.update.chain import UpdateChain
 
 BFLOAT16 = Precision("bfloat16")
@@ -49,8 +48,8 @@ def test_wide_layers_read_nothing_that_is_due() -> None:
 
 def test_products_of_a_small_update() -> None:
     # Batch 4, one step; widths that need no padding: obs 16, latent 16, width 32, action 16, one critic pair.
-    sizes = UpdateSizes(batch=4, obs_dim=16, action_dim=16, latent_dim=16, mlp_dim=32, enc_dim=16, num_enc_layers=2,
-                        num_q=2, num_bins=5, horizon=1)  # fmt: skip
+    narrow = dict(obs_dim=16, latent_dim=16, mlp_dim=32, enc_dim=16, num_enc_layers=2, num_q=2, num_bins=5)
+    sizes = replace(update_sizes(1, 16), batch=4, horizon=1, **narrow)
     b, d, z, za, a = 4, 32, 16, 32, 16
     encoder = 2 * 16 * 16
     head = za * d + d * d + d * 5
@@ -75,11 +74,11 @@ def test_little_of_what_is_computed_is_padding(size: int) -> None:
 def test_memory_is_what_the_buffers_take() -> None:
     sizes = update_sizes(5, 6)
     at = {name: update_memory(sizes, Precision(name)) for name in ("float32", "bfloat16")}
-    update = UpdateChain(sizes, BFLOAT16, torch.device("cpu"))
+    update = UpdateChain(sizes, How(BFLOAT16), torch.device("cpu"))
     assert at["bfloat16"].optimiser == at["float32"].optimiser
     trained = update.world.param.numel() + update.policy.param.numel()
-    assert at["float32"].parameters == 4 * (trained + update.target.numel())
-    assert at["bfloat16"].parameters == 6 * (trained + update.target.numel())
+    assert at["float32"].parameters == 4 * (trained + update.target.param.numel())
+    assert at["bfloat16"].parameters == 6 * (trained + update.target.param.numel())
     assert 12 * trained <= at["float32"].optimiser < 12.1 * trained
     # The largest: two layers of reward and five critics, and the gradients of these; three steps, 256 rows.
     heads = 4 * (6 * 3 * 256 * 512) * 2

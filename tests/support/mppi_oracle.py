@@ -14,8 +14,8 @@ from oracle import DEVICE
 from torch import Tensor
 
 from tdmpc2_fast.kernels.plan import mppi
-from tdmpc2_fast.kernels.plan import mppi_refine as mppi_refine
-from tdmpc2_fast.kernels.plan.mppi_refine import Choice
+from tdmpc2_fast.kernels.plan.mppi import Elites, Rule, Samples
+from tdmpc2_fast.kernels.plan.mppi_refine import Choice, mppi_refine, mppi_refine_reference
 
 ULP = 2**-24
 MIN_STD, MAX_STD = 0.05, 2.0
@@ -23,7 +23,7 @@ MIN_STD, MAX_STD = 0.05, 2.0
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one update; `form` is what follows it: "next", "choice" or "" for nothing."""
+    """Arguments of one refinement; `form` is what follows it: "next", "choice" or "" for nothing."""
 
     scalars: Tensor
     discount: Tensor
@@ -87,8 +87,11 @@ class Result:
     choice: Choice | None
 
 
-def run(case: Case, op: Callable[..., None] = mppi_refine.mppi_refine, **changes: Any) -> Result:
-    """One update into poisoned outputs, on a copy of the actions."""
+def run(case: Case, op: Callable[..., None] = mppi_refine, **changes: Any) -> Result:
+    """One refinement into poisoned outputs, on a copy of the actions.
+
+    changes: of arguments, by their own names or by those of what is in `samples`, `rule` and `elites`.
+    """
     e, h, n, a = case.actions.shape
     k = case.num_elites
 
@@ -110,29 +113,27 @@ def run(case: Case, op: Callable[..., None] = mppi_refine.mppi_refine, **changes
             chosen=poison(e, h, a),
             counter=torch.tensor([5, 2**40], device=DEVICE),
         )
-    actions = case.actions.clone()
     args: dict[str, Any] = dict(
         scalars=case.scalars,
         discount=case.discount,
         termination=case.termination,
-        actions=actions,
+        actions=case.actions.clone(),
         mask=case.mask,
         num_elites=k,
-        temperature=case.temperature,
-        min_std=MIN_STD,
-        max_std=MAX_STD,
         next_noise=case.noise if case.form == "next" else None,
         choice=choice,
     )
     args.update(changes)
-    op(**args, **out)
-    return Result(**out, actions=actions, choice=choice)
+    samples = Samples(args.pop("actions"), out["mean"], out["std"])
+    rule = Rule(args.pop("num_elites"), case.temperature, MIN_STD, MAX_STD)
+    op(samples=samples, rule=rule, elites=Elites(out["values"], out["elites"], out["scores"]), **args)
+    return Result(**out, actions=samples.actions, choice=choice)
 
 
 def exact_values(case: Case) -> tuple[Tensor, Tensor]:
     """Values in float64, and the sum of the sizes of their terms."""
-    exact = run(case.double(), mppi_refine.mppi_refine_reference).values
-    sizes = run(replace(case, scalars=case.scalars.abs()).double(), mppi_refine.mppi_refine_reference).values
+    exact = run(case.double(), mppi_refine_reference).values
+    sizes = run(replace(case, scalars=case.scalars.abs()).double(), mppi_refine_reference).values
     q = case.scalars[-2:].double().abs().sum(0)
     return exact, sizes + q
 
