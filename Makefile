@@ -19,10 +19,11 @@ HAS    ?=
 THEIRS  = $(if $(OFFICIAL),official=$(abspath $(OFFICIAL))) $(if $(JAX),jax=$(abspath $(JAX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test gpu wheels report lint typecheck golden bench bench-report results clean
+.PHONY: help setup train test test-slow test-all coverage gpu wheels report lint typecheck golden bench bench-report \
+        results clean
 
 help:            ## this list
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
 
 # The stamp carries the torch build, so that choosing another one installs it.
 READY   = $(VENV)/.ready-$(subst =,-,$(subst >,_,$(TORCH)))
@@ -39,8 +40,27 @@ setup: $(READY)  ## install everything into .venv
 train: setup     ## train a real task; ends with its curve and a video (under 20 minutes on two CPU cores)
 	$(BIN)/tdmpc2-fast train $(TRAIN)
 
-test: setup      ## run the tests, a process per core
-	$(BIN)/python -m pytest -n auto --dist worksteal
+PYTEST  = -m pytest -n auto --dist worksteal
+
+test: setup      ## run the tests, a process per core, but for the slow ones
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+test-slow: setup ## run the tests that `make test` leaves out: soaks and large ranges of fuzz
+	$(BIN)/python $(PYTEST) -m slow
+
+test-all: setup  ## run all tests
+	$(BIN)/python $(PYTEST)
+
+# Reported even where a test fails: what is measured runs at half the speed, and some tests have deadlines.
+COVER   = COVERAGE_FILE=build/coverage/$(1) $(BIN)/python -m coverage
+coverage: setup  ## run all tests and report the lines they cover: those of `make test`, then all
+	@rm -rf build/coverage && mkdir -p build/coverage
+	-$(call COVER,most) run $(PYTEST) -m "not slow"
+	-$(call COVER,slow) run $(PYTEST) -m slow
+	@$(call COVER,most) combine --quiet
+	@$(call COVER,all) combine --quiet --keep build/coverage/most build/coverage/slow.*
+	@echo 'make test:' && $(call COVER,most) report
+	@echo 'make test-all:' && $(call COVER,all) report
 
 lint: setup      ## ruff: style and formatting
 	$(BIN)/ruff check .
