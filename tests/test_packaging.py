@@ -7,6 +7,11 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -47,8 +52,8 @@ import sys
 sys.modules.update(dict.fromkeys({absent}))
 import tempfile, pathlib
 import tdmpc2_fast.benchmarks.gpu.parts, tdmpc2_fast.benchmarks.run
-from tdmpc2_fast.benchmarks import stand_in
-from tdmpc2_fast.train.online import OnlineTrainer
+from tdmpc2_fast.benchmarks.harness import stand_in
+from tdmpc2_fast.train.run.trainer import OnlineTrainer
 from tdmpc2_fast.config import Config
 stand_in.install(2)
 cfg = Config(task=stand_in.NAME, latent_dim=16, mlp_dim=16, enc_dim=16, device="cpu", steps=5, num_threads=1)
@@ -125,34 +130,105 @@ finally:
     assert done.stdout or "error: " in done.stderr
 
 
+FLOORS = {
+    "kernels": "tdmpc2_fast.kernels",
+    "tdmpc2_fast": "tdmpc2_fast",
+    "train": "tdmpc2_fast.train",
+    "benchmarks": "tdmpc2_fast.benchmarks",
+}
+"""Folders, and the names they are imported by."""
 ALLOWED = {
-    "kernels": {"torch", "triton"},
-    "tdmpc2_fast": {"torch", "triton", "numpy", "safetensors", "nvtx", "tdmpc2_fast.kernels"},
+    "kernels": {"torch", "triton", "tdmpc2_fast.kernels"},
+    "tdmpc2_fast": {"torch", "triton", "numpy", "safetensors", "nvtx", "typing_extensions", "tdmpc2_fast"},
 }
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def modules() -> dict[str, Path]:
+    """All modules of the product by name."""
+    found = {}
+    for floor, package in FLOORS.items():
+        for path in (ROOT / floor).rglob("*.py"):
+            parts = path.relative_to(ROOT / floor).with_suffix("").parts
+            found[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def imports(name: str) -> set[str]:
+    """What a module imports, in functions, too: full names of modules, or of what is in them."""
+    path = modules()[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module or "")
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
 @pytest.mark.parametrize("floor", ALLOWED)
 def test_no_arrow_runs_back_up(floor: str) -> None:
-    files = list((ROOT / floor).rglob("*.py"))
-    assert files
-    for path in files:
-        for name in imports(path):
-            top = name.split(".")[0]
-            fine = top in sys.stdlib_module_names or any(
+    inside = [name for name, path in modules().items() if path.is_relative_to(ROOT / floor)]
+    assert inside
+    for module in inside:
+        for name in imports(module):
+            fine = name.split(".")[0] in sys.stdlib_module_names or any(
                 name == ok or name.startswith(ok + ".") for ok in ALLOWED[floor]
             )
-            assert fine, f"{path.relative_to(ROOT)} imports {name}"
-            assert "train" not in name.split("."), path
+            assert fine, f"{module} imports {name}"
+            assert not {"train", "benchmarks"} & {*name.split(".")}, f"{module} imports {name}"
+
+
+def test_no_imports_go_in_circles() -> None:
+    """Imports in functions count, too: they run, but two modules that need each other are one."""
+    graph = {
+        module: {n if n in modules() else n.rpartition(".")[0] for n in imports(module)} & modules().keys()
+        for module in modules()
+    }
+    assert sum(map(len, graph.values())) > 500
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        pytest.fail(" -> ".join(e.args[1]))
+
+
+CROWDED, LONG = 14, 450
+
+
+def test_folders_and_files_stay_small() -> None:
+    files = [path for folder in (*FLOORS, "tests") for path in (ROOT / folder).rglob("*.py")]
+    counts = Counter(path.parent for path in files)
+    crowded = [f"{folder.relative_to(ROOT)}: {n} files" for folder, n in counts.items() if n > CROWDED]
+    lengths = {path: len(path.read_text().splitlines()) for path in files}
+    long = [f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n > LONG]
+    assert not [*crowded, *long]
+
+
+def moved() -> dict[str, str]:
+    """Old names of modules, and the new ones."""
+    packages = [name for name, path in modules().items() if path.name == "__init__.py"]
+    tables = {name: getattr(import_module(name), "_MOVED", {}) for name in packages}
+    return {f"{name}.{old}": f"{name}.{new}" for name, table in tables.items() for old, new in table.items()}
+
+
+def test_modules_that_have_moved_are_found_by_their_old_names() -> None:
+    found = moved()
+    assert len(found) >= 20
+    for old, new in found.items():
+        module = import_module(old)
+        assert module is import_module(new), old
+        assert module.__spec__ is not None
+        assert module.__name__ == module.__spec__.name == new
+
+
+def test_modules_that_have_moved_run_by_their_old_names(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "tdmpc2_fast.benchmarks.wheels", "nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("argument 'nothing': allowed: for=")
 
 
 def test_only_the_reference_folder_and_the_tests_know_the_reference() -> None:
@@ -169,9 +245,7 @@ def test_everything_installs_under_one_name() -> None:
         top = max((k for k in source if package == k or package.startswith(k + ".")), key=len)
         folder = ROOT / source[top] / package[len(top) :].strip(".").replace(".", "/")
         assert (folder / "__init__.py").is_file(), package
-    folders = {
-        p.parent for d in ("tdmpc2_fast", "kernels", "train", "benchmarks") for p in (ROOT / d).rglob("__init__.py")
-    }
+    folders = {p.parent for d in FLOORS for p in (ROOT / d).rglob("__init__.py")}
     assert len(folders) == len(packages)
 
 
