@@ -1,11 +1,11 @@
-"""What got slower or faster between two results files, beyond their noise.
+"""Find what got slower or faster between two results files, beyond their noise.
 
     python benchmarks/compare.py A.json B.json [by=ratios]
 
-Files of one machine are compared by their medians. Those of different machines, or of one that others
-use, too (`by=ratios`), are compared by ratios to the baselines of their own runs. A difference counts
-where it is larger than three standard errors of the two medians together, and than 3%. Exit status: 1
-where something got slower, 2 where nothing can be compared.
+Files of one machine are compared by their medians. Those of different machines, or of a machine that others use, too
+(`by=ratios`), are compared by ratios to the baselines of their own runs. A difference counts if it is larger than three
+standard errors of the two medians together, and than 3%. Exit status: 1 where something got slower, 2 where nothing can
+be compared.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ class Change:
     """One measurement in both files; `factor` above 1: slower in the second."""
 
     row: Row
-    against: str  # the baseline whose ratio is compared, empty where times are
+    by_ratio: bool  # to the row's variant; else times are compared
     factor: float
     noise: float  # relative standard error of the factor
 
     @property
     def real(self) -> bool:
-        """Whether it is beyond noise."""
+        """Whether the change is beyond noise."""
         return abs(math.log(self.factor)) > max(ERRORS * self.noise, math.log1p(LEAST))
 
 
 def key(row: Row) -> Key:
-    """What two files' rows have in common where they measure the same."""
+    """Return what two files' rows have in common if they measure the same."""
     return (row.suite, row.case, row.variant, row.size, row.envs, row.actions, row.batch, row.precision, row.shape)
 
 
 def machine(row: Row) -> Key:
-    """Where times compare."""
+    """Return what rows have in common if their times compare."""
     return row.device, row.gpu, row.cpu, 0 if row.gpu else row.threads
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], by_ratios: bool = False) -> list[Change]:
-    """Changes of every measurement that both have; on one machine times are compared, unless `by_ratios`."""
+    """Return the change of each measurement in both files; one machine's times are compared, unless `by_ratios`."""
     times = machine(old[0]) == machine(new[0]) and not by_ratios
     before = {key(r): r for r in old}
     changes = []
@@ -62,15 +62,15 @@ def compare(old: Sequence[Row], new: Sequence[Row], by_ratios: bool = False) -> 
         if a is None or a.p50 is None or b.p50 is None:
             continue
         if times:
-            changes.append(Change(b, "", b.p50 / a.p50, math.hypot(_error(a), _error(b))))
+            changes.append(Change(b, False, b.p50 / a.p50, math.hypot(_error(a), _error(b))))
         elif a.ratio and b.ratio and a.product == b.product:
             # A product that got slower is nearer to its baseline.
-            changes.append(Change(b, b.variant, a.ratio / b.ratio, math.hypot(_ratio_error(a), _ratio_error(b))))
+            changes.append(Change(b, True, a.ratio / b.ratio, math.hypot(_ratio_error(a), _ratio_error(b))))
     return changes
 
 
 def _error(row: Row) -> float:
-    """Relative standard error of the median."""
+    """Return the relative standard error of the median."""
     return _of(row.p20, row.p50, row.p80, row.repeats)
 
 
@@ -86,16 +86,11 @@ def _of(low: float | None, middle: float | None, high: float | None, count: int)
 
 
 def describe(change: Change) -> str:
-    """One line."""
+    """Return the change in one line."""
     r = change.row
-    subject = (
-        f"{r.suite}: {what(r)}, {r.product} against {r.variant}"
-        if change.against
-        else f"{r.suite}: {what(r)}, {r.variant}"
-    )
-    word = "slower" if change.factor > 1 else "faster"
-    factor = change.factor if change.factor > 1 else 1 / change.factor
-    return f"{subject}: {factor:.2f}x {word} (noise {100 * change.noise:.1f}%)"
+    by = f"{r.product} against {r.variant}" if change.by_ratio else r.variant
+    factor, word = (change.factor, "slower") if change.factor > 1 else (1 / change.factor, "faster")
+    return f"{r.suite}: {what(r)}, {by}: {factor:.2f}x {word} (noise {100 * change.noise:.1f}%)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not changes:
         print("error: the files have no measurement in common", file=sys.stderr)
         return 2
-    print(f"A: {machine_of(old)}\nB: {machine_of(new)}\ncompared by {'ratios' if changes[0].against else 'medians'}\n")
+    print(f"A: {machine_of(old)}\nB: {machine_of(new)}\ncompared by {'ratios' if changes[0].by_ratio else 'medians'}\n")
     real = [c for c in changes if c.real]
     for change in sorted(real, key=lambda c: -c.factor):
         print(describe(change))

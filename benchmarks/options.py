@@ -1,12 +1,14 @@
-"""What a benchmark run is asked for: `key=value` words, checked before anything is measured."""
+"""The options of a benchmark run: `key=value` words, checked before anything is measured."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,10 +18,8 @@ from tdmpc2_fast.errors import ConfigError, did_you_mean
 from tdmpc2_fast.kernels.device.launch import PRECISIONS, interpreting
 from tdmpc2_fast.runtime.backend import resolve_device
 
-_FLAGS = {"true": True, "false": False}
-
-
 OBS_DIM = 24
+T = TypeVar("T")
 
 
 def _key(help: str, default: Any = None) -> Any:
@@ -48,34 +48,26 @@ class Options:
 
     def __post_init__(self) -> None:
         for key in ("size", "envs", "actions", "batch"):
-            low = [x for x in getattr(self, key) if x < 1]
-            if low or not getattr(self, key):
-                raise ConfigError(f"bench key {key!r}: got {getattr(self, key)}, allowed: integers of at least 1")
-        wrong = [x for x in self.size if x not in MODEL_SIZES]
-        if wrong:
-            raise ConfigError(f"bench key 'size': got {wrong[0]}, allowed: {', '.join(map(str, MODEL_SIZES))}")
+            found = getattr(self, key)
+            _need(found and min(found) >= 1, key, found, "integers of at least 1")
+        for size in self.size:
+            _need(size in MODEL_SIZES, "size", size, ", ".join(map(str, MODEL_SIZES)))
         for x in self.precision:
-            if x not in PRECISIONS:
-                raise ConfigError(f"bench key 'precision': got {x!r}, allowed: {', '.join(PRECISIONS)}")
+            _need(x in PRECISIONS, "precision", x, ", ".join(PRECISIONS))
         if self.repeats < 3 or not 0 < self.budget < float("inf"):
             raise ConfigError(
                 f"bench keys 'repeats' and 'budget': got {self.repeats} and {self.budget}, allowed: at least 3, above 0"
             )
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"bench key 'threads': got {self.threads}, allowed: at least 1")
-        if self.official is not None and not Path(self.official, "tdmpc2", "tdmpc2.py").is_file():
-            raise ConfigError(
-                f"bench key 'official': got {self.official!r}, allowed: a checkout of the official repository, "
-                "with tdmpc2/tdmpc2.py in it"
-            )
-        if self.jax is not None and not Path(self.jax, "tdmpc2_jax", "tdmpc2.py").is_file():
-            raise ConfigError(
-                f"bench key 'jax': got {self.jax!r}, allowed: a checkout of tdmpc2-jax, with tdmpc2_jax/tdmpc2.py in it"
-            )
+        _need(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        checkouts = dict(official=("the official repository", "tdmpc2"), jax=("tdmpc2-jax", "tdmpc2_jax"))
+        for key, (name, package) in checkouts.items():
+            folder, file = getattr(self, key), f"{package}/tdmpc2.py"
+            there = folder is None or Path(folder, file).is_file()
+            _need(there, key, folder, f"a checkout of {name}, with {file} in it")
         for x in self.precisions:
             # The interpreter computes the kernels' tf32 and bfloat16 on a CPU; plain torch does not.
-            if x != "float32" and self.torch_device.type == "cpu" and not interpreting():
-                raise ConfigError(f"bench key 'precision': got {x!r}, allowed on a CPU: float32")
+            fine = x == "float32" or self.torch_device.type != "cpu" or interpreting()
+            _need(fine, "precision", x, "float32", " on a CPU")
 
     @property
     def torch_device(self) -> torch.device:
@@ -84,22 +76,27 @@ class Options:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Those asked for, or the device's own."""
+        """The precisions asked for, or the device's own."""
         if self.precision:
             return self.precision
         return ("tf32", "bfloat16") if self.torch_device.type == "cuda" else ("float32",)
 
     def keys(self, size: int, **changes: Any) -> dict[str, Any]:
-        """Config keys of a published size."""
+        """Return the config keys of a published size."""
         return dict(model_size=size, device=str(self.torch_device), seed=self.seed) | changes
 
     def config(self, size: int, actions: int, **changes: Any) -> Config:
-        """A config completed by an environment that is not there."""
+        """Return a config completed for an environment that does not exist."""
         return Config.from_dict(self.keys(size, **changes)).with_env({"state": (OBS_DIM,)}, actions, 500)
 
 
+def _need(fine: object, key: str, got: object, allowed: str, where: str = "") -> None:
+    if not fine:
+        raise ConfigError(f"bench key {key!r}: got {got!r}, allowed{where}: {allowed}")
+
+
 def parse(words: Sequence[str]) -> Options:
-    """Options from `key=value` words; a bad one raises `ConfigError`."""
+    """Return the options that `key=value` words ask for; a bad one raises `ConfigError`."""
     fields = {f.name: f for f in dataclasses.fields(Options)}
     values: dict[str, Any] = {}
     for word in words:
@@ -112,27 +109,28 @@ def parse(words: Sequence[str]) -> Options:
     return Options(**values)
 
 
+_READ: dict[str, tuple[Callable[[str], Any], str]] = {
+    "tuple[int, ...]": (lambda text: tuple(int(x) for x in text.split(",")), "integers separated by commas"),
+    "tuple[str, ...]": (lambda text: tuple(text.split(",")), ""),
+    "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    "int": (int, "an integer"),
+    "int | None": (int, "an integer"),
+    "float": (float, "a number"),
+}
+"""How a field of this type is read, and what is allowed; others are text."""
+
+
 def _value(key: str, kind: str, text: str) -> Any:
+    read, allowed = _READ.get(kind, (str, ""))
     try:
-        if kind.startswith("tuple[int"):
-            return tuple(int(x) for x in text.split(","))
-        if kind.startswith("tuple[str"):
-            return tuple(text.split(","))
-        if kind == "bool":
-            return _FLAGS[text.lower()]
-        if kind.startswith("int"):
-            return int(text)
-        if kind == "float":
-            return float(text)
+        value = read(text)
     except (KeyError, ValueError) as e:
-        named = dict(bool="true or false", float="a number")
-        allowed = named.get(kind, "integers separated by commas" if kind.startswith("tuple") else "an integer")
         raise ConfigError(f"bench key {key!r}: got {text!r}, allowed: {allowed}") from e
-    return str(Path(text).expanduser()) if key in ("official", "jax", "out") else text
+    return str(Path(value).expanduser()) if key in ("official", "jax", "out") else value
 
 
 def describe() -> str:
-    """Every key with its default and meaning."""
+    """Return a line for every key, with its default and its meaning."""
     lines = []
     for f in dataclasses.fields(Options):
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default).lower()
@@ -140,6 +138,12 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def each(make: Callable[..., T], options: Options, *keys: str) -> Iterator[Callable[[], T]]:
+    """Yield `make`, given the options and each combination of their values of these keys."""
+    for values in itertools.product(*(getattr(options, key) for key in keys)):
+        yield partial(make, options, *values)
+
+
 def backend_of(options: Options) -> str:
-    """`auto`; but the kernels where they are interpreted, so their set-up is tried without a GPU."""
+    """Return `auto`, or `triton` where kernels are interpreted, so that their set-up is tried without a GPU."""
     return "triton" if interpreting() and options.torch_device.type == "cpu" else "auto"

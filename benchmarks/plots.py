@@ -12,7 +12,7 @@ from .harness.measure import Row
 
 
 def draw(rows: Sequence[Row], path: Path) -> str:
-    """Draw what the rows have to show; says where it is, or why there is none."""
+    """Draw what the rows have to show; return where the picture is, or why there is none."""
     panels = [p for p in (_latency, _ratios, _roofline) if p(rows, None)]
     if not panels:
         return f"no picture of {path.stem}: nothing in it is drawn"
@@ -23,48 +23,34 @@ def draw(rows: Sequence[Row], path: Path) -> str:
         from matplotlib import pyplot
     except ImportError:
         return "no picture: matplotlib is missing (extra [bench]); `make results` draws it later from the results file"
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(6.2 * len(panels), 4.6), squeeze=False, layout="constrained"
-    )
+    size = (6.2 * len(panels), 4.6)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for panel, ax in zip(panels, axes[0], strict=True):
         panel(rows, ax)
     r = rows[0]
-    figure.suptitle(
-        f"{r.gpu or f'{r.cpu}, {r.threads} threads'}; commit {r.commit or 'unknown'}, {r.date[:10]}", fontsize=10
-    )
+    figure.suptitle(f"{r.label}; commit {r.commit or 'unknown'}, {r.date[:10]}", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return str(path)
 
 
 def _latency(rows: Sequence[Row], ax: Any) -> bool:
-    """Median plan against environments planned for, by implementation, size and precision."""
+    """Draw the median plan against environments planned for, by implementation, size and precision."""
     plans = [(r, r.envs) for r in rows if r.suite == "planner" and r.p50 is not None and r.envs]
     envs = sorted({e for _, e in plans})
     if ax is None:
         return len(envs) > 1
     found: defaultdict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
     for r, e in plans:
-        label = ", ".join(
-            [
-                r.variant,
-                f"{r.size}M",
-                *([r.precision] if r.gpu else []),
-                *([f"A={r.actions}"] if r.actions != 6 else []),
-            ]
-        )
+        parts = (r.variant, f"{r.size}M", r.precision if r.gpu else "", f"A={r.actions}" if r.actions != 6 else "")
+        label = ", ".join(filter(None, parts))
         assert r.p20 is not None and r.p50 is not None and r.p80 is not None  # noqa: PT018
         found[label].append((e, r.calls * r.p50, r.calls * (r.p50 - r.p20), r.calls * (r.p80 - r.p50)))
     for label, points in found.items():
         x, y, below, above = zip(*sorted(points), strict=True)
         ax.errorbar(x, y, yerr=(below, above), marker="o", capsize=3, label=label)
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel="environments E",
-        ylabel="ms, median, 20% to 80%",
-        title="latency of a plan for E environments",
-    )
+    ax.set(xscale="log", yscale="log", xlabel="environments E", ylabel="ms, median, 20% to 80%")
+    ax.set_title("latency of a plan for E environments")
     ax.set_xticks(envs, map(str, envs))
     ax.set_xticks([], minor=True)
     ax.legend(fontsize=7)
@@ -73,7 +59,7 @@ def _latency(rows: Sequence[Row], ax: Any) -> bool:
 
 
 def _ratios(rows: Sequence[Row], ax: Any) -> bool:
-    """How many times longer each baseline takes, by model size, for one environment."""
+    """Draw how many times longer each baseline takes, by model size, for one environment."""
     found = [r for r in rows if r.suite in ("planner", "update") and r.ratio is not None and r.envs in (None, 1)]
     found = [r for r in found if r.actions == 6 and r.size is not None]
     if ax is None or not found:
@@ -105,7 +91,7 @@ def _label(r: Row) -> str:
 
 
 def _roofline(rows: Sequence[Row], ax: Any) -> bool:
-    """Each product's TFLOP/s against its work per byte, under what the machine reached."""
+    """Draw each product's TFLOP/s against its work per byte, under what the machine reached."""
     ceilings = reached(rows)
     found = [r for r in rows if r.tflops and r.mbyte and r.gflop and r.variant == r.product and r.suite != "ceilings"]
     if ax is None or not (ceilings.gbs and ceilings.tflops and found):

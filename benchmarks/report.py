@@ -1,8 +1,8 @@
-"""Rows as tables: what a terminal shows, `RESULTS.md`, and the table in the README.
+"""Rows as tables: for a terminal, for `RESULTS.md`, and for the README.
 
     python -m tdmpc2_fast.benchmarks.report [RESULTS_FOLDER]
 
-makes `RESULTS.md` beside the results folder, the pictures in it, and the README's table anew.
+makes `RESULTS.md` beside the results folder, the pictures in the folder, and the README's table anew.
 """
 
 from __future__ import annotations
@@ -10,25 +10,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from .harness.measure import COLUMNS, SCHEMA, Row
 
-HEAD = (
-    "what",
-    "by",
-    "p50 ms",
-    "p20, p80, p99",
-    "ratio",
-    "per second",
-    "TFLOP/s",
-    "GB/s",
-    "of ceiling",
-    "launches",
-    "peak MB",
-)
 _PREAMBLE = """# Results
 
 Made by `make results` from the files in `results/`; not edited by hand.
@@ -44,7 +30,7 @@ _MARKS = ("<!-- benchmark table: made by `make results` -->", "<!-- end of bench
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a results file.
+    """Read the rows of a results file.
 
     Raises:
         ValueError: no results file, or one of another schema.
@@ -67,7 +53,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """All rows, one a line, in one step: a reader never sees half a file."""
+    """Write all rows, one a line, in one step: a reader never sees half a file."""
     text = ",\n".join(json.dumps({k: getattr(r, k) for k in COLUMNS}) for r in rows)
     partial = path.with_suffix(".partial")
     partial.write_text(f"[\n{text}\n]\n")
@@ -75,7 +61,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def what(row: Row) -> str:
-    """What was measured, in words: the plan of a size, for so many environments."""
+    """Return what was measured, in words: the plan of a size, for so many environments."""
     parts = [row.case]
     if row.size is not None:
         parts.append(f"{row.size}M")
@@ -90,38 +76,8 @@ def what(row: Row) -> str:
     return ", ".join(parts)
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """One line of a table."""
-    if row.p50 is None:
-        return (what(row), row.variant, "-", f"not measured: {row.missing}", *("",) * 7)
-    assert row.p20 is not None
-    assert row.p80 is not None
-    assert row.p99 is not None
-    ratio = "" if not row.gate else f"not shown: results differ by {_g(row.gate_error)}, allowed {_g(row.gate_limit)}"
-    if row.ratio is not None:
-        ratio = f"{row.ratio:.2f}x ({_g(row.ratio_p20, 3)}, {_g(row.ratio_p80, 3)})"
-    share = ""
-    if row.compute_share is not None and row.compute_share >= (row.memory_share or 0):
-        share = f"{100 * row.compute_share:.0f}% compute"
-    elif row.memory_share is not None:
-        share = f"{100 * row.memory_share:.0f}% memory"
-    return (
-        what(row),
-        row.variant,
-        f"{row.calls} x {_g(row.p50, 3)}" if row.calls > 1 else _g(row.p50, 3),
-        ", ".join(_g(x, 3) for x in (row.p20, row.p80, row.p99)),
-        ratio,
-        "" if row.per_second is None else f"{_g(row.per_second, 3)} {row.unit}",
-        _g(row.tflops, 3),
-        _g(row.gbs, 3),
-        share,
-        "" if row.launches is None else str(row.launches),
-        _g(row.peak_mb, 4),
-    )
-
-
 def _g(x: float | None, digits: int = 2) -> str:
-    """A number with some digits, never in powers of ten where it is readable without."""
+    """Return a number with some digits; powers of ten only where it is unreadable without."""
     if x is None:
         return ""
     if x != 0 and not 1e-3 <= abs(x) < 1e7:
@@ -130,7 +86,7 @@ def _g(x: float | None, digits: int = 2) -> str:
 
 
 def splits(rows: Sequence[Row]) -> list[str]:
-    """Where the time of a decision goes, a line for each row that knows."""
+    """Return where the time of a decision goes: a line for each row that knows."""
     lines = []
     for row in rows:
         if row.split:
@@ -140,27 +96,72 @@ def splits(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _median(row: Row) -> str:
+    return f"{row.calls} x {_g(row.p50, 3)}" if row.calls > 1 else _g(row.p50, 3)
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is not None:
+        return f"{row.ratio:.2f}x ({_g(row.ratio_p20, 3)}, {_g(row.ratio_p80, 3)})"
+    return row.gate and f"not shown: results differ by {_g(row.gate_error)}, allowed {_g(row.gate_limit)}"
+
+
+def _share(row: Row) -> str:
+    shares = [(x, of) for x, of in ((row.compute_share, "compute"), (row.memory_share, "memory")) if x is not None]
+    share, of = max(shares, key=lambda s: s[0], default=(None, ""))
+    return "" if share is None else f"{100 * share:.0f}% {of}"
+
+
+_CELLS: dict[str, Callable[[Row], str]] = {
+    "what": what,
+    "by": lambda row: row.variant,
+    "p50 ms": _median,
+    "p20, p80, p99": lambda row: ", ".join(_g(x, 3) for x in (row.p20, row.p80, row.p99)),
+    "ratio": _ratio,
+    "per second": lambda row: "" if row.per_second is None else f"{_g(row.per_second, 3)} {row.unit}",
+    "TFLOP/s": lambda row: _g(row.tflops, 3),
+    "GB/s": lambda row: _g(row.gbs, 3),
+    "of ceiling": _share,
+    "launches": lambda row: "" if row.launches is None else str(row.launches),
+    "peak MB": lambda row: _g(row.peak_mb, 4),
+}
+"""The columns of a table, and what each says of a row."""
+HEAD = tuple(_CELLS)
+
+
+def cells(row: Row) -> dict[str, str]:
+    """Return one line of a table, by column."""
+    if row.p50 is None:
+        missing = {"what": what(row), "by": row.variant, "p50 ms": "-", "p20, p80, p99": f"not measured: {row.missing}"}
+        return dict.fromkeys(HEAD, "") | missing
+    return {column: of(row) for column, of in _CELLS.items()}
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+    """Return the heading and a line for each row; empty columns are left out."""
+    lines = [dict(zip(HEAD, HEAD, strict=True)), *map(cells, rows)]
+    used = [c for c in columns if c in HEAD[:2] or any(line[c] for line in lines[1:])]
+    return [[line[c] for c in used] for line in lines]
+
+
 def text_table(rows: Sequence[Row]) -> str:
-    """For a terminal; empty columns are left out."""
-    lines = [HEAD, *map(cells, rows)]
-    used = [i for i in range(len(HEAD)) if i < 2 or any(line[i] for line in lines[1:])]
+    """Return a table for a terminal."""
+    lines = _table(rows, HEAD)
     # What is missing is said in a column that others use for numbers: it may run over.
     plain = [line for line, row in zip(lines, [None, *rows], strict=True) if row is None or row.p50 is not None]
-    widths = {i: max(len(line[i]) for line in (plain if i > 2 else lines)) for i in used}
-    return "\n".join("  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines)
+    widths = [max(len(line[i]) for line in (plain if i > 2 else lines)) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[str] = HEAD) -> str:
-    """For a page."""
-    wanted = [HEAD.index(c) for c in columns]
-    lines = [HEAD, *map(cells, rows)]
-    used = [i for i in wanted if i < 2 or any(line[i] for line in lines[1:])]
-    table = ["| " + " | ".join(line[i] for i in used) + " |" for line in lines]
-    return "\n".join([table[0], "|" + " --- |" * len(used), *table[1:]])
+    """Return a table for a page."""
+    head, *lines = _table(rows, columns)
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A line for each case: the product's time, and how many times longer each baseline takes."""
+    """Return a line for each case: the product's time, and how many times longer each baseline takes."""
     cases: dict[tuple[object, ...], list[Row]] = {}
     for r in rows:
         cases.setdefault((r.suite, what(r), r.shape), []).append(r)
@@ -170,8 +171,7 @@ def summary(rows: Sequence[Row]) -> str:
         if ours is None:
             continue
         against = [f"{r.variant} {_short(r)}" for r in found if r.variant != r.product]
-        share = cells(ours)[HEAD.index("of ceiling")]
-        facts = [f"p99 {_g(ours.p99, 3)}", share, f"{ours.launches} launches" if ours.launches else ""]
+        facts = [f"p99 {_g(ours.p99, 3)}", _share(ours), f"{ours.launches} launches" if ours.launches else ""]
         line = f"{suite}: {name}: {ours.variant} {_g(ours.p50, 3)} ms ({', '.join(f for f in facts if f)})"
         lines.append(f"{line}; {', '.join(against)}" if against else line)
     return "\n".join(dict.fromkeys(lines))
@@ -184,16 +184,16 @@ def _short(row: Row) -> str:
 
 
 def machine_of(rows: Sequence[Row]) -> str:
-    """Hardware, versions, commit and day of a file's rows."""
+    """Return hardware, versions, commit and day of a file's rows."""
     r = rows[0]
     clock = f", {r.clock_mhz} of {r.clock_max_mhz} MHz" if r.clock_mhz else ""
-    where = f"{r.gpu}, driver {r.driver}{clock}, host {r.cpu}" if r.gpu else f"{r.cpu}, {r.threads} threads"
+    where = f"{r.gpu}, driver {r.driver}{clock}, host {r.cpu}" if r.gpu else r.label
     versions = f"torch {r.torch_version}" + (f", triton {r.triton_version}" if r.gpu else "")
     return f"{where}; Python {r.python}, {versions}; commit {r.commit or 'unknown'}, {r.date[:10]}"
 
 
 def results_page(files: Sequence[Path]) -> str:
-    """`RESULTS.md`: every results file, newest first."""
+    """Return `RESULTS.md`: every results file, newest first."""
     parts = [_PREAMBLE]
     for path in sorted(files, key=lambda p: read(p)[0].date, reverse=True):
         rows = read(path)
@@ -208,14 +208,14 @@ def results_page(files: Sequence[Path]) -> str:
 
 
 def readme_table(rows: Sequence[Row]) -> str:
-    """Plans and updates of up to 5M for one environment, against the baselines."""
+    """Return a table of plans and updates of up to 5M for one environment, against the baselines."""
     shown = [r for r in rows if r.suite in ("planner", "update") and r.envs in (None, 1) and r.actions == 6]
     shown = [r for r in shown if r.size is not None and r.size <= 5 and r.p50 is not None]
     return f"{machine_of(rows)}:\n\n{markdown_table(shown, ('what', 'by', 'p50 ms', 'p20, p80, p99', 'ratio'))}"
 
 
 def with_table(readme: str, table: str) -> str:
-    """The README's text with its table replaced."""
+    """Return the README's text with its table replaced."""
     start, end = map(re.escape, _MARKS)
     text, count = re.subn(f"({start}\n).*?({end})", lambda m: f"{m[1]}{table}\n{m[2]}", readme, flags=re.S)
     if count != 1:
@@ -224,14 +224,10 @@ def with_table(readme: str, table: str) -> str:
 
 
 def shown_in_readme(files: Sequence[Path]) -> Path | None:
-    """The newest GPU result that has plans, else the newest of a CPU; None where no file has any."""
-    with_plans = [p for p in files if any(r.suite == "planner" for r in read(p))]
-
-    def rank(path: Path) -> tuple[Any, ...]:
-        first = read(path)[0]
-        return bool(first.gpu), first.date
-
-    return max(with_plans, key=rank, default=None)
+    """Return the newest GPU result that has plans, else the newest of a CPU; None where no file has any."""
+    found = {path: read(path) for path in files}
+    with_plans = [path for path, rows in found.items() if any(r.suite == "planner" for r in rows)]
+    return max(with_plans, key=lambda path: (bool(found[path][0].gpu), found[path][0].date), default=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

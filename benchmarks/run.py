@@ -1,7 +1,8 @@
-"""`tdmpc2-fast bench`: measures, prints a table, writes rows, draws a picture."""
+"""`tdmpc2-fast bench` measures, prints a table, writes rows and draws a picture."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
@@ -15,7 +16,7 @@ from tdmpc2_fast.errors import BackendError, ConfigError, InputError, did_you_me
 from tdmpc2_fast.train.run.threads import choose_threads
 
 from .gpu import ceilings
-from .harness.machine import this_machine
+from .harness.machine import Facts, this_machine
 from .harness.measure import CannotMeasureError, Case, Ceilings, Row, measure, profiled
 from .options import Options, describe, parse
 from .plots import draw
@@ -45,7 +46,7 @@ given, in one run. Suites: {", ".join(SUITES)}, all; default: {", ".join(DEFAULT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0: measured, 1: results differed somewhere, 2: what was asked for is not possible."""
+    """Run the command; return 0 if all was measured, 1 if results differed somewhere, 2 if it cannot be done."""
     args = list(sys.argv[1:] if argv is None else argv)
     if any(a in ("-h", "--help", "help") for a in args):
         print(f"{USAGE}\nkeys:\n{describe()}")
@@ -70,16 +71,14 @@ def _suites(words: Sequence[str]) -> list[str]:
 
 
 def bench(options: Options, suites: Sequence[str]) -> int:
-    """Measure; rows are on disk after each case."""
+    """Measure, and write all rows after each case; returns the exit status."""
     device = options.torch_device
     logging.getLogger("torch").setLevel(logging.ERROR)  # torch.compile's remarks on code it is given
     choose_threads(Config(num_threads=options.threads))
     machine = this_machine(device)
-    path = new_file(Path(options.out), machine.gpu or machine.cpu, machine.date, machine.commit)
-    print(
-        f"{machine.label}, torch {machine.torch_version}, commit {machine.commit or 'unknown'}; rows go to {path}\n",
-        flush=True,
-    )
+    path = new_file(Path(options.out), machine)
+    what = f"{machine.label}, torch {machine.torch_version}, commit {machine.commit or 'unknown'}"
+    print(f"{what}; rows go to {path}\n", flush=True)
     rows: list[Row] = []
     broken: list[str] = []
     case: Case | None = None
@@ -120,19 +119,17 @@ def bench(options: Options, suites: Sequence[str]) -> int:
     return 1 if failed or broken else 0
 
 
-def new_file(folder: Path, label: str, date: str, commit: str) -> Path:
-    """A new results file, named after its machine, day and commit; those already there are left alone."""
+def new_file(folder: Path, facts: Facts) -> Path:
+    """Make a new results file, named after its machine, day and commit; those already there are left alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", label.removeprefix("NVIDIA ").lower()).strip("-")
-    stem = f"{slug}-{date[:10]}-{commit.rstrip('+') or 'unknown'}"
+    slug = re.sub(r"[^a-z0-9]+", "-", (facts.gpu or facts.cpu).removeprefix("NVIDIA ").lower()).strip("-")
+    stem = f"{slug}-{facts.date[:10]}-{facts.commit.rstrip('+') or 'unknown'}"
     for n in itertools.count(1):
         path = folder / (f"{stem}.json" if n == 1 else f"{stem}-{n}.json")
-        try:
+        with contextlib.suppress(FileExistsError):
             path.touch(exist_ok=False)  # two runs started together get two files
-            return path
-        except FileExistsError:
-            continue
-    raise AssertionError("itertools.count ended")
+            break
+    return path
 
 
 if __name__ == "__main__":

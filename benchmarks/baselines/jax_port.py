@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdmpc2_fast import TDMPC2
+from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.learn.updater import Batch
 
@@ -29,7 +29,7 @@ _REDUCED_LIMIT = 2e-2  # on a GPU both multiply in tf32, each in an order of its
 
 
 def plan_variant(checkout: str, agent: TDMPC2, obs: Tensor) -> Variant:
-    """Its `act` for all environments, from observations on the host to actions there."""
+    """Return its `act` for all environments, from observations on the host to actions there."""
     port = _Port(checkout, agent, agent.cfg.dropout)
     states = [None]
 
@@ -40,7 +40,7 @@ def plan_variant(checkout: str, agent: TDMPC2, obs: Tensor) -> Variant:
 
 
 def update_variant(checkout: str, agent: TDMPC2, batch: Batch, ours: Mapping[str, float]) -> Variant:
-    """Its `update` on our batch; it goes on from its own last update."""
+    """Return its `update` on our batch; it goes on from its own last update."""
     port = _Port(checkout, agent, agent.cfg.dropout)
     np, jnp = port.numpy, port.jnp
     obs, action, reward = (jnp.asarray(x.cpu().numpy()) for x in (batch.obs, batch.action, batch.reward[..., 0]))
@@ -55,13 +55,18 @@ def update_variant(checkout: str, agent: TDMPC2, batch: Batch, ours: Mapping[str
     return Variant(run, gate=lambda: Gate.of_metrics(ours, first, _limit(agent)))
 
 
+def _same(cfg: Config, *keys: str) -> dict[str, Any]:
+    """Return the settings that have our names."""
+    return {key: getattr(cfg, key) for key in keys}
+
+
 def _limit(agent: TDMPC2) -> float:
     return _LIMIT if agent.device.type == "cpu" else _REDUCED_LIMIT
 
 
 @contextmanager
 def _imported(checkout: str) -> Iterator[None]:
-    """Within: the checkout's package can be imported."""
+    """Let the checkout's package be imported."""
     # JAX would take most of the GPU's memory for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sys.path.insert(0, checkout)
@@ -106,15 +111,12 @@ class _Port:
             tx=optax.chain(optax.zero_nans(), clip, optax.adam(cfg.lr * cfg.enc_lr_scale)),
         )
         model = WorldModel.create(
-            action_dim=cfg.need("action_dim"),
+            **_same(cfg, "action_dim", "latent_dim", "num_bins", "simnorm_dim"),
             encoder=encoder,
-            latent_dim=cfg.latent_dim,
             value_dropout=dropout,
             num_value_nets=cfg.num_q,
-            num_bins=cfg.num_bins,
             symlog_min=cfg.vmin,
             symlog_max=cfg.vmax,
-            simnorm_dim=cfg.simnorm_dim,
             predict_continues=False,
             symlog_obs=False,
             learning_rate=cfg.lr,
@@ -123,28 +125,20 @@ class _Port:
         )
         self.agent: Any = Port.create(
             world_model=self._with_weights(model, tensors_only(agent.model.state_dict())),
+            **_same(cfg, "horizon", "num_elites", "temperature", "batch_size", "rho", "tau"),
+            **_same(cfg, "consistency_coef", "reward_coef", "value_coef", "entropy_coef"),
             mpc=True,
-            horizon=cfg.horizon,
             mppi_iterations=cfg.effective_iterations,
             population_size=cfg.num_samples,
             policy_prior_samples=cfg.num_pi_trajs,
-            num_elites=cfg.num_elites,
             min_plan_std=cfg.min_std,
             max_plan_std=cfg.max_std,
-            temperature=cfg.temperature,
             discount=cfg.discounts[0],
-            batch_size=cfg.batch_size,
-            rho=cfg.rho,
-            consistency_coef=cfg.consistency_coef,
-            reward_coef=cfg.reward_coef,
-            value_coef=cfg.value_coef,
             continue_coef=cfg.termination_coef,
-            entropy_coef=cfg.entropy_coef,
-            tau=cfg.tau,
         )
 
     def next_key(self) -> Any:
-        """A fresh key."""
+        """Return a fresh key."""
         self._key, key = self._jax.random.split(self._key)
         return key
 
@@ -164,7 +158,7 @@ class _Port:
         return model
 
     def _params(self, tree: Any, state: Mapping[str, Tensor], prefix: str) -> Any:
-        """The tree of a chain of layers, or of an ensemble around one, with our weights in it."""
+        """Return the tree of a chain of layers, or of an ensemble around one, with our weights in it."""
         if "layers_0" not in tree:
             ((name, inner),) = tree.items()
             return {name: self._params(inner, state, prefix)}
@@ -181,7 +175,7 @@ class _Port:
 
 
 def _model_gate(checkout: str, agent: TDMPC2, obs: Tensor) -> Gate:
-    """Latents, rewards and all critics' values, without dropout, at random actions."""
+    """Return the gate of latents, rewards and all critics' values, without dropout, at random actions."""
     port = _Port(checkout, agent, 0.0)
     model, cfg = port.agent.model, agent.cfg
     action = torch.rand(len(obs), cfg.need("action_dim"), generator=torch.Generator().manual_seed(cfg.seed)) * 2 - 1

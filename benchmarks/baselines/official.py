@@ -15,7 +15,7 @@ import importlib.machinery
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from tdmpc2_fast import TDMPC2
 from tdmpc2_fast.learn.updater import Batch
-from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
+from tdmpc2_fast.rng import PlanNoise, UpdateNoise
 from tdmpc2_fast.runtime.backend import torch_products
 
-from ..harness.agents import agent_of, numbers, within
+from ..harness.agents import agent_of, numbers, update_draws, within
 from ..harness.measure import CannotMeasureError, Gate, Variant
 
 _MODULES = ("tdmpc2", "common")
@@ -65,9 +65,9 @@ class _Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def load_official(checkout: str, device: torch.device) -> ModuleType:
-    """The official module `tdmpc2`, for a device; other modules of these names are left alone.
+    """Import the official module `tdmpc2` for a device; other modules of these names are left alone.
 
-    Its modules are kept under names of their own, because torch.compile imports those whose functions it
+    Its modules are kept under names of their own, because torch.compile imports the modules of functions that it
     traces by name.
 
     Raises:
@@ -91,9 +91,9 @@ def load_official(checkout: str, device: torch.device) -> ModuleType:
 
 
 def official_agent(checkout: str, agent: TDMPC2, compiled: bool, **changes: Any) -> Any:
-    """An official agent with the weights of ours."""
+    """Return an official agent with the weights of ours."""
     module = load_official(checkout, agent.device)
-    cfg = _Config({**agent.cfg.to_dict(), **changes})
+    cfg = _Config(**agent.cfg.to_dict() | changes)
     cfg.compile = compiled
     cfg.iterations = agent.cfg.iterations  # it adds the two for many actions itself
     cfg.bin_size = agent.cfg.bin_size
@@ -107,17 +107,12 @@ def official_agent(checkout: str, agent: TDMPC2, compiled: bool, **changes: Any)
 class _Config(SimpleNamespace):
     """The official `cfg`: attributes, and `get`."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__(**values)
-
     def get(self, key: str, default: Any = None) -> Any:
         return getattr(self, key, default)
 
 
-def official_plan(
-    checkout: str, agent: TDMPC2, obs: Tensor, noise: PlanNoise
-) -> tuple[Callable[[], object], Callable[[], Gate]]:
-    """Its `act` on one observation, and the comparison of one plan from the same draws in float32."""
+def official_plan(checkout: str, agent: TDMPC2, obs: Tensor, noise: PlanNoise) -> Variant:
+    """Return its `act` on one observation; compared is one plan from the same draws in float32."""
     theirs = official_agent(checkout, agent, compiled=agent.device.type == "cuda")
 
     def gate() -> Gate:
@@ -125,16 +120,16 @@ def official_plan(
         ours = TDMPC2(agent.cfg.replace(precision="float32", backend="torch"), 1)
         ours.load(agent.model.state_dict())
         with torch_products(tf32=False):
-            with _Draws(plan_draws(noise)), torch.no_grad():
+            with _Draws(plan_order(noise)), torch.no_grad():
                 wanted = plain.act(obs)
             got = ours.planner.plan(obs.unsqueeze(0), False, False, None, noise)[0].cpu()
         return Gate(float((got - wanted).abs().max()), 1e-3)
 
-    return within(agent.cfg, agent.device, lambda: theirs.act(obs)), gate
+    return Variant(within(agent.cfg, agent.device, lambda: theirs.act(obs)), gate=gate)
 
 
 def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
-    """Its `update` on our batch; compared without dropout, whose masks it draws itself, in float32."""
+    """Return its `update` on our batch; compared is one in float32 without dropout, whose masks it draws itself."""
     theirs = official_agent(checkout, agent, compiled=agent.device.type == "cuda")
     buffer = SimpleNamespace(sample=lambda: tuple(batch))
 
@@ -142,18 +137,18 @@ def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
         cfg = agent.cfg.replace(precision="float32", dropout=0.0)
         ours = agent_of(cfg)
         plain = official_agent(checkout, ours, compiled=False)
-        noise = UpdateNoise.draw(cfg, generator(cfg.seed, "benchmark", agent.device))
+        noise = update_draws(cfg, agent.device)
         with torch_products(tf32=False):
             got = ours.updater.step(batch, noise)
-            with _Draws(update_draws(noise)):
+            with _Draws(update_order(noise)):
                 wanted = plain.update(buffer)
         return Gate.of_metrics(numbers(got), numbers(dict(wanted.items())), 1e-3)
 
     return Variant(within(agent.cfg, agent.device, lambda: theirs.update(buffer)), gate=gate)
 
 
-def plan_draws(noise: PlanNoise) -> Iterator[Tensor]:
-    """A plan's draws in the order the official code makes them."""
+def plan_order(noise: PlanNoise) -> Iterator[Tensor]:
+    """Yield a plan's draws in the order the official code makes them."""
     yield from noise.pi_eps[0]
     for i in range(len(noise.samples)):
         yield noise.samples[i, 0]
@@ -163,16 +158,13 @@ def plan_draws(noise: PlanNoise) -> Iterator[Tensor]:
     yield noise.action[0]
 
 
-def update_draws(noise: UpdateNoise) -> Iterator[Tensor]:
-    """An update's draws in the order the official code makes them, dropout off."""
-    yield noise.td_eps
-    yield noise.td_members
-    yield noise.pi_eps
-    yield noise.pi_members
+def update_order(noise: UpdateNoise) -> Iterator[Tensor]:
+    """Yield an update's draws in the order the official code makes them, dropout off."""
+    yield from (noise.td_eps, noise.td_members, noise.pi_eps, noise.pi_members)
 
 
 class _Draws(TorchFunctionMode):
-    """Within: torch's random functions give these tensors, one after another."""
+    """A context in which torch's random functions give these tensors, one after another."""
 
     def __init__(self, draws: Iterator[Tensor]) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""What a GPU has to show: `make gpu` and the parts it runs."""
+"""All that is tried and measured on a GPU: `make gpu` and the parts it runs."""

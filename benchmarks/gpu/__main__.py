@@ -1,4 +1,4 @@
-"""`python -m tdmpc2_fast.benchmarks.gpu [PART ...]`, as `make gpu` calls it."""
+"""The command `python -m tdmpc2_fast.benchmarks.gpu [PART ...]`, which `make gpu` calls."""
 
 import sys
 

@@ -32,7 +32,7 @@ from tdmpc2_fast.train.run.stop import Stop, Stopped
 from tdmpc2_fast.train.run.threads import choose_threads
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
-from ..harness.machine import Machine, this_machine
+from ..harness.machine import this_machine
 
 # 100,000 environment steps of DMControl, where the published curves have their first point. One thread: several
 # runs share the machine, and the host only launches.
@@ -45,11 +45,11 @@ class Learned:
     """How far a run came.
 
     Attributes:
-        decisions, step: of training; `step` counts environment steps, as the curves do.
-        seconds: of the whole run, evaluations and compilation included.
-        finished: whether it came to its end; if not, the time was over.
+        decisions, step: those of training; `step` counts environment steps, as the curves do.
+        seconds: the time of the whole run, evaluations and compilation included.
+        finished: whether it came to its end before the time was over.
         evaluated_at: environment steps at the last evaluation; None before the first.
-        mean_return, std_return: of its episodes.
+        mean_return, std_return: those of the last evaluation's episodes.
     """
 
     decisions: int
@@ -61,20 +61,17 @@ class Learned:
     std_return: float | None
 
     def line(self, cfg: Config) -> str:
-        """For a person."""
-        found = (
-            "not evaluated"
-            if self.evaluated_at is None
-            else f"return {self.mean_return:.1f} ± {self.std_return:.1f} at {self.evaluated_at:,}"
-        )
+        """Return a line for a person."""
+        found = "not evaluated"
+        if self.evaluated_at is not None:
+            found = f"return {self.mean_return:.1f} ± {self.std_return:.1f} at {self.evaluated_at:,}"
         ended = "to its end" if self.finished else "until the time was over"
-        return (
-            f"{cfg.task} {cfg.precision} seed {cfg.seed}: {self.step:,} steps in {self.seconds:.0f} s, {ended}; {found}"
-        )
+        run = f"{cfg.task} {cfg.precision} seed {cfg.seed}"
+        return f"{run}: {self.step:,} steps in {self.seconds:.0f} s, {ended}; {found}"
 
 
 class _Trainer(OnlineTrainer):
-    """Remembers its last evaluation, which a run that is stopped does not return."""
+    """A trainer that keeps its last evaluation, which a run that is stopped does not return."""
 
     last: tuple[int, float, float] | None = None
 
@@ -85,7 +82,7 @@ class _Trainer(OnlineTrainer):
 
 
 def learn(cfg: Config, folder: Path, seconds: float) -> Learned:
-    """Train until the end or until `seconds` are over."""
+    """Train to the end or until `seconds` are over."""
     start, stop = time.monotonic(), Stop()
     # A wish to end comes as a signal, as from a person or a cluster.
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
@@ -117,24 +114,16 @@ def learn(cfg: Config, folder: Path, seconds: float) -> Learned:
 
 
 def new_folder(out: Path, cfg: Config) -> Path:
-    """Named after the run; one that is there is left alone."""
+    """Make a folder named after the run; one that is there is left alone."""
     name = f"{cfg.task}-{cfg.precision}-seed{cfg.seed}"
-    for n in itertools.count(1):
-        folder = out / (name if n == 1 else f"{name}-{n}")
-        if not folder.exists():
-            break
+    names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+    folder = next(out / n for n in names if not (out / n).exists())
     folder.mkdir(parents=True)
     return folder
 
 
-def write_about(folder: Path, machine: Machine, learned: Learned) -> None:
-    """`about.json`."""
-    text = json.dumps(machine.facts() | dataclasses.asdict(learned), indent=1)
-    (folder / "about.json").write_text(text + "\n")
-
-
 def options(words: Sequence[str]) -> tuple[float, Path, Config]:
-    """Seconds, the folder of runs and the config; a bad word raises `ConfigError`."""
+    """Return the seconds, the folder of runs and the config; a bad word raises `ConfigError`."""
     own = {"seconds": "240", "out": "runs/learning"}
     own |= {k: v for k, _, v in (w.partition("=") for w in words) if k in own}
     try:
@@ -150,7 +139,7 @@ def options(words: Sequence[str]) -> tuple[float, Path, Config]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & {*words}:
         print(__doc__)
@@ -164,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BackendError, ConfigError, InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    write_about(folder, machine, learned)
+    about = json.dumps(machine.facts() | dataclasses.asdict(learned), indent=1)
+    (folder / "about.json").write_text(about + "\n")
     print(f"{folder}\n{learned.line(cfg)}")
     return 0
 

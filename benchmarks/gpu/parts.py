@@ -1,13 +1,13 @@
-"""`make gpu`: what a GPU has to show, in one command of under ten minutes.
+"""`make gpu` runs what a GPU has to show, in one command of under ten minutes.
 
     python -m tdmpc2_fast.benchmarks.gpu [PART ...] [out=FOLDER] [minutes=9.5]
         [official=CHECKOUT] [jax=CHECKOUT] [wheels=FOLDER]
 
-Needs torch, triton, numpy and pytest (for the tests), and no network; what else `make wheels` put into a
-folder is unpacked and used where the machine lacks it. Every part is a process of its
-own with its own time; one that fails or takes too long does not stop the others. A short table comes
-last. Rows of all parts go to one file in `out`, by default `benchmarks/results`, and `RESULTS.md` and
-the README's table are made anew. Exit status: 1 where a part failed, 2 where nothing could be tried.
+It needs torch, triton, numpy and pytest (for the tests), and no network; what else `make wheels` put into a folder is
+unpacked and used where the machine lacks it. Every part is a process of its own with its own time; one that fails or
+takes too long does not stop the others. A short table comes last. Rows of all parts go to one file in `out`, by default
+`benchmarks/results`, and `RESULTS.md` and the README's table are made anew. Exit status: 1 where a part failed, 2 where
+nothing could be tried.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "build" / "gpu-logs"
 RESULTS = ROOT / "benchmarks" / "results"
 SITE = ROOT / "build" / "gpu-site"  # what is unpacked from wheels
+RUN = "tdmpc2_fast.benchmarks.run"
 TESTS = ("_gpu", "_kernel", "_kernels")  # how the names of files with GPU tests end
 THREADS = min(8, os.cpu_count() or 1)  # of torch on the host: the same in every run
 RESERVE = 15.0  # seconds for the results at the end
@@ -44,7 +45,7 @@ SANITIZED = "tests/test_gpu.py::test_a_replay_is_bitwise_an_eager_plan"
 class Part:
     """Something to run: commands side by side, and the seconds they may take.
 
-    `{seconds}` in a word of a command stands for those after which it is to end by itself.
+    `{seconds}` in a word of a command stands for the seconds after which it is to end by itself.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part."""
+    """The result of a part."""
 
     part: Part
     status: str
@@ -63,19 +64,21 @@ class Outcome:
 
 
 def parts(theirs: Sequence[str] = (), wheels: bool = False, out: Path = RESULTS) -> list[Part]:
-    """All parts, the most telling first, for the time may end before the last; `theirs`: keys of checkouts.
+    """Return all parts, the most telling first, for the time may end before the last.
 
-    `wheels`: the loop's physics will come from wheels where the machine has none. `out`: where learning runs go.
+    theirs: keys of checkouts.
+    wheels: whether the loop's physics will come from wheels where the machine has none.
+    out: the folder for learning runs.
     """
     python = (sys.executable, "-P")
     # Side by side, because most of their time is compilation; nothing is timed meanwhile.
-    files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*")) if p.stem.endswith(TESTS)]
+    files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").rglob("test_*.py")) if p.stem.endswith(TESTS)]
     shards = max(1, min(14, (os.cpu_count() or 1) - 2))
     pytest = (*python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-v", "--tb=short", *files)
     tests = tuple(("env", f"TEST_SHARD={i}/{shards}", *pytest) for i in range(shards))
 
     def command(folder: Path, *words: str) -> tuple[str, ...]:
-        return (*python, "-m", "tdmpc2_fast.benchmarks.run", *words, f"threads={THREADS}", f"out={folder}")
+        return (*python, "-m", RUN, *words, f"threads={THREADS}", f"out={folder}")
 
     def bench(name: str, seconds: float, *words: str) -> Part:
         return Part(name, (command(LOGS / name, *words),), seconds)
@@ -139,12 +142,12 @@ def _several(values: Sequence[int]) -> str:
 
 
 def _task(wheels: bool) -> str:
-    """walker-walk where there is its simulator, else the environment without physics."""
+    """Return walker-walk where its simulator is installed, else the environment without physics."""
     return "walker-walk" if wheels or find_spec("dm_control") else "stand-in"
 
 
 def _sanitizer(python: tuple[str, ...]) -> Iterator[Part]:
-    """memcheck and racecheck on a small set, where the tool is installed."""
+    """Yield memcheck and racecheck on a small set of tests, where the tool is installed."""
     if tool := shutil.which("compute-sanitizer"):
         for kind in ("memcheck", "racecheck"):
             words = (tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all")
@@ -152,22 +155,16 @@ def _sanitizer(python: tuple[str, ...]) -> Iterator[Part]:
 
 
 def _learning(python: tuple[str, ...], wheels: bool, out: Path) -> Iterator[Part]:
-    """Curves of two tasks, two seeds in two precisions side by side, where there is physics: as far as they come."""
+    """Yield, where there is physics, runs of two tasks, two seeds in two precisions side by side."""
     if _task(wheels) != "stand-in":
-        learning = (
-            *python,
-            "-m",
-            "tdmpc2_fast.benchmarks.gpu.learning",
-            "seconds={seconds}",
-            f"out={out / 'learning'}",
-        )
+        words = ("tdmpc2_fast.benchmarks.gpu.learning", "seconds={seconds}", f"out={out / 'learning'}")
         for task in ("walker-walk", "cheetah-run"):
             runs = [(f"precision={p}", f"seed={s}") for s in (1, 2) for p in ("tf32", "bfloat16")]
-            yield Part(f"learning-{task}", tuple((*learning, f"task={task}", *run) for run in runs), 300)
+            yield Part(f"learning-{task}", tuple((*python, "-m", *words, f"task={task}", *run) for run in runs), 300)
 
 
 def why_not_here() -> list[str]:
-    """What `make gpu` cannot do on this machine, and why; empty where all is well."""
+    """Return what `make gpu` cannot do on this machine, and why; nothing where all is well."""
     if find_spec("tdmpc2_fast") is None:
         return ["tdmpc2_fast cannot be imported: `make gpu` puts it on the path, and PYTHON chooses the interpreter"]
     missing = [p for p in ("torch", "triton", "numpy", "pytest") if find_spec(p) is None]
@@ -176,11 +173,8 @@ def why_not_here() -> list[str]:
     import torch
 
     if not torch.cuda.is_available():
-        build = (
-            f"torch {torch.__version__} was built without CUDA"
-            if torch.version.cuda is None
-            else "torch finds no CUDA device"
-        )
+        without = f"torch {torch.__version__} was built without CUDA"
+        build = without if torch.version.cuda is None else "torch finds no CUDA device"
         return [
             f"{build}: kernels cannot run, graphs cannot be captured, GPU times cannot be measured",
             "without one, `make test` interprets them, `make report` compiles them, `make bench` measures the CPU",
@@ -192,7 +186,7 @@ def why_not_here() -> list[str]:
 
 
 def _use(wheels: Path) -> str:
-    """Put what the machine lacks on the path of every part; returns why that is impossible, or nothing."""
+    """Put what the machine lacks on the path of every part; return why that is impossible, or nothing."""
     from tdmpc2_fast.benchmarks.gpu.wheels import WheelsError, unpack
 
     try:
@@ -237,7 +231,7 @@ def run(part: Part, seconds: float) -> Outcome:
 
 
 def test_counts(text: str) -> str:
-    """What pytest's closing lines say, summed: "12 passed, 3 skipped"; empty where there are none."""
+    """Return the sum of what pytest's closing lines say, as "12 passed, 3 skipped"; empty where there are none."""
     total: Counter[str] = Counter()
     for line in re.findall(r"^[^\n]*\d+ \w+[^\n]* in \d[\d.]*s[^\n]*$", text, re.M):
         total.update({kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", line)})
@@ -251,19 +245,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def gather(out: Path) -> tuple[Path | None, str]:
-    """Rows of all parts in one file, and their table."""
+    """Write the rows of all parts to one file; return it, if there are any, and their table."""
     from tdmpc2_fast.benchmarks.report import read, summary, write
+    from tdmpc2_fast.benchmarks.run import new_file
 
     rows = [r for path in sorted(LOGS.glob("*/*.json")) if path.stat().st_size for r in read(path)]
     if not rows:
         return None, "nothing was measured"
     # Every process measures the machine's ceilings; those of the first are the file's.
-    kept = [r for r in rows if r.suite != "ceilings"] + [
-        r for r in rows if r.suite == "ceilings" and r.date == rows[0].date
-    ]
-    from tdmpc2_fast.benchmarks.run import new_file
-
-    path = new_file(out, rows[0].gpu or rows[0].cpu, rows[0].date, rows[0].commit)
+    kept = [r for r in rows if r.suite != "ceilings"]
+    kept += [r for r in rows if r.suite == "ceilings" and r.date == rows[0].date]
+    path = new_file(out, rows[0])
     write(path, kept)
     return path, summary(kept)
 

@@ -1,9 +1,10 @@
-"""Does an update leak? Thousands of them on a small model, with new episodes now and then.
+"""The soak: thousands of updates of a small model, with new episodes now and then, show whether an update leaks.
 
-`python -m tdmpc2_fast.benchmarks.gpu.soak [updates=20000] [KEY=VALUE ...]`, where the keys are those of
-`tdmpc2-fast train`. After a tenth of the updates, by when caches are full, it looks at the process
-ten times. It ends with 1 where resident memory or open files have grown from the first look to the
-last, where anything was compiled in between, or where a metric is not finite. Linux only.
+    python -m tdmpc2_fast.benchmarks.gpu.soak [updates=20000] [KEY=VALUE ...]
+
+The keys are those of `tdmpc2-fast train`. After a tenth of the updates, when caches are full, it looks at the process
+ten times. The exit status is 1 where resident memory or open files have grown from the first look to the last, where
+anything was compiled in between, or where a metric is not finite. Linux only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.errors import ConfigError, NonFiniteError
 from tdmpc2_fast.train.cli.keys import parse
 
+from ..harness.agents import episode_of
+
 MEMORY_SHARE, MEMORY_BYTES = 0.02, 5e6  # growth that is still noise: below both
 POINTS = 10
 
@@ -31,7 +34,6 @@ POINTS = 10
 _SIZES = dict(latent_dim=16, mlp_dim=32, enc_dim=16, num_q=3, batch_size=16, device="cpu")
 _OBS_DIM, _ACTION_DIM, _LENGTH = 5, 2, 50
 _EPISODES_HELD, _UPDATES_PER_EPISODE = 20, 50
-_USAGE = "usage: python -m tdmpc2_fast.benchmarks.gpu.soak [updates=N] [KEY=VALUE ...], keys as of `tdmpc2-fast train`"
 
 
 class Point(NamedTuple):
@@ -46,7 +48,7 @@ class Point(NamedTuple):
 
     @classmethod
     def now(cls, updates: int, finite: bool, ms: float) -> Point:
-        """Of this process."""
+        """Look at this process."""
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return cls(
             updates=updates,
@@ -68,12 +70,12 @@ def soak(cfg: Config, updates: int) -> list[Point]:
     buffer = ReplayBuffer(cfg, agent.device)
     rng = np.random.default_rng(cfg.seed)
     for _ in range(_EPISODES_HELD + 1):
-        buffer.add(_episode(cfg, rng))
+        buffer.add(episode_of(cfg, _LENGTH, rng))
     looks = np.linspace(updates // POINTS, updates, POINTS).astype(int).tolist()
     points, last, done, start = [], 0, torch.ones((), dtype=torch.bool, device=agent.device), time.perf_counter()
     for i in range(1, updates + 1):
         if i % _UPDATES_PER_EPISODE == 0:
-            buffer.add(_episode(cfg, rng))
+            buffer.add(episode_of(cfg, _LENGTH, rng))
         metrics = agent.update(buffer)
         done &= torch.stack([v.float() for v in metrics.values()]).isfinite().all()
         if i in looks:
@@ -85,7 +87,7 @@ def soak(cfg: Config, updates: int) -> list[Point]:
 
 
 def faults(points: Sequence[Point]) -> list[str]:
-    """What must not be between the first point and the last."""
+    """Return what must not have happened between the first point and the last."""
     first, last = points[0], points[-1]
     found = []
     grown = last.resident - first.resident
@@ -101,7 +103,7 @@ def faults(points: Sequence[Point]) -> list[str]:
 
 
 def table(points: Sequence[Point]) -> str:
-    """A line for each point."""
+    """Return a heading, and a line for each point."""
     lines = [f"{'updates':>9} {'resident MB':>12} {'files':>6} {'graphs':>7} {'finite':>7} {'ms':>6}"]
     lines += [
         f"{p.updates:>9,} {p.resident / 1e6:>12.2f} {p.files:>6} {p.graphs:>7} {str(p.finite).lower():>7} {p.ms:>6.2f}"
@@ -111,7 +113,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def options(words: Sequence[str]) -> tuple[int, Config]:
-    """Updates and the completed config from `key=value` words; a bad one raises `ConfigError`."""
+    """Return the updates and the completed config that words ask for; a bad word raises `ConfigError`."""
     own = [w for w in words if w.startswith("updates=")]
     text = own[-1].partition("=")[2].replace("_", "") if own else "20000"
     if not text.isdecimal() or int(text) < 2 * POINTS:
@@ -124,10 +126,10 @@ def options(words: Sequence[str]) -> tuple[int, Config]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command; returns the exit status."""
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & {*words}:
-        print(_USAGE)
+        print(__doc__)
         return 0
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
@@ -141,17 +143,6 @@ def main(words: Sequence[str] | None = None) -> int:
     for fault in found:
         print(f"FAULT: {fault}")
     return int(bool(found))
-
-
-def _episode(cfg: Config, rng: np.random.Generator) -> dict[str, Any]:
-    steps = _LENGTH + 1
-    action = rng.uniform(-1, 1, (steps, _ACTION_DIM)).astype(np.float32)
-    reward = rng.uniform(0, 2, steps).astype(np.float32)
-    action[0] = reward[0] = np.nan
-    terminated = np.zeros(steps, np.float32)
-    terminated[-1] = cfg.episodic
-    obs = rng.standard_normal((steps, _OBS_DIM)).astype(np.float32)
-    return dict(obs=obs, action=action, reward=reward, terminated=terminated)
 
 
 if __name__ == "__main__":

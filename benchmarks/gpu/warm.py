@@ -1,11 +1,12 @@
-"""Compiles what `make gpu` will measure, on all cores, into Triton's cache on disk.
+"""Compile what `make gpu` will measure, on all cores, into Triton's cache on disk.
 
-A plan has some thirty kernel configurations, an update fifty; compiled where each is first launched,
-one after the other, those of all that is measured would take longer than the measurements.
+A plan has some thirty kernel configurations, an update fifty. Compiled one after the other, each at its first launch,
+they would take longer than the measurements.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import sys
@@ -23,40 +24,38 @@ from tdmpc2_fast.kernels.inspect.plan_work import dry_plan
 from tdmpc2_fast.kernels.inspect.published import plan_sizes, update_sizes
 from tdmpc2_fast.kernels.inspect.update_work import dry_update
 
+from ..options import Options, parse
+from .parts import RUN, parts
+
 Work = tuple[int, int, int, str]
-"""Size, environments of a plan or 0 for an update, actions or batch, precision."""
+"""The size, a plan's environments (0 for an update), its actions (an update's batch), and the precision."""
 
-_ACTIONS = 6
 
-PLANS: tuple[Work, ...] = tuple(
-    (size, envs, actions, precision)
-    for size, envs, actions in (
-        (5, 1, 6),
-        *((5, e, 6) for e in (4, 16, 64, 256)),
-        *((s, 1, 6) for s in (1, 19, 48, 317)),
-        (5, 1, 38),
-    )
-    for precision in ("tf32", "bfloat16", *(["float32"] if (size, envs, actions) == (5, 1, 6) else []))
-)
-UPDATES: tuple[Work, ...] = tuple(
-    (size, 0, batch, precision)
-    for size, batch in ((5, 256), *((s, 1024) for s in (1, 5, 19, 48, 317)))
-    for precision in ("tf32", "bfloat16")
-)
+def measured() -> list[Work]:
+    """Return the plans and updates that the parts of `make gpu` measure."""
+    found: list[Work] = []
+    for command in (c for part in parts() for c in part.commands if RUN in c):
+        words = command[command.index(RUN) + 1 :]
+        options = parse([w for w in words if "=" in w])
+        if "planner" in words:
+            found += itertools.product(options.size, options.envs, options.actions, options.precisions)
+        if "update" in words:
+            found += itertools.product(options.size, (0,), options.batch, options.precisions)
+    return list(dict.fromkeys(found))
 
 
 @lru_cache(maxsize=2)
 def launches(work: Work, pdl: bool) -> list[Launch]:
-    """Of a plan or an update as measured."""
+    """Return the launches of a plan or an update as measured."""
     size, envs, actions, precision = work
     if not envs:
-        sizes = replace(update_sizes(size, _ACTIONS), batch=actions)
+        sizes = replace(update_sizes(size, Options().actions[0]), batch=actions)
         return dry_update(sizes, Precision(precision), pdl=pdl)[0]
     return dry_plan(plan_sizes(size, envs, actions), Precision(precision), pdl=pdl)[1]
 
 
 def distinct(works: Sequence[Work], pdl: bool) -> Iterator[tuple[Work, int]]:
-    """Work and place of the first launch of each kind that is compiled apart."""
+    """Yield the work and the place of the first launch of each kind that is compiled apart."""
     seen: set[str] = set()
     for work in works:
         for i, launch in enumerate(launches(work, pdl)):
@@ -67,7 +66,7 @@ def distinct(works: Sequence[Work], pdl: bool) -> Iterator[tuple[Work, int]]:
 
 
 def compile_one(work: Work, place: int, pdl: bool) -> str:
-    """Compile a launch as it would be at first use; empty, or why it failed."""
+    """Compile a launch as its first use would; return why that failed, or nothing."""
     launch = launches(work, pdl)[place]
     options = {"enable_fp_fusion": True, **launch.options}
     try:
@@ -86,11 +85,13 @@ def main() -> int:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     pdl = has_dependent_launch(device)
-    work = list(distinct(PLANS + UPDATES, pdl))
+    works = measured()
+    work = list(distinct(works, pdl))
     jobs = min(16, len(os.sched_getaffinity(0)), len(work))  # each holds a context of the device
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = [x for x in pool.map(compile_one, *zip(*work, strict=True), [pdl] * len(work)) if x]
-    what = f"{len(work)} kernels of {len(PLANS)} plans and {len(UPDATES)} updates"
+    plans = sum(envs > 0 for _, envs, _, _ in works)
+    what = f"{len(work)} kernels of {plans} plans and {len(works) - plans} updates"
     print(*failed, f"{what} in {time.perf_counter() - start:.0f} s", sep="\n")
     return 1 if failed else 0
 

@@ -1,11 +1,11 @@
-"""`make wheels`: what a GPU machine without network lacks, fetched on a machine that has one.
+"""`make wheels` fetches, on a machine with network, what a GPU machine without one lacks.
 
     python benchmarks/gpu/wheels.py [for=3.12] [into=build/wheels] [has=NAME,NAME]
 
-The packages are those that the loop's physics and the official code import or declare, besides torch,
-numpy, scipy, and pytest with what it needs. `for` is the Python of the machine they are meant for (Linux,
-x86-64), and `has` names what it need not be brought. `make gpu WHEELS=FOLDER` unpacks them there. Needs
-pip. Exit status: 1 where something cannot be fetched, 2 where the words are wrong.
+The packages are those that the loop's physics and the official code import or declare, besides torch, numpy, scipy, and
+pytest with what it needs. `for` is the Python of the machine they are meant for (Linux, x86-64), and `has` names what
+that machine has already. `make gpu WHEELS=FOLDER` unpacks them there. Needs pip. Exit status: 1 where something cannot
+be fetched, 2 where the words are wrong.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class WheelsError(Exception):
 
 
 def normal(name: str) -> str:
-    """A package's name as indexes write it."""
+    """Return a package's name as indexes write it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def package(wheel: Path) -> str:
-    """The package a wheel holds."""
+    """Return the package that a wheel holds."""
     return normal(wheel.name.split("-")[0])
 
 

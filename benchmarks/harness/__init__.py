@@ -1,1 +1,1 @@
-"""How it is measured: cases, turns, gates, and the machine."""
+"""How measuring is done: cases, turns, gates, and the machine."""

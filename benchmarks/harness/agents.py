@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from tdmpc2_fast.learn.updater import Batch
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.reference import ReferenceAgent
-from tdmpc2_fast.rng import PlanNoise, UpdateNoise
+from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
 from tdmpc2_fast.runtime.backend import matmul_precision
 from tdmpc2_fast.runtime.compiling import why_not_compiled
 
@@ -22,7 +24,7 @@ from .measure import CannotMeasureError
 
 
 def agent_of(cfg: Config, num_envs: int = 1) -> TDMPC2:
-    """An agent with weights of a trained model's size: zero last layers would make all values equal."""
+    """Return an agent with weights of a trained model's size: zero last layers would make all values equal."""
     agent = TDMPC2(cfg, num_envs)
     g = torch.Generator().manual_seed(cfg.seed)
     with torch.no_grad():
@@ -33,18 +35,18 @@ def agent_of(cfg: Config, num_envs: int = 1) -> TDMPC2:
 
 
 def reference_of(agent: TDMPC2) -> ReferenceAgent:
-    """The reference with the same weights on the same device."""
+    """Return the reference with the same weights on the same device."""
     return ReferenceAgent(agent.cfg, tensors_only(agent.model.state_dict()))
 
 
 def observations(cfg: Config, num_envs: int) -> Tensor:
-    """(E, obs_dim) on the host, where a control loop has them."""
+    """Return observations (E, obs_dim) on the host, where a control loop has them."""
     shape = cfg.observation_shape
     return torch.randn(num_envs, *shape, generator=torch.Generator().manual_seed(cfg.seed + 1))
 
 
 def batch_of(cfg: Config, device: torch.device) -> Batch:
-    """A batch to learn from."""
+    """Return a batch to learn from."""
     g = torch.Generator().manual_seed(cfg.seed + 2)
     h, b, (obs,) = cfg.horizon, cfg.batch_size, cfg.observation_shape
     return Batch(
@@ -56,6 +58,29 @@ def batch_of(cfg: Config, device: torch.device) -> Batch:
     )
 
 
+def episode_of(cfg: Config, decisions: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Return a random episode; it ends with a termination if the config is episodic."""
+    steps, (obs,) = decisions + 1, dict(cfg.need("obs_shape"))["state"]
+    action = rng.uniform(-1, 1, (steps, cfg.need("action_dim"))).astype(np.float32)
+    reward = rng.uniform(0, 2, steps).astype(np.float32)
+    action[0] = reward[0] = np.nan
+    terminated = np.zeros(steps, np.float32)
+    terminated[-1] = cfg.episodic
+    return dict(
+        obs=rng.standard_normal((steps, obs)).astype(np.float32), action=action, reward=reward, terminated=terminated
+    )
+
+
+def plan_draws(cfg: Config, num_envs: int, device: torch.device) -> PlanNoise:
+    """Return the draws of a plan that results are compared by."""
+    return PlanNoise.draw(cfg, num_envs, generator(cfg.seed, "benchmark", device))
+
+
+def update_draws(cfg: Config, device: torch.device) -> UpdateNoise:
+    """Return the draws of an update that results are compared by."""
+    return UpdateNoise.draw(cfg, generator(cfg.seed, "benchmark", device))
+
+
 def check_captured(made: object, device: torch.device) -> None:
     """Raise `RuntimeError` where the kernels of a plan or an update are not replayed, on a GPU."""
     if device.type == "cuda" and isinstance(made, TritonPlan | TritonUpdate) and made.why_eager:
@@ -63,12 +88,12 @@ def check_captured(made: object, device: torch.device) -> None:
 
 
 def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Metrics as floats; those a replay would overwrite are read now."""
+    """Return metrics as floats, read before a graph's next replay overwrites them."""
     return {k: float(v.detach().float().mean()) for k, v in metrics.items()}
 
 
 def within(cfg: Config, device: torch.device, run: Callable[[], object]) -> Callable[[], object]:
-    """`run` with torch's products at the config's precision, as the product's are."""
+    """Return `run` with torch's products at the config's precision, as the product's are."""
     if device.type != "cuda":
         return run
 
@@ -82,9 +107,8 @@ def within(cfg: Config, device: torch.device, run: Callable[[], object]) -> Call
 class CompiledReference:
     """A reference under `torch.compile(mode="reduce-overhead")`; each method is compiled when first called.
 
-    On a GPU a plan is compiled whole, into a CUDA graph. On a CPU, which has none, its value estimate
-    is, where the time goes: of the unrolled plan the compiler makes the same loops in five times
-    the minutes.
+    On a GPU a whole plan is compiled into a CUDA graph. On a CPU only its value estimate is compiled, where the
+    time goes: for the whole unrolled plan the compiler makes the same loops in five times the minutes.
 
     Raises:
         CannotMeasureError: where torch.compile gives no fair baseline.
@@ -110,7 +134,7 @@ class CompiledReference:
         self._plan = torch.compile(self._traced_plan, mode="reduce-overhead")
 
     def update(self, batch: Batch, noise: UpdateNoise) -> dict[str, Tensor]:
-        """As the reference's; metrics last until the next one."""
+        """Update as the reference does; metrics last until the next update."""
         torch.compiler.cudagraph_mark_step_begin()
         return self._update(batch, noise)
 
@@ -121,7 +145,7 @@ class CompiledReference:
     def plan(
         self, obs: Tensor, t0: bool, eval_mode: bool, task: None, noise: PlanNoise, trace: PlanTrace | None = None
     ) -> Tensor:
-        """As the reference's; its flags are compiled in."""
+        """Plan as the reference does; the flags are compiled in."""
         assert not t0
         assert not eval_mode
         assert task is None

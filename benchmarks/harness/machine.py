@@ -1,4 +1,4 @@
-"""What numbers belong to: the machine, its clocks, the versions, the commit."""
+"""The facts that numbers belong to: the machine, its clocks, the versions, the commit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ _QUERY = "name,driver_version,clocks.sm,clocks.max.sm"
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Facts of the machine a run is on; clocks in MHz, None where nobody says."""
+class Facts:
+    """The machine's facts as columns of a row; clocks are in MHz, None where they are not known."""
 
-    device: torch.device
+    device: str
     gpu: str
     driver: str
     clock_mhz: int | None
@@ -37,25 +37,33 @@ class Machine:
     commit: str
     date: str
 
-    def facts(self) -> dict[str, Any]:
-        """As the columns of a row."""
-        return {**asdict(self), "device": str(self.device.type)}
-
-    def under_load(self) -> Machine:
-        """With the clock of now, when the device has just worked."""
-        return replace(self, clock_mhz=_gpu(self.device)[2])
-
     @property
     def label(self) -> str:
-        """What a table calls it."""
+        """The machine's name in a table."""
         return self.gpu or f"{self.cpu}, {self.threads} threads"
 
 
+@dataclass(frozen=True)
+class Machine(Facts):
+    """The machine a run is on, and the device that is measured."""
+
+    where: torch.device
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts alone, by column."""
+        return {f.name: getattr(self, f.name) for f in fields(Facts)}
+
+    def under_load(self) -> Machine:
+        """Return the machine with the clock of now, when the device has just worked."""
+        return replace(self, clock_mhz=_gpu(self.where)[2])
+
+
 def this_machine(device: torch.device) -> Machine:
-    """The facts, as they are now."""
+    """Return the facts as they are now."""
     gpu, driver, clock, most = _gpu(device)
     return Machine(
-        device=device,
+        where=device,
+        device=device.type,
         gpu=gpu,
         driver=driver,
         clock_mhz=clock,
@@ -80,7 +88,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the code at hand, `+` behind it if files differ; TDMPC2_COMMIT where there is no git."""
+    """Return the code's commit, with `+` behind it if files differ; TDMPC2_COMMIT replaces it where there is no git."""
     if given := os.environ.get("TDMPC2_COMMIT"):
         return given
     root = Path(__file__).resolve().parents[2]
@@ -106,7 +114,7 @@ def _cpu() -> str:
 
 
 def _gpu(device: torch.device) -> tuple[str, str, int | None, int | None]:
-    """Name, driver, clock now and at most."""
+    """Return the GPU's name, its driver, its clock now and its highest clock."""
     if device.type != "cuda":
         return "", "", None, None
     name = torch.cuda.get_device_name(device)

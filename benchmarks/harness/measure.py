@@ -1,4 +1,4 @@
-"""Measures several ways to do the same work, in turns, and refuses ratios between different results.
+"""Measuring: several ways to do the same work take turns; ratios between different results are refused.
 
 A `Case` is one piece of work; its variants do it in different ways, on the same inputs and weights.
 Each variant is called once (compilation), then all are timed in turns, so that drift of the machine
@@ -17,8 +17,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .machine import Machine
+from .machine import Facts, Machine
 
 SCHEMA = 1
 _WARM_UP_ROUNDS = 2
@@ -32,27 +33,33 @@ class CannotMeasureError(Exception):
 
 @dataclass(frozen=True)
 class Gate:
-    """How far the product's result is from a baseline's, and how far it may be."""
+    """The distance of the product's result from a baseline's, and the largest that is allowed."""
 
     error: float
     limit: float
 
     @property
     def passed(self) -> bool:
-        """Whether a ratio between the two means anything; NaN does not pass."""
+        """Whether a ratio between the two means anything; NaN never passes."""
         return self.error <= self.limit
 
     @classmethod
     def worst(cls, *gates: Gate) -> Gate:
-        """The one nearest to its limit or furthest beyond it; NaN is beyond all."""
+        """Return the gate nearest to its limit or furthest beyond it; NaN is beyond all."""
         return max(gates, key=lambda g: math.inf if math.isnan(g.error) else g.error / g.limit if g.limit else g.error)
 
     @classmethod
     def of_metrics(cls, ours: Mapping[str, float], theirs: Mapping[str, float], limit: float) -> Gate:
-        """Largest relative difference of what both report, by its size or 0.01."""
+        """Return the gate of what both report: its largest difference, relative to its size or 0.01."""
         both = ours.keys() & theirs.keys()
         errors = [abs(ours[k] - theirs[k]) / max(abs(theirs[k]), 0.01) for k in both]
         return cls(max(errors) if all(map(math.isfinite, errors)) and errors else math.nan, limit)
+
+    @classmethod
+    def of_values(cls, ours: Tensor, theirs: Tensor, limit: float) -> Gate:
+        """Return the gate of two results: the RMS of their difference by the baseline's standard deviation."""
+        ours, theirs = ours.double(), theirs.double()
+        return cls(float((ours - theirs).square().mean().sqrt() / theirs.std()), limit)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Variant:
         gate: compares the product's result with this one's; None for the product itself.
         launches: kernels launched by one execution, where known.
         split: milliseconds of one execution by part, measured apart from the rounds.
-        precision: of its products, where it is not the case's.
+        precision: that of its products, where it is not the case's.
     """
 
     run: Callable[[], object]
@@ -116,8 +123,8 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement. Times in ms of one execution; the machine's facts are in every row."""
+class Row(Facts):
+    """One measurement, with the machine's facts. Times are of one execution, in ms."""
 
     schema: int
     suite: str
@@ -157,27 +164,36 @@ class Row:
     peak_mb: float | None  # beyond weights, buffers and graphs, which lie there before
     split: dict[str, float]  # ms by part; `idle`: the device's
     missing: str  # why there is no time
-    device: str
-    gpu: str
-    driver: str
-    clock_mhz: int | None
-    clock_max_mhz: int | None
-    cpu: str
-    threads: int
-    python: str
-    torch_version: str
-    cuda: str
-    triton_version: str
-    version: str
-    commit: str
-    date: str
 
 
-COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
+_FACTS = tuple(f.name for f in dataclasses.fields(Facts))
+COLUMNS = (*(f.name for f in dataclasses.fields(Row) if f.name not in _FACTS), *_FACTS)
+"""The schema of a results file: names of its columns, in its order."""
+
+
+class Lineup:
+    """The variants of a case as they are made, and why some cannot be.
+
+    note: stands behind the names of baselines.
+    """
+
+    def __init__(self, product: str, variant: Variant, note: str = "") -> None:
+        self.variants, self.missing, self._note = {product: variant}, dict[str, str](), note
+
+    def add(self, name: str, variant: Variant) -> None:
+        """Add a baseline."""
+        self.variants[name + self._note] = variant
+
+    def attempt(self, name: str, make: Callable[[], Variant]) -> None:
+        """Make a baseline and add it; one that cannot be measured here is missing."""
+        try:
+            self.add(name, make())
+        except CannotMeasureError as e:
+            self.missing[name] = str(e)
 
 
 def measure(case: Case, machine: Machine, repeats: int, budget: float, seed: int, ceilings: Ceilings) -> list[Row]:
-    """Rows of a case, one a variant: `repeats` rounds, fewer (but three) when `budget` seconds are over."""
+    """Return a row for each variant: of `repeats` rounds, or of fewer (but three) once `budget` seconds are over."""
     missing = dict(case.missing)
     first_call: dict[str, float] = {}
     peak: dict[str, float | None] = {}
@@ -185,15 +201,15 @@ def measure(case: Case, machine: Machine, repeats: int, budget: float, seed: int
     product = next(iter(case.variants))
     for name, variant in case.variants.items():
         try:
-            first_call[name] = _timed(variant, machine.device)
+            first_call[name] = _timed(variant, machine.where)
             gates |= {} if variant.gate is None else {name: variant.gate()}
-            peak[name] = _peak(variant, machine.device)
+            peak[name] = _peak(variant, machine.where)
         except Exception as e:  # whatever a compiler or a stranger's code raises: the others are still measured
             if name == product:
                 raise
             missing[name] = _reason(e)
     running = {n: v for n, v in case.variants.items() if n not in missing}
-    times = _in_turns(running, machine.device, repeats, budget)
+    times = _in_turns(running, machine.where, repeats, budget)
     rows = []
     for name in [*case.variants, *(n for n in missing if n not in case.variants)]:
         if name in missing:
@@ -224,7 +240,7 @@ def measure(case: Case, machine: Machine, repeats: int, budget: float, seed: int
 
 
 def quantiles(x: list[float]) -> tuple[float, float, float, float]:
-    """20th, 50th, 80th and 99th percentile."""
+    """Return the 20th, 50th, 80th and 99th percentile."""
     ordered = sorted(x)
 
     def at(p: float) -> float:
@@ -251,7 +267,7 @@ def _timed(variant: Variant, device: torch.device) -> float:
 
 
 def _in_turns(variants: Mapping[str, Variant], device: torch.device, repeats: int, budget: float) -> dict[str, Any]:
-    """Milliseconds of each variant's rounds; every other round goes through them backwards."""
+    """Return the milliseconds of each variant's rounds; every other round goes through them backwards."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for _ in range(_WARM_UP_ROUNDS):
@@ -268,7 +284,7 @@ def _in_turns(variants: Mapping[str, Variant], device: torch.device, repeats: in
 
 
 def _peak(variant: Variant, device: torch.device) -> float | None:
-    """Most MB the device held while the variant ran once, beyond what lay there before; not known on a CPU."""
+    """Return the most MB a GPU held while the variant ran once, beyond what it held before; None on a CPU."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)
@@ -278,9 +294,9 @@ def _peak(variant: Variant, device: torch.device) -> float | None:
 
 
 def profiled(case: Case, rows: Sequence[Row], device: torch.device) -> list[Row]:
-    """A case's rows with launches, and in a split the device's idle time, from a GPU's time line.
+    """Return a case's rows with launches, and in a split the device's idle time, from a GPU's time line.
 
-    For the last case of a process: a profiler, once attached, slows down what is timed after it.
+    This is for the last case of a process: a profiler, once attached, slows down what is timed after it.
     """
     if device.type != "cuda":
         return list(rows)
@@ -301,7 +317,7 @@ def profiled(case: Case, rows: Sequence[Row], device: torch.device) -> list[Row]
 
 
 def _on_device(run: Callable[[], object]) -> tuple[int, float]:
-    """Kernels on a GPU's time line during `run`, and the milliseconds in which any of them or a copy ran."""
+    """Return the kernels on a GPU's time line during `run`, and the milliseconds in which any of them or a copy ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
     events = [e for e in profile.events() or [] if e.device_type.name == "CUDA"]
@@ -314,7 +330,7 @@ def _on_device(run: Callable[[], object]) -> tuple[int, float]:
 
 
 def _rates(case: Case, variant: Variant, one: float, ceilings: Ceilings) -> dict[str, float | None]:
-    """What the case's work comes to where one execution takes `one` ms."""
+    """Return the rates of a case's work where one execution takes `one` ms."""
     p50 = one * variant.calls
     tflops = None if case.gflop is None else case.gflop / p50
     gbs = None if case.mbyte is None else case.mbyte / p50
@@ -331,7 +347,7 @@ def _rates(case: Case, variant: Variant, one: float, ceilings: Ceilings) -> dict
 def _against(
     variant: Variant, own: list[float], product: list[float], ours: Variant, gate: Gate | None
 ) -> dict[str, Any]:
-    """Ratio of medians, and the spread of the rounds' own ratios, where the results agree."""
+    """Return the ratio of medians and the spread of the rounds' own ratios, where the results agree."""
     if gate is None:
         return {}
     found: dict[str, Any] = dict(
@@ -349,11 +365,10 @@ def _against(
 
 
 def _row(case: Case, machine: Machine, seed: int, variant: str, product: str, **found: Any) -> Row:
-    """A row with nothing but what the case and the machine say, and `found`."""
+    """Return a row of what the case and the machine say, and `found`."""
     values: dict[str, Any] = dict.fromkeys(COLUMNS)
-    values |= dict(schema=SCHEMA, suite=case.suite, case=case.name, variant=variant, product=product, seed=seed)
-    for key in ("size", "envs", "actions", "batch", "precision", "shape", "unit", "gflop", "mbyte"):
-        values[key] = getattr(case, key)
+    values |= {f.name: getattr(case, f.name) for f in dataclasses.fields(Case) if f.name in COLUMNS}
+    values |= dict(schema=SCHEMA, case=case.name, variant=variant, product=product, seed=seed)
     values |= dict(repeats=0, calls=1, samples=[], gate="", missing="", split={})
     return Row(**(values | machine.facts() | found))
 

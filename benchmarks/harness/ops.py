@@ -1,13 +1,12 @@
-"""A case for one op of the product: beside it the op as one writes it in torch, eager and compiled.
+"""A case for one op of the product, beside the op as one writes it in torch, eager and compiled.
 
-The product is the fused kernel on a GPU, and the torch backend's op elsewhere. On a GPU a measurement
-is a CUDA graph of many executions, so that next to no time of the host is in it; what fits into L2 is
-then there, as it is in a plan.
+The product is the fused kernel on a GPU and the torch backend's op elsewhere. A GPU is measured by a CUDA graph of
+many executions, which leaves next to no time of the host in the result; as in a plan, what fits into L2 is found there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +16,7 @@ from tdmpc2_fast import Config
 from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch, why_not
 from tdmpc2_fast.runtime.compiling import why_not_compiled
 
-from ..options import Options
+from ..options import Options, each
 from .agents import within
 from .measure import Case, Gate, Variant
 
@@ -26,13 +25,13 @@ _INNER = 100  # executions in a CUDA graph
 _LIMIT = dict(float32=1e-5, tf32=2e-3, bfloat16=2e-2)
 
 Op = Callable[[], Tensor]
-"""One execution; returns its result for the comparison."""
+"""It executes once and returns its result for the comparison."""
 
 
 class OpBench:
     """What ops of one size and precision share.
 
-    envs, batch: of the rows, whichever an op has.
+    envs, batch: those of the rows, whichever an op has.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class OpBench:
         self._random = torch.Generator(self.device).manual_seed(options.seed)
 
     def randn(self, *size: int) -> Tensor:
-        """Standard normal numbers on the device."""
+        """Draw standard normal numbers on the device."""
         return torch.randn(*size, generator=self._random, device=self.device)
 
     def case(
@@ -70,11 +69,11 @@ class OpBench:
         gflop: float | None = None,
         mbyte: float | None = None,
     ) -> Case:
-        """A case of these three ways.
+        """Return a case of these three ways to do an op.
 
-        reset: puts back what an execution changes, before those that are compared.
-        compiled: makes the compiled baseline, where it is not `plain` compiled whole.
-        summary: what of the results is compared.
+        reset: undoes what an execution changes, before each that is compared.
+        compiled: makes the compiled baseline, where it is not `plain` compiled as a whole.
+        summary: what is compared of the results.
         """
         allowed = _LIMIT[self.precision.name] if limit is None else limit
         product = fused if self.fused else ours
@@ -87,9 +86,8 @@ class OpBench:
             return summary(found).clone()
 
         def gate(baseline: Op) -> Gate:
-            wanted, got = result(baseline), result(product)
-            error = (got.double() - wanted.double()).square().mean().sqrt() / wanted.double().std()
-            return Gate(float(error), allowed)
+            wanted = result(baseline)
+            return Gate.of_values(result(product), wanted, allowed)
 
         variants = {"triton" if self.fused else "torch": self._variant(product)}
         variants["reference"] = self._variant(plain, partial(gate, plain))
@@ -131,7 +129,7 @@ class OpBench:
 
 
 def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of several executions."""
+    """Capture a graph of many executions."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -145,6 +143,19 @@ def _capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def op_cases(
+    ops: Sequence[str], bench: Callable[..., OpBench], options: Options, *keys: str
+) -> Iterator[Callable[[], Case]]:
+    """Yield each op, a method of `bench`, for each combination of the options' values of these keys."""
+
+    def case(make: Callable[[], OpBench], op: str) -> Case:
+        found: Case = getattr(make(), op)()
+        return found
+
+    for make in each(bench, options, *keys):
+        yield from (partial(case, make, op) for op in ops)
+
+
 def mbyte(*tensors: Tensor) -> float:
-    """Of what must be read and written at least once."""
+    """Return the MB that must be read and written at least once."""
     return sum(x.numel() * x.element_size() for x in tensors) / 1e6

@@ -1,4 +1,4 @@
-"""What an environment costs a decision, and how much of it is Python around the physics."""
+"""The cost of an environment per decision, and how much of it is Python around the physics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tdmpc2_fast.train.envs import make_env
 from tdmpc2_fast.train.envs.dmcontrol import TASKS, DMControl
@@ -19,12 +20,12 @@ _STEPS = 25
 
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
-    """The task's own environment."""
+    """Yield the case of the task's own environment."""
     yield partial(case, options)
 
 
 def case(options: Options) -> Case:
-    """Decisions of the environment against its physics alone, from the same states, and the suite's own steps."""
+    """Return the environment's decisions against the suite's own steps and against the physics alone."""
     cfg = options.config(5, options.actions[0], task=options.task)
     if options.task not in TASKS:
         raise CannotMeasureError(f"the environment suite times DMControl tasks; got {options.task!r}")
@@ -44,12 +45,17 @@ def case(options: Options) -> Case:
         ours.reset()
         return [ours.step(a)[0] for a in actions][-1]
 
+    def decide_alone(env: DMControl, action: NDArray[np.float32]) -> Any:
+        for _ in range(env.action_repeat):
+            step = env.env.step(action.astype(np.float64))
+        return step.observation
+
+    def flat(observation: Any) -> Any:
+        return np.concatenate([np.ravel(v) for v in observation.values()])
+
     def suite() -> Any:
         raw.env.reset()
-        for a in actions:
-            for _ in range(raw.action_repeat):
-                step = raw.env.step(a.astype(np.float64))
-        return np.concatenate([np.ravel(v) for v in step.observation.values()])
+        return flat([decide_alone(raw, a) for a in actions][-1])
 
     def only_physics() -> None:
         bare.env.reset()
@@ -62,19 +68,13 @@ def case(options: Options) -> Case:
         assert isinstance(b, DMControl)
         a.reset()
         b.env.reset()
-        worst = 0.0
-        for action in actions:
-            got = a.step(action)[0]
-            for _ in range(b.action_repeat):
-                step = b.env.step(action.astype(np.float64))
-            wanted = np.concatenate([np.ravel(v) for v in step.observation.values()])
-            worst = max(worst, float(np.abs(got - wanted).max()))
+        worst = max(float(np.abs(a.step(action)[0] - flat(decide_alone(b, action))).max()) for action in actions)
         a.close()
         b.close()
         return Gate(worst, 1e-4)
 
     def split() -> dict[str, float]:
-        """Physics, what dm_control's Python adds, what ours adds; the fastest of ten."""
+        """Return the time of the physics, and what dm_control's Python and ours add to it; each the fastest of ten."""
         whole, theirs, bare = (min(_ms(run) for _ in range(10)) for run in (decide, suite, only_physics))
         return dict(physics=bare, dm_control=theirs - bare, ours=whole - theirs)
 
@@ -93,7 +93,7 @@ def case(options: Options) -> Case:
 
 
 def _ms(run: Callable[[], object]) -> float:
-    """Of one decision."""
+    """Return the milliseconds of one decision."""
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start) / _STEPS

@@ -6,7 +6,6 @@ Where a plan activates in launches of their own, so do these cases.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from tdmpc2_fast.kernels.plan.noise import plan_runs
 from tdmpc2_fast.sizes import plan_sizes
 
 from ..harness.measure import CannotMeasureError, Case
-from ..harness.ops import OpBench, mbyte
+from ..harness.ops import OpBench, mbyte, op_cases
 from ..options import Options
 
 OPS = (
@@ -45,19 +44,8 @@ OPS = (
 
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
-    """Every op at each size, number of environments and precision."""
-    for size in options.size:
-        for envs in options.envs:
-            for precision in options.precisions:
-                bench = partial(_Bench, options, size, envs, precision)
-                for op in OPS:
-                    yield partial(_case, bench, op)
-
-
-def _case(bench: Callable[[], _Bench], op: str) -> Case:
-    it = bench()
-    found: Case = getattr(it, op)()
-    return found
+    """Yield every op at each size, number of environments and precision."""
+    return op_cases(OPS, _Bench, options, "size", "envs", "precisions")
 
 
 class _Bench(OpBench):

@@ -21,57 +21,56 @@ from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 from ..baselines.official import official_agent, official_plan, official_update
 from ..harness import stand_in
-from ..harness.agents import agent_of, numbers, reference_of, within
-from ..harness.measure import CannotMeasureError, Case, Gate, Variant, synchronise
-from ..options import Options, backend_of
+from ..harness.agents import agent_of, numbers, plan_draws, reference_of, within
+from ..harness.measure import CannotMeasureError, Case, Gate, Lineup, Variant, synchronise
+from ..options import Options, backend_of, each
 from .planner import plan_gate
 from .update import LIMIT, update_gate
 
 _SPLIT_DECISIONS = 10
 
 
-class _ReferenceInLoop:
-    """The reference behind the methods the loop calls, with draws of the product's streams."""
+class _InLoop:
+    """A baseline behind the methods the loop calls, its products at the config's precision."""
 
-    def __init__(self, agent: TDMPC2) -> None:
-        self.agent, self.reference = agent, reference_of(agent)
-        self._generator = generator(agent.cfg.seed, "update", agent.device)
-
-    def plan(self, obs: Tensor, t0: Tensor) -> Tensor:
-        """(1, obs_dim) -> (1, A)."""
-        noise = PlanNoise.draw(self.agent.cfg, 1, self.agent.planner.generator)
-        plan = partial(self.reference.plan, obs, bool(t0), False, None, noise)
-        action: Any = within(self.agent.cfg, self.agent.device, plan)()
-        return torch.as_tensor(action).unsqueeze(0)
-
-    def update(self, buffer: Any) -> dict[str, Tensor]:
-        """As `TDMPC2.update`."""
-        noise = UpdateNoise.draw(self.agent.cfg, self._generator)
-        learn = partial(self.reference.update, Batch(*buffer.sample()), noise)
-        info: Any = within(self.agent.cfg, self.agent.device, learn)()
-        return dict(info)
-
-
-class _OfficialInLoop:
-    """The official agent behind the methods the loop calls; the buffer is ours."""
-
-    def __init__(self, checkout: str, agent: TDMPC2) -> None:
-        self.agent = agent
-        self.theirs = official_agent(checkout, agent, compiled=agent.device.type == "cuda")
+    def __init__(self, agent: TDMPC2, plan: Callable[[Tensor, bool], Any], update: Callable[[Any], Any]) -> None:
+        self.agent, self._plan, self._update = agent, plan, update
 
     def plan(self, obs: Tensor, t0: Tensor) -> Tensor:
-        """(1, obs_dim) -> (1, A)."""
-        action: Any = within(self.agent.cfg, self.agent.device, lambda: self.theirs.act(obs[0], bool(t0)))()
-        return torch.as_tensor(action).unsqueeze(0)
+        """Plan: (1, obs_dim) -> (1, A)."""
+        return torch.as_tensor(self._within(lambda: self._plan(obs, bool(t0)))).unsqueeze(0)
 
     def update(self, buffer: Any) -> dict[str, Tensor]:
-        """As `TDMPC2.update`."""
-        info: Any = within(self.agent.cfg, self.agent.device, lambda: self.theirs.update(buffer))()
-        return dict(info.items())
+        """Update as `TDMPC2.update` does."""
+        return dict(self._within(lambda: self._update(buffer)).items())
+
+    def _within(self, run: Callable[[], Any]) -> Any:
+        return within(self.agent.cfg, self.agent.device, run)()
+
+
+def _reference(agent: TDMPC2) -> _InLoop:
+    """Return the reference for the loop, with draws of the product's streams."""
+    reference, draws = reference_of(agent), generator(agent.cfg.seed, "update", agent.device)
+
+    def plan(obs: Tensor, t0: bool) -> Tensor:
+        noise = PlanNoise.draw(agent.cfg, 1, agent.planner.generator)
+        return reference.plan(obs, t0, False, None, noise)
+
+    def update(buffer: Any) -> dict[str, Tensor]:
+        noise = UpdateNoise.draw(agent.cfg, draws)
+        return reference.update(Batch(*buffer.sample()), noise)
+
+    return _InLoop(agent, plan, update)
+
+
+def _official(checkout: str, agent: TDMPC2) -> _InLoop:
+    """Return the official agent for the loop; the buffer is ours."""
+    theirs = official_agent(checkout, agent, compiled=agent.device.type == "cuda")
+    return _InLoop(agent, lambda obs, t0: theirs.act(obs[0], t0), theirs.update)
 
 
 class _Timed:
-    """An agent for the loop; while `parts` is set, it waits after each part and notes its time: nothing overlaps."""
+    """An agent for the loop; while `parts` is set, it waits for each part and notes its time: nothing overlaps."""
 
     def __init__(self, agent: TDMPC2, inner: Any) -> None:
         self.inner, self.cfg, self.model, self.device = inner, agent.cfg, agent.model, agent.device
@@ -88,20 +87,20 @@ class _Timed:
         return result
 
     def act(self, obs: Tensor, t0: Tensor) -> Tensor:
-        """As `TDMPC2.act` for a batch."""
+        """Act as `TDMPC2.act` does for a batch."""
         obs = self.timed("copy", lambda: obs.to(self.device, non_blocking=True))
         action = self.timed("plan", lambda: self.inner.plan(obs, t0))
         copied: Tensor = self.timed("copy", action.cpu)
         return copied
 
     def update(self, buffer: Any) -> dict[str, Tensor]:
-        """As `TDMPC2.update`."""
+        """Update as `TDMPC2.update` does."""
         metrics: dict[str, Tensor] = self.timed("update", lambda: self.inner.update(buffer))
         return metrics
 
 
 class Loop:
-    """A trainer past its seed phase, one decision at a time.
+    """A trainer past its seed phase that takes one decision at a time.
 
     wrap: makes a baseline of the trainer's agent; None for the product.
     """
@@ -119,37 +118,31 @@ class Loop:
         self.trainer.envs.step_wait = lambda: self.agent.timed("environment", step)  # type: ignore[method-assign]
 
     def step(self) -> None:
-        """One decision, and the update due after it."""
+        """Take one decision, and make the update due after it."""
         self.trainer.step()
 
     def split(self) -> dict[str, float]:
-        """Milliseconds of a decision by part, each part waited for."""
-        parts: defaultdict[str, float] = defaultdict(float)
-        self.agent.parts = parts
-        wall = self._wall()
-        self.agent.parts = None
-        found = {k: parts[k] / _SPLIT_DECISIONS for k in ("plan", "update", "environment", "copy")}
-        found["other"] = wall - sum(found.values())
-        return {k: round(v, 4) for k, v in found.items()}
-
-    def _wall(self) -> float:
+        """Return the milliseconds of a decision by part, each part waited for."""
+        self.agent.parts = parts = defaultdict[str, float](float)
         synchronise(self.agent.device)
         start = time.perf_counter()
         for _ in range(_SPLIT_DECISIONS):
             self.step()
         synchronise(self.agent.device)
-        return 1e3 * (time.perf_counter() - start) / _SPLIT_DECISIONS
+        wall = 1e3 * (time.perf_counter() - start) / _SPLIT_DECISIONS
+        self.agent.parts = None
+        found = {k: parts[k] / _SPLIT_DECISIONS for k in ("plan", "update", "environment", "copy")}
+        found["other"] = wall - sum(found.values())
+        return {k: round(v, 4) for k, v in found.items()}
 
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
-    """One environment, one update a decision; each size and precision."""
-    for size in options.size:
-        for precision in options.precisions:
-            yield partial(case, options, size, precision)
+    """Yield the loop of one environment, with an update a decision, at each size and precision."""
+    return each(case, options, "size", "precisions")
 
 
 def case(options: Options, size: int, precision: str) -> Case:
-    """Product and baselines in the same loop, in environments of their own with equal seeds."""
+    """Return product and baselines in the same loop, in environments of their own with equal seeds."""
     if options.task == stand_in.NAME:
         stand_in.install(options.actions[0])
     cfg = Config.from_dict(
@@ -175,43 +168,30 @@ def case(options: Options, size: int, precision: str) -> Case:
     agent = ours.product
     shape = agent.cfg.observation_shape
     obs = torch.randn(1, *shape, generator=torch.Generator().manual_seed(options.seed))
-    noise = PlanNoise.draw(agent.cfg, 1, generator(options.seed, "benchmark", agent.device))
+    noise = plan_draws(agent.cfg, 1, agent.device)
     # Of the agent in the loop, which has hardly learned, all values are nearly equal: its elites are rounding's.
     trained = agent_of(agent.cfg)
-    variants = {agent.backend.name: Variant(ours.step, split=ours.split)}
-    reference = Loop(cfg, _ReferenceInLoop)
+    reference = Loop(cfg, _reference)
 
     def gate() -> Gate:
-        """An update of both on the loop's data; and a plan. Where torch draws, the loops' own first updates."""
+        """Compare an update on the loop's data, or where torch draws the loops' own first updates; and a plan."""
         if agent.updater.backend.name == "torch":
             learned = Gate.of_metrics(ours.first_update, reference.first_update, LIMIT[precision])
         else:
             learned = update_gate(agent_of(agent.cfg), Batch(*ours.trainer.buffer.sample()), LIMIT[precision])
         return Gate.worst(learned, plan_gate(trained, reference_of(trained), 1, noise, obs))
 
-    variants["reference"] = Variant(reference.step, gate=gate, split=reference.split)
-    missing: dict[str, str] = {}
-    if options.official:
-        checkout = options.official
-        try:
-            theirs = Loop(cfg, partial(_OfficialInLoop, checkout))
-            plan = official_plan(checkout, trained, obs[0], noise)[1]
-            learn = official_update(checkout, trained, Batch(*ours.trainer.buffer.sample())).gate
-            assert learn is not None
-            variants["official"] = Variant(
-                theirs.step, gate=lambda: Gate.worst(plan(), learn(), gate()), split=theirs.split
-            )
-        except CannotMeasureError as e:
-            missing["official"] = str(e)
-    return Case(
-        "loop",
-        options.task,
-        variants,
-        missing,
-        size=size,
-        envs=1,
-        actions=agent.cfg.action_dim,
-        batch=options.batch[0],
-        precision=precision,
-        unit="decisions",
-    )
+    def official(checkout: str) -> Variant:
+        theirs = Loop(cfg, partial(_official, checkout))
+        plan = official_plan(checkout, trained, obs[0], noise).gate
+        learn = official_update(checkout, trained, Batch(*ours.trainer.buffer.sample())).gate
+        assert plan is not None
+        assert learn is not None
+        return Variant(theirs.step, gate=lambda: Gate.worst(plan(), learn(), gate()), split=theirs.split)
+
+    lineup = Lineup(agent.backend.name, Variant(ours.step, split=ours.split))
+    lineup.add("reference", Variant(reference.step, gate=gate, split=reference.split))
+    if checkout := options.official:
+        lineup.attempt("official", lambda: official(checkout))
+    at: dict[str, Any] = dict(size=size, envs=1, actions=agent.cfg.action_dim, batch=cfg.batch_size)
+    return Case("loop", options.task, lineup.variants, lineup.missing, **at, precision=precision, unit="decisions")

@@ -12,18 +12,26 @@ from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.kernels.device.launch import Precision, why_not
-from tdmpc2_fast.kernels.inspect.plan_work import PlanWork, plan_work
+from tdmpc2_fast.kernels.inspect.plan_work import plan_work
 from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.plan.triton_plan import TritonPlan
-from tdmpc2_fast.rng import PlanNoise, generator
+from tdmpc2_fast.rng import PlanNoise
 from tdmpc2_fast.sizes import plan_sizes
 
 from ..baselines.jax_port import plan_variant
 from ..baselines.official import official_plan
-from ..harness.agents import CompiledReference, agent_of, check_captured, observations, reference_of, within
-from ..harness.measure import CannotMeasureError, Case, Gate, Variant
-from ..options import Options, backend_of
+from ..harness.agents import (
+    CompiledReference,
+    agent_of,
+    check_captured,
+    observations,
+    plan_draws,
+    reference_of,
+    within,
+)
+from ..harness.measure import Case, Gate, Lineup, Variant
+from ..options import Options, backend_of, each
 
 # RMS difference of the values of a plan's first candidates, by their standard deviation. Products of
 # plain torch in tf32 and bfloat16 make 1e-3 and 2e-2 of it (5M), a wrong plan about 1. What kernels may
@@ -33,43 +41,51 @@ ACTION_LIMIT = 1e-3  # of whole plans in float32: each iteration amplifies the r
 
 
 class Plans(Protocol):
-    """What `Planner`, the reference and the compiled reference share."""
+    """A planner, the reference or the compiled reference."""
 
     @property
     def prev_mean(self) -> Tensor:
-        """Where the next plan starts."""
+        """The sequences that the next plan starts from."""
         ...
 
     def plan(
         self, obs: Tensor, t0: bool, eval_mode: bool, task: None, noise: PlanNoise, trace: PlanTrace | None = None
     ) -> Tensor:
-        """Actions."""
+        """Plan and return the actions."""
         ...
 
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
-    """One case for each size, action dimension, number of environments and precision."""
-    for size in options.size:
-        for actions in options.actions:
-            for envs in options.envs:
-                for precision in options.precisions:
-                    yield partial(case, options, size, actions, envs, precision)
+    """Yield a case for each size, action dimension, number of environments and precision."""
+    return each(case, options, "size", "actions", "envs", "precisions")
+
+
+class Setting:
+    """An agent, observations on the host and draws for a plan, and the work that a plan is."""
+
+    def __init__(self, options: Options, size: int, actions: int, envs: int, precision: str) -> None:
+        self.cfg = cfg = options.config(size, actions, precision=precision, backend=backend_of(options))
+        self.agent = agent_of(cfg, envs)
+        self.device, self.obs = self.agent.device, observations(cfg, envs)
+        self.noise = plan_draws(cfg, envs, self.device)
+        self.sizes = plan_sizes(cfg, envs)
+        self.work = work = plan_work(self.sizes, Precision(precision))
+        self.facts: dict[str, Any] = dict(size=size, envs=envs, actions=actions, precision=precision)
+        self.facts |= dict(results=envs, unit="plans", gflop=work.flops / 1e9, mbyte=work.bytes / 1e6)
 
 
 def case(options: Options, size: int, actions: int, envs: int, precision: str) -> Case:
-    """Planning for `envs` environments; baselines that plan for one do so for each of them."""
-    cfg = options.config(size, actions, precision=precision, backend=backend_of(options))
-    agent = agent_of(cfg, envs)
-    device, obs = agent.device, observations(cfg, envs)
-    noise = PlanNoise.draw(cfg, envs, generator(options.seed, "benchmark", device))
-    work = plan_work(plan_sizes(cfg, envs), Precision(precision))
+    """Return planning for `envs` environments; baselines that plan for one do so for each of them."""
+    at = Setting(options, size, actions, envs, precision)
+    cfg, agent, device, obs, noise = at.cfg, at.agent, at.device, at.obs, at.noise
     product = agent.backend.name
     if product != "triton" and why_not(device) is None:
         raise RuntimeError(f"the kernels were to be measured, and torch plans: {agent.backend.why}")
     fused = isinstance(agent.planner._plan, TritonPlan)
     check_captured(agent.planner._plan, device)
-    variants = {product: Variant(lambda: agent.act(obs), launches=work.launches if fused else None)}
-    missing: dict[str, str] = {}
+    # A bfloat16 config is for the kernels; what else computes for it does so in tf32.
+    note, theirs = (" (tf32)", "tf32") if precision == "bfloat16" else ("", None)
+    lineup = Lineup(product, Variant(lambda: agent.act(obs), launches=at.work.launches if fused else None), note)
 
     def against(baseline: Plans, envs: int) -> Callable[[], Gate]:
         return partial(plan_gate, agent, baseline, envs, noise, obs)
@@ -77,54 +93,28 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
     if fused and precision != "bfloat16":
         plain = TDMPC2(cfg.replace(backend="torch"), envs)
         plain.load(agent.model.state_dict())
-        variants["torch"] = Variant(lambda: plain.act(obs), gate=against(plain.planner, envs))
+        lineup.add("torch", Variant(lambda: plain.act(obs), gate=against(plain.planner, envs)))
 
     one, first = _first(noise), obs[:1]
-    # A bfloat16 config is for the kernels; what else computes for it does so in tf32.
-    note, theirs = (" (tf32)", "tf32") if precision == "bfloat16" else ("", None)
+    reference = reference_of(agent)
 
     def planning(it: Plans) -> Variant:
         run = within(cfg, device, lambda: it.plan(first.to(device), False, False, None, one).cpu())
         return Variant(run, calls=envs, gate=against(it, 1), precision=theirs)
 
-    reference = reference_of(agent)
-    same = against(reference, 1)
-    variants[f"reference{note}"] = planning(reference)
+    def judged(other: Variant) -> Variant:
+        """Compare it with its own kin, and the product with the reference."""
+        assert other.gate is not None
+        return replace(other, gate=partial(_both, other.gate, against(reference, 1)), precision=theirs)
+
+    lineup.add("reference", planning(reference))
     if options.compiled:
-        try:
-            variants[f"compiled reference{note}"] = planning(CompiledReference(agent))
-        except CannotMeasureError as e:
-            missing["compiled reference"] = str(e)
-    if options.official:
-        try:
-            run, gate = official_plan(options.official, agent, first[0], one)
-            # It is compared with the reference's kin on the torch backend; the product with the reference.
-            both = partial(_both, gate, same)
-            variants[f"official{note}"] = Variant(run, calls=envs, gate=both, precision=theirs)
-        except CannotMeasureError as e:
-            missing["official"] = str(e)
-    if options.jax:
-        try:
-            port = plan_variant(options.jax, agent, obs)
-            assert port.gate is not None
-            variants[f"JAX port{note}"] = replace(port, gate=partial(_both, port.gate, same), precision=theirs)
-        except CannotMeasureError as e:
-            missing["JAX port"] = str(e)
-    return Case("planner", "plan", variants, missing, **facts(size, envs, actions, precision, work))
-
-
-def facts(size: int, envs: int, actions: int, precision: str, work: PlanWork) -> dict[str, Any]:
-    """What is measured in a case of plans."""
-    return dict(
-        size=size,
-        envs=envs,
-        actions=actions,
-        precision=precision,
-        results=envs,
-        unit="plans",
-        gflop=work.flops / 1e9,
-        mbyte=work.bytes / 1e6,
-    )
+        lineup.attempt("compiled reference", lambda: planning(CompiledReference(agent)))
+    if official := options.official:
+        lineup.attempt("official", lambda: judged(replace(official_plan(official, agent, first[0], one), calls=envs)))
+    if jax := options.jax:
+        lineup.attempt("JAX port", lambda: judged(plan_variant(jax, agent, obs)))
+    return Case("planner", "plan", lineup.variants, lineup.missing, **at.facts)
 
 
 def _both(*gates: Callable[[], Gate]) -> Gate:
@@ -132,7 +122,7 @@ def _both(*gates: Callable[[], Gate]) -> Gate:
 
 
 def _first(noise: PlanNoise) -> PlanNoise:
-    """The draws of the first environment."""
+    """Return the draws of the first environment."""
     cut: dict[str, Tensor | None] = {}
     for f in fields(noise):
         x = getattr(noise, f.name)
@@ -142,7 +132,7 @@ def _first(noise: PlanNoise) -> PlanNoise:
 
 
 def _traced(it: Plans, cfg: Config, envs: int, noise: PlanNoise, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of the first environment's first candidates, and its action, from a zero warm start."""
+    """Plan from a zero warm start; return the first environment's values of its first candidates, and its action."""
     trace, device = PlanTrace(), it.prev_mean.device
     found: list[Tensor] = []
     it.prev_mean.zero_()
@@ -154,11 +144,11 @@ def _traced(it: Plans, cfg: Config, envs: int, noise: PlanNoise, obs: Tensor) ->
 
 
 def plan_gate(agent: TDMPC2, baseline: Plans, envs: int, noise: PlanNoise, obs: Tensor) -> Gate:
-    """Values of the first candidates; in float32 whole plans, too; and a replay is what was compared."""
+    """Return the gate of a plan: values of first candidates, in float32 the whole plan, and replays that are eager."""
     cfg = agent.cfg
     ours, action = _traced(agent.planner, cfg, agent.planner.num_envs, noise, obs)
     theirs, wanted = _traced(baseline, cfg, envs, noise, obs)
-    gates = [Gate(float((ours - theirs).square().mean().sqrt() / theirs.std()), VALUE_LIMIT[cfg.precision])]
+    gates = [Gate.of_values(ours, theirs, VALUE_LIMIT[cfg.precision])]
     if cfg.precision == "float32":
         gates.append(Gate(float((action - wanted).abs().max()), ACTION_LIMIT))
     gates.append(Gate(float(not _replay_is_eager(agent, obs)), 0))
@@ -166,7 +156,7 @@ def plan_gate(agent: TDMPC2, baseline: Plans, envs: int, noise: PlanNoise, obs: 
 
 
 def _replay_is_eager(agent: TDMPC2, obs: Tensor) -> bool:
-    """Whether a plan as timed gives, from the same draws, what the eager one gives that was compared."""
+    """Tell whether a plan as timed gives, from the same draws, what the eager one gives that was compared."""
     plan = agent.planner._plan
     if not isinstance(plan, TritonPlan):
         return True

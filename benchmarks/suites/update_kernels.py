@@ -22,28 +22,15 @@ from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy
 from tdmpc2_fast.kernels.update.optim import WORLD_EPS, FlatParameters, Outcome, Rates, adam_step, squared_norm
 
 from ..harness.measure import CannotMeasureError, Case
-from ..harness.ops import Op, OpBench, mbyte
+from ..harness.ops import Op, OpBench, mbyte, op_cases
 from ..options import Options
 
 OPS = ("layer", "two_hot_loss", "policy", "optimiser")
 
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
-    """Every op at each size, batch and precision."""
-    for size in options.size:
-        for batch in options.batch:
-            for precision in options.precisions:
-                bench = partial(_Bench, options, size, batch, precision)
-                for op in OPS:
-                    yield partial(_case, bench, op)
-
-
-def _case(bench: Callable[[], _Bench], op: str) -> Case:
-    it = bench()
-    if not it.fused:
-        raise CannotMeasureError("kernels of updates need a GPU; elsewhere torch's autograd computes them")
-    found: Case = getattr(it, op)()
-    return found
+    """Yield every op at each size, batch and precision."""
+    return op_cases(OPS, _Bench, options, "size", "batch", "precisions")
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor], d: Tensor) -> Op:
@@ -61,6 +48,8 @@ class _Bench(OpBench):
 
     def __init__(self, options: Options, size: int, batch: int, precision: str) -> None:
         super().__init__(options, "update-kernels", size, precision, batch=batch)
+        if not self.fused:
+            raise CannotMeasureError("kernels of updates need a GPU; elsewhere torch's autograd computes them")
         self.batch, self.rows = batch, self.cfg.horizon * batch
 
     def _leaves(self, *tensors: Tensor) -> list[Tensor]:

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 FIRST = Point(updates=30, resident=400_000_000, files=6, graphs=3, finite=True, ms=10.0)
 
 
+@pytest.mark.slow
 def test_three_hundred_updates_leak_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "tdmpc2_fast.benchmarks.gpu.soak", "updates=300", "backend=torch"]
     environ = os.environ | dict(OMP_NUM_THREADS="1")

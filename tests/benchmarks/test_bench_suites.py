@@ -1,0 +1,164 @@
+"""Every suite's set-up in small, and its gates: green for the product, red for what computes something else."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench_rows import CPU, rows_of
+from conftest import TINY
+from oracle import QUIET
+
+from tdmpc2_fast.benchmarks.harness import stand_in
+from tdmpc2_fast.benchmarks.harness.agents import agent_of
+from tdmpc2_fast.benchmarks.harness.measure import CannotMeasureError
+from tdmpc2_fast.benchmarks.options import Options
+from tdmpc2_fast.benchmarks.suites import kernels, loop, planner, regimes, replay, update, update_kernels
+from tdmpc2_fast.rng import PlanNoise, generator
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Options:
+    """Options of models that run in milliseconds, interpreted kernels and all."""
+    keys, tiny = Options.keys, {**TINY, "horizon": 2, "iterations": 2}
+    monkeypatch.setattr(Options, "keys", lambda self, size, **k: keys(self, size, **{**tiny, **k}))
+    return Options(size=(1,), actions=(2,), batch=(8,), device="cpu", compiled=False, repeats=3)
+
+
+CASES = {
+    "planner": lambda o: planner.case(o, 1, 2, 2, "float32"),
+    "planner, tf32": lambda o: planner.case(o, 1, 2, 1, "tf32"),
+    "planner, bfloat16": lambda o: planner.case(o, 1, 2, 2, "bfloat16"),
+    "update": lambda o: update.case(o, 1, 2, 8, "float32"),
+    "add": replay.add,
+    "sample": lambda o: replay.sample(o, 8),
+}
+
+
+@QUIET
+@pytest.mark.parametrize("name", CASES)
+def test_every_suite_is_set_up_and_its_gate_is_green(name: str, small: Options) -> None:
+    case = CASES[name](small)
+    product, *baselines = case.variants
+    assert product == ("triton" if case.suite in ("planner", "update") else "torch")
+    assert baselines
+    assert not case.missing
+    for variant in case.variants.values():
+        variant.run()
+    for baseline in baselines:
+        gate = case.variants[baseline].gate
+        assert gate is not None
+        found = gate()
+        assert found.passed, (baseline, found)
+    if case.suite == "planner":
+        assert case.variants[product].launches > 20  # type: ignore[operator]
+        assert ("torch" in baselines) == ("bfloat16" not in name)
+
+
+def test_the_loop_is_measured_and_split(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand_in, "_DECISIONS", 12)
+    monkeypatch.setattr(loop, "backend_of", lambda options: "torch")
+    case = loop.case(dataclasses.replace(small, task=stand_in.NAME), 1, "float32")
+    rows = rows_of(case)
+    assert list(rows) == ["torch", "reference"]
+    assert rows["reference"].gate == "passed"
+    for found in rows.values():
+        assert set(found.split) == {"plan", "update", "environment", "copy", "other"}
+        assert found.split["plan"] > 0 < found.split["update"]
+
+
+@QUIET
+@pytest.mark.parametrize("op", kernels.OPS)
+@pytest.mark.parametrize(("precision", "throughput"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_every_kernel_benchmark_compares_what_it_should(
+    op: str, precision: str, throughput: bool, small: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "activates_once", lambda rows: throughput)
+    case = getattr(kernels._Bench(small, 1, 2, precision), op)()
+    rows = rows_of(case, repeats=1)
+    assert list(rows) == ["triton", "reference"]
+    assert rows["reference"].gate == "passed", rows["reference"].gate_error
+    assert case.name == "plan noise" or rows["reference"].gate_error < 0.02  # type: ignore[operator]
+
+
+@QUIET
+@pytest.mark.parametrize("op", update_kernels.OPS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_benchmark_of_an_update_op_compares_gradients(op: str, precision: str, small: Options) -> None:
+    case = getattr(update_kernels._Bench(small, 1, 8, precision), op)()
+    rows = rows_of(case, repeats=1)
+    assert list(rows) == ["triton", "reference"]
+    assert rows["reference"].gate == "passed", rows["reference"].gate_error
+    assert rows["reference"].batch == 8
+
+
+@QUIET
+def test_regimes_are_told_apart_and_agree(small: Options) -> None:
+    options = dataclasses.replace(small, precision=("tf32",))
+    plan, learn = (make() for make in [*regimes.plan_cases(options), *regimes.update_cases(options)])
+    assert list(plan.variants) == ["chosen", "latency", "throughput"]
+    assert "allowed: multiples of 16" in plan.missing["persistent"]
+    assert list(learn.variants) == ["chosen", "latency", "throughput"]
+    for case in (plan, learn):
+        for name, variant in list(case.variants.items())[1:]:
+            variant.run()
+            assert variant.gate is not None
+            assert variant.gate().passed, (case.suite, name)
+    chosen, latency, throughput = (v.launches for v in plan.variants.values())
+    assert chosen == latency < throughput  # type: ignore[operator]
+
+
+@QUIET
+def test_the_persistent_regime_is_compared_where_it_differs(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = Options.keys
+    wide = dict(latent_dim=32, mlp_dim=32, enc_dim=32)
+    monkeypatch.setattr(Options, "keys", lambda self, size, **k: keys(self, size, **{**wide, **k}))
+    case = regimes.plan_case(small, 1, 2, 1, "tf32")
+    persistent = case.variants["persistent"]
+    assert persistent.launches < case.variants["chosen"].launches  # type: ignore[operator]
+    persistent.run()
+    assert persistent.gate is not None
+    assert persistent.gate().passed
+    kernel = "tdmpc2_fast.kernels.experiments.persistent.PersistentRollout.run"
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel, lambda self, iteration: None)
+        assert not persistent.gate().passed
+
+
+def test_regimes_of_torch_are_refused(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regimes, "backend_of", lambda options: "torch")
+    for make in [*regimes.plan_cases(small), *regimes.update_cases(small)]:
+        with pytest.raises(CannotMeasureError, match="backend=torch was asked for"):
+            make()
+
+
+def test_a_wrong_plan_or_update_turns_the_gate_red(small: Options) -> None:
+    agent = agent_of(small.config(1, 2, backend="torch", precision="float32"))
+    other = agent_of(small.config(1, 2, backend="torch", precision="float32", seed=3))
+    noise = PlanNoise.draw(agent.cfg, 1, generator(0, "benchmark", CPU))
+    obs = torch.randn(1, 24)
+    assert not planner.plan_gate(agent, planner.reference_of(other), 1, noise, obs).passed
+    assert planner.plan_gate(agent, planner.reference_of(agent), 1, noise, obs).passed
+    case = update.case(small, 1, 2, 8, "float32")
+    reference = case.variants["reference"]
+    reference.run()
+    assert reference.gate is not None
+    assert reference.gate().error < 1e-3
+    # A gate that was never given a result is red.
+    fresh = update.case(small, 1, 2, 8, "float32").variants["reference"]
+    assert fresh.gate is not None
+    assert not fresh.gate().passed
+
+
+def test_the_list_of_episodes_follows_the_buffers_law(small: Options) -> None:
+    cfg = small.config(1, 2)
+    plain = replay.EpisodeList(cfg, CPU)
+    plain.add(
+        dict(obs=torch.zeros(9, 24), action=torch.zeros(9, 2), reward=torch.arange(9.0), terminated=torch.zeros(9))
+    )
+    batch = plain.sample()
+    assert batch.reward.shape == (cfg.horizon, cfg.batch_size, 1)
+    assert (batch.reward[1:] - batch.reward[:-1] == 1).all()
+    assert SimpleNamespace(**batch._asdict()).task is None
