@@ -195,6 +195,20 @@ def test_no_imports_go_in_circles() -> None:
         pytest.fail(" -> ".join(e.args[1]))
 
 
+def test_each_file_of_tests_can_be_run_alone() -> None:
+    """What one imports from another lies beside it or on the path, not where a whole run has put it."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    homes = {path.stem: path.parent for path in files}
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    on_path = {ROOT / folder for folder in options["pythonpath"]}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                assert homes.get(name, path.parent) in {path.parent, *on_path}, f"{path} imports {name}"
+
+
 CROWDED, LONG = 14, 450
 
 
