@@ -305,15 +305,19 @@ def run(folder: Path, *words: str) -> str:
 
 
 def test_the_environment_of_the_page(tmp_path: Path) -> None:
-    """Trained in worker processes, stopped half-way, gone on with as if it had not been."""
-    (tmp_path / "dot.py").write_text(blocks(ROOT / "docs" / "environments.md", "python")[2])
-    keys = [*(f"{k}={v}" for k, v in SMALL.items()), "task=dot-reach", "num_envs=2", "seed_steps=60", "eval_episodes=1"]
-    shown = run(tmp_path, "dot.py", "train", *keys, "work_dir=whole", "steps=150", "eval_freq=75", "save_video=true")
+    """Trained in worker processes, stopped between two episodes and gone on with as if it had not been."""
+    program, length = blocks(ROOT / "docs" / "environments.md", "python")[2], "max_episode_steps = 50"
+    assert length in program
+    (tmp_path / "dot.py").write_text(program.replace(length, "max_episode_steps = 20"))
+    keys = [*(f"{k}={v}" for k, v in SMALL.items()), "task=dot-reach", "num_envs=2", "seed_steps=30", "eval_episodes=1"]
+    shown = run(tmp_path, "dot.py", "train", *keys, "work_dir=whole", "steps=90", "eval_freq=45", "save_video=true")
     assert "done: return" in shown
     assert len([*(tmp_path / "whole" / "videos").glob("*.mp4")]) == 3
-    run(tmp_path, "dot.py", "train", *keys, "work_dir=halves", "steps=110", "eval_freq=1000")
-    shown = run(tmp_path, "dot.py", "resume", "halves", "steps=150", "eval_freq=75")
-    assert "going on at 110 decisions" in shown
+    run(tmp_path, "dot.py", "train", *keys, "work_dir=halves", "steps=50", "eval_freq=1000")
+    before = csvs(tmp_path / "halves")["train.csv"]
+    shown = run(tmp_path, "dot.py", "resume", "halves", "steps=90", "eval_freq=45")
+    assert "going on at 50 decisions" in shown
+    assert before != csvs(tmp_path / "halves")["train.csv"]
     assert csvs(tmp_path / "halves")["train.csv"] == csvs(tmp_path / "whole")["train.csv"]
 
 
