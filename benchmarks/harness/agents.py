@@ -60,7 +60,7 @@ def batch_of(cfg: Config, device: torch.device) -> Batch:
 
 def episode_of(cfg: Config, decisions: int, rng: np.random.Generator) -> dict[str, Any]:
     """Return a random episode; it ends with a termination if the config is episodic."""
-    steps, (obs,) = decisions + 1, dict(cfg.need("obs_shape"))["state"]
+    steps, (obs,) = decisions + 1, cfg.observation_shape
     action = rng.uniform(-1, 1, (steps, cfg.need("action_dim"))).astype(np.float32)
     reward = rng.uniform(0, 2, steps).astype(np.float32)
     action[0] = reward[0] = np.nan
