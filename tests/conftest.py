@@ -36,7 +36,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 SUPPORT = ROOT / "tests" / "support"
-PYTHONPATH = os.pathsep.join(str(ROOT / "tests" / folder) for folder in ("", "support", "experiments"))
+SHARED = ("", "support", "support/oracles", "support/environments", "experiments")
+PYTHONPATH = os.pathsep.join(str(ROOT / "tests" / folder) for folder in SHARED)
 """Of processes that import what tests share."""
 
 TINY = dict(latent_dim=16, mlp_dim=24, enc_dim=16, num_q=3, num_samples=32, num_elites=8, num_pi_trajs=4, batch_size=8)

@@ -30,7 +30,7 @@ ULP = 2**-24
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Draw other numbers each run, and show the line that repeats them where a test fails."""
-    return oracle.reseed(request.node.name, "tests/kernels/test_head_kernels.py")
+    return oracle.reseed(request.node.name, "tests/kernels/layers/test_head_kernels.py")
 
 
 @pytest.mark.parametrize(

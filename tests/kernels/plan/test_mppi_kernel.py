@@ -318,5 +318,5 @@ def test_fuzz() -> None:
         try:
             judge(case, run(case))
         except Exception as error:
-            line = f"FUZZ_SEED={seed} pytest tests/kernels/test_mppi_kernel.py -k test_fuzz"
+            line = f"FUZZ_SEED={seed} pytest tests/kernels/plan/test_mppi_kernel.py -k test_fuzz"
             raise AssertionError(f"{options}\nreproduce: {line}") from error

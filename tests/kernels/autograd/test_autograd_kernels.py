@@ -24,7 +24,7 @@ BACKWARD = torch.ops.tdmpc2_fast.normed_linear_backward.default
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    return oracle.reseed(request.node.name, "tests/kernels/test_autograd_kernels.py")
+    return oracle.reseed(request.node.name, "tests/kernels/autograd/test_autograd_kernels.py")
 
 
 def inputs(

@@ -25,7 +25,7 @@ pytestmark = MARKS
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    return oracle.reseed(request.node.name, "tests/kernels/test_loss_kernels.py")
+    return oracle.reseed(request.node.name, "tests/kernels/losses/test_loss_kernels.py")
 
 
 def logits_of(x: Any, layer: Any, slabs: list[int], dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,7 @@ def named(options: object) -> str | None:
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Draw other numbers each run, and show the line that repeats them where a test fails."""
-    return oracle.reseed(request.node.name, "tests/kernels/test_layer_kernels.py")
+    return oracle.reseed(request.node.name, "tests/kernels/layers/test_layer_kernels.py")
 
 
 # Small sizes for the edges of tiles, then every width of the official models with few rows.
@@ -445,5 +445,5 @@ def test_fuzz(seed: int) -> None:
         try:
             check(**options)
         except Exception as error:
-            line = f"FUZZ_SEED={seed} pytest tests/kernels/test_layer_kernels.py -k fuzz"
+            line = f"FUZZ_SEED={seed} pytest tests/kernels/layers/test_layer_kernels.py -k fuzz"
             raise AssertionError(f"{check.__name__}({options})\n{error}\nreproduce: {line}") from error

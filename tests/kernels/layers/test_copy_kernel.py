@@ -20,7 +20,7 @@ pytestmark = MARKS
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    return oracle.reseed(request.node.name, "tests/kernels/test_copy_kernel.py")
+    return oracle.reseed(request.node.name, "tests/kernels/layers/test_copy_kernel.py")
 
 
 SIZES = [(1,), (3000,), (7, 1), (37, 5), (300, 301), (5, 40, 24), (3, 1, 9)]

@@ -24,7 +24,7 @@ FLOAT32 = Precision("float32")
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    return oracle.reseed(request.node.name, "tests/kernels/test_gradient_kernels.py")
+    return oracle.reseed(request.node.name, "tests/kernels/backward/test_gradient_kernels.py")
 
 
 SHAPES: list[dict[str, Any]] = [

@@ -28,7 +28,7 @@ RANGE: dict[str, Any] = dict(low=-10.0, high=0.5)
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    return oracle.reseed(request.node.name, "tests/kernels/test_autograd_loss_kernels.py")
+    return oracle.reseed(request.node.name, "tests/kernels/autograd/test_autograd_loss_kernels.py")
 
 
 def head_inputs(

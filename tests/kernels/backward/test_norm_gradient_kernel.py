@@ -22,7 +22,7 @@ pytestmark = MARKS
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    return oracle.reseed(request.node.name, "tests/kernels/test_norm_gradient_kernel.py")
+    return oracle.reseed(request.node.name, "tests/kernels/backward/test_norm_gradient_kernel.py")
 
 
 def draw(precision: str, **sizes: Any) -> Gradient:
