@@ -39,7 +39,9 @@ def input_gradient_kernel(
     row_ok, col_ok = rows < M, cols < width
     BFLOAT16: tl.constexpr = w.ptr.dtype.element_ty == tl.bfloat16
     await_producers(PDL)
-    acc = tl.zeros((TILE.BM, TILE.BN), tl.float32)
+    BM: tl.constexpr = TILE.BM  # in a shape Triton 3.6 takes names of constants, not fields
+    BN: tl.constexpr = TILE.BN
+    acc = tl.zeros((BM, BN), tl.float32)
     for i in range(groups):
         g = own + i
         x_ptrs = row_ptrs(up.x, g, rows, n)
@@ -60,7 +62,7 @@ def input_gradient_kernel(
                 d = product_gradient(d.to(tl.float32), xhat, rstd[:, None], s1[:, None], s2[:, None], gamma)
             if UP.DROPOUT:
                 d = dropped(d, up.keep, g, rows, n, row_ok[:, None] & k_ok[None, :], k)
-            d = operand(d, BFLOAT16, TILE.DOT, TILE.INTERPRETED)
+            d = operand(d, BFLOAT16, TILE)
             # Beyond D a LayerNorm's gradient is not 0: W is 0 there.
             w_ok = col_ok[None, :] if TILE.EVEN_K else col_ok[None, :] & k_ok[:, None]
             weight = tl.load(w_ptr + k[:, None] * K + cols[None, :], mask=w_ok, other=0.0)  # [BK, BN]

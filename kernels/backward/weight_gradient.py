@@ -58,10 +58,12 @@ def weight_gradient_kernel(
         slab = slab_of(x.slab, g, DUE.IN_MEMBERS)
         in_gamma = tl.load(x.gamma_ptr + slab * K + cols, mask=col_ok, other=0.0)
         in_beta = tl.load(x.beta_ptr + slab * K + cols, mask=col_ok, other=0.0)
-    acc = tl.zeros((TILE.BM, TILE.BN), tl.float32)
-    bias = tl.zeros((TILE.BM,), tl.float32)
-    gamma = tl.zeros((TILE.BM,), tl.float32)
-    beta = tl.zeros((TILE.BM,), tl.float32)
+    BM: tl.constexpr = TILE.BM  # in a shape Triton 3.6 takes names of constants, not fields
+    BN: tl.constexpr = TILE.BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    bias = tl.zeros((BM,), tl.float32)
+    gamma = tl.zeros((BM,), tl.float32)
+    beta = tl.zeros((BM,), tl.float32)
     for start in range(0, M, TILE.BK):
         rows = start + tl.arange(0, TILE.BK)
         row_ok = rows < M
@@ -83,13 +85,13 @@ def weight_gradient_kernel(
             d = tl.where(kept != 0, d * tl.where(drops, up.keep.scale, 1.0), 0.0)
         if BIAS:
             bias += tl.sum(d.to(tl.float32), axis=1)
-        d = operand(d, BFLOAT16, TILE.DOT, TILE.INTERPRETED)
+        d = operand(d, BFLOAT16, TILE)
         value_ok = row_ok[:, None] & col_ok[None, :]
         value = tl.load(entry_ptrs(x.x, g, rows, n, cols), mask=value_ok, other=0.0)  # [BK, BN]
         if DUE.IN_ACT:
             in_mean, in_rstd = merge_statistics(row_ptrs(x.stats, g, rows, n), row_ok, K, DUE.IN_TILE, DUE.IN_TILES)
             value = activate(value.to(tl.float32), in_mean, in_rstd, in_gamma, in_beta, DUE.IN_ACT, DUE.V)
-        value = operand(value, BFLOAT16, TILE.DOT, TILE.INTERPRETED)
+        value = operand(value, BFLOAT16, TILE)
         if TILE.INTERPRETED:
             d, value = d.to(tl.float32), value.to(tl.float32)
         acc = tl.dot(d, value, acc, input_precision=TILE.DOT)

@@ -14,17 +14,22 @@ def round_bits(x, BITS: tl.constexpr):
 
 
 @jit
-def operand(x, BFLOAT16: tl.constexpr, DOT: tl.constexpr, INTERPRETED: tl.constexpr):
+def to_bfloat16(x, INTERPRETED: tl.constexpr):
+    """Return x rounded to bfloat16: the interpreter's own cast cuts, so there it is float32 with those numbers."""
+    return round_bits(x.to(tl.float32), 16) if INTERPRETED else x.to(tl.bfloat16)
+
+
+@jit
+def operand(x, BFLOAT16: tl.constexpr, TILE: tl.constexpr):
     """Return x as the product takes it: bfloat16, float32, or float32 rounded to tf32.
 
-    Tensor cores cut float32 down to tf32, which errs twice as far and to one side. The
-    interpreter's own cast to bfloat16 cuts, too.
+    Tensor cores cut float32 down to tf32, which errs twice as far and to one side.
     """
     if BFLOAT16:
-        x = round_bits(x.to(tl.float32), 16) if INTERPRETED else x.to(tl.bfloat16)
-    elif DOT == "tf32":
+        x = to_bfloat16(x, TILE.INTERPRETED)
+    elif TILE.DOT == "tf32":
         x = x.to(tl.float32)
-        if INTERPRETED:
+        if TILE.INTERPRETED:
             x = round_bits(x, 13)
         else:
             x = tl.inline_asm_elementwise(

@@ -6,7 +6,7 @@ program needs a complete row.
 
 from __future__ import annotations
 
-from .arithmetic import operand, store_rounded
+from .arithmetic import store_rounded, to_bfloat16
 from .launch import jit, tl
 
 LAYER_NORM_EPS = 1e-5
@@ -36,7 +36,8 @@ def store_with_statistics(y, y_ptrs, stats_ptrs, row_ok, cols, col_ok, tile, D, 
     Statistics are of what is stored: where a row hardly varies, LayerNorm makes much of the difference.
     """
     BN: tl.constexpr = y.shape[1]
-    y = operand(y, y_ptrs.dtype.element_ty == tl.bfloat16, "ieee", INTERPRETED).to(tl.float32)
+    if y_ptrs.dtype.element_ty == tl.bfloat16:
+        y = to_bfloat16(y, INTERPRETED).to(tl.float32)
     store_rounded(y_ptrs[:, None] + cols[None, :], y, row_ok[:, None] & col_ok[None, :], INTERPRETED)
     count = tl.minimum(D - tile * BN, BN).to(tl.float32)
     mean = tl.sum(tl.where(col_ok[None, :], y, 0.0), axis=1) / count

@@ -59,7 +59,7 @@ def add_product(
             gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)
             beta = tl.load(beta_ptr + k, mask=k_ok, other=0.0)
             x = activate(x.to(tl.float32), mean, rstd, gamma, beta, DUE.IN_ACT, DUE.V)
-        x = operand(x, BFLOAT16, TILE.DOT, TILE.INTERPRETED)
+        x = operand(x, BFLOAT16, TILE)
         # Beyond K a SimNorm group is 1/V, not 0: W is 0 there.
         w = tl.load(w_ptr + cols[None, :] * K + k[:, None], mask=w_mask, other=0.0)  # [BK, BN]
         if TILE.INTERPRETED:
@@ -80,7 +80,7 @@ def add_small_product(
         a_ok = row_ok[:, None] & k_ok[None, :]
         a = tl.load(a_ptrs[:, None] + k[None, :], mask=a_ok, other=0.0, cache_modifier=".cg" if FROM_L2 else "")
         w = tl.load(w_ptr + cols[None, :] * A + k[:, None], mask=col_ok[None, :] & k_ok[:, None], other=0.0)
-        a = operand(a, BFLOAT16, TILE.DOT, TILE.INTERPRETED)
+        a = operand(a, BFLOAT16, TILE)
         if TILE.INTERPRETED:
             w = w.to(tl.float32)
         acc = tl.dot(a, w, acc, input_precision=TILE.DOT)
@@ -127,7 +127,9 @@ def layer_on_tile(
         bias = tl.load(bias_ptr + bias_rows[:, None] + cols[None, :], mask=bias_ok, other=0.0)  # [BM, BN]
     else:
         bias = tl.load(bias_ptr + cols, mask=col_ok, other=0.0)[None, :]  # [1, BN]
-    acc = tl.zeros((TILE.BM, TILE.BN), tl.float32)
+    BM: tl.constexpr = TILE.BM  # in a shape Triton 3.6 takes names of constants, not fields
+    BN: tl.constexpr = TILE.BN
+    acc = tl.zeros((BM, BN), tl.float32)
     if HAS_SIDE:
         a_ptrs, side_ptr = row_ptrs(a, g, rows, n), w.side_ptr + slab * D * A
         acc = add_small_product(acc, a_ptrs, row_ok, side_ptr, cols, col_ok, A, BA, TILE, FROM_L2=FROM_L2)
@@ -149,6 +151,8 @@ def logits_on_tile(
     """Return all D <= BN outputs of a last layer for BM rows of group g: [BM, BN]."""
     col_ok = cols < D
     slab = slab_of(w.slab, g, MEMBERS)
-    logits, w_ptr = tl.zeros((TILE.BM, TILE.BN), tl.float32), w.ptr + slab * D * K
+    BM: tl.constexpr = TILE.BM  # in a shape Triton 3.6 takes names of constants, not fields
+    BN: tl.constexpr = TILE.BN
+    logits, w_ptr = tl.zeros((BM, BN), tl.float32), w.ptr + slab * D * K
     logits = add_product(logits, x, g, rows, n, row_ok, w_ptr, cols, col_ok, K, DUE, TILE, FROM_L2=FROM_L2)
     return logits + tl.load(w.bias_ptr + slab * w.bias_s + cols, mask=col_ok, other=0.0)[None, :]
