@@ -1,4 +1,4 @@
-"""`tdmpc2-fast bench` measures, prints a table, writes rows and draws a picture."""
+"""The command `tdmpc2-fast bench`: measure, print a table, write rows and draw a picture."""
 
 from __future__ import annotations
 

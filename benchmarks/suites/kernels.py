@@ -21,7 +21,7 @@ from tdmpc2_fast.kernels.layers.scalar_head import scalar_head
 from tdmpc2_fast.kernels.layers.tiles import activates_once
 from tdmpc2_fast.kernels.layers.two_hot import Code, two_hot_inv
 from tdmpc2_fast.kernels.plan.buffers import PlanDraws
-from tdmpc2_fast.kernels.plan.mppi import Elites, Rule, Samples, elite_update, sample_actions, shift_mean
+from tdmpc2_fast.kernels.plan.mppi import Elites, Rule, Samples, refine, sample_actions, shift_mean
 from tdmpc2_fast.kernels.plan.mppi_begin import mppi_begin
 from tdmpc2_fast.kernels.plan.mppi_refine import mppi_refine
 from tdmpc2_fast.kernels.plan.noise import plan_runs
@@ -38,7 +38,7 @@ OPS = (
     "two_hot_head",
     "policy_head",
     "first_samples",
-    "elite_update",
+    "refine",
     "plan_noise",
 )
 
@@ -244,7 +244,7 @@ class _Bench(OpBench):
             shape=f"({self._count()}, {d}) by ({d}, {2 * a_dim})",
         )
 
-    def elite_update(self) -> Case:
+    def refine(self) -> Case:
         """Values, elites, mean, std and the next samples."""
         cfg, e, n, h = self.cfg, self.envs, self.cfg.num_samples, self.cfg.horizon
         a_dim, p, k = self.options.actions[0], cfg.num_pi_trajs, cfg.num_elites
@@ -254,11 +254,11 @@ class _Bench(OpBench):
         actions, mean, std = start.clone(), *(torch.empty(e, h, a_dim, device=self.device) for _ in range(2))
         values, scores = torch.empty(e, n, device=self.device), torch.empty(e, k, device=self.device)
         elites = torch.empty(e, k, dtype=torch.int64, device=self.device)
-        limits = Rule(k, cfg.temperature, cfg.min_std, cfg.max_std)
+        rule = Rule.of(cfg)
 
         def fused() -> Tensor:
             samples, best = Samples(actions, mean, std), Elites(values, elites, scores)
-            mppi_refine(scalars, discount, None, samples, None, limits, best, next_noise=noise, pdl=self.pdl)
+            mppi_refine(scalars, discount, None, samples, None, rule, best, next_noise=noise, pdl=self.pdl)
             return actions[:, :, p:]
 
         def returns() -> Tensor:
@@ -267,7 +267,7 @@ class _Bench(OpBench):
             return rewards + weights[:, h:] * (scalars[h] + scalars[h + 1]) / 2
 
         def ours() -> Tensor:
-            _, _, m, s = elite_update(returns(), start, *limits)
+            _, _, m, s = refine(returns(), start, rule)
             return sample_actions(m, s, noise)
 
         def plain() -> Tensor:

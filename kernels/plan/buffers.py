@@ -37,7 +37,7 @@ class PlanSizes(ModelSizes):
     @property
     def rule(self) -> Rule:
         """What elites make of the next distribution."""
-        return Rule(self.num_elites, self.temperature, self.min_std, self.max_std)
+        return Rule.of(self)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ All ops are batched over E environments that never mix (paper, section 3.2 and e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ class Rule(NamedTuple):
     temperature: float  # of the scores
     min_std: float  # least std of a live dimension
     max_std: float
+
+    @classmethod
+    def of(cls, settings: Any) -> Rule:
+        """Take the rule from what has its fields among others: a config, or the sizes of a plan."""
+        return cls(*(getattr(settings, name) for name in cls._fields))
 
 
 class Samples(NamedTuple):
@@ -58,14 +63,8 @@ def sample_actions(mean: Tensor, std: Tensor, noise: Tensor, mask: Tensor | None
     return actions if mask is None else actions.mul_(mask[:, None, None])
 
 
-def elite_update(
-    values: Tensor,
-    actions: Tensor,
-    num_elites: int,
-    temperature: float,
-    min_std: float,
-    max_std: float,
-    mask: Tensor | None = None,
+def refine(
+    values: Tensor, actions: Tensor, rule: Rule, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return elites, their scores, and the new mean and std.
 
@@ -76,16 +75,16 @@ def elite_update(
     """
     values = values.nan_to_num(0)
     order = torch.sort(values, dim=-1, descending=True, stable=True)
-    index = order.indices[:, :num_elites]
-    elite_values = order.values[:, :num_elites]
+    index = order.indices[:, : rule.num_elites]
+    elite_values = order.values[:, : rule.num_elites]
     elites = take_samples(actions, index)
-    score = torch.exp(temperature * (elite_values - elite_values[:, :1]))
+    score = torch.exp(rule.temperature * (elite_values - elite_values[:, :1]))
     score = score / score.sum(-1, keepdim=True)
     weight = score[:, None, :, None]
     norm = score.sum(-1)[:, None, None] + SUM_EPS
     mean = (weight * elites).sum(2) / norm
     std = ((weight * (elites - mean.unsqueeze(2)).square()).sum(2) / norm).sqrt()
-    std = std.clamp(min_std, max_std)
+    std = std.clamp(rule.min_std, rule.max_std)
     if mask is not None:
         mean, std = mean * mask[:, None], std * mask[:, None]
     return index, score, mean, std

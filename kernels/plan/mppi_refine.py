@@ -16,7 +16,7 @@ from torch import Tensor
 from ..device.arithmetic import clamp
 from ..device.launch import await_producers, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 from ..device.pointers import Strided
-from .mppi import SUM_EPS, Elites, Rule, Samples, elite_update, explore, pick_elite, sample_actions, take_samples
+from .mppi import SUM_EPS, Elites, Rule, Samples, explore, pick_elite, refine, sample_actions, take_samples
 from .mppi_begin import check_samples, drawn_from
 
 
@@ -290,7 +290,7 @@ def mppi_refine_reference(
             weight = weight * (torch.sigmoid(termination[t]) <= 0.5)
     returns, best, scores = elites
     returns.copy_(value + weight * ((q0 + q1) / 2))
-    new = elite_update(returns, actions, *rule, mask)
+    new = refine(returns, actions, rule, mask)
     for out, x in zip((best, scores, mean, std), new, strict=True):
         out.copy_(x)
     if next_noise is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tdmpc2_fast.kernels.layers.policy_head import policy_action
-from tdmpc2_fast.kernels.plan.mppi import elite_update, explore, pick_elite, sample_actions, shift_mean, take_samples
+from tdmpc2_fast.kernels.plan.mppi import Rule, explore, pick_elite, refine, sample_actions, shift_mean, take_samples
 
 from ..model.world_model import WorldModel, join
 from ..rng import PlanNoise
@@ -97,7 +97,7 @@ class TorchPlan(PlanBackend):
             trace.record(z=z, pi_actions=actions[:, :, :p])
 
         mean = shift_mean(self.prev_mean, t0)
-        std = torch.full_like(mean, cfg.max_std)
+        std, rule = torch.full_like(mean, cfg.max_std), Rule.of(cfg)
         for i in range(cfg.effective_iterations):
             with annotate("iteration"):
                 samples = sample_actions(mean, std, noise.samples[i], task.mask)
@@ -106,9 +106,7 @@ class TorchPlan(PlanBackend):
                 if prior is not None:
                     rollout = _concat(prior, rollout, per_sample_weight=cfg.episodic)
                 values = self._value(rollout, task, noise.value_eps[i], noise.members[i])
-                elites, score, mean, std = elite_update(
-                    values, actions, cfg.num_elites, cfg.temperature, cfg.min_std, cfg.max_std, task.mask
-                )
+                elites, score, mean, std = refine(values, actions, rule, task.mask)
             if trace is not None:
                 trace.record(actions=actions, values=values, elites=elites, scores=score, means=mean, stds=std)
 

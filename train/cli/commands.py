@@ -170,7 +170,7 @@ def tasks(words: Sequence[str]) -> int:
     for need in sorted({lacks(n) for n in known} - {""}):
         add(f"more of Gymnasium: {need}", (n for n in known if lacks(n) == need))
     for name in dict.fromkeys(PLANNED.values()):
-        add(f"{name}: not in this version", (n for n, suite_name in PLANNED.items() if suite_name == name))
+        add(f"{name}: not in this version", (n for n, suite in PLANNED.items() if suite == name and n not in known))
     if not parts:
         hint = did_you_mean(text, [*known, *PLANNED]) or " tdmpc2-fast tasks lists all."
         raise ConfigError(f"no task has {text!r} in its name.{hint}")

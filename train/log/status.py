@@ -10,12 +10,12 @@ from time import perf_counter
 from typing import Any
 
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.learn.metrics import metric_names
 
 _RATE_SECONDS, _BETWEEN_SAMPLES = 60.0, 0.5
 _PACE_SECONDS, _WORTH_A_LINE = 3.0, 10.0  # until an evaluation's pace is known; how long one is that is told of
 _PARTS = ("environment", "plan", "update", "evaluation")
 _KEPT = ("decisions", "replay", "last_eval", "best_eval", "eval_seconds")
-_LOSSES = ("consistency", "reward", "value", "pi", "termination")
 
 
 class Clock:
@@ -167,8 +167,9 @@ class Status:
     @property
     def losses(self) -> list[tuple[str, float]]:
         """Losses of the last training episode's last update, by short name."""
-        names = _LOSSES if self.cfg.episodic else _LOSSES[:-1]
-        found = ((name, self.row.get(f"{name}_loss")) for name in names)
+        hidden = ("total_loss",) if self.cfg.episodic else ("total_loss", "termination_loss")
+        names = [n for n in metric_names(self.cfg.episodic) if n.endswith("_loss") and n not in hidden]
+        found = ((name.removesuffix("_loss"), self.row.get(name)) for name in names)
         return [(name, value) for name, value in found if value is not None]
 
     @property

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.learn.metrics import metric_names
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.seeds import stream_seed
@@ -171,7 +172,7 @@ class OnlineTrainer:
             episode_length=len(episode),
             episode_terminated=episode.terminated[-1],
         )
-        names = _metric_names(self.cfg.episodic)
+        names = metric_names(self.cfg.episodic)
         known = [k for k in names if k in self.metrics]
         # One copy from the device, not one a metric.
         read = torch.stack([self.metrics[k] for k in known]).tolist() if known else []
@@ -306,9 +307,3 @@ def _about(agent: TDMPC2) -> dict[str, str]:
         backend=f"{agent.backend.name} ({agent.backend.why})",
         threads=str(torch.get_num_threads()),
     )
-
-
-def _metric_names(episodic: bool) -> list[str]:
-    names = ["consistency_loss", "reward_loss", "value_loss", "termination_loss", "total_loss", "grad_norm"]
-    names += ["termination_rate", "termination_f1"] if episodic else []
-    return [*names, "pi_loss", "pi_grad_norm", "pi_entropy", "pi_scaled_entropy", "pi_scale"]

@@ -104,9 +104,9 @@ def test_policy_masks_dead_dimensions() -> None:
     torch.testing.assert_close(policy_action(logits, eps, -10, 2, mask), out.action)
 
 
-class TestEliteUpdate:
+class TestRefine:
     def run(self, values: Tensor, actions: Tensor, k: int = 4, temperature: float = 0.5) -> tuple[Tensor, ...]:
-        return mppi.elite_update(values, actions, k, temperature, 0.05, 2.0)
+        return mppi.refine(values, actions, mppi.Rule(k, temperature, 0.05, 2.0))
 
     def test_scores_sum_to_one_and_mean_lies_among_elites(self) -> None:
         values, actions = torch.randn(3, 20) * 5, torch.rand(3, 2, 20, 4) * 2 - 1

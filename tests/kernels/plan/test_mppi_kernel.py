@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from judge import pooled, within_twice
-from mppi_oracle import MAX_STD, MIN_STD, ULP, Case, Result, exact_update, judge, judge_choice, run
+from mppi_oracle import MAX_STD, MIN_STD, ULP, Case, Result, exact_refinement, judge, judge_choice, run
 from oracle import DEVICE, MARKS
 
 from tdmpc2_fast import TDMPC2
@@ -37,7 +37,7 @@ def test_update_is_as_exact_as_torch(sizes: dict[str, int], episodic: bool) -> N
     got = run(case)
     plain = run(case, mppi_refine_reference)
     within_twice(got.values, plain.values, run(case.double(), mppi_refine_reference).values)
-    wide, narrow = (exact_update(case, got.values, t)[1:] for t in (torch.float64, torch.float32))
+    wide, narrow = (exact_refinement(case, got.values, t)[1:] for t in (torch.float64, torch.float32))
     for x, y, exact in zip((got.scores, got.mean, got.std), narrow, wide, strict=True):
         within_twice(x, y, exact)
 
@@ -238,7 +238,7 @@ def test_a_plan_of_the_planner_in_launches(livened: Callable[[TDMPC2], TDMPC2]) 
             None,
             Samples(actions, mean, std),
             None,
-            Rule(cfg.num_elites, cfg.temperature, cfg.min_std, cfg.max_std),
+            Rule.of(cfg),
             Elites(values, elites, scores),
             next_noise=draws[i + 1] if i < last else None,
             choice=choice if i == last else None,

@@ -138,11 +138,10 @@ def exact_values(case: Case) -> tuple[Tensor, Tensor]:
     return exact, sizes + q
 
 
-def exact_update(case: Case, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def exact_refinement(case: Case, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     mask = None if case.mask is None else case.mask.to(dtype)
-    return mppi.elite_update(
-        values.to(dtype), case.actions.to(dtype), case.num_elites, case.temperature, MIN_STD, MAX_STD, mask
-    )
+    rule = Rule(case.num_elites, case.temperature, MIN_STD, MAX_STD)
+    return mppi.refine(values.to(dtype), case.actions.to(dtype), rule, mask)
 
 
 def judge(case: Case, got: Result) -> None:
@@ -155,9 +154,9 @@ def judge(case: Case, got: Result) -> None:
     error = (got.values.double() - exact).abs()[finite]
     assert (error <= (4 * h + 3) * ULP * sizes[finite]).all()
 
-    assert torch.equal(got.elites, exact_update(case, got.values, torch.float32)[0])
+    assert torch.equal(got.elites, exact_refinement(case, got.values, torch.float32)[0])
     # float64's largest number is another one, so infinities are replaced first.
-    _, score, mean, std = exact_update(case, got.values.nan_to_num(0), torch.float64)
+    _, score, mean, std = exact_refinement(case, got.values.nan_to_num(0), torch.float64)
     # Scores sum to one and actions are at most 1: a dozen roundings, whatever the number of elites.
     tolerance = dict(rtol=0, atol=16 * ULP)
     torch.testing.assert_close(got.scores.double(), score, **tolerance)
