@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from tdmpc2_fast.runtime.backend import matmul_precision, torch_products
+from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.runtime.backend import matmul_precision, resolve_device, torch_products
 
 BACKENDS: Any = torch.backends
 OPS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn)
@@ -85,3 +86,19 @@ def test_products_on_a_cpu_are_left_alone() -> None:
     before = readings()
     with matmul_precision(tiny_config(), torch.device("cpu")):
         assert readings() == before
+
+
+@pytest.mark.parametrize(("there", "kind"), [(True, "cuda"), (False, "cpu")])
+def test_the_device_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, there: bool, kind: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert resolve_device("auto").type == kind
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [resolve_device(name) for name in ("cuda", "cuda:1")] == [torch.device("cuda"), torch.device("cuda", 1)]
+    with pytest.raises(ConfigError, match="got 'cuda:2', allowed: cpu or one of 2 CUDA devices"):
+        resolve_device("cuda:2")
+    for name in ("meta", "gpu"):
+        with pytest.raises(ConfigError, match="allowed: auto, cpu, cuda, cuda:N"):
+            resolve_device(name)

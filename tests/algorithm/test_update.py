@@ -11,6 +11,7 @@ from conftest import filled_buffer, tiny_config, tiny_multitask
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import InputError, NonFiniteError
+from tdmpc2_fast.learn.metrics import termination_statistics
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import UpdateNoise, generator
 
@@ -108,6 +109,19 @@ def test_a_nan_stops_before_parameters_are_touched(cfg: Config, part: str, words
     for key, value in before.items():
         assert torch.equal(value.nan_to_num(7), agent.model.get_parameter(key).nan_to_num(7)), key
     assert not agent.model.training
+
+
+def test_terminations_are_counted_as_by_hand() -> None:
+    prob = torch.tensor([0.9, 0.8, 0.6, 0.5, 0.2, 0.7, 0.1])[:, None]
+    target = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0])[:, None]
+    found = termination_statistics(prob, target)  # 2 of 4 are found, and 2 of the 4 that are predicted are true
+    assert found.keys() == {"termination_rate", "termination_f1"}
+    assert float(found["termination_rate"]) == pytest.approx(4 / 7)
+    assert float(found["termination_f1"]) == pytest.approx(0.5)
+    # 2 of 3 that are predicted, and 2 of 4 that are there.
+    better = termination_statistics(torch.where(target == 0, prob - 0.15, prob), target)
+    assert float(better["termination_f1"]) == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
+    assert float(termination_statistics(prob, torch.zeros(7, 1))["termination_f1"]) == 0
 
 
 def test_wrong_batches_are_named(cfg: Config) -> None:
