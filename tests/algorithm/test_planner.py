@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -324,3 +325,15 @@ def test_pictures_are_pixels() -> None:
     ):
         with pytest.raises(InputError, match=f"obs: got .*{words}"):
             TDMPC2(cfg).act(wrong)
+
+
+def test_times_of_calls_by_a_clock_that_is_known(agent: TDMPC2, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(agent.model)
+    assert planner.stats().calls == 0
+    assert np.isnan(planner.stats()[1:]).all()
+    ticks = (x for call in range(101) for x in (call, call + (1 + call * 37 % 101) / 1000))  # 1 to 101 ms, mixed
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(type(planner._plan), "plan", lambda *_: torch.zeros(1, 2))
+    for _ in range(101):
+        planner.plan(torch.zeros(1, 5))
+    assert planner.stats() == pytest.approx((101, 51, 100))
