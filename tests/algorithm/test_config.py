@@ -217,6 +217,10 @@ ENVS: dict[str, Any] = {
         observation_space=gym.spaces.Dict(state=box(3), rgb=box(3, 64, 64)), action_space=box(2), spec=None,
         max_episode_steps=9,
     ),
+    "one in a process": SimpleNamespace(
+        single_observation_space=box(3), single_action_space=box(2),
+        get_attr=lambda name: {"spec": (SimpleNamespace(max_episode_steps=9),)}[name],
+    ),
     "ours": SimpleNamespace(obs_shape=(3,), action_dim=2, max_episode_steps=9),
 }  # fmt: skip
 

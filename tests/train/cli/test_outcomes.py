@@ -1,0 +1,29 @@
+"""What a sweep says of its runs when they are over."""
+
+from __future__ import annotations
+
+import signal
+
+from tdmpc2_fast.train.cli.sweep import Run, Sweep
+
+
+def test_every_run_has_a_row() -> None:
+    sweep = Sweep([Run(("task=a", f"seed={n}"), f"seed={n}") for n in range(1, 7)])
+    told = dict(mean_return=12.34, std_return=5.06, folder="runs/a/1")
+    ends = [
+        (0, 3725.9, told),
+        (1, 59.9, dict(folder="runs/a/2", error="it broke")),
+        (2, 60.0, dict(error="no folder")),
+        (128 + signal.SIGTERM, 36000.0, dict(folder="runs/a/4")),
+        (-signal.SIGINT, 0.0, {}),
+    ]
+    for outcome, (status, seconds, facts) in zip(sweep.outcomes, ends, strict=False):
+        outcome.status, outcome.seconds, outcome.told = status, seconds, dict(facts)
+    assert sweep.rows() == [
+        ("seed=1", "return 12.3 ± 5.1", "1:02:05", "runs/a/1"),
+        ("seed=2", "failed (1)", "0:00:59", "runs/a/2\nit broke"),
+        ("seed=3", "failed (2)", "0:01:00", "no folder"),
+        ("seed=4", "interrupted", "10:00:00", "runs/a/4"),
+        ("seed=5", "interrupted", "0:00:00", ""),
+        ("seed=6", "not started", "", ""),
+    ]
