@@ -54,8 +54,8 @@ PRODUCT = [
     "train/cli/sweep.py",
     "train/pictures/curves.py",
 ]
-NOT_HERE = re.compile(r"triton|__init__|version|moved|compiling|mujoco_setup|catalogue|trace\.py")
-"""What is on a device, or no logic."""
+NOT_HERE = re.compile(r"triton|flat_model|packing|sizes|__init__|version|moved|compiling|mujoco_setup|catalogue")
+"""What serves kernels or a device only, or is no logic."""
 PLAIN_OPS = ("mppi.py", "two_hot.py", "policy_head.py", "normed_linear.py", "activations.py")
 """Files of `kernels/` without kernels; of the others only the references are mutated."""
 REFERENCES = r"_reference$"

@@ -1,4 +1,4 @@
-"""An episode as it is recorded, and what an evaluation says of several."""
+"""An episode as it is recorded, and as it is played again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 
 from tdmpc2_fast.train.envs.base import Step
 from tdmpc2_fast.train.run.episode import Episode
-from tdmpc2_fast.train.run.evaluate import Evaluation
 
 FIRST = np.array([0.0, 0.0, 0.0], np.float32)
 ACTIONS = [np.array(a, np.float32) for a in ([0.1, 0.2], [0.3, 0.4], [0.5, 0.6])]
@@ -60,9 +59,3 @@ def test_an_episode_is_played_again_only_where_the_same_comes_of_it() -> None:
     assert Episode.replayed(kept, [start._replace(obs=FIRST - 1), *STEPS]) is None
     with pytest.raises(ValueError, match="zip"):
         Episode.replayed(kept, [start, *STEPS[:2]])
-
-
-def test_mean_and_standard_deviation_of_an_evaluation() -> None:
-    found = Evaluation([1.0, 2.0, 6.0], [0.0] * 3, [5] * 3)
-    assert found.mean_return == pytest.approx(3.0)
-    assert found.std_return == pytest.approx((14 / 3) ** 0.5)

@@ -1,0 +1,68 @@
+"""An evaluation of episodes whose rewards are known, one after another and side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scripted_env
+from conftest import TINY
+
+from tdmpc2_fast import TDMPC2, Planner
+from tdmpc2_fast.train.run.evaluate import Evaluation, Evaluator
+
+
+class Known(scripted_env.Scripted):
+    """Decision n gives 10**n; environment k ends after k + 1 decisions, or 5, and tells its success then."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k)
+        self.k, self.begun = k, 0
+
+    def reset(self) -> Any:
+        self.begun += 1
+        return super().reset()
+
+    def step(self, action: Any) -> Any:
+        obs, *_ = super().step(np.full(2, 0.1, np.float32))
+        last = self._decisions > self.k
+        ends = (last, False) if self.k % 2 else (False, last)
+        return obs, 10.0**self._decisions, *ends, {"success": self.begun / 8 if last or self._decisions == 5 else 0.5}
+
+
+def evaluator(episodes: int, width: int = 1, **changes: Any) -> Evaluator:
+    cfg = scripted_env.config(1, eval_episodes=episodes, device="cpu", mpc=False, task="Pendulum-v1", **TINY, **changes)
+    agent = TDMPC2(cfg)
+    made = Evaluator(agent)
+    made.close()
+    made.envs = [Known(k) for k in range(min(episodes, 16))]
+    made.planner = Planner(agent.model, width)
+    return made
+
+
+RETURNS = [10.0, 110.0, 1110.0, 11110.0, 111110.0, 111110.0]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 6])
+def test_returns_lengths_and_successes_are_those_of_the_episodes(width: int) -> None:
+    told: list[tuple[int, int]] = []
+    evaluation = evaluator(6, width)
+    found = evaluation.run(busy=lambda done, total: told.append((done, total)))
+    assert found == Evaluation(RETURNS, [1 / 8] * 6, [1, 2, 3, 4, 5, 5])
+    assert [env.begun for env in evaluation.envs] == [1] * 6  # type: ignore[attr-defined]
+    rounds, longest = 6 // width, [[1, 2, 3, 4, 5, 5][i : i + width][-1] for i in range(0, 6, width)]
+    assert told == [(5 * i + n, 5 * rounds) for i in range(rounds) for n in range(1, longest[i] + 1)]
+
+
+def test_the_seventeenth_episode_is_the_first_environments_again() -> None:
+    evaluation = evaluator(18)
+    found = evaluation.run()
+    assert found.lengths == [1, 2, 3, 4, *[5] * 12, 1, 2]
+    assert found.successes == [1 / 8] * 16 + [2 / 8] * 2
+
+
+def test_mean_and_standard_deviation() -> None:
+    found = Evaluation([1.0, 2.0, 6.0], [0.0] * 3, [5] * 3)
+    assert found.mean_return == pytest.approx(3.0)
+    assert found.std_return == pytest.approx((14 / 3) ** 0.5)
