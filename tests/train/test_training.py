@@ -15,6 +15,7 @@ from conftest import TINY
 from tdmpc2_fast import TDMPC2, Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.train.envs import make_env
 from tdmpc2_fast.train.envs.together import InProcess
 from tdmpc2_fast.train.run import lifecycle as runs
 from tdmpc2_fast.train.run.checkpoints import trained
@@ -66,6 +67,25 @@ def test_official_schedule_with_one_environment(tmp_path: Path) -> None:
     assert float(train[1]["consistency_loss"]) > 0
     agent = load(tmp_path / "checkpoints" / "latest", device="cpu")
     assert all(torch.equal(v, weights(trainer)[k]) for k, v in tensors_only(agent.model.state_dict()).items())
+
+
+def test_the_replay_holds_what_the_environment_gave(tmp_path: Path) -> None:
+    trainer = run(tmp_path, seed_steps=1000, steps=84, eval_freq=1000, eval_episodes=1, mpc=False)
+    kept = trainer.buffer.steps(0, 82)
+    env = make_env(trainer.cfg, trainer.cfg.seed)
+    totals = []
+    for start in (0, 41):
+        obs, *seen = env.reset(), *(env.step(a.numpy()) for a in kept["action"][start + 1 : start + 41])
+        assert kept["action"][start].isnan().all()
+        assert np.array_equal(kept["obs"][start : start + 41].numpy(), np.stack([obs, *(o for o, *_ in seen)]))
+        rewards = np.array([r for _, r, *_ in seen], np.float32)
+        assert np.array_equal(kept["reward"][start + 1 : start + 41].numpy(), rewards)
+        totals.append(float(rewards.sum()))
+    assert not kept["terminated"].any()
+    logged = rows(tmp_path / "train.csv")
+    assert [float(r["episode_reward"]) for r in logged] == pytest.approx(totals, abs=0.01)
+    columns = ("episode", "episode_length", "episode_terminated", "episode_success")
+    assert [tuple(float(r[c]) for c in columns) for r in logged] == [(1, 40, 0, 0), (2, 40, 0, 0)]
 
 
 def test_several_environments_share_the_loop(tmp_path: Path) -> None:
