@@ -256,7 +256,7 @@ class Map:
 
     def tests_of(self, mutant: Mutant) -> list[str]:
         """Return the tests to run, the most promising first."""
-        for first, last in (mutant.lines, mutant.scope, (1, 10_000)):
+        for first, last in (mutant.lines, mutant.scope):
             names = {name for line in range(first, last + 1) for name in self.of_line[mutant.file, line]}
             if names:
                 break

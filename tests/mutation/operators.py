@@ -46,7 +46,7 @@ class Mutant:
     new: str
     what: str
     lines: tuple[int, int]
-    """First and last line of the statement, or of the condition, around it."""
+    """First and last line of the statement, or of the condition, around it; more for what imports run."""
     scope: tuple[int, int]
     """First and last line of the function around it, or of the file."""
 
@@ -62,7 +62,7 @@ class _Finder:
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
         self.found: list[Mutant] = []
-        self.scope = (1, len(self.starts) - 1)
+        self.scope = self.all = (1, len(self.starts) - 1)
         self.lines = (0, 0)
 
     def _at(self, line: int, column: int) -> int:
@@ -78,7 +78,7 @@ class _Finder:
 
     def _add(self, start: int, stop: int, new: str, what: str) -> None:
         line = sum(1 for s in self.starts if s <= start)
-        first, last = self.lines
+        first, last = self.all if self.scope == self.all else self.lines  # imports run it, in no test
         lines = (min(first, line), max(last, line))
         self.found.append(Mutant(self.file, line, start, stop, new, what, lines, self.scope))
 
@@ -174,12 +174,12 @@ class _Finder:
         if "jit" in decorators or "overload" in decorators or node.name in ("__repr__", "__str__"):
             return
         outer = self.scope
-        if self.only and outer == (1, len(self.starts) - 1) and not self.only.search(node.name):
+        if self.only and outer == self.all and not self.only.search(node.name):
             return
         self.scope = (node.lineno, node.end_lineno or node.lineno)
         for default in [*node.args.defaults, *node.args.kw_defaults]:
             if default is not None:
-                self.lines = (default.lineno, default.lineno)
+                self.lines = self.scope  # an import runs the default itself
                 self.expression(default)
         self.body(node.body)
         self.scope = outer
