@@ -333,7 +333,7 @@ def judge(mutant: Mutant, lines: Map, clock: int, seconds: float, most: int) -> 
         os.utime(path, (clock, clock))  # of its own, so that no bytecode of another mutant counts as this one's
         for some in (first, [name for name in chosen if name not in set(first)]):
             if some and not caught:
-                caught = attempt(some, 40 + 5 * sum(lines.tests[name]["seconds"] for name in some))
+                caught = attempt(some, 20 + 2 * sum(lines.tests[name]["seconds"] for name in some))
     finally:
         path.write_bytes(source)
         os.utime(path, (clock + 1, clock + 1))

@@ -62,6 +62,22 @@ def test_the_seventeenth_episode_is_the_first_environments_again() -> None:
     assert found.successes == [1 / 8] * 16 + [2 / 8] * 2
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_an_episode_that_fails_is_played_again_in_another_environment(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = evaluator(6, width, on_env_error="drop")
+    before, notes = list(evaluation.envs), []
+    monkeypatch.setattr(before[3], "step", lambda action: 1 / 0)
+    monkeypatch.setattr("tdmpc2_fast.train.run.evaluate.make_env", lambda cfg, seed: Known(0))
+    found = evaluation.run(warn=notes.append)
+    # Two side by side: the fourth is missing, and the first two are played again to make up for it.
+    assert found.lengths == [1, 2, 3, 5, 5, 1]
+    assert [a is b for a, b in zip(evaluation.envs, before, strict=True)] == [True] * 3 + [False] + [True] * 2
+    assert len(notes) == 1
+    assert "environment 3: ZeroDivisionError" in notes[0]
+
+
 def test_mean_and_standard_deviation() -> None:
     found = Evaluation([1.0, 2.0, 6.0], [0.0] * 3, [5] * 3)
     assert found.mean_return == pytest.approx(3.0)
