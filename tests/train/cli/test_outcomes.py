@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+from typing import Any
+
+from conftest import TINY
 
 from tdmpc2_fast.train.cli.sweep import Run, Sweep
+from tdmpc2_fast.train.run import lifecycle
 
 
 def test_every_run_has_a_row() -> None:
@@ -27,3 +32,22 @@ def test_every_run_has_a_row() -> None:
         ("seed=5", "interrupted", "0:00:00", ""),
         ("seed=6", "not started", "", ""),
     ]
+
+
+def told(folder: Path, **changes: Any) -> tuple[int, dict[str, Any]]:
+    """Exit status of a run of a few decisions, and what it told its sweep."""
+    facts: dict[str, Any] = {}
+    keys = dict(task="Pendulum-v1", episode_length=5, seed_steps=5, eval_episodes=1, mpc=False, work_dir=str(folder))
+    keys |= dict(device="cpu", num_threads=1, save_csv=False, tensorboard=False)
+    return lifecycle.start({**TINY, **keys, **changes}, tell=facts.update), facts
+
+
+def test_a_run_tells_its_sweep_what_came_of_it(tmp_path: Path) -> None:
+    status, facts = told(tmp_path / "a", steps=8)
+    assert status == 0
+    assert facts.keys() == {"folder", "mean_return", "std_return"}
+    assert facts["folder"] == str(tmp_path / "a")
+    assert facts["mean_return"] < 0 == facts["std_return"]
+    status, facts = told(tmp_path / "b", steps=4)
+    assert status == 1
+    assert facts["error"].startswith("nothing was learned: steps=4, and the first update comes after")
