@@ -12,6 +12,7 @@ from conftest import GOLDEN, tiny_config, tiny_multitask
 from tdmpc2_fast import TDMPC2, Config, WorldModel
 from tdmpc2_fast.config import task_embedding_dim
 from tdmpc2_fast.errors import ConfigError, InputError
+from tdmpc2_fast.model.task_embedding import look_up
 
 COUNTS = json.loads((GOLDEN / "param_counts.json").read_text())["counts"]
 INIT = json.loads((GOLDEN / "init_stats.json").read_text())
@@ -164,6 +165,16 @@ def test_task_lookup_renormalises_only_the_rows_looked_up() -> None:
         model.encode(torch.randn(1, 5), 1)
     norms = model._task_emb.weight.detach().norm(dim=-1)
     torch.testing.assert_close(norms, torch.tensor([2.0, 1.0, 2.0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("task", [[3, 0, 3, 1, 4], [[0, 1], [4, 4], [3, 3]], 1])
+def test_task_lookup_is_torchs_embedding(task: Any) -> None:
+    index, weight = torch.tensor(task), torch.randn(5, 3, dtype=torch.float64)
+    weight[0], weight[4] = torch.tensor([0.0, 1.0, 0.0]), 0.1  # of norm 1 exactly, and below
+    expected = weight.clone()
+    rows = torch.nn.functional.embedding(index, expected, max_norm=1.0)
+    torch.testing.assert_close(look_up(weight, index.flatten()).view(rows.shape), rows, rtol=1e-12, atol=0)
+    torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
 
 
 def test_wrong_use_is_named() -> None:
