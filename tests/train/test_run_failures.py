@@ -129,7 +129,7 @@ def begun(folder: Path, keep: int = 2, saves: int = 3, **changes: Any) -> Run:
     run = Run(folder, keep, **changes)
     for _ in range(saves):
         run.grow()
-        run.save()
+        assert run.save() == run.checkpoints.last()
     run.checkpoints.mark_best()
     return run
 
