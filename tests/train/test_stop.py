@@ -14,7 +14,8 @@ from tdmpc2_fast.train.run.stop import SIGNALS, Stop, Stopped
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    before = {s: signal.getsignal(s) for s in SIGNALS}
+    """Handlers of the tests' own at first: what a shell begins in the background ignores Ctrl-C."""
+    before = {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
     yield
     for s, handler in before.items():
         signal.signal(s, handler)
