@@ -273,3 +273,22 @@ def test_what_is_no_episode_or_no_buffer_is_named(agent: TDMPC2) -> None:
             ReplayBuffer(agent.cfg).add(wrong)  # type: ignore[arg-type]
         with pytest.raises(InputError, match=r"buffer: got .*, allowed: a ReplayBuffer"):
             agent.update(wrong)  # type: ignore[arg-type]
+
+
+def test_what_kernels_draw_from_follows_the_buffer(cfg: Config) -> None:
+    buffer = ReplayBuffer(cfg.replace(buffer_size=50))
+    seen = []
+    for i, length in enumerate((20, 3, 15, 20)):  # the second is too short, and the last overwrites some of the first
+        buffer.add(random_episode(cfg, length, seed=i))
+        found = buffer.on_device()
+        assert found is not None
+        rows = found.table[: int(found.count)].tolist()
+        assert (len(rows), int(found.first)) == (buffer.num_sampleable, 0)
+        seen.append((found.table.data_ptr(), found.count.data_ptr(), rows))
+    assert [rows for *_, rows in seen] == [
+        [[0, 20]],
+        [[0, 20]],
+        [[0, 20], [23, 15]],
+        [[8, 12], [23, 15], [38, 20]],
+    ]
+    assert len({addresses[:2] for addresses in seen}) == 1
