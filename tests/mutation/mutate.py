@@ -1,6 +1,6 @@
 """Says which small changes of the product no test notices; run by hand, see `--help`.
 
-    python tests/mutation/mutate.py map                     # runs the tests once: which test runs which line
+    python tests/mutation/mutate.py map                     # runs tests once: which runs which line
     python tests/mutation/mutate.py run --each 12 --seed 1  # tries twelve mutants of every file
     python tests/mutation/mutate.py run --files replay --each 1000 --minutes 10
     python tests/mutation/mutate.py show                    # share caught, and what survived
@@ -8,8 +8,9 @@
 A mutant is one edit in a copy of the tree, `build/mutation/tree`, so that processes which tests start run it, too. Of
 the tests that run the mutated line the quick ones that run little else come first; the first failure, or a hang, has
 caught it. A parent that has imported torch and the like, and nothing of the product, forks a child for each mutant.
-After a change of the product the map is made again; it needs the package coverage. An interrupted `map` keeps what it
-has, and `map TESTS` adds to what is there.
+After a change of the product the map is made again; it needs the package coverage and takes a few times as long as the
+tests. `map TESTS` adds to what is there, and PYTEST_ADDOPTS='-k "not triton"' leaves out what is interpreted. Read
+what has survived: it changes nothing, or needs a test that was not mapped or takes too long, or a check is missing.
 """
 
 from __future__ import annotations
