@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scripted_env
 
-from tdmpc2_fast.train.envs.base import EnvError, Failures, Step, env_seed
+from tdmpc2_fast.train.envs.base import EnvError, Failures, Step, close_all, env_seed
 
 ERROR = ZeroDivisionError("the\nphysics are broken")
 
@@ -66,3 +66,19 @@ def test_seeds_of_environments_are_what_they_always_were() -> None:
     many = [env_seed(7, i, n) for i in range(20) for n in range(20)]
     assert len(set(many)) == 400
     assert max(many) < 2**31
+
+
+def test_every_environment_is_closed_whatever_another_does(caplog: pytest.LogCaptureFixture) -> None:
+    closed: list[int] = []
+
+    class Closing(scripted_env.Scripted):
+        def close(self) -> None:
+            closed.append(self._name)
+            if self._name == 2:
+                raise ERROR
+
+    close_all([Closing(n) for n in (1, 2, 3)])
+    assert closed == [1, 2, 3]
+    assert [r.getMessage() for r in caplog.records] == [
+        "an environment could not be closed: ZeroDivisionError: the physics are broken"
+    ]
