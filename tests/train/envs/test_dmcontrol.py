@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from tdmpc2_fast import Config
+from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.envs import make_env
+from tdmpc2_fast.train.envs.base import RenderError
 from tdmpc2_fast.train.envs.dmcontrol import DMControl
 
 pytest.importorskip("dm_control")
@@ -49,3 +51,12 @@ def test_the_camera_is_the_official_one(task: str, camera: int) -> None:
     env = make_env(Config(task=task), 1)
     assert env.camera_id == camera  # type: ignore[attr-defined]
     assert env.frames_per_second == pytest.approx(25)  # one decision is two control steps of 0.02 s
+
+
+def test_pixels_need_a_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_here(self: DMControl, width: int, height: int) -> None:
+        raise RenderError("no driver")
+
+    monkeypatch.setattr(DMControl, "render", none_here)
+    with pytest.raises(ConfigError, match="'obs': 'rgb' needs a renderer; no driver"):
+        make_env(Config(task="pendulum-swingup", obs="rgb"), 1)
