@@ -1,1 +1,1 @@
-"""What is measured: a file a suite of `tdmpc2-fast bench`."""
+"""What is measured: one file for each suite of `tdmpc2-fast bench`."""

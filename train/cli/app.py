@@ -1,7 +1,6 @@
 """The commands by name, their help, and their completion in a shell.
 
-To add one: write its body, which takes the words after the name and returns the exit status,
-and put a `Words` into `COMMANDS`. Packages on higher floors add theirs by an entry point
+CONTRIBUTING.md says how to add one. Packages on higher floors add theirs by an entry point
 (group `tdmpc2_fast.commands`), which gets the words as they came.
 """
 

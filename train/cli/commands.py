@@ -1,6 +1,6 @@
 """What the commands do. Each takes the words after its name and returns the exit status.
 
-What takes a second to import is imported where the words have turned out to be right.
+Slow imports happen only after the words have been checked.
 """
 
 from __future__ import annotations

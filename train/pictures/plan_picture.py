@@ -106,7 +106,7 @@ def plan_picture(
         out: a name ending in `.png` or `.svg`; a file of this name is replaced.
         env_index: which of the E plans is drawn.
         title: what the picture is of.
-        frame: a picture of the environment at this decision, in any form `pictures.rgb` takes.
+        frame: a picture of the environment at this decision, in any form that `frames.rgb` takes.
         dims: action dims to show, from 0; default the first three.
 
     Raises:

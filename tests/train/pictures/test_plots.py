@@ -107,7 +107,7 @@ class TestPictures:
         code = f"""
 import sys, matplotlib
 from pathlib import Path
-from tdmpc2_fast.train.plots import plot_runs
+from tdmpc2_fast.train.pictures.plots import plot_runs
 assert not {{"scipy", "matplotlib.figure"}} & set(sys.modules)
 matplotlib.rcParams["axes.facecolor"] = "red"
 settings = lambda: {{k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}}
