@@ -70,7 +70,7 @@ def test_official_schedule_with_one_environment(tmp_path: Path) -> None:
 
 
 def test_the_replay_holds_what_the_environment_gave(tmp_path: Path) -> None:
-    trainer = run(tmp_path, seed_steps=1000, steps=84, eval_freq=1000, eval_episodes=1, mpc=False)
+    trainer = run(tmp_path, episode_length=40, seed_steps=1000, steps=84, eval_freq=1000, eval_episodes=1, mpc=False)
     kept = trainer.buffer.steps(0, 82)
     env = make_env(trainer.cfg, trainer.cfg.seed)
     totals = []
