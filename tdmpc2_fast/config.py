@@ -1,7 +1,7 @@
 """The one configuration of the project: a frozen, validated dataclass with the official names.
 
 Names, defaults and model sizes are those of the official TD-MPC2 `config.yaml`; keys that
-exist only here are grouped at the end. Lengths are counted in *decisions*: one call of the
+exist only here come last or with what they change. Lengths are counted in *decisions*: one call of the
 planner, however often the environment repeats the action.
 """
 

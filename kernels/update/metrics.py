@@ -19,14 +19,17 @@ class Loss(NamedTuple):
     """A part of the world model's loss, of `groups` times H rows; its name is that of its metric."""
 
     name: str
-    coef: float  # what the metric counts in the total
+    coef: float  # how much the metric weighs in the total
     groups: int
-    weight: Tensor  # (H,) what the loss of one entry of a row counts in the total, for the gradient
-    share: Tensor  # (H,) what the mean over a row counts in the metric
+    weight: Tensor  # (H,) how much the loss of one entry of a row weighs in the total, for the gradient
+    share: Tensor  # (H,) how much the mean over a row weighs in the metric
 
 
 def world_losses(s: UpdateSizes) -> list[Loss]:
-    """Return the parts of the world model's loss, in the order of their rows (paper, eq. 3)."""
+    """Return the parts of the world model's loss, in the order of their rows (paper, eq. 3).
+
+    Reward and values are neighbours: their heads share a launch, and so a slice of the rows.
+    """
     h, b, q = s.horizon, s.batch, s.num_q
     rho, one = _decay(s)[:h], torch.ones(h)
     c, r, v, t = s.consistency_coef, s.reward_coef, s.value_coef, s.termination_coef
@@ -40,7 +43,7 @@ def world_losses(s: UpdateSizes) -> list[Loss]:
 
 
 def _decay(s: UpdateSizes) -> Tensor:
-    """Return what each of H+1 steps counts: (H+1,)."""
+    """Return how much each of H+1 steps weighs: (H+1,)."""
     return s.rho ** torch.arange(s.horizon + 1, dtype=torch.float32)
 
 

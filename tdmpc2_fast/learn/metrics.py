@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # commands that only show names do without torch
 
 
 def metric_names(episodic: bool) -> list[str]:
-    """Return the official names of all metrics of an update, in the order of a log's columns."""
+    """Return the names of all metrics of an update, in the order of a log's columns; those of losses end in `_loss`."""
     names = ["consistency_loss", "reward_loss", "value_loss", "termination_loss", "total_loss", "grad_norm"]
     names += ["termination_rate", "termination_f1"] if episodic else []
     return [*names, "pi_loss", "pi_grad_norm", "pi_entropy", "pi_scaled_entropy", "pi_scale"]
