@@ -101,6 +101,7 @@ NOT_HERE = {
     r"make ": "sets up .venv and takes minutes; that make knows what to do is tried",
     r"eval \"\$\(_TDMPC2|_TDMPC2": "shells, of which tests/train/cli/test_app.py tries bash",
     r"python tests/golden_check|python benchmarks/|python -m tdmpc2_fast\.benchmarks": "have tests of their own",
+    r"python tests/mutation/": "takes hours",
     r"python train\.py": "the official code",
     r".*\[.+\.\.\.\]": "says what may stand there",
 }

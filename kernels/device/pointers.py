@@ -22,7 +22,7 @@ class Strided(NamedTuple):
 
 
 class Slab(NamedTuple):
-    """Slab of group g of a packed layer: base + step g, or base + members[step g]."""
+    """Says which slab of a packed layer group g uses: base + step g, or base + members[step g]."""
 
     members_ptr: Any
     base: Any

@@ -61,7 +61,7 @@ class Tile:
 
 
 # A100-and-newer shapes by precision, widest first; registers and shared memory of each are in the
-# compile report (report.py). Narrower than 64 x 64, eight warps are there because four spill on an
+# compile report (inspect/report.py). Narrower than 64 x 64, eight warps are there because four spill on an
 # A100; so does a 128 x 128 tile of bfloat16 that adds nothing but an action to a bias.
 _LATENCY = {
     "bfloat16": (Tile(64, 64, 64, 8), Tile(32, 64, 64, 8), Tile(32, 32, 128), Tile(16, 32, 128)),

@@ -53,7 +53,7 @@ class PlanChain:
         device: where the buffers are.
         throughput: whether an activation gets a launch of its own; None lets the table decide.
         persistent: multiprocessors to use for one launch an iteration in place of a chain of
-            small ones (persistent.py); 0: the chain.
+            small ones (experiments/persistent.py); 0: the chain.
         annotate: makes a named range for profilers.
     """
 
