@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..device.arithmetic import clamp
 from ..device.launch import await_producers, cdiv, check_tensor, jit, launch, pow2, tl
+from ..device.reference import reference_of
 from .mppi import Samples, sample_actions, shift_mean
 
 
@@ -133,15 +134,9 @@ def mppi_begin(
     )
 
 
+@reference_of(mppi_begin)
 def mppi_begin_reference(
-    prev_mean: Tensor,
-    t0: Tensor,
-    noise: Tensor,
-    mask: Tensor | None,
-    max_std: float,
-    out: Samples,
-    *,
-    pdl: bool = False,
+    prev_mean: Tensor, t0: Tensor, noise: Tensor, mask: Tensor | None, max_std: float, out: Samples
 ) -> None:
     """Do as `mppi_begin` in plain torch, in the type of the arguments."""
     actions, mean, std = out

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..device.arithmetic import clamp
 from ..device.launch import await_producers, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
 from ..device.pointers import Strided
+from ..device.reference import reference_of
 from .mppi import SUM_EPS, Elites, Rule, Samples, explore, pick_elite, refine, sample_actions, take_samples
 from .mppi_begin import check_samples, drawn_from
 
@@ -266,6 +267,7 @@ def mppi_refine(
     )
 
 
+@reference_of(mppi_refine)
 def mppi_refine_reference(
     scalars: Tensor,
     discount: Tensor,
@@ -274,10 +276,8 @@ def mppi_refine_reference(
     mask: Tensor | None,
     rule: Rule,
     elites: Elites,
-    *,
-    next_noise: Tensor | None = None,
-    choice: Choice | None = None,
-    pdl: bool = False,
+    next_noise: Tensor | None,
+    choice: Choice | None,
 ) -> None:
     """Do as `mppi_refine` in plain torch, in the type of the arguments."""
     actions, mean, std = samples

@@ -41,6 +41,7 @@ from ..device.launch import (
     pow2,
     tl,
 )
+from ..device.reference import reference_of
 
 _MAX_PARTIALS = 1024
 _NORM_BLOCK = 2048
@@ -280,7 +281,8 @@ def squared_norm(grad: Tensor, partials: Tensor, step: Tensor, *, pdl: bool = Fa
     )
 
 
-def squared_norm_reference(grad: Tensor, partials: Tensor, step: Tensor, *, pdl: bool = False) -> None:
+@reference_of(squared_norm)
+def squared_norm_reference(grad: Tensor, partials: Tensor, step: Tensor) -> None:
     """Do as `squared_norm` in plain torch, in the type of the arguments."""
     n, p = grad.numel(), partials.numel()
     size = cdiv(cdiv(n, _NORM_BLOCK), p) * _NORM_BLOCK
@@ -335,8 +337,9 @@ def adam_step(flat: FlatParameters, rates: Rates, target: FlatTarget | None, out
     )
 
 
+@reference_of(adam_step)
 def adam_step_reference(
-    flat: FlatParameters, rates: Rates, target: FlatTarget | None, outcome: Outcome, *, how: How
+    flat: FlatParameters, rates: Rates, target: FlatTarget | None, outcome: Outcome, how: How
 ) -> None:
     """Do as `adam_step` in plain torch, in the type of the arguments."""
     param, exp_avg, exp_avg_sq = flat.param, flat.exp_avg, flat.exp_avg_sq

@@ -24,6 +24,7 @@ from ..device.arithmetic import store_rounded
 from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
 from ..device.philox import check_state, four_words, stream_words
 from ..device.pointers import Strided
+from ..device.reference import reference_of
 
 _STREAM = 22
 # Entries of an observation a program takes.
@@ -238,9 +239,8 @@ def draw_slices(
     )
 
 
-def draw_slices_reference(
-    state: Tensor, replay: DeviceReplay, out: Slices, *, starts: Tensor | None = None, pdl: bool = False
-) -> None:
+@reference_of(draw_slices)
+def draw_slices_reference(state: Tensor, replay: DeviceReplay, out: Slices, starts: Tensor | None) -> None:
     """Do as `draw_slices` in plain torch: the same slices, bit for bit."""
     h, b, c = _check_slices(state, replay, out, starts)
     steps, table = replay.steps, replay.table
