@@ -302,7 +302,7 @@ def check_replay(name: str, livened: Liven) -> None:
     agent, update = first_update(name, livened)
     u = update.chain
     kept = [u.world.param, u.world.exp_avg, u.world.exp_avg_sq, u.world.grad, u.world.step, u.policy.param]
-    kept += [u.policy.exp_avg, u.policy.exp_avg_sq, u.policy.step, u.target, u.state.scale, u.inputs.rng]
+    kept += [u.policy.exp_avg, u.policy.exp_avg_sq, u.policy.step, u.target.param, u.state.scale, u.inputs.rng]
     batch = random_batch(agent.cfg, GPU, 1)
     before = [x.clone() for x in kept]
     metrics = agent.updater.step(batch)
