@@ -24,12 +24,13 @@ class Moved(MetaPathFinder, InspectLoader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Return the module itself, as imported by its new name."""
         module = import_module(_place(spec.name) or "")
-        self._own = module.__spec__
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Leave the module the spec that it was executed with."""
-        module.__spec__ = self._own
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
 
     def get_code(self, fullname: str) -> CodeType:
         """Return what `python -m` runs: the module by its new name."""

@@ -95,7 +95,6 @@ def test_parameters_put_in_place_of_others_are_seen(model: WorldModel) -> None:
 
 
 @pytest.mark.usefixtures("plain_copies")
-@pytest.mark.parametrize("model", ["single"], indirect=True)
 def test_other_contents_at_an_address_seen_before_are_seen(model: WorldModel) -> None:
     """A parameter replaced twice between two plans may come to lie where the first one lay."""
     module, (width,) = model._reward[0], model._reward[0].bias.shape  # type: ignore[index, union-attr]
