@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ if REHEARSED:
 
     rehearsal.begin()
     ON_GPU = True
+if not ON_GPU and find_spec("triton"):
+    import interpreter  # noqa: F401
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 
