@@ -28,7 +28,7 @@ if REHEARSED:
 
     rehearsal.begin()
     ON_GPU = True
-if not ON_GPU and find_spec("triton"):
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     import interpreter  # noqa: F401
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer

@@ -18,7 +18,7 @@ from typing import Any
 
 IMPORTED = (
     *("gymnasium.envs.classic_control", "matplotlib.pyplot", "scipy.stats", "tensorboard.summary.writer.record_writer"),
-    *("tensorboard.compat.proto.event_pb2", "torch._dynamo", "triton", "tdmpc2_fast.train.run.lifecycle"),
+    *("tensorboard.compat.proto.event_pb2", "torch._dynamo", "interpreter", "tdmpc2_fast.train.run.lifecycle"),
 )
 """What a run imports; each takes long."""
 

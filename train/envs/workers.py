@@ -34,7 +34,6 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -379,7 +378,7 @@ def _work(
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    torch.set_num_threads(1)  # the cores are the other environments'
+    _compute_on_one_core()
     with contextlib.suppress(OSError):  # a trainer that is gone already is noticed below
         pipe.send(_BEGUN)
     obey: _Obey | None = None
@@ -395,6 +394,16 @@ def _work(
             pipe.send((error, answer))
     if obey is not None:
         obey.close()
+
+
+def _compute_on_one_core() -> None:
+    """Leave the other cores to the other environments, should one of them compute with torch.
+
+    This module does not import it: of a process that only steps a simulator it would be most of the memory.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def _leave_with_parent() -> None:
