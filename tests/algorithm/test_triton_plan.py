@@ -73,7 +73,7 @@ CONFIGS = dict(
     one_sample=small(num_samples=1, num_elites=1, num_pi_trajs=1),
     episodic=small(episodic=True),
     horizon_1=small(horizon=1),
-    long=small(horizon=4),
+    long=small(horizon=6),
     deep_encoder=small(num_enc_layers=4),
     symlog=small(num_bins=1),
     plain_regression=small(num_bins=0),
