@@ -75,6 +75,19 @@ def make(cfg: Config, seed: int) -> Scripted:
     return Scripted(seed)
 
 
+class Computing(Scripted):
+    """An environment that computes with torch; observations tell in how many threads."""
+
+    def _observe(self) -> NDArray[np.float32]:
+        import torch
+
+        return np.full(4, torch.get_num_threads(), np.float32)
+
+
+def make_computing(cfg: Config, seed: int) -> Scripted:
+    return Computing(seed)
+
+
 def make_dying(cfg: Config, seed: int) -> Scripted:
     os._exit(9)
 

@@ -231,6 +231,18 @@ def test_a_signal_to_all_processes_is_the_trainers_to_answer(healthy: tuple[Work
     assert notes == []
 
 
+def test_a_process_has_torch_only_if_an_environment_has_and_then_one_thread(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    envs = made(2, 1)
+    envs.reset([0, 1])
+    (pid,) = pids_of(envs)
+    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+    found = made(2, 1, scripted_env.make_computing).reset([0, 1])
+    assert [x[0] for x in found.values()] == [1, 1]
+
+
 ORPHANS = """
 import signal, sys
 import numpy as np, scripted_env
