@@ -123,6 +123,7 @@ def evaluate(words: Sequence[str]) -> int:
     values = keys.parse(words, presets=False)
     paths += [values["checkpoint"]] if values.get("checkpoint") else []
     given = _only(paths, "eval CHECKPOINT [key=value ...]")
+    from ..log.status import returned
     from ..run.evaluate import Evaluator
 
     path, agent = _agent(given, values)
@@ -141,9 +142,7 @@ def evaluate(words: Sequence[str]) -> int:
         evaluator.close()
     for i, (value, length) in enumerate(zip(found.returns, found.lengths, strict=True)):
         print(f"episode {i:3}  return {value:8.1f}  decisions {length}")
-    print(
-        f"{agent.cfg.task}: return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes"
-    )
+    print(f"{agent.cfg.task}: {returned(found.mean_return, found.std_return, len(found.returns))}")
     if video is not None and video.exists():
         print(video)
     return 0

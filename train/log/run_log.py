@@ -12,7 +12,7 @@ from tdmpc2_fast.model.files import replacing
 
 from .display import choose
 from .sinks import Csv, Disk, Sink, TensorBoard, WandB
-from .status import Clock, Status
+from .status import Clock, Status, counted
 
 WALL_CLOCK = ("elapsed_time", "decisions_per_second")
 """The last columns of `train.csv`: what two equal runs differ in."""
@@ -99,7 +99,7 @@ class RunLog:
         succeeded = f"  success {success:.2f}" if success else ""
         self._display.note(
             f"eval   step {decisions * self.action_repeat:>9,}  return {mean:8.1f} ± {std:.1f}{succeeded}"
-            f"  ({episodes} episode{'s' * (episodes != 1)})"
+            f"  ({counted(episodes, 'episode')})"
         )
 
     def _write(self, kind: str, decisions: int, values: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.model.files import replacing
 
+from .status import counted
+
 _PROJECT = "tdmpc2-fast"
 _WANDB_SECONDS = 20.0
 
@@ -95,8 +97,7 @@ class Records:
         """Write what waits; return how many rows could not be written, in words."""
         if self._waiting:
             self._flush()
-        count = len(self._waiting)
-        return f"{count:,} row{'s' * (count != 1)}" if count else None
+        return counted(len(self._waiting), "row") if self._waiting else None
 
     def _flush(self, sync: bool = False) -> None:
         """Write what waits; `sync` also sees it onto the disk."""

@@ -111,7 +111,7 @@ class Status:
         if each < _WORTH_A_LINE:
             return None
         count, length = self._evaluations + (self.decisions < cfg.steps), cfg.episode_length or total
-        episodes = f"{cfg.eval_episodes} episode{'s' * (cfg.eval_episodes != 1)} of up to {length:,} decisions"
+        episodes = f"{counted(cfg.eval_episodes, 'episode')} of up to {length:,} decisions"
         text = f"an evaluation takes about {hms(each)}: {episodes}; this run has {count}"
         # In plans of one environment: an update takes about as long as one.
         training = max(cfg.steps - self._seed_steps, 0) + cfg.utd * cfg.steps
@@ -185,6 +185,16 @@ class Status:
 
     def _sample(self) -> tuple[float, int]:
         return self._last_step - self._start - self._aside, self.decisions - self._skipped
+
+
+def counted(count: int, what: str) -> str:
+    """Write a count with its noun, such as "1 episode" or "1,500 rows"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def returned(mean: float, std: float, episodes: int) -> str:
+    """Write what an evaluation returned."""
+    return f"return {mean:.1f} ± {std:.1f} over {counted(episodes, 'episode')}"
 
 
 def hms(seconds: float | None) -> str:

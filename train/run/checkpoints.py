@@ -32,6 +32,7 @@ from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.model.files import flush, read_metadata, read_tensors, replacing, write_tensors
 from tdmpc2_fast.model.world_model import WorldModel
 
+from ..log.status import returned
 from .replay_files import Chunk, ReplayFiles, sha256
 
 FORMAT = "tdmpc2-fast-run/1"
@@ -206,7 +207,7 @@ def trained(path: Path) -> str:
     text = f"step {facts['step']:,} ({facts['decisions']:,} decisions, {updates})"
     if "return" not in facts:
         return f"{text}, not evaluated"
-    return f"{text}, return {facts['return']:.1f} ± {facts['return_std']:.1f} over {facts['episodes']} episodes"
+    return f"{text}, {returned(facts['return'], facts['return_std'], facts['episodes'])}"
 
 
 def _tell(manifest: Path, about: Mapping[str, Any] | None) -> None:

@@ -14,6 +14,7 @@ from tdmpc2_fast.runtime.backend import on_this_machine, resolve_device
 from ..envs import beside, tried
 from ..envs.workers import leave_if_imported_anew
 from ..log.sinks import wandb_package
+from ..log.status import returned
 from ..pictures.plots import plot_runs
 from .checkpoints import Checkpoints, Saved, trained
 from .folder import discard, home, locked, new_folder
@@ -143,7 +144,7 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
             raise
         else:
             tell(mean_return=found.mean_return, std_return=found.std_return)
-            result = f"return {found.mean_return:.1f} ± {found.std_return:.1f} over {len(found.returns)} episodes"
+            result = returned(found.mean_return, found.std_return, len(found.returns))
             if dropped := trainer.envs.failures.dropped:
                 result += f"; {dropped} training episodes were dropped, since their environment failed"
             if not trainer.agent.updater.steps:
