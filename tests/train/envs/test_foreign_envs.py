@@ -215,7 +215,10 @@ def test_a_finished_run_that_learned_nothing_says_so_when_asked_to_go_on(
 ) -> None:
     assert train("Plain", steps=40)[0] == 1
     assert runs.resume(tmp_path / "run", {}) == 1
-    assert "finished, and nothing was learned, at 40 decisions" in capfd.readouterr().out
+    said = (
+        f"finished, and nothing was learned, at 40 decisions; to go on: tdmpc2-fast resume {tmp_path / 'run'} steps=80"
+    )
+    assert said in capfd.readouterr().out.splitlines()
     assert runs.resume(tmp_path / "run", {"steps": 80}) == 0
 
 

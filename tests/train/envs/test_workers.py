@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -313,6 +315,17 @@ def test_where_environments_run(
         assert len(parts) == processes
         assert [i for part in parts for i in part] == list(range(count))
         parts.clear()  # they are no processes that could be ended
+
+
+def test_processes_that_cannot_begin_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {child.pid for child in multiprocessing.active_children()}
+    suite = SimpleNamespace(make=scripted_env.make_raising)
+    monkeypatch.setattr("tdmpc2_fast.train.envs.together.suite_of", lambda task: suite)
+    with pytest.raises(EnvError, match="no such scene") as error:
+        environments(config(2, env_workers=2), scripted_env.Scripted(1), print)
+    # While the error is held, so is what it was raised in: the processes do not end for want of an owner.
+    assert error.traceback
+    assert {child.pid for child in multiprocessing.active_children()} <= before
 
 
 def test_a_process_lost_while_its_state_is_asked_is_started_anew(made: Made) -> None:
