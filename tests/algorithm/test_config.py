@@ -57,6 +57,7 @@ WRONG_SHAPES = [(3.5,), (-3,), (0,), 3, (), "3", None, (True,)]
         ({3: 3}, ["unknown config key 3"]),
         (None, ["config: got None", "a dict"]),
         (dict(env_kwargs={"a": object()}), ["env_kwargs", "as JSON holds them"]),
+        (dict(env_kwargs={1: "a"}), ["env_kwargs", "{1: 'a'}"]),
         *((dict(obs_shape={"state": s}), [f"{{'state': {s!r}}}", "each at least 1"]) for s in WRONG_SHAPES),
         (dict(obs_shape={"state": (64, 64, 3)}), ["(64, 64, 3)", "obs=rgb"]),
         (dict(obs_shape={"rgb": (3, 64, 64)}), ["rgb", "obs=state"]),
@@ -171,6 +172,7 @@ def test_a_mistyped_key_suggests_the_one_that_was_meant_and_no_other(pair: str) 
 def test_what_is_as_close_is_suggested_too() -> None:
     assert nearest("discount", Config.key_names()) == ["discount_min", "discount_max", "discount_denom"]
     assert nearest("xyzzy", Config.key_names()) == nearest("a", []) == []
+    assert nearest("walk", ["wolf", "wa1k", "walker-walk"]) == ["walker-walk", "wa1k"]
 
 
 def pixel_dims(cfg: Config) -> tuple[int, int]:

@@ -51,6 +51,23 @@ CONFIGS = dict(
 )
 
 
+def test_a_termination_as_likely_as_not_ends_no_return() -> None:
+    """As of a model that has yet to learn when episodes end."""
+    agent = TDMPC2(tiny_config(episodic=True))
+    obs, noise, values = torch.randn(1, 5), draw(agent.cfg, 1), []
+    last = agent.model._termination[-1]
+    for bias in (-1.0, 0.0, 1.0):
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.fill_(bias)
+            agent.model._reward[-1].bias.normal_(generator=torch.Generator().manual_seed(1))
+        trace = PlanTrace()
+        agent.planner.plan(obs, True, noise=noise, trace=trace)
+        values.append(trace.values[0])
+    assert torch.equal(values[0], values[1])
+    assert not torch.equal(values[1], values[2])
+
+
 @pytest.fixture
 def double() -> Iterator[None]:
     """Float64 throughout: no rounding swaps near ties among elites or moves a termination."""

@@ -78,6 +78,15 @@ def test_an_episode_that_fails_is_played_again_in_another_environment(
     assert "environment 3: ZeroDivisionError" in notes[0]
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_more_or_fewer_episodes_go_on_from_the_states_there_are(count: int) -> None:
+    before, after = evaluator(4), evaluator(count)
+    before.run()
+    after.restore(before.states(), before.planner.state())
+    fresh = evaluator(count).states()
+    assert after.states() == [*before.states()[:count], *fresh[4:]]
+
+
 def test_mean_and_standard_deviation() -> None:
     found = Evaluation([1.0, 2.0, 6.0], [0.0] * 3, [5] * 3)
     assert found.mean_return == pytest.approx(3.0)

@@ -205,6 +205,10 @@ def test_policy_forward_and_backward(a: int, masked: bool) -> None:
     doubled = sample._replace(logits=logits.double())
     policy_sample.policy_gradient_reference(doubled, d, weight, scale, want, entropy_coef=0.01)
     oracle.agree(want[0], exact["g"])
+    written = [torch.empty_like(view, dtype=torch.float64) for view in views]
+    policy_sample.policy_sample_reference(doubled, *written)
+    for name, x in zip(buffers, written, strict=True):
+        oracle.agree(x, exact[name].detach())
     buffer, g = poisoned(1, e, n, 2 * a)
     policy_sample.policy_gradient(sample, d, weight, scale, g, entropy_coef=0.01)
     for name, (room, view) in [*buffers.items(), ("g", (buffer, g))]:
@@ -242,6 +246,7 @@ def test_consistency(dtype: torch.dtype) -> None:
     oracle.assert_written(buffer, got)
     want = torch.empty(3, 13, device=DEVICE), torch.empty(3, 13, 40, device=DEVICE)
     latent_loss.consistency_reference(z, goal, weight, *want)
+    torch.testing.assert_close(want[0].double(), square.detach().mean(-1), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(want[1].double(), d, rtol=1e-6, atol=1e-7)
 
 

@@ -56,7 +56,8 @@ def test_update_is_as_exact_as_torch(sizes: dict[str, int], episodic: bool) -> N
 )
 def test_update_at_any_size(sizes: dict[str, Any], form: str) -> None:
     case = Case.draw(**sizes, form=form)
-    judge(case, run(case))
+    for op in (mppi_refine, mppi_refine_reference):
+        judge(case, run(case, op))
 
 
 @pytest.mark.parametrize(
@@ -180,12 +181,13 @@ def test_scalars_may_be_slices_of_a_larger_buffer() -> None:
     ("e", "h", "n", "p", "a", "masked"),
     [(1, 1, 1, 0, 1, False), (2, 3, 33, 5, 38, True), (7, 2, 17, 0, 3, True), (2, 4, 9, 9, 2, False)],
 )
-def test_begin(e: int, h: int, n: int, p: int, a: int, masked: bool) -> None:
+@pytest.mark.parametrize("op", [mppi_begin, mppi_begin_reference])
+def test_begin(op: Callable[..., None], e: int, h: int, n: int, p: int, a: int, masked: bool) -> None:
     prev, noise = torch.randn(e, h, a, device=DEVICE), torch.randn(e, h, n - p, a, device=DEVICE)
     mask = (torch.rand(e, a, device=DEVICE) > 0.4).float() if masked else None
     t0 = torch.arange(e, device=DEVICE) % 3 == 1
     actions, mean, std = (torch.full(s, torch.nan, device=DEVICE) for s in ((e, h, n, a), (e, h, a), (e, h, a)))
-    mppi_begin(prev, t0, noise, mask, MAX_STD, Samples(actions, mean, std))
+    op(prev, t0, noise, mask, MAX_STD, Samples(actions, mean, std))
     assert torch.equal(mean, mppi.shift_mean(prev, t0))
     assert (std == MAX_STD).all()
     assert actions[:, :, :p].isnan().all()

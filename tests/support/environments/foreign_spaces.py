@@ -59,6 +59,10 @@ class Stacked(Picture):
     observation_space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
 
+class WithAlpha(Picture):
+    observation_space = spaces.Box(0, 255, (64, 64, 4), np.uint8)
+
+
 class StackedColours(Picture):
     observation_space = spaces.Box(0, 255, (2, 48, 64, 3), np.uint8)
 

@@ -11,7 +11,7 @@ from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.envs import make_env
 from tdmpc2_fast.train.envs.base import RenderError
-from tdmpc2_fast.train.envs.dmcontrol import DMControl
+from tdmpc2_fast.train.envs.dmcontrol import DMControl, Pixels
 
 pytest.importorskip("dm_control")
 
@@ -51,6 +51,10 @@ def test_the_camera_is_the_official_one(task: str, camera: int) -> None:
     env = make_env(Config(task=task), 1)
     assert env.camera_id == camera  # type: ignore[attr-defined]
     assert env.frames_per_second == pytest.approx(25)  # one decision is two control steps of 0.02 s
+
+
+def test_pixels_are_three_frames() -> None:
+    assert Pixels("pendulum-swingup", 1).obs_shape == (9, 64, 64)
 
 
 def test_pixels_need_a_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
