@@ -315,6 +315,13 @@ def test_weights_of_the_end_that_cannot_be_written_are_no_success(
     assert last.name.endswith("-at-30")
 
 
+def test_a_checkpoint_that_fails_but_for_the_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium")
+    monkeypatch.setattr(checkpoint, "save", lambda *_: raise_(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        runs.start(dict(QUICK, work_dir=str(tmp_path / "run")))
+
+
 def test_resume_auto_begins_where_a_run_was_killed_in_its_first_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("gymnasium")
     folder = tmp_path / "run"

@@ -50,7 +50,7 @@ class Resumable(Protocol):
     evaluated: dict[str, Any]
 
 
-def save(run: Resumable, whole: bool = True) -> bool:
+def save(run: Resumable, whole: bool) -> bool:
     """Write a checkpoint, unless the weights are not worth keeping; tell whether it was written.
 
     whole: False leaves out environments and the episodes in them, after one has failed.
