@@ -332,6 +332,7 @@ def test_pictures_are_pixels() -> None:
     last = np.ascontiguousarray(picture.transpose(1, 2, 0)).transpose(2, 0, 1)
     for same in (picture.astype(np.float32), picture.astype(int), {"rgb": picture}, last):
         assert torch.equal(TDMPC2(cfg).act(same), want)
+    TDMPC2(cfg).act(picture / 140)  # a dark one, averaged
     for wrong, words in (
         (picture / 255, "from 0 to 1, allowed: pixels from 0 to 255; multiply by 255"),
         (picture / 127.5 - 1, "from -1 to 1"),

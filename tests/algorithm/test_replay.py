@@ -252,6 +252,15 @@ def test_storage_follows_the_memory_that_is_free(
     assert storage_device(torch.device("cpu"), 10**8, 1) == (torch.device("cpu"), False)
 
 
+def test_memory_is_told_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any) -> Any:
+        raise FileNotFoundError(args[0])
+
+    monkeypatch.setattr("builtins.open", none)
+    with pytest.raises(InputError, match="memory free now"):
+        storage_device(torch.device("cpu"), 10**9, 10**9)
+
+
 def test_terminated_may_be_none(cfg: Config) -> None:
     buffer = ReplayBuffer(cfg)
     assert buffer.add({**random_episode(cfg, 20), "terminated": None}) == 1
