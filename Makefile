@@ -52,7 +52,7 @@ test-all: setup  ## run all tests
 	$(BIN)/python $(PYTEST)
 
 # Reported even where a test fails: what is measured runs at half the speed, and some tests have deadlines.
-COVER   = COVERAGE_FILE=build/coverage/$(1) $(BIN)/python -m coverage
+COVER   = CHECKOUT=$(CURDIR) COVERAGE_FILE=$(CURDIR)/build/coverage/$(1) $(BIN)/python -m coverage
 coverage: setup  ## run all tests and report the lines they cover: those of `make test`, then all
 	@rm -rf build/coverage && mkdir -p build/coverage
 	-$(call COVER,most) run $(PYTEST) -m "not slow"
