@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import scripted_env
+import torch
 from conftest import TINY
+from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Planner
 from tdmpc2_fast.train.run.evaluate import Evaluation, Evaluator
@@ -32,7 +34,8 @@ class Known(scripted_env.Scripted):
 
 
 def evaluator(episodes: int, width: int = 1, **changes: Any) -> Evaluator:
-    cfg = scripted_env.config(1, eval_episodes=episodes, device="cpu", mpc=False, task="Pendulum-v1", **TINY, **changes)
+    changes = dict(mpc=False, task="Pendulum-v1") | TINY | changes
+    cfg = scripted_env.config(1, eval_episodes=episodes, device="cpu", **changes)
     agent = TDMPC2(cfg)
     made = Evaluator(agent)
     made.close()
@@ -53,6 +56,18 @@ def test_returns_lengths_and_successes_are_those_of_the_episodes(width: int) -> 
     assert [env.begun for env in evaluation.envs] == [1] * 6  # type: ignore[attr-defined]
     rounds, longest = 6 // width, [[1, 2, 3, 4, 5, 5][i : i + width][-1] for i in range(0, 6, width)]
     assert told == [(5 * i + n, 5 * rounds) for i in range(rounds) for n in range(1, longest[i] + 1)]
+
+
+def test_plans_are_begun_anew_and_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation, asked = evaluator(2, mpc=True), []
+
+    def plan(obs: Tensor, t0: bool, eval_mode: bool) -> Tensor:
+        asked.append((t0, eval_mode))
+        return torch.zeros(len(obs), 2)
+
+    monkeypatch.setattr(evaluation.planner, "plan", plan)
+    evaluation.run()
+    assert asked == [(True, True), (True, True), (False, True)]
 
 
 def test_the_seventeenth_episode_is_the_first_environments_again() -> None:
