@@ -16,7 +16,7 @@ what has survived: it changes nothing, or needs a test that was not mapped or ta
 from __future__ import annotations
 
 import argparse
-import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -292,17 +292,29 @@ def attempt(names: list[str], limit: float) -> str:
             break
         time.sleep(0.02)
     else:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        end_children()
         return "a hang"
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # what it has left behind
+    end_children()
     if not answer.exists():
         return f"the end of the process, status {status}"
     code, failed = answer.read_text().split("\n")
     if code == "5":
         raise RuntimeError(f"none of these tests was found: {names[:3]}; make the map again")
     return "" if code == "0" else failed or f"pytest's exit status {code}"
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what a child leaves behind, also in a session of its own (Linux)."""
+    set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
+
+
+def end_children() -> None:
+    """End all children of this process, and theirs."""
+    while pids := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        for pid in map(int, pids):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def _run_tests(names: list[str], answer: Path, log: Path) -> None:
@@ -349,6 +361,7 @@ def run(given: argparse.Namespace) -> None:
     sys.path[:0] = [str(TREE / "build" / "package")]
     for name in PRELOADED:
         importlib.import_module(name)
+    adopt_orphans()
     lines = Map()
     found = all_mutants(given.files)
     if given.again:
