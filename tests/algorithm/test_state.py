@@ -61,6 +61,19 @@ def test_an_agent_that_never_learned_is_kept_as_that(tmp_path: Path) -> None:
     assert agent.updater.steps == 0
 
 
+def test_an_optimiser_that_took_no_step_is_kept_as_that() -> None:
+    """The first gradient of the policy may have been none, after the world model's step."""
+    cfg = tiny_config(**SMALLER)
+    agent, other, buffer = TDMPC2(cfg), TDMPC2(cfg), filled_buffer(cfg)
+    agent.update(buffer)
+    state = {k: v for k, v in agent.updater.state().items() if k != "policy.step" and "._pi." not in k}
+    other.updater.load_state(state)
+    found = other.updater.state()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[k], state[k]) for k in state)
+    other.update(buffer)
+
+
 class TestReplay:
     def filled(self, capacity: int, lengths: list[int]) -> ReplayBuffer:
         buffer = ReplayBuffer(tiny_config(buffer_size=capacity, batch_size=64))

@@ -30,6 +30,11 @@ def test_mish_gradient() -> None:
     assert torch.autograd.gradcheck(mish, (x,))
 
 
+def test_mish_of_another_type_is_torchs() -> None:
+    x = torch.randn(1000).bfloat16()
+    assert torch.equal(mish(x), F.mish(x))
+
+
 def test_mish_at_the_ends() -> None:
     x = torch.tensor([-1e4, -100.0, -0.0, 0.0, 19.9, 20.1, 100.0, 1e30, torch.nan])
     torch.testing.assert_close(mish(x), F.mish(x), equal_nan=True)

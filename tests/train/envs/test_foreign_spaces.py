@@ -129,6 +129,7 @@ def test_images_are_trained_from_pixels(train: Any) -> None:
         ("CameraAndNumbers", {}, "its part 'camera' is an image beside its part 'speed'"),
         ("CameraAndNumbers", dict(obs="rgb", latent_dim=512), "FilterObservation"),
         ("Plain", dict(obs="rgb", latent_dim=512), "got 'rgb', allowed: obs=state, or images"),
+        ("ManyChannels", dict(obs="rgb", latent_dim=512), "got 'rgb', allowed: obs=state, or images"),
         ("WordsInParts", {}, "its part 'inner/log' (Sequence"),
     ],
 )

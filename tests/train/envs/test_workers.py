@@ -317,6 +317,14 @@ def test_where_environments_run(
         parts.clear()  # they are no processes that could be ended
 
 
+def test_processes_end_by_themselves_when_they_are_told(made: Made) -> None:
+    envs = made(3, 2)
+    envs.reset([0, 1, 2])
+    processes = [worker.process for worker in envs._workers]
+    envs.close()
+    assert [process.exitcode for process in processes] == [0, 0]  # and were not killed
+
+
 def test_processes_that_cannot_begin_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {child.pid for child in multiprocessing.active_children()}
     suite = SimpleNamespace(make=scripted_env.make_raising)
