@@ -401,3 +401,9 @@ def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     for make in (load, Planner.from_checkpoint, TDMPC2(tiny_config()).load):
         with pytest.raises(CheckpointError, match="without checkpoints/best"):
             make(tmp_path)
+
+
+def test_what_only_plans_is_not_compiled(tmp_path: Path) -> None:
+    TDMPC2(tiny_config(compile=True)).save(tmp_path / "model")
+    assert load(tmp_path / "model").cfg.compile
+    assert not Planner.from_checkpoint(tmp_path / "model").model.cfg.compile

@@ -282,6 +282,8 @@ def test_an_environment_that_does_not_tell_is_named(env: Any, words: list[str]) 
 
 
 def test_the_length_of_episodes_may_be_given() -> None:
+    named = SimpleNamespace(obs_shape={"state": (3,)}, action_dim=2, max_episode_steps=9)
+    assert Config().with_env(named) == Config().with_env({"state": (3,)}, 2, 9)
     cfg = Config(episode_length=70).with_env(SimpleNamespace(obs_shape=(3,), action_dim=2))
     assert cfg.episode_length == 70
     with pytest.raises(ConfigError, match=r"Config\.with_env\(env\)"):

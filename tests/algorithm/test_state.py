@@ -59,6 +59,9 @@ def test_an_agent_that_never_learned_is_kept_as_that(tmp_path: Path) -> None:
     assert agent.updater.state() == {}
     agent.updater.load_state({})
     assert agent.updater.steps == 0
+    agent.update(filled_buffer(agent.cfg))
+    agent.updater.load_state({})
+    assert agent.updater.state() == {}
 
 
 def test_an_optimiser_that_took_no_step_is_kept_as_that() -> None:

@@ -377,5 +377,5 @@ def test_a_run_of_another_machine_goes_on_with_one_note(tmp_path: Path, capsys: 
     assert runs.resume(tmp_path / "run", dict(steps=80)) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot be had here" in line]
     assert len(said) == 1
-    for word in ("device=cuda:0", "num_threads=10000", "used: device=cpu"):
+    for word in ("device=cuda:0", "num_threads=10000", "this machine has 0 CUDA devices", "used: device=cpu"):
         assert word in said[0]

@@ -63,6 +63,10 @@ class WithAlpha(Picture):
     observation_space = spaces.Box(0, 255, (64, 64, 4), np.uint8)
 
 
+class SixteenFrames(Picture):
+    observation_space = spaces.Box(0, 255, (16, 64, 64), np.uint8)
+
+
 class ManyChannels(Picture):
     observation_space = spaces.Box(0, 255, (64, 64, 17), np.uint8)
 

@@ -54,7 +54,8 @@ def test_the_camera_is_the_official_one(task: str, camera: int) -> None:
 
 
 def test_pixels_are_three_frames() -> None:
-    assert Pixels("pendulum-swingup", 1).obs_shape == (9, 64, 64)
+    env = Pixels("pendulum-swingup", 1)
+    assert (env.obs_shape, env.action_dim, env.max_episode_steps) == ((9, 64, 64), 1, 500)
 
 
 def test_pixels_need_a_renderer(monkeypatch: pytest.MonkeyPatch) -> None:

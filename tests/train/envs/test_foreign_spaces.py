@@ -79,6 +79,7 @@ def test_actions_that_cannot_be_scaled_are_refused_at_the_start(name: str, words
         ("Stacked", (4, 64, 64)),
         ("StackedColours", (6, 64, 64)),
         ("WithAlpha", (4, 64, 64)),
+        ("SixteenFrames", (16, 64, 64)),
         ("Grey", (3, 64, 64)),
         ("Shares", (9, 64, 64)),
         ("OnePart", (9, 64, 64)),
@@ -91,7 +92,7 @@ def test_images_become_stacks_of_64x64(name: str, shape: tuple[int, ...]) -> Non
     first = 51 if name == "Shares" else 40
     assert (obs == first).all()
     found = envs_base.step(env, np.zeros(1, np.float32)).obs
-    newest = shape[0] // 3 if name not in ("Stacked", "StackedColours", "WithAlpha") else shape[0]
+    newest = shape[0] // 3 if name not in ("Stacked", "StackedColours", "WithAlpha", "SixteenFrames") else shape[0]
     assert (found[-newest:] == first + (name != "Shares")).all()
     assert (found[:-newest] == first).all()
     assert "set obs=rgb" in refused(name)
