@@ -307,6 +307,7 @@ def test_weights_of_the_end_that_cannot_be_written_are_no_success(
     shown = capsys.readouterr()
     assert "No space left on device" in shown.err
     assert "weights of the end could not be written" in shown.out
+    assert checkpoints.trained(folder / "checkpoints" / "best.safetensors").startswith("step 0 ")  # as they are
     assert f"to go on: tdmpc2-fast resume {folder}" in shown.out
     full = False
     assert runs.resume(folder, {}) == 0
