@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_config
 
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.runtime.backend import matmul_precision, resolve_device, torch_products
+from tdmpc2_fast.runtime.backend import matmul_precision, on_this_machine, resolve_device, torch_products
 
 BACKENDS: Any = torch.backends
 OPS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn)
@@ -102,3 +102,11 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("meta", "gpu"):
         with pytest.raises(ConfigError, match="allowed: auto, cpu, cuda, cuda:N"):
             resolve_device(name)
+
+
+def test_only_what_was_saved_and_cannot_be_had_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdmpc2_fast.runtime.backend.why_not_compiled", lambda device: "no compiler")
+    notes: list[str] = []
+    for compiled, given, kept in ((False, (), False), (True, ("compile",), True), (True, (), False)):
+        assert on_this_machine(tiny_config(compile=compiled), given, notes.append).compile == kept
+    assert ["no compiler" in note for note in notes] == [True]

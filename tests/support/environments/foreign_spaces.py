@@ -99,6 +99,10 @@ class CameraAndNumbers(Plain):
     observation_space = spaces.Dict(camera=spaces.Box(0, 255, (64, 64, 3), np.uint8), speed=spaces.Box(-1, 1, (2,)))
 
 
+class Table(Plain):
+    observation_space = spaces.Box(-1, 1, (3, 2))
+
+
 class Parts(Plain):
     observation_space = spaces.Dict(
         place=spaces.Box(-1, 1, (2, 2)),

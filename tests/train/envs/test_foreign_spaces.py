@@ -140,6 +140,12 @@ def test_observations_that_cannot_be_used_are_refused_by_part(name: str, changes
     assert "has the observation space" in said
 
 
+def test_a_box_of_several_dimensions_is_told_to_be_flattened() -> None:
+    assert made("Plain").notes == []
+    (note,) = made("Table").notes
+    assert note.endswith(": observations (3, 2) are flattened to 6 numbers")
+
+
 def test_parts_are_flattened_in_gymnasiums_order() -> None:
     env = made("Parts")
     space = env.env.observation_space
