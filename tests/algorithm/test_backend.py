@@ -12,7 +12,13 @@ import torch
 from conftest import tiny_config
 
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.runtime.backend import matmul_precision, on_this_machine, resolve_device, torch_products
+from tdmpc2_fast.runtime.backend import (
+    matmul_precision,
+    on_this_machine,
+    resolve_backend,
+    resolve_device,
+    torch_products,
+)
 
 BACKENDS: Any = torch.backends
 OPS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn)
@@ -110,3 +116,10 @@ def test_only_what_was_saved_and_cannot_be_had_is_left(monkeypatch: pytest.Monke
     for compiled, given, kept in ((False, (), False), (True, ("compile",), True), (True, (), False)):
         assert on_this_machine(tiny_config(compile=compiled), given, notes.append).compile == kept
     assert ["no compiler" in note for note in notes] == [True]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_has_no_effect_on_kernels_is_said(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdmpc2_fast.runtime.backend.why_not", lambda device: None)
+    why = resolve_backend(tiny_config(backend="triton", compile=compiled), torch.device("cpu")).why
+    assert why.endswith("; compile=true has no effect on kernels") == compiled

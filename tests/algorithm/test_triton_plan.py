@@ -382,11 +382,6 @@ class TestBackend:
         assert "interpreter" in why
         assert resolve_backend(tiny_config(backend="torch"), self.cpu).why == "backend=torch was asked for"
 
-    def test_what_has_no_effect_on_kernels_is_said(self) -> None:
-        for compiled in (False, True):
-            why = resolve_backend(tiny_config(backend="triton", compile=compiled), self.cpu).why
-            assert why.endswith("; compile=true has no effect on kernels") == compiled
-
     def test_without_interpreter_or_gpu_the_reason_is_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET")
         name, why = resolve_backend(tiny_config(), self.cpu)
