@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.launch import await_producers, cdiv, interpreting, jit, launch, on_cpu, pow2, tl
 from ..device.pointers import entry_ptrs, strided
 from ..device.reference import reference_of
 from ..layers.rows import LEAST_COLUMNS, Rows, source
@@ -56,7 +56,7 @@ def activation_gradient(
         got = f"{tuple(d.shape)} and {tuple(out.x.shape)}"
         raise ValueError(f"d and out: got {got}, allowed: {tuple(below.x.shape)}, out with sums")
     reads, due = source(below)
-    if interpreting():
+    if on_cpu():
         bm, bn = min(pow2(e * n), 512), min(pow2(width, LEAST_COLUMNS), 512)
     else:
         bm, bn = 16, min(pow2(width, LEAST_COLUMNS), _COLUMNS)

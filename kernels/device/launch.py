@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..cpu.build import why_not as why_not_built
+from ..cpu.call import run as run_on_cpu
+
 # What Triton raises for a kernel it cannot compile or a chip too small for it: KERNEL_ERRORS.
 try:
     import triton as _triton
@@ -95,11 +98,33 @@ class How(NamedTuple):
 
 def interpreting() -> bool:
     """Tell whether kernels run under Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
-    return triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1" and not native()
+
+
+def native() -> bool:
+    """Tell whether this thread's launches run the C++ kernels of the CPU."""
+    return _open.native
+
+
+def on_cpu() -> bool:
+    """Tell whether launches run on a CPU, compiled or interpreted, which has no use for small tiles."""
+    return native() or interpreting()
+
+
+@contextmanager
+def natively(wanted: bool = True) -> Iterator[None]:
+    """Have this thread's launches within run the C++ kernels of the CPU, if `wanted`."""
+    before, _open.native = _open.native, wanted or _open.native
+    try:
+        yield
+    finally:
+        _open.native = before
 
 
 def why_not(device: torch.device) -> str | None:
     """Say why kernels cannot run on this device, or return None where they can."""
+    if native():
+        return why_not_built() if device.type == "cpu" else "C++ kernels run on the CPU only"
     if triton is None:
         return "the package triton is not installed"
     if interpreting():
@@ -136,6 +161,7 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     options: dict[str, Any]
+    samples: int = 0  # see `by_sample`
 
     @property
     def name(self) -> str:
@@ -172,10 +198,12 @@ class _Log:
 
 
 class _Open(threading.local):
-    """Holds the logs open in this thread: another thread's launches are its own."""
+    """Holds the logs open in this thread, and where it launches: another thread's launches are its own."""
 
     def __init__(self) -> None:
         self.logs: list[_Log] = []
+        self.native = False
+        self.samples = 0
 
 
 _open = _Open()
@@ -195,6 +223,16 @@ def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
         _open.logs.remove(log)
 
 
+@contextmanager
+def by_sample(samples: int) -> Iterator[None]:
+    """Note of launches within that each has a row a sample, of `samples` an environment, and mixes no two of them."""
+    before, _open.samples = _open.samples, samples
+    try:
+        yield
+    finally:
+        _open.samples = before
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = None, **options: Any) -> None:
     """Run kernel[grid](*args, **options) and note it in open logs; a grid without programs is no launch.
 
@@ -205,8 +243,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = No
     if pdl is not None:
         options |= dict(PDL=pdl, launch_pdl=pdl)
     for log in _open.logs:
-        log.launches.append(Launch(kernel, grid, args, options))
+        log.launches.append(Launch(kernel, grid, args, options, _open.samples))
     if any(log.dry for log in _open.logs):
+        return
+    if native():
+        run_on_cpu(kernel, grid, args, options)
         return
     if interpreting():
         options = {k: v for k, v in options.items() if k not in COMPILER_OPTIONS}

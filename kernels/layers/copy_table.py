@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..device.arithmetic import round_bits, store_rounded
-from ..device.launch import Precision, await_producers, interpreting, jit, launch, tl
+from ..device.launch import Precision, await_producers, interpreting, jit, launch, on_cpu, tl
 
 _KINDS = dict(float32=0, tf32=1, bfloat16=2)
 _TF32, _BFLOAT16 = tl.constexpr(_KINDS["tf32"]), tl.constexpr(_KINDS["bfloat16"])
@@ -55,7 +55,7 @@ class CopyTable:
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor, bool]], precision: Precision) -> None:
         self._held = pairs
-        block = 2**16 if interpreting() else 1024
+        block = 2**16 if on_cpu() else 1024
         table, parts = [], []
         for to, source, is_operand in pairs:
             wanted = precision.dtype if is_operand else torch.float32

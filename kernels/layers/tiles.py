@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ..device.launch import PROCESSORS, How, Precision, cdiv, interpreting, pow2
+from ..device.launch import PROCESSORS, How, Precision, cdiv, interpreting, on_cpu, pow2
 from .rows import Rows
 
 THROUGHPUT_ROWS = 8192
@@ -81,14 +81,14 @@ _READY = {
 }
 _HEAD_ROWS = {"bfloat16": (64, 64), "tf32": (64, 32), "float32": (32, 16)}
 
-# The interpreter pays by the number of operations, not by their size.
-_INTERPRETED = 512
+# The interpreter pays by the number of operations, not by their size, and compiled code has a row at once.
+_ON_CPU = 512
 
 
 def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
     """Return the tile of a layer: `rows` (of all environments) x `columns`, times `groups`, over `depth`."""
-    if interpreting():
-        side = [min(_INTERPRETED, pow2(n, least)) for n, least in ((rows, 16), (columns, 32), (depth, 16))]
+    if on_cpu():
+        side = [min(_ON_CPU, pow2(n, least)) for n, least in ((rows, 16), (columns, 32), (depth, 16))]
         return Tile(*side)
     if rows >= THROUGHPUT_ROWS:
         return _shallow(_THROUGHPUT[precision], depth)
@@ -126,14 +126,14 @@ def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str,
     It is of `rows` x `columns`, times `groups`, over `depth`. through: the result goes through an
     activation's gradient, which takes registers.
     """
-    for tile in () if interpreting() else _READY[precision][through:]:
+    for tile in () if on_cpu() else _READY[precision][through:]:
         if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= PROCESSORS:
             return _shallow(tile, depth)
     return None
 
 
 def _narrower(tile: Tile, depth: int, stages: int) -> Tile:
-    return tile if interpreting() else replace(tile, BK=min(tile.BK, depth), stages=stages)
+    return tile if on_cpu() else replace(tile, BK=min(tile.BK, depth), stages=stages)
 
 
 def _shallow(tile: Tile, depth: int) -> Tile:
@@ -143,8 +143,8 @@ def _shallow(tile: Tile, depth: int) -> Tile:
 
 def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) -> Tile:
     """Return the tile of a last layer: all its `columns` in one program, which reduces over them."""
-    if interpreting():
-        return Tile(min(_INTERPRETED, pow2(rows, 16)), pow2(columns, 16), min(_INTERPRETED, pow2(depth, 16)))
+    if on_cpu():
+        return Tile(min(_ON_CPU, pow2(rows, 16)), pow2(columns, 16), min(_ON_CPU, pow2(depth, 16)))
     most, bk = _HEAD_ROWS[precision]
     bm = min(most, pow2(rows, 16))
     while bm > 16 and cdiv(rows, bm) * groups < PROCESSORS:

@@ -1,0 +1,207 @@
+"""Builds the C++ kernels when they are first used, for this machine's CPU, and keeps them in a cache.
+
+Any C++17 compiler does: the sources include no header of torch or Python. Threads are those of the
+OpenMP runtime that torch itself has loaded, found through torch's library, so there is never a second one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+SOURCES = Path(__file__).with_name("src")
+
+CACHE = "TDMPC2_CACHE"
+"""Environment variable: folder for compiled kernels; by default `tdmpc2-fast` in the user's cache folder."""
+ISA = "TDMPC2_CPU_ISA"
+"""Environment variable: instructions to use, one of `_MACHINES`; by default all this CPU has."""
+
+_MACHINES = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-fvisibility=hidden",
+)  # fmt: skip
+
+
+class CannotBuild(RuntimeError):
+    """The kernels cannot be had on this machine; the message says why, in one line."""
+
+
+class Kernels(NamedTuple):
+    """The compiled kernels."""
+
+    library: ctypes.CDLL
+    path: Path
+    bfloat16: str  # what computes products of bfloat16: AMX, AVX512-BF16, or nothing
+    lanes: int  # floats of a vector
+    compiler: str
+
+
+@lru_cache
+def kernels() -> Kernels:
+    """Return the kernels, compiled if this machine has not done so before.
+
+    Raises:
+        CannotBuild: there is no compiler, it failed, or the cache cannot be written.
+    """
+    found = _load(_flags())
+    return Kernels(*found)
+
+
+@lru_cache
+def why_not() -> str | None:
+    """Say why the kernels cannot run on this machine's CPU; None where they can. The first time this compiles them."""
+    try:
+        kernels()
+    except CannotBuild as e:
+        return str(e)
+    return None
+
+
+def _flags() -> list[str]:
+    """Return the compiler's flags for this machine."""
+    isa = os.environ.get(ISA, "native")
+    if isa not in _MACHINES:
+        raise CannotBuild(f"environment variable {ISA}: got {isa!r}, allowed: {', '.join(_MACHINES)}")
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return [*_FLAGS, f"-march={_MACHINES[isa]}", "-mprefer-vector-width=512"]
+    if isa != "native":
+        raise CannotBuild(f"environment variable {ISA}: got {isa!r} on {machine}, allowed: native")
+    if machine in ("arm64", "aarch64"):
+        return [*_FLAGS, "-mcpu=native"]
+    return list(_FLAGS)
+
+
+def _load(flags: Sequence[str]) -> tuple[ctypes.CDLL, Path, str, int, str]:
+    compiler = _compiler()
+    version = _output([compiler, "--version"]).splitlines()[0]
+    path = _folder() / f"kernels-{_key(version, flags)}.so"
+    if not path.exists():
+        _build(compiler, flags, path)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise CannotBuild(f"the compiled kernels do not load: {e}") from e
+    library.cpu_bfloat16.restype = ctypes.c_char_p
+    library.cpu_width.restype = ctypes.c_long
+    library.cpu_tape.restype = ctypes.c_void_p
+    for name in ("cpu_run", "cpu_tape_add", "cpu_tape_run"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.cpu_threads(ctypes.cast(_parallel(), ctypes.c_void_p))
+    return library, path, library.cpu_bfloat16().decode(), library.cpu_width(), version
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in (named,) if named else ("c++", "g++", "clang++"):
+        if found := shutil.which(name.split()[0] if name else ""):
+            return found
+    wanted = f"the compiler {named!r} (environment variable CXX)" if named else "a C++ compiler (c++, g++ or clang++)"
+    raise CannotBuild(f"{wanted} is not installed")
+
+
+def _folder() -> Path:
+    """Return the cache folder, which is there and can be written."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdmpc2-fast"
+    folder = Path(os.environ.get(CACHE) or default)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise CannotBuild(_unwritable(folder, e)) from e
+    return folder
+
+
+def _unwritable(folder: Path, e: OSError) -> str:
+    return f"the cache for compiled kernels cannot be written ({folder}: {e.strerror or e}); {CACHE} names another"
+
+
+def _key(version: str, flags: Sequence[str]) -> str:
+    """Return a name for what these sources, flags, compiler and CPU give."""
+    told = hashlib.sha256("\0".join([version, *flags, _cpu()]).encode())
+    for source in sorted(SOURCES.iterdir()):
+        told.update(source.name.encode() + source.read_bytes())
+    return told.hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """Return what tells CPUs of other instructions apart."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(next((x for x in lines if x.lower().startswith(k)), "") for k in ("flags", "features", "model name"))
+    return platform.processor() + platform.machine()
+
+
+def _build(compiler: str, flags: Sequence[str], path: Path) -> None:
+    """Compile all sources at once and put the library in its place whole; other processes wait."""
+    try:
+        with _alone(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            if path.exists():
+                return
+            objects = [Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
+            steps = [
+                [compiler, *flags, "-c", str(SOURCES / f"{x.stem}.cpp"), "-o", str(x)] for x in objects
+            ]  # fmt: skip
+            _run_all(steps)
+            library = Path(folder) / path.name
+            _run_all([[compiler, "-shared", *_sanitizers(flags), *map(str, objects), "-o", str(library)]])
+            library.replace(path)
+    except OSError as e:
+        raise CannotBuild(_unwritable(path.parent, e)) from e
+
+
+def _sanitizers(flags: Sequence[str]) -> list[str]:
+    return [flag for flag in flags if flag.startswith("-fsanitize")]
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process after the other do what is within."""
+    with path.with_suffix(".lock").open("w") as lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    """Run commands side by side, as many as there are cores."""
+    started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    for process in started:
+        said = process.communicate()[0]
+        if process.returncode:
+            errors = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines() or ["no reason"]
+            raise CannotBuild(f"the C++ compiler failed: {errors[0].strip()}")
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise CannotBuild(f"the C++ compiler does not run: {e}") from e
+    return done.stdout or "unknown\n"
+
+
+def _parallel() -> object:
+    """Return the function by which torch's own OpenMP runtime runs a team of threads; None, and one thread, without."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            with contextlib.suppress(OSError, AttributeError):
+                # Looked up in what torch's library was linked with, whatever that is called.
+                return ctypes.CDLL(str(folder / name)).GOMP_parallel
+    return None

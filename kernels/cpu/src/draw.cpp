@@ -1,0 +1,183 @@
+// Philox and what is made of its words (device/philox.py, device/draw.py); slices of a replay (update/replay_gather.py).
+#include "rows.h"
+
+namespace cpu {
+
+enum Law : long { NORMAL, EXPONENTIAL, PAIRS, KEEP, INTEGER };
+
+// The four words of W groups from `group` on.
+inline void philox(const int64_t* state, uint32_t group, uint32_t stream, uint32_t (&c)[4][W]) {
+  uint64_t seed = uint64_t(state[0]), counter = uint64_t(state[1]);
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int l = 0; l < W; l++)
+    c[0][l] = group + l, c[1][l] = stream, c[2][l] = uint32_t(counter), c[3][l] = uint32_t(counter >> 32);
+  for (int round = 0; round < 10; round++) {
+    for (int l = 0; l < W; l++) {
+      uint64_t a = uint64_t(0xD2511F53u) * c[0][l], b = uint64_t(0xCD9E8D57u) * c[2][l];
+      uint32_t x = uint32_t(b >> 32) ^ c[1][l] ^ k0, y = uint32_t(a >> 32) ^ c[3][l] ^ k1;
+      c[0][l] = x, c[1][l] = uint32_t(b), c[2][l] = y, c[3][l] = uint32_t(a);
+    }
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+}
+
+inline vf words(const uint32_t (&w)[W]) {
+  vf x;
+  for (int l = 0; l < W; l++) x[l] = float(w[l]);
+  return x;
+}
+// Strictly inside (0, 1).
+inline vf uniform(const uint32_t (&w)[W]) {
+  return least(words(w) * 0x1p-32f + 0x1p-33f, all(1.0f - 0x1p-24f));
+}
+
+// cos(pi x) and sin(pi x) for x in [-1, 1].
+inline void cosine_and_sine(vf x, vf& cos, vf& sin) {
+  vf shifted = 2.0f * x + 0.5f, quarter = rounded(shifted);
+  quarter = quarter - pick(quarter > shifted, all(1.0f), vf{});  // rounded down
+  x = x - 0.5f * quarter;
+  vi q = __builtin_convertvector(quarter, vi);
+  vf s = x * x;
+  vf c = ((0.23314662f * s - 1.33524f) * s + 4.0587134f) * s - 4.934802f;
+  c = c * s + 1.0f;
+  vf d = (-0.59161663f * s + 2.5499854f) * s - 5.1677122f;
+  d = (x * s) * d + x * 3.1415927f;
+  vi even = (q & 1) == 0, ahead = (q & 2) == 0;
+  cos = pick(even, c, -d), sin = pick(even, d, c);
+  cos = pick(ahead, cos, -cos), sin = pick(ahead, sin, -sin);
+}
+
+inline void normal_pair(const uint32_t (&w0)[W], const uint32_t (&w1)[W], float* even, float* odd) {
+  vf r = most(-2.0f * log(uniform(w0)), vf{}), angle;
+  for (int l = 0; l < W; l++) r[l] = std::sqrt(r[l]), angle[l] = float(int32_t(w1[l]));
+  vf cos, sin;
+  cosine_and_sine(angle * 0x1p-31f, cos, sin);
+  store(even, r * cos), store(odd, r * sin);
+}
+
+struct Draw : Kernel {
+  const int64_t* state;
+  struct Run {
+    Tensor out;
+    long size, pitch, law, stream, limit;
+  };
+  std::vector<Run> runs;
+
+  Draw(const Grid&, Reader& in) {
+    state = in.integers();
+    runs.resize(in.tuple());
+    for (Run& run : runs) {
+      in.tuple(5);
+      run.out = in.tensor(), run.size = in.integer(), run.pitch = in.integer();
+      in.integer(), in.integer();
+    }
+    in.tuple(long(runs.size()));
+    for (Run& run : runs) {
+      in.tuple(3);
+      run.law = in.integer(), run.stream = in.integer(), run.limit = in.integer();
+    }
+    in.integer();
+  }
+  void run() override {
+    constexpr long PART = 1024;  // groups a task
+    std::vector<std::pair<const Run*, long>> parts;
+    for (const Run& run : runs)
+      for (long group = 0; 4 * group < run.size; group += PART) parts.push_back({&run, group});
+    parallel(long(parts.size()), [&](long i) {
+      auto [run, first] = parts[i];
+      for (long group = first; group < first + PART && 4 * group < run->size; group += W) fill(*run, group);
+    });
+  }
+  void fill(const Run& run, long group) const {
+    uint32_t w[4][W];
+    philox(state, uint32_t(group), uint32_t(run.stream), w);
+    long element = 4 * group, count = std::min<long>(4 * W, run.size - element);
+    float x[4][W];
+    switch (run.law) {
+      case NORMAL:
+        normal_pair(w[0], w[1], x[0], x[1]), normal_pair(w[2], w[3], x[2], x[3]);
+        for (long i = 0; i < count; i++) run.out.as<float>()[element + i] = x[i & 3][i >> 2];
+        break;
+      case EXPONENTIAL:
+        for (int j = 0; j < 4; j++) store(x[j], most(-log(uniform(w[j])), all(0x1p-24f)));
+        for (long i = 0; i < count; i++) run.out.as<float>()[element + i] = x[i & 3][i >> 2];
+        break;
+      case PAIRS:
+        for (long i = 0; i < count; i += 2) {
+          int64_t* out = run.out.as<int64_t>() + (element + i) / 2 * run.pitch;
+          int64_t a = share(w[i & 3][i >> 2], run.limit), b = share(w[(i & 3) + 1][i >> 2], run.limit - 1);
+          out[0] = a;
+          if (i + 1 < count) out[1] = b + (b >= a);
+        }
+        break;
+      case KEEP: {
+        uint8_t kept[4 * W];
+        for (int l = 0; l < W; l++)
+          for (int j = 0; j < 4; j++) kept[4 * l + j] = w[j][l] >= uint64_t(run.limit);
+        std::memcpy(run.out.as<uint8_t>() + element, kept, count);
+        break;
+      }
+      default:
+        for (long i = 0; i < count; i++) run.out.as<int64_t>()[element + i] = share(w[i & 3][i >> 2], run.limit);
+    }
+  }
+  static int64_t share(uint32_t word, long limit) { return int64_t(uint64_t(word) * uint64_t(limit) >> 32); }
+};
+
+struct DrawSlices : Kernel {
+  const int64_t *state, *table, *first, *count, *starts;
+  Tensor obs, action, reward, terminated, task;
+  Strided to_obs, to_action, to_reward, to_terminated;
+  int64_t* to_task;
+  long c, r, b, h, width, dims;
+  bool drawn, tasks;
+
+  DrawSlices(const Grid&, Reader& in) {
+    state = in.integers(), table = in.integers(), first = in.integers(), count = in.integers(), starts = in.integers();
+    in.tuple(5);
+    obs = in.tensor(), action = in.tensor(), reward = in.tensor(), terminated = in.tensor(), task = in.tensor();
+    in.tuple(5);
+    to_obs = strided(in), to_action = strided(in), to_reward = strided(in), to_terminated = strided(in);
+    to_task = in.integers();
+    c = in.integer(), r = in.integer(), b = in.integer(), h = in.integer(), width = in.integer(), dims = in.integer();
+    drawn = in.integer(), tasks = in.integer();
+    in.integer(), in.integer(), in.integer(), in.integer();
+  }
+  static uint64_t share(uint32_t high, uint32_t low, uint64_t count) {
+    return (high * count + (low * count >> 32)) >> 32;
+  }
+  void run() override {
+    parallel(cdiv(b, W), [&](long part) {
+      uint32_t w[4][W];
+      philox(state, uint32_t(part * W), 22, w);
+      for (long l = 0, i = part * W; l < W && i < b; l++, i++) {
+        long start;
+        if (drawn) {
+          long at = long((*first + share(w[0][l], w[1][l], *count)) % r);
+          start = table[2 * at] + long(share(w[2][l], w[3][l], table[2 * at + 1] - h));
+        } else {
+          start = starts[i];
+        }
+        for (long t = 0; t <= h; t++) copy(i, t, (start + t) % c);
+      }
+    });
+  }
+  void copy(long i, long t, long step) const {
+    Tensor x = obs.at(step * width), y = to_obs.row(t, i, 0);
+    if (y.type == U8) std::memcpy(y.p, x.p, width);
+    else for (long j = 0; j < width; j += W) store(y, j, load(x, j, width - j), width - j);
+    if (t == 0) {
+      if (tasks) to_task[i] = task.as<int64_t>()[step];
+      return;
+    }
+    Tensor a = action.at(step * dims), to = to_action.row(t - 1, i, 0);
+    for (long j = 0; j < dims; j += W) store(to, j, load(a, j, dims - j), dims - j);
+    set(to_reward.row(t - 1, i, 0), 0, reward.as<float>()[step]);
+    set(to_terminated.row(t - 1, i, 0), 0, terminated.as<uint8_t>()[step]);
+  }
+};
+
+static Known<Draw> draw_kernel("draw_kernel");
+static Known<DrawSlices> draw_slices("draw_slices_kernel");
+
+}  // namespace cpu
