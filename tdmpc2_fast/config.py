@@ -171,10 +171,10 @@ class Config:
     num_threads: int | None = key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)
     precision: str = key(
         "auto",
-        "products: float32 exact, tf32 on a GPU (auto there), bfloat16 on the Triton backend",
+        "products: float32 exact, tf32 on a GPU (auto there), bfloat16 by kernels on a GPU, or a CPU with AMX or AVX512-BF16",
         choices=("auto", "float32", "tf32", "bfloat16"),
     )
-    backend: str = key("auto", "implementation of the ops", choices=("auto", "torch", "triton"))
+    backend: str = key("auto", "implementation of the ops", choices=("auto", "torch", "triton", "cpu"))
     task_grad_leak: bool = key(
         True, "multi-task: the policy loss's task-embedding gradient enters the next world update, as official"
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import inspect
 import struct
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -110,12 +109,3 @@ class Tape:
     def run(self, stale: bool) -> None:
         """Replay all; stale: a weight was written by others since the last time."""
         _check(self._library.cpu_tape_run(self._tape, stale, torch.get_num_threads()), "a tape")
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a kernel's arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for entry in value:
-            yield from tensors(entry)

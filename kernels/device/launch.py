@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -193,8 +193,9 @@ COMPILER_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative
 
 @dataclass(eq=False)
 class _Log:
-    launches: list[Launch]
+    launches: list[Any]
     dry: bool
+    host: bool = False  # whether work of the host is noted, too
 
 
 class _Open(threading.local):
@@ -221,6 +222,26 @@ def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
         yield log.launches
     finally:
         _open.logs.remove(log)
+
+
+def recorded(fn: Callable[[], None]) -> list[Launch | Callable[[], None]]:
+    """Return the launches that `fn` makes and the work it gives to `host`, in their order; none of it is done."""
+    log = _Log([], dry=True, host=True)
+    _open.logs.append(log)
+    try:
+        fn()
+    finally:
+        _open.logs.remove(log)
+    return log.launches
+
+
+def host(work: Callable[[], object]) -> None:
+    """Do what no kernel does, between launches; where these are recorded, it is noted with them instead."""
+    recording = [log for log in _open.logs if log.host]
+    for log in recording:
+        log.launches.append(work)
+    if not recording:
+        work()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..device.draw import draw
-from ..device.launch import How, log_launches
+from ..device.launch import How, by_sample, log_launches, native
 from ..experiments.persistent import PersistentRollout
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.policy_layer import policy_layer
@@ -71,7 +71,8 @@ class PlanChain:
         self.inputs, self.draws = PlanInputs.empty(sizes, device), PlanDraws.empty(sizes, device)
         self.state = PlanState(sizes, how.precision, device)
         rows = sizes.envs * sizes.num_samples
-        self.throughput = activates_once(rows) if throughput is None else throughput
+        # A CPU has a row's activation in its cache, and every reader takes its rows once.
+        self.throughput = activates_once(rows) and not native() if throughput is None else throughput
         # Sampled and prior rows of one buffer are written by different launches and read by one,
         # so their tiles must be of one width: that of all rows together.
         d, z = sizes.mlp_dim, sizes.latent_dim
@@ -96,8 +97,9 @@ class PlanChain:
                 if self._persistent and i:
                     self._persistent.run(i - 1)
                 else:
-                    self.rollout(None, shared, 0 if i == 0 else self.sizes.num_pi_trajs, act=i == 0)
-                    self.terminal_value(i)
+                    with by_sample(self.sizes.num_samples):
+                        self.rollout(None, shared, 0 if i == 0 else self.sizes.num_pi_trajs, act=i == 0)
+                        self.terminal_value(i)
             if observe:
                 observe("values")
             last = i == self.sizes.iterations - 1

@@ -31,7 +31,7 @@ from ..backward.input_gradient import input_gradient
 from ..backward.norm_gradient import add_up, norm_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
 from ..device.draw import draw
-from ..device.launch import How
+from ..device.launch import How, host, native
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
@@ -99,7 +99,7 @@ class UpdateChain:
         self.target = FlatTarget(average, layout.heads_start, sizes.tau, shadow)
         self.inputs, self.draws = UpdateInputs.empty(sizes, device), UpdateDraws.empty(sizes, device)
         rows = sizes.horizon * sizes.batch
-        self._once = finishes_once(rows, sizes.mlp_dim) if throughput is None else throughput
+        self._once = finishes_once(rows, sizes.mlp_dim) and not native() if throughput is None else throughput
         self.state = UpdateState(sizes, precision, device, self._once)
         self._encoder, self._heads = _Net(layout.encoder, self.world), _Net(layout.heads, self.world)
         self._dynamics, self._policy = _Net(layout.dynamics, self.world), _Net(self.policy_layout.policy, self.policy)
@@ -201,8 +201,7 @@ class UpdateChain:
             second = self._layer(first, self._heads.layers[1], state.critics[1], slabs)
             layer, d = self._heads.layers[2], state.d_critics[2].x
             scalar_head(second.ready(), layer, state.q, slabs=slabs, gradient=d, **self._code)
-            torch.mean(state.q, 0, out=self.losses.q)
-            state.new_scale.copy_(state.scale)
+            host(self._mean_value)
             running_scale(self.losses.q[0], state.new_scale, tau=s.tau, pdl=self.how.pdl)
             # Critics are constants: only what reaches [e, a] is of interest.
             back = self._finished(self._inputs(Gradient(d), layer, second, state.d_critics[1], slabs))
@@ -217,13 +216,20 @@ class UpdateChain:
 
     def summarise(self) -> None:
         """Make the metrics; unless a step failed, keep the new scale and count the update."""
+        host(self._summarise)
+
+    # ---- parts of stages
+
+    def _mean_value(self) -> None:
+        torch.mean(self.state.q, 0, out=self.losses.q)
+        self.state.new_scale.copy_(self.state.scale)
+
+    def _summarise(self) -> None:
         state = self.state
         self.losses.summarise(state.new_scale)
         fine = self.inputs.flag == 0
         torch.where(fine, state.new_scale, state.scale, out=state.scale)
         self.inputs.rng[1:].add_(fine)
-
-    # ---- parts of stages
 
     def _roll_out(self) -> list[Rows]:
         """Write the latents of all steps; returns the rows of the layers, of all steps together."""
@@ -241,7 +247,7 @@ class UpdateChain:
     def _losses(self) -> list[Rows]:
         """Compute consistency, reward and values; returns the hidden rows of reward and critics."""
         state, inputs, h, z = self.state, self.inputs, self.sizes.horizon, self.sizes.latent_dim
-        state.d_x.zero_()
+        host(state.d_x.zero_)
         consistency(
             inputs.x[0, 1:, :, :z],
             inputs.next_x[0, ..., :z],

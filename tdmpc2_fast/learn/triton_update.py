@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tdmpc2_fast.kernels.device.launch import How, has_dependent_launch
+from tdmpc2_fast.kernels.cpu.tape import TapedFunction
+from tdmpc2_fast.kernels.device.launch import How, has_dependent_launch, host
 from tdmpc2_fast.kernels.update.chain import POLICY, WORLD, UpdateChain
 from tdmpc2_fast.kernels.update.replay_gather import DeviceReplay, Slices, draw_slices
 
@@ -64,17 +66,18 @@ class TritonUpdate(UpdateBackend):
         self._tasks = Tasks(model, self.chain, self.flat.grads["_task_emb.weight"]) if cfg.multitask else None
         images = cfg.horizon + 1, cfg.batch_size, *cfg.observation_shape
         self._images = torch.zeros(images, dtype=torch.uint8, device=device) if cfg.obs == "rgb" else None
+        self._z0: Tensor | None = None
         self._lend_gradients()
         self.steps = 0
         self._statistics: dict[str, Tensor] = {}
         self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = OnDevice(device, "Updater")
         # Captured when first asked for: updates from given batches, and from a replay.
-        self._from_batch: GraphedFunction | None = None
-        self._from_replay: GraphedFunction | None = None
+        self._from_batch: GraphedFunction | TapedFunction | None = None
+        self._from_replay: GraphedFunction | TapedFunction | None = None
         self._replay: DeviceReplay | None = None
 
-    def _captured(self, run: Callable[[], None]) -> GraphedFunction:
+    def _captured(self, run: Callable[[], None]) -> GraphedFunction | TapedFunction:
         """Return an update as a graph; its warm-up runs change nothing, since a set flag masks them."""
         chain = self.chain
         written = [chain.inputs.rng, chain.world.step, chain.policy.step]
@@ -196,33 +199,33 @@ class TritonUpdate(UpdateBackend):
     @torch.no_grad()
     def _update(self, trace: UpdateTrace | None) -> None:
         chain = self.chain
-        if self._tasks is not None:
-            self._tasks.look_up()
-        encoded = [] if self._images is not None else chain.encode()
-        z0 = self._encode_images()
+        tasks, pixels = self._tasks, self._images is not None
+        if tasks is not None:
+            host(tasks.look_up)
+        encoded = [] if pixels else chain.encode()
+        if pixels:
+            host(self._encode_images)
         chain.td_target()
         gradient = chain.world_losses(encoded)
-        if z0 is None:
-            chain.encoder_gradients(encoded, gradient)
+        if pixels:
+            host(self._image_gradients)
         else:
-            chain.world.grad[chain.layout.pixels : chain.layout.encoder_end].zero_()
-            with matmul_precision(self.cfg, z0.device):
-                z0.backward(chain.state.d_x[0, 0, :, : self.cfg.latent_dim])
-        if self._tasks is not None:
-            self._tasks.add_world_gradient(trace)
+            chain.encoder_gradients(encoded, gradient)
+        if tasks is not None:
+            host(partial(tasks.add_world_gradient, trace))
         if self.cfg.episodic:
-            self._termination_statistics()
+            host(self._termination_statistics)
         if trace is not None:
             self._trace_world(trace)
         chain.step_world()
-        if self._tasks is not None:
-            self._tasks.look_up_again()
+        if tasks is not None:
+            host(tasks.look_up_again)
         chain.policy_losses()
         if trace is not None:
             self._trace_gradients(trace, of_policy=True)
         chain.step_policy()
-        if self._tasks is not None:
-            self._tasks.leave_policy_gradient()
+        if tasks is not None:
+            host(tasks.leave_policy_gradient)
         chain.summarise()
 
     def _run_given(self, noise: UpdateNoise | None, trace: UpdateTrace | None) -> None:
@@ -233,19 +236,27 @@ class TritonUpdate(UpdateBackend):
             self._take_noise(noise)
         self._update(trace)
 
-    def _encode_images(self) -> Tensor | None:
-        """Encode all observations, where they are pixels, and return the first latent, with its graph."""
+    def _encode_images(self) -> None:
+        """Encode all observations, which are pixels, and keep the first latent with its graph."""
         chain, z = self.chain, self.cfg.latent_dim
-        if self._images is None:
-            return None
         shift = chain.draws.shift
+        assert self._images is not None
         assert shift is not None
         with annotate("encode"), matmul_precision(self.cfg, self._images.device):
             chain.inputs.next_x[0, ..., :z] = self.model.encode_parts(self._images[1:], None, shift[1:])
             with torch.enable_grad():
                 z0 = self.model.encode_parts(self._images[0], None, shift[0])
         chain.inputs.x[0, 0, :, :z] = z0.detach()
-        return z0
+        self._z0 = z0
+
+    def _image_gradients(self) -> None:
+        """Go on from the first latent's gradient to the encoder's parameters."""
+        chain, z0 = self.chain, self._z0
+        assert z0 is not None
+        chain.world.grad[chain.layout.pixels : chain.layout.encoder_end].zero_()
+        with matmul_precision(self.cfg, z0.device):
+            z0.backward(chain.state.d_x[0, 0, :, : self.cfg.latent_dim])
+        self._z0 = None
 
     # ---- in and out
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tdmpc2_fast.kernels.device.launch import How, has_dependent_launch
+from tdmpc2_fast.kernels.device.launch import How, has_dependent_launch, host
 from tdmpc2_fast.kernels.layers.rows import Rows
 from tdmpc2_fast.kernels.plan.chain import PlanChain
 
@@ -70,6 +70,7 @@ class TritonPlan(PlanBackend):
     def _capture(self) -> None:
         self._graph = self._device.captured(self._run, (self.prev_mean, self.counter))
         self._read = self._addresses()
+        self._new = True
 
     def _addresses(self) -> list[int]:
         """Return where the model's tensors are that a plan reads, or renormalises, without a packed copy."""
@@ -88,7 +89,8 @@ class TritonPlan(PlanBackend):
     @torch.no_grad()
     def _run(self) -> None:
         self.chain.draw()
-        self._inputs_from_torch()
+        if self._task is not None or self._images is not None:
+            host(self._inputs_from_torch)
         self.chain.run(draw=False)
 
     @override
@@ -98,7 +100,7 @@ class TritonPlan(PlanBackend):
         inputs = self.chain.inputs
         self._device.check(self.model.device, self.model.dtype)
         with self._device.turn():
-            self._packed.refresh()
+            changed = self._packed.refresh()
             if self._addresses() != self._read:
                 # They were put elsewhere (`load_state_dict(assign=True)`): the graph has the old ones.
                 self._capture()
@@ -112,7 +114,8 @@ class TritonPlan(PlanBackend):
                 assert task is not None
                 self._task.copy_(task, non_blocking=True)
             if noise is None and trace is None:
-                self._graph()
+                self._graph(stale=changed or self._new)
+                self._new = False
             else:
                 self._run_given(noise, trace)
             # A copy: the next plan overwrites the buffer.

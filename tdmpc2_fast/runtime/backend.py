@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tdmpc2_fast.kernels.device.launch import Precision, why_not
+from tdmpc2_fast.kernels.cpu.build import kernels
+from tdmpc2_fast.kernels.device.launch import Precision, native, natively, why_not
 
 from ..config import Config
 from ..errors import BackendError, ConfigError, warn
@@ -21,7 +22,7 @@ _WIDEST_SIMNORM = 16
 class Backend(NamedTuple):
     """An implementation of planning or learning, and why it is this one."""
 
-    name: str  # torch or triton
+    name: str  # torch, triton or cpu
     why: str
 
 
@@ -45,23 +46,22 @@ def resolve_device(name: str) -> torch.device:
 def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
     """Return the implementation of planning and learning to use, and why.
 
-    `auto` takes the kernels on a GPU that can run them, else torch.
+    `auto` takes the Triton kernels on a GPU and the C++ kernels on a CPU that can run them, else torch.
 
     Raises:
-        BackendError: `triton` was asked for and cannot run; the message has the reason.
+        BackendError: `triton` or `cpu` was asked for and cannot run; the message has the reason.
     """
     if cfg.backend == "torch":
         return _torch("backend=torch was asked for", cfg)
-    reason = _why_no_kernels(cfg, device, dtype)
-    if cfg.backend == "triton":
-        if reason is not None:
-            raise BackendError(f"backend='triton' cannot run: {reason}; use backend='torch' or 'auto'")
-        return _triton("backend=triton was asked for", cfg)
-    if reason is None and device.type != "cuda":
-        reason = "the interpreter is for tests: ask for it with backend='triton'"
-    if reason is not None:
-        return _torch(reason, cfg)
-    return _triton(f"the kernels run on {torch.cuda.get_device_name(device)}", cfg)
+    name = cfg.backend if cfg.backend != "auto" else "triton" if device.type == "cuda" else "cpu"
+    reason = _why_no_kernels(name, cfg, device, dtype)
+    if reason is None:
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else _instructions(cfg)
+        why = f"the kernels run on {where}" if cfg.backend == "auto" else f"backend={name} was asked for"
+        return Backend(name, why + ("; compile=true has no effect on kernels" if cfg.compile else ""))
+    if cfg.backend != "auto":
+        raise BackendError(f"backend={name!r} cannot run: {reason}; use backend='torch' or 'auto'")
+    return _torch(reason, cfg)
 
 
 def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], object] = warn) -> Config:
@@ -85,13 +85,15 @@ def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], o
             raise
         device = resolve_device("auto")
         leave("device", f"this machine has {torch.cuda.device_count()} CUDA devices")
-    no_kernels = _why_no_kernels(cfg, device, torch.float32)
-    if cfg.backend == "triton" and no_kernels is not None:
+    asked = cfg.backend
+    if asked == "auto":
+        asked = "triton" if device.type == "cuda" else "cpu"
+    no_kernels = None if asked == "torch" else _why_no_kernels(asked, cfg, device, torch.float32)
+    if cfg.backend in ("triton", "cpu") and no_kernels is not None:
         leave("backend", no_kernels)
-    asked = cfg.backend == "triton" or (cfg.backend == "auto" and device.type == "cuda")
-    if no_kernels is not None or not asked:
+    if no_kernels is not None or asked == "torch":
         if cfg.precision == "bfloat16":
-            leave("precision", "bfloat16 needs the Triton kernels")
+            leave("precision", "bfloat16 needs kernels" if no_kernels is None else no_kernels)
         if cfg.compile and "compile" not in given and (why := why_not_compiled(device)):
             leave("compile", why, False)
     for key in ("num_threads", "env_workers"):
@@ -108,29 +110,38 @@ def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], o
     return found
 
 
-def _triton(why: str, cfg: Config) -> Backend:
-    return Backend("triton", why + ("; compile=true has no effect on kernels" if cfg.compile else ""))
+def _instructions(cfg: Config) -> str:
+    """Name the CPU's instructions that kernels are compiled to."""
+    found = kernels()
+    products = f", bfloat16 by {found.bfloat16}" if cfg.precision == "bfloat16" else ""
+    return f"this CPU with vectors of {found.lanes} floats{products}"
 
 
 def _torch(why: str, cfg: Config) -> Backend:
     if cfg.precision == "bfloat16":
-        raise BackendError(f"precision='bfloat16' needs the Triton kernels, and torch plans and learns here: {why}")
+        raise BackendError(f"precision='bfloat16' needs kernels, and torch plans and learns here: {why}")
     return Backend("torch", why)
 
 
-def _why_no_kernels(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why the kernels cannot run for this config on this device; None where they can."""
+def _why_no_kernels(name: str, cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why the kernels of backend `name` cannot run for this config on this device; None where they can."""
     v = cfg.simnorm_dim
     if v & (v - 1) or v > _WIDEST_SIMNORM:
         return f"simnorm_dim is {v}, allowed: a power of two up to {_WIDEST_SIMNORM}"
     if dtype != torch.float32:
         return f"the model is {dtype}, allowed: torch.float32"
-    return why_not(device)
+    if name != "cpu":
+        return why_not(device)
+    with natively():
+        reason = why_not(device)
+    if reason is None and cfg.precision == "bfloat16" and not kernels().bfloat16:
+        return "precision='bfloat16' needs a CPU with AMX or AVX512-BF16, and this one has neither"
+    return reason
 
 
 def plan_precision(cfg: Config, device: torch.device) -> Precision:
-    """Return how the kernels compute products: `auto` is tf32 on a GPU and exact elsewhere."""
-    if cfg.precision == "auto":
+    """Return how the kernels compute products: `auto` is tf32 on a GPU and exact elsewhere; a CPU has no tf32."""
+    if cfg.precision == "auto" or (cfg.precision == "tf32" and native()):
         return Precision("tf32" if device.type == "cuda" else "float32")
     return Precision(cfg.precision)
 

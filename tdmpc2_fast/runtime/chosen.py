@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS
+from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS, natively
 
 from ..errors import BackendError
 from ..model.world_model import WorldModel
@@ -34,8 +34,8 @@ class Chosen(Generic[T]):
     @undisturbed
     def get(self) -> T:
         """Return the implementation."""
-        if self.made is None and self.backend.name == "triton":
-            with default_dtype(torch.float32):
+        if self.made is None and self.backend.name != "torch":
+            with default_dtype(torch.float32), natively(self.backend.name == "cpu"):
                 self.made = self._by_kernels()
         self.made = self.made or self._by_torch()
         return self.made

@@ -76,8 +76,8 @@ class GraphedFunction:
         with contextlib.suppress(RuntimeError):
             self._capture(lambda: x.add_(1), side)
 
-    def __call__(self) -> None:
-        """Run on the current stream, without waiting for it."""
+    def __call__(self, stale: bool = True) -> None:
+        """Run on the current stream, without waiting for it; `stale`, of weights, is for tapes."""
         if self._graph is None:
             self._fn()
         else:

@@ -1,4 +1,4 @@
-"""What the Triton backends of planning and learning share: the device they were built on, turns, captures."""
+"""What planning and learning by kernels share: the device they were built on, turns, captures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+from tdmpc2_fast.kernels.cpu.tape import TapedFunction
+from tdmpc2_fast.kernels.device.launch import native, natively
 
 from ..errors import InputError
 from .cuda_graph import GraphedFunction
@@ -19,14 +22,15 @@ class OnDevice:
     """
 
     def __init__(self, device: torch.device, who: str) -> None:
-        self.device, self._who = device, who
+        self.device, self._who, self._native = device, who, native()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Send kernels within to the device, after those of the turn before, whatever its stream."""
         if self._done is None:
-            yield
+            with natively(self._native):
+                yield
             return
         with torch.cuda.device(self.device):
             torch.cuda.current_stream().wait_event(self._done)
@@ -49,8 +53,10 @@ class OnDevice:
                 f"where this {self._who.lower()} was built; build another after moving the model"
             )
 
-    def captured(self, run: Callable[[], None], written: Iterable[Tensor]) -> GraphedFunction:
-        """Return `run` as a CUDA graph; its warm-up runs leave the tensors in `written` as they were."""
+    def captured(self, run: Callable[[], None], written: Iterable[Tensor]) -> GraphedFunction | TapedFunction:
+        """Return `run` as a CUDA graph, or a tape; its warm-up runs leave the tensors in `written` as they were."""
+        if self._native:
+            return TapedFunction(run)
         kept = [(x, x.clone()) for x in written]
         graph = GraphedFunction(run, self.device, self._who)
         for x, before in kept:
