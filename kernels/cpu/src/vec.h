@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -30,12 +30,20 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 
 typedef uint16_t bf16;
 
-inline vf all(float x) { return vf{} + x; }
+inline vf all(float x) { return x - vf{}; }  // less 0 and not plus: the compiler knows that for x itself
 inline vf bits_as_float(vi x) { return (vf)x; }
-inline vf pick(vi which, vf a, vf b) { return (vf)((which & (vi)a) | (~which & (vi)b)); }
-// A NaN in `x` stays, as in `torch.clamp`.
+inline vf pick(vi which, vf a, vf b) { return which ? a : b; }
+// A NaN in `x` stays, as in `torch.clamp`: the instructions return their second operand then.
+#if defined(__AVX512F__)
+inline vf least(vf x, vf most) { return (vf)_mm512_min_ps((__m512)most, (__m512)x); }
+inline vf most(vf x, vf least) { return (vf)_mm512_max_ps((__m512)least, (__m512)x); }
+#elif defined(__AVX__)
+inline vf least(vf x, vf most) { return (vf)_mm256_min_ps((__m256)most, (__m256)x); }
+inline vf most(vf x, vf least) { return (vf)_mm256_max_ps((__m256)least, (__m256)x); }
+#else
 inline vf least(vf x, vf most) { return pick(x > most, most, x); }
 inline vf most(vf x, vf least) { return pick(x < least, least, x); }
+#endif
 inline vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 inline float to_float(bf16 x) {
@@ -103,7 +111,7 @@ template <class Op> inline vf over_groups(vf x, long V, Op op) {
   if (V > 8) x = op(x, flip<8>(x));
   return x;
 }
-inline vf larger(vf a, vf b) { return pick(a > b, a, b); }
+inline vf larger(vf a, vf b) { return most(b, a); }
 inline float sum(vf x) { return over_groups(x, W, [](vf a, vf b) { return a + b; })[0]; }
 inline float largest(vf x) { return over_groups(x, W, larger)[0]; }
 
