@@ -34,7 +34,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.kernels.device import launch
 
-# TDMPC2_NATIVE=1 runs tests of kernels on their C++ twins instead.
+# TDMPC2_NATIVE=1 runs the tests of kernels on the C++ ones of the CPU instead.
 launch._open.native = os.environ.get("TDMPC2_NATIVE") == "1"
 
 # Small tensors gain nothing from more threads, and one thread does not mind a busy machine.

@@ -23,10 +23,10 @@ from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.learn.batch import UpdateTrace
-from tdmpc2_fast.learn.triton_update import TritonUpdate
+from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.backend import PlanRequest
+from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.trace import PlanTrace
-from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.rng import PlanNoise
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
@@ -95,7 +95,7 @@ def test_values_are_as_exact_as_torch_at_the_same_precision(
 def test_a_replay_is_bitwise_an_eager_plan(name: str, count: int, livened: Liven) -> None:
     agent = fused_agent(name, livened, count)
     plan = agent.planner._plan
-    assert isinstance(plan, TritonPlan)
+    assert isinstance(plan, KernelPlan)
     assert plan.why_eager is None
     obs, task = observation(agent.cfg, count), task_of(agent.cfg, count)
     for t0 in (True, False):
@@ -112,7 +112,7 @@ def test_a_replay_is_bitwise_an_eager_plan(name: str, count: int, livened: Liven
 def test_a_hundred_repeats_are_bitwise_identical(livened: Liven) -> None:
     agent = fused_agent("model_5", livened, 2)
     plan, obs = agent.planner._plan, observation(agent.cfg, 2)
-    assert isinstance(plan, TritonPlan)
+    assert isinstance(plan, KernelPlan)
     rng = plan.chain.inputs.rng.clone()
     found = []
     for _ in range(100):
@@ -127,7 +127,7 @@ def test_the_persistent_variant_is_the_chain(precision: str, limit: float, liven
     obs, noise = observation(agent.cfg, 1), draw(agent.cfg, 1)
     processors = torch.cuda.get_device_properties(GPU).multi_processor_count
     chain = first_values(agent.planner._plan, agent.cfg, 1, obs, noise)
-    persistent = TritonPlan(agent.model, 1, 0, persistent=processors)
+    persistent = KernelPlan(agent.model, 1, 0, persistent=processors)
     assert persistent.why_eager is None
     one = first_values(persistent, agent.cfg, 1, obs, noise)
     # The first iteration is the chain in both; the second is the first that one launch rolls out.
@@ -141,7 +141,7 @@ def test_the_persistent_variant_is_the_chain(precision: str, limit: float, liven
 def test_inputs_flags_and_new_parameters_are_honoured_after_capture(livened: Liven) -> None:
     agent = fused_agent("small", livened, 2)
     plan, obs = agent.planner._plan, observation(agent.cfg, 2)
-    assert isinstance(plan, TritonPlan)
+    assert isinstance(plan, KernelPlan)
     rng = plan.chain.inputs.rng.clone()
 
     def act(obs: torch.Tensor = obs, t0: Any = True, evaluate: Any = False) -> torch.Tensor:
@@ -178,7 +178,7 @@ def put_elsewhere(agent: TDMPC2) -> None:
 def test_tensors_a_graph_reads_itself_may_be_put_elsewhere(livened: Liven) -> None:
     agent = fused_agent("multitask", livened, 3)
     plan, task = agent.planner._plan, task_of(agent.cfg, 3)
-    assert isinstance(plan, TritonPlan)
+    assert isinstance(plan, KernelPlan)
     obs, rng = observation(agent.cfg, 3), plan.chain.inputs.rng.clone()
 
     def act() -> torch.Tensor:
@@ -200,7 +200,7 @@ def test_the_generator_advances_with_every_replay(livened: Liven) -> None:
     actions = [agent.planner.plan(obs, True) for _ in range(5)]
     assert len({tuple(a.flatten().tolist()) for a in actions}) == 5
     plan = agent.planner._plan
-    assert isinstance(plan, TritonPlan)
+    assert isinstance(plan, KernelPlan)
     assert int(plan.chain.inputs.rng[1]) == 5
 
 
@@ -276,12 +276,12 @@ def test_overlapped_and_serial_loops_are_bitwise_equal(
         assert not [k for k, v in found[0].items() if v != other[k]]
 
 
-def first_update(name: str, livened: Liven, **changes: Any) -> tuple[TDMPC2, TritonUpdate]:
+def first_update(name: str, livened: Liven, **changes: Any) -> tuple[TDMPC2, KernelUpdate]:
     """An agent whose update is captured."""
     agent = fused_agent(name, livened, **changes)
     agent.updater.step(random_batch(agent.cfg, GPU))
     update = agent.updater._update
-    assert isinstance(update, TritonUpdate)
+    assert isinstance(update, KernelUpdate)
     assert update.why_eager is None
     return agent, update
 
@@ -357,7 +357,7 @@ def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precis
     assert float(torch.stack(losses[-50:]).mean()) < float(torch.stack(losses[:50]).mean())
     assert torch.cuda.memory_stats()["num_device_alloc"] - allocated < 20
     update = agent.updater._update
-    assert isinstance(update, TritonUpdate)
+    assert isinstance(update, KernelUpdate)
     assert (update.chain.inputs.obs[0, ..., 0] == 999).any()
 
 

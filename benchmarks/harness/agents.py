@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.compat.state_dict import tensors_only
-from tdmpc2_fast.learn.triton_update import TritonUpdate
+from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.learn.updater import Batch
+from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.trace import PlanTrace
-from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
 from tdmpc2_fast.runtime.backend import matmul_precision
@@ -83,7 +83,7 @@ def update_draws(cfg: Config, device: torch.device) -> UpdateNoise:
 
 def check_captured(made: object, device: torch.device) -> None:
     """Raise `RuntimeError` where the kernels of a plan or an update are not replayed, on a GPU."""
-    if device.type == "cuda" and isinstance(made, TritonPlan | TritonUpdate) and made.why_eager:
+    if device.type == "cuda" and isinstance(made, KernelPlan | KernelUpdate) and made.why_eager:
         raise RuntimeError(f"launches are no graph, and their time is not what it would be: {made.why_eager}")
 
 

@@ -14,8 +14,8 @@ from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.kernels.device.launch import Precision, why_not
 from tdmpc2_fast.kernels.inspect.plan_work import plan_work
 from tdmpc2_fast.plan.backend import PlanRequest
+from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.trace import PlanTrace
-from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.rng import PlanNoise
 from tdmpc2_fast.sizes import plan_sizes
 
@@ -81,7 +81,7 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
     product = agent.backend.name
     if product != "triton" and why_not(device) is None:
         raise RuntimeError(f"the kernels were to be measured, and torch plans: {agent.backend.why}")
-    fused = isinstance(agent.planner._plan, TritonPlan)
+    fused = isinstance(agent.planner._plan, KernelPlan)
     check_captured(agent.planner._plan, device)
     # A bfloat16 config is for the kernels; what else computes for it does so in tf32.
     note, theirs = (" (tf32)", "tf32") if precision == "bfloat16" else ("", None)
@@ -158,7 +158,7 @@ def plan_gate(agent: TDMPC2, baseline: Plans, envs: int, noise: PlanNoise, obs: 
 def _replay_is_eager(agent: TDMPC2, obs: Tensor) -> bool:
     """Tell whether a plan as timed gives, from the same draws, what the eager one gives that was compared."""
     plan = agent.planner._plan
-    if not isinstance(plan, TritonPlan):
+    if not isinstance(plan, KernelPlan):
         return True
     inputs = plan.chain.inputs
     kept = inputs.rng.clone(), inputs.prev_mean.clone()

@@ -20,10 +20,10 @@ from torch import Tensor
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch
 from tdmpc2_fast.kernels.inspect.plan_work import dry_plan
-from tdmpc2_fast.learn.triton_update import TritonUpdate
+from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.backend import PlanRequest
+from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.trace import PlanTrace
-from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.rng import PlanNoise
 from tdmpc2_fast.runtime.backend import resolve_backend
 
@@ -65,12 +65,12 @@ def plan_case(options: Options, size: int, actions: int, envs: int, precision: s
     at = planner.Setting(options, size, actions, envs, precision)
     device, obs, noise = at.device, at.obs, at.noise
     chosen = at.agent.planner._plan
-    assert isinstance(chosen, TritonPlan)
+    assert isinstance(chosen, KernelPlan)
 
     on_gpu = device.type == "cuda"
     programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else _INTERPRETED_PROGRAMS
     regimes = _regimes(device, persistent=dict(throughput=False, persistent=programs))
-    planners: dict[str, Callable[[], TritonPlan]] = {"chosen": lambda: chosen}
+    planners: dict[str, Callable[[], KernelPlan]] = {"chosen": lambda: chosen}
     variants = {"chosen": Variant(partial(_act, planners["chosen"], obs), launches=at.work.launches)}
     missing: dict[str, str] = {}
     for name, regime in regimes.items():
@@ -79,7 +79,7 @@ def plan_case(options: Options, size: int, actions: int, envs: int, precision: s
         except ValueError as e:
             missing[name] = str(e)
             continue
-        made = cache(partial(TritonPlan, at.agent.model, envs, options.seed, **regime))
+        made = cache(partial(KernelPlan, at.agent.model, envs, options.seed, **regime))
         planners[name] = made
         # A persistent plan's first iteration is the chain's for few environments, bit for bit; its second is the
         # first it rolls out, and may be compared with nothing else, for elites go with rounding.
@@ -89,13 +89,13 @@ def plan_case(options: Options, size: int, actions: int, envs: int, precision: s
     return Case("plan-regimes", "plan", variants, missing, **at.facts)
 
 
-def _act(made: Callable[[], TritonPlan], obs: Tensor) -> Tensor:
+def _act(made: Callable[[], KernelPlan], obs: Tensor) -> Tensor:
     return made().plan(PlanRequest(obs)).cpu()
 
 
 def _same_values(
-    made: Callable[[], TritonPlan],
-    other: Callable[[], TritonPlan],
+    made: Callable[[], KernelPlan],
+    other: Callable[[], KernelPlan],
     obs: Tensor,
     noise: PlanNoise,
     iteration: int,
@@ -107,7 +107,7 @@ def _same_values(
     return Gate.of_values(ours, theirs, limit)
 
 
-def _values(plan: TritonPlan, obs: Tensor, noise: PlanNoise, iteration: int) -> Tensor:
+def _values(plan: KernelPlan, obs: Tensor, noise: PlanNoise, iteration: int) -> Tensor:
     trace = PlanTrace()
     plan.prev_mean.zero_()
     plan.plan(PlanRequest(obs, noise=noise, trace=trace))
@@ -127,7 +127,7 @@ def update_case(options: Options, size: int, batch_size: int, precision: str) ->
         @cache
         def made() -> TDMPC2:
             it = agent_of(at.cfg)
-            it.updater._chosen.made = TritonUpdate(it.model, **regime)
+            it.updater._chosen.made = KernelUpdate(it.model, **regime)
             return it
 
         first = cache(lambda: first_update(made(), start, batch, noise))

@@ -141,7 +141,9 @@ def _cpu() -> str:
     """Return what tells CPUs of other instructions apart."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(next((x for x in lines if x.lower().startswith(k)), "") for k in ("flags", "features", "model name"))
+        return "\n".join(
+            next((x for x in lines if x.lower().startswith(k)), "") for k in ("flags", "features", "model name")
+        )
     return platform.processor() + platform.machine()
 
 
@@ -184,7 +186,9 @@ def _run_all(commands: list[list[str]]) -> None:
     for process in started:
         said = process.communicate()[0]
         if process.returncode:
-            errors = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines() or ["no reason"]
+            errors = (
+                [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines() or ["no reason"]
+            )
             raise CannotBuild(f"the C++ compiler failed: {errors[0].strip()}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import struct
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2, torch.uint8: 3, t
 Grid = tuple[int, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _constants(kernel: Any) -> tuple[str, ...]:
     """Return the names of a kernel's parameters in their order, without programmatic dependent launch."""
     return tuple(name for name in inspect.signature(getattr(kernel, "fn", kernel)).parameters if name != "PDL")

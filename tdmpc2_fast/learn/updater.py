@@ -41,9 +41,9 @@ class Updater:
         self._chosen = Chosen[UpdateBackend](model, "Updater: learning", by_torch, self._by_kernels)
 
     def _by_kernels(self) -> UpdateBackend:
-        from .triton_update import TritonUpdate
+        from .kernel_update import KernelUpdate
 
-        return TritonUpdate(self.model)
+        return KernelUpdate(self.model)
 
     @property
     def _update(self) -> UpdateBackend:

@@ -71,9 +71,9 @@ class Planner:
         self.backend = chosen.backend
 
     def _by_kernels(self) -> PlanBackend:
-        from .triton_plan import TritonPlan
+        from .kernel_plan import KernelPlan
 
-        return TritonPlan(self.model, self.num_envs, self.seed)
+        return KernelPlan(self.model, self.num_envs, self.seed)
 
     @classmethod
     @undisturbed

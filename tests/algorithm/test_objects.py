@@ -33,7 +33,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda x: pickle.loads(pickle.dumps(x)),
     "torch.save": through_torch_save,
 }
-MANY = [(way, "torch", kind) for way in WAYS for kind in ("plain", "multitask")]
+MANY = [(way, backend, kind) for way in WAYS for backend in ("torch", "cpu") for kind in ("plain", "multitask")]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def go_on(agent: TDMPC2, buffer: ReplayBuffer, answer: Any) -> None:
     answer.put(learn(agent, buffer, 1))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cpu"])
 def test_a_process_is_given_an_agent_and_its_replay(backend: str) -> None:
     agent = TDMPC2(tiny_config(**SMALLER, backend=backend))
     buffer = filled_buffer(agent.cfg)

@@ -24,7 +24,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cpu"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_an_agent_goes_on_as_if_it_had_not_been_kept(kind: str, backend: str, tmp_path: Path) -> None:
     def through_a_file(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -35,7 +35,10 @@ def test_an_agent_goes_on_as_if_it_had_not_been_kept(kind: str, backend: str, tm
     check_goes_on(CONFIGS[kind](**SMALLER, backend=backend, seed=seed), through_a_file)
 
 
-@pytest.mark.parametrize(("before", "after"), [("torch", "triton"), ("triton", "torch")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("torch", "triton"), ("triton", "torch"), ("torch", "cpu"), ("cpu", "torch"), ("triton", "cpu")],
+)
 def test_moments_go_from_one_backend_to_the_other(before: str, after: str) -> None:
     cfg = tiny_multitask(**SMALLER)
     agents = {name: TDMPC2(cfg.replace(backend=name)) for name in (before, after)}

@@ -5,26 +5,43 @@ namespace cpu {
 
 enum Law : long { NORMAL, EXPONENTIAL, PAIRS, KEEP, INTEGER };
 
+typedef uint64_t vq __attribute__((vector_size(4 * W)));
+
+// High and low words of the products of 32-bit lanes with `by`.
+inline void multiply(vu x, uint32_t by, vu& high, vu& low) {
+#if defined(__AVX512F__)
+  vq even = (vq)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi32(int(by)));
+  vq odd = (vq)_mm512_mul_epu32((__m512i)((vq)x >> 32), _mm512_set1_epi32(int(by)));
+#elif defined(__AVX2__)
+  vq even = (vq)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi32(int(by)));
+  vq odd = (vq)_mm256_mul_epu32((__m256i)((vq)x >> 32), _mm256_set1_epi32(int(by)));
+#else
+  vq even = ((vq)x & 0xffffffffu) * uint64_t(by), odd = ((vq)x >> 32) * uint64_t(by);
+#endif
+  // Little-endian: the low word of a 64-bit lane is the even one of the two it holds.
+  low = (vu)((even & 0xffffffffu) | (odd << 32));
+  high = (vu)((even >> 32) | (odd & ~vq{} << 32));
+}
+
 // The four words of W groups from `group` on.
-inline void philox(const int64_t* state, uint32_t group, uint32_t stream, uint32_t (&c)[4][W]) {
+inline void philox(const int64_t* state, uint32_t group, uint32_t stream, uint32_t (&out)[4][W]) {
   uint64_t seed = uint64_t(state[0]), counter = uint64_t(state[1]);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int l = 0; l < W; l++)
-    c[0][l] = group + l, c[1][l] = stream, c[2][l] = uint32_t(counter), c[3][l] = uint32_t(counter >> 32);
+  vu c[4] = {vu{} + group, vu{} + stream, vu{} + uint32_t(counter), vu{} + uint32_t(counter >> 32)};
+  for (int l = 0; l < W; l++) c[0][l] += l;
   for (int round = 0; round < 10; round++) {
-    for (int l = 0; l < W; l++) {
-      uint64_t a = uint64_t(0xD2511F53u) * c[0][l], b = uint64_t(0xCD9E8D57u) * c[2][l];
-      uint32_t x = uint32_t(b >> 32) ^ c[1][l] ^ k0, y = uint32_t(a >> 32) ^ c[3][l] ^ k1;
-      c[0][l] = x, c[1][l] = uint32_t(b), c[2][l] = y, c[3][l] = uint32_t(a);
-    }
+    vu high0, low0, high2, low2;
+    multiply(c[0], 0xD2511F53u, high0, low0), multiply(c[2], 0xCD9E8D57u, high2, low2);
+    c[0] = high2 ^ c[1] ^ k0, c[1] = low2, c[2] = high0 ^ c[3] ^ k1, c[3] = low0;
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
+  std::memcpy(out, c, sizeof out);
 }
 
 inline vf words(const uint32_t (&w)[W]) {
-  vf x;
-  for (int l = 0; l < W; l++) x[l] = float(w[l]);
-  return x;
+  vu x;
+  std::memcpy(&x, w, sizeof x);
+  return __builtin_convertvector(x, vf);
 }
 // Strictly inside (0, 1).
 inline vf uniform(const uint32_t (&w)[W]) {
@@ -111,9 +128,11 @@ struct Draw : Kernel {
         }
         break;
       case KEEP: {
-        uint8_t kept[4 * W];
-        for (int l = 0; l < W; l++)
-          for (int j = 0; j < 4; j++) kept[4 * l + j] = w[j][l] >= uint64_t(run.limit);
+        uint32_t kept[W];  // four bytes a group, in their order on a little-endian machine
+        for (int l = 0; l < W; l++) {
+          auto one = [&](int j) { return uint32_t(w[j][l] >= uint64_t(run.limit)) << 8 * j; };
+          kept[l] = one(0) | one(1) | one(2) | one(3);
+        }
         std::memcpy(run.out.as<uint8_t>() + element, kept, count);
         break;
       }

@@ -14,9 +14,9 @@ from judge import within_twice
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.kernels.device.launch import Precision
 from tdmpc2_fast.plan.backend import PlanBackend, PlanRequest
+from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.torch_plan import TorchPlan
 from tdmpc2_fast.plan.trace import PlanTrace
-from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.rng import PlanNoise, generator
 
 # How near 0.5 a termination is that rounding may put on the other side.
@@ -119,8 +119,8 @@ def check_values(agent: TDMPC2, precision: str, throughput: bool) -> None:
             agent.model.get_parameter("_termination.2.weight").mul_(30)
     twin = TDMPC2(cfg, num_envs=count)
     twin.load(agent.model.state_dict())
-    twin.model.cfg = cfg.replace(precision=precision, backend="triton")
-    fused = TritonPlan(twin.model, count, 0, throughput=throughput)
+    twin.model.cfg = cfg.replace(precision=precision, backend=KERNELS)
+    fused = KernelPlan(twin.model, count, 0, throughput=throughput)
     got = first_values(fused, cfg, count, obs, noise).values[0].double()
     with plain_products(agent, precision):
         plan = TorchPlan(agent.model, count, agent.planner.generator)

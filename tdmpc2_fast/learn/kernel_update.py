@@ -1,4 +1,4 @@
-"""An update on the Triton backend: parameters in flat buffers, the chain of kernels captured."""
+"""An update by kernels, of a GPU or of the CPU: parameters in flat buffers, the chain captured or on a tape."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .tasks import Tasks
 _FAILED_BEFORE = WORLD  # any code: while the flag is set no parameter changes
 
 
-class TritonUpdate(UpdateBackend):
+class KernelUpdate(UpdateBackend):
     """Trains a world model by one replay of a CUDA graph an update.
 
     Draws come from a counter-based generator on the device, whose counter each update advances.

@@ -1,4 +1,4 @@
-"""A plan on the Triton backend: the model's weights packed, the chain of kernels captured."""
+"""A plan by kernels, of a GPU or of the CPU: the weights packed, the chain captured or on a tape."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .packing import PackedModel
 from .trace import PlanTrace
 
 
-class TritonPlan(PlanBackend):
+class KernelPlan(PlanBackend):
     """Plans for `num_envs` environments by one replay of a CUDA graph.
 
     Draws come from a counter-based generator on the device, whose counter each plan advances.

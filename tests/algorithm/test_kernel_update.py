@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GOLDEN, filled_buffer, random_episode, tiny_config, tiny_multitask
 from golden_cases import Case
-from oracle import QUIET
+from oracle import KERNELS, QUIET
 from torch.utils._python_dispatch import TorchDispatchMode
 from update_oracle import check_gradients, random_batch
 
@@ -20,7 +20,7 @@ from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import BackendError, InputError, NonFiniteError
 from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS, why_not
 from tdmpc2_fast.kernels.update import optim
-from tdmpc2_fast.learn.triton_update import TritonUpdate
+from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import UpdateNoise, generator
 from tdmpc2_fast.runtime.backend import Backend
@@ -33,13 +33,13 @@ Liven = Callable[[TDMPC2], TDMPC2]
 
 def fused(**changes: Any) -> Config:
     """A config whose updates have few launches and small heads: each takes the interpreter its time."""
-    return tiny_config(**{"backend": "triton", "horizon": 2, "num_bins": 21, **changes})
+    return tiny_config(**{"backend": KERNELS, "horizon": 2, "num_bins": 21, **changes})
 
 
 CONFIGS = dict(
     plain=fused(dropout=0.2),
     episodic=fused(episodic=True),
-    multitask=tiny_multitask(dropout=0.2, backend="triton"),
+    multitask=tiny_multitask(dropout=0.2, backend=KERNELS),
     horizon_1=fused(horizon=1),
     long=fused(horizon=5, dropout=0.0),
     two_critics=fused(num_q=2),
@@ -59,7 +59,7 @@ SLOW = ("action_dim_38", "single_5m")
 def test_recorded_updates_are_reproduced_draw_by_draw(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Adam takes its parameters one by one, whatever their blocks; in small ones it would be most of the time.
     monkeypatch.setattr(optim, "_BLOCK", 2**15)
-    checker = golden_runner.Checker(Case(GOLDEN, case), "triton")
+    checker = golden_runner.Checker(Case(GOLDEN, case), KERNELS)
     checker.updates()
     bad = [f"{d.section}: {d.name} off by {d.worst:.2e}, limit {d.limit:.1e}" for d in checker.found if not d.ok]
     assert not bad, "\n".join(bad)
@@ -127,7 +127,7 @@ def test_lower_precisions_stay_close(precision: str, limit: float, livened: Live
     ids=["no_leak", "one_bin", "no_bins"],
 )
 def test_what_the_reference_has_not_is_as_the_torch_backend(cfg: Config, livened: Liven) -> None:
-    ours, plain = livened(TDMPC2(cfg.replace(backend="triton"))), livened(TDMPC2(cfg))
+    ours, plain = livened(TDMPC2(cfg.replace(backend=KERNELS))), livened(TDMPC2(cfg))
     buffer, g = filled_buffer(cfg), generator(5, "test", torch.device("cpu"))
     for _ in range(2):
         batch, noise = buffer.sample(), UpdateNoise.draw(cfg, g)
@@ -144,7 +144,7 @@ def test_parameters_keep_names_shapes_and_objects(livened: Liven) -> None:
     agent = livened(TDMPC2(fused()))
     before = {n: (p, p.shape, p.detach().clone()) for n, p in agent.model.named_parameters()}
     state = {k: v.clone() for k, v in tensors_only(agent.model.state_dict()).items()}
-    updater = TritonUpdate(agent.model)
+    updater = KernelUpdate(agent.model)
     for name, p in agent.model.named_parameters():
         old, shape, value = before[name]
         assert p is old
@@ -183,7 +183,7 @@ def test_batches_drawn_in_the_graph_are_slices_of_what_was_added_so_far() -> Non
             continue
         agent.update(buffer)
         update = agent.updater._update
-        assert isinstance(update, TritonUpdate)
+        assert isinstance(update, KernelUpdate)
         obs = update.chain.inputs.obs[0, ..., 0]
         assert torch.equal(obs[1:] - obs[:-1], torch.ones(cfg.horizon, cfg.batch_size))
         assert torch.equal(update.chain.inputs.target[0], obs[1:])
@@ -264,7 +264,7 @@ def test_a_nan_in_the_policy_loss_leaves_the_policy(livened: Liven) -> None:
 def test_pixels_learn() -> None:
     cfg = Config.from_dict(
         dict(obs="rgb", mlp_dim=16, num_channels=2, latent_dim=32, batch_size=2, buffer_size=100, device="cpu",
-             backend="triton")
+             backend=KERNELS)
     ).with_env({"rgb": (3, 64, 64)}, 2, 500)  # fmt: skip
     agent, buffer = TDMPC2(cfg), ReplayBuffer(cfg)
     obs = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8)
@@ -281,7 +281,7 @@ def test_auto_learns_with_torch_where_a_kernel_does_not_fit(from_replay: bool, m
     def too_large(*args: Any) -> None:
         raise error("out of resource: shared memory")
 
-    monkeypatch.setattr(TritonUpdate, "step_from" if from_replay else "step", too_large)
+    monkeypatch.setattr(KernelUpdate, "step_from" if from_replay else "step", too_large)
     agent, plain = TDMPC2(tiny_config()), TDMPC2(tiny_config())
     agent.updater._chosen.backend = Backend("triton", "there is a GPU")
     buffer, sampled = (filled_buffer(agent.cfg) for _ in range(2))
@@ -325,16 +325,16 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.fixture(params=["plain", "episodic", "multitask"])
-def warm(request: pytest.FixtureRequest) -> TritonUpdate:
+def warm(request: pytest.FixtureRequest) -> KernelUpdate:
     cfg = CONFIGS[request.param]
     agent = TDMPC2(cfg)
     agent.update(filled_buffer(cfg))
     update = agent.updater._update
-    assert isinstance(update, TritonUpdate)
+    assert isinstance(update, KernelUpdate)
     return update
 
 
-def test_no_operation_inside_an_update_waits_for_the_device(warm: TritonUpdate) -> None:
+def test_no_operation_inside_an_update_waits_for_the_device(warm: KernelUpdate) -> None:
     # Launches are left out: the interpreter reads what it interprets.
     from tdmpc2_fast.kernels.device.launch import log_launches
 

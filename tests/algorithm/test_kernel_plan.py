@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import GOLDEN, tiny_config, tiny_multitask
 from golden_cases import Case
-from oracle import QUIET
+from oracle import KERNELS, QUIET
 from plan_oracle import draw
 
 from tdmpc2_fast import TDMPC2, Config, Planner, WorldModel
@@ -31,9 +31,9 @@ from tdmpc2_fast.kernels.inspect.published import plan_sizes
 from tdmpc2_fast.kernels.plan.buffers import PlanWeights
 from tdmpc2_fast.kernels.plan.chain import PlanChain
 from tdmpc2_fast.plan.backend import PlanRequest
+from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.torch_plan import TorchPlan
 from tdmpc2_fast.plan.trace import PlanTrace
-from tdmpc2_fast.plan.triton_plan import TritonPlan
 from tdmpc2_fast.runtime.backend import Backend, resolve_backend
 
 WHY_NOT = why_not(torch.device("cpu"))
@@ -52,7 +52,7 @@ PLANS = [(case, k) for case in golden_runner.cases(GOLDEN) for k in range(len(Ca
 
 @pytest.mark.parametrize(("case", "k"), [recorded(*plan) for plan in PLANS])
 def test_recorded_plans_are_reproduced_draw_by_draw(case: str, k: int) -> None:
-    checker = golden_runner.Checker(Case(GOLDEN, case), "triton")
+    checker = golden_runner.Checker(Case(GOLDEN, case), KERNELS)
     checker.plan(k)
     bad = [f"{d.name} off by {d.worst:.2e}, limit {d.limit:.1e}" for d in checker.found if not d.ok]
     assert not bad, "\n".join(bad)
@@ -61,7 +61,7 @@ def test_recorded_plans_are_reproduced_draw_by_draw(case: str, k: int) -> None:
 
 def small(**changes: Any) -> Config:
     """A config whose plans have few launches: each takes the interpreter its time."""
-    return tiny_config(**{"backend": "triton", "iterations": 2, "horizon": 2, **changes})
+    return tiny_config(**{"backend": KERNELS, "iterations": 2, "horizon": 2, **changes})
 
 
 CONFIGS = dict(
@@ -78,7 +78,7 @@ CONFIGS = dict(
     symlog=small(num_bins=1),
     plain_regression=small(num_bins=0),
     odd_widths=small(latent_dim=40, mlp_dim=51, enc_dim=37, simnorm_dim=4, obs_dim=7),
-    multitask=tiny_multitask(backend="triton", iterations=2),
+    multitask=tiny_multitask(backend=KERNELS, iterations=2),
 )
 
 
@@ -94,7 +94,7 @@ PERSISTENT = dict(
     no_prior=small(num_pi_trajs=0, **WIDE),
     horizon_1=small(horizon=1, **WIDE),
     many_actions=small(action_dim=21, iterations=1, **WIDE),
-    multitask=tiny_multitask(backend="triton", iterations=2, **WIDE),
+    multitask=tiny_multitask(backend=KERNELS, iterations=2, **WIDE),
 )
 
 
@@ -105,7 +105,7 @@ PERSISTENT = dict(
 def test_equals_the_torch_backend(regime: str, name: str, livened: Liven) -> None:
     cfg, count = (PERSISTENT if regime == "persistent" else CONFIGS)[name], 3
     agent = livened(TDMPC2(cfg, num_envs=count))
-    fused = TritonPlan(agent.model, count, seed=1, **REGIMES[regime])
+    fused = KernelPlan(agent.model, count, seed=1, **REGIMES[regime])
     plain = TorchPlan(agent.model, count, agent.planner.generator)
     before = torch.rand(plain.prev_mean.shape, generator=torch.Generator().manual_seed(1)) - 0.5
     for plan in (fused, plain):
@@ -127,7 +127,7 @@ def test_equals_the_torch_backend(regime: str, name: str, livened: Liven) -> Non
 
 
 def test_pixels_equal_the_torch_backend() -> None:
-    keys = dict(obs="rgb", mlp_dim=16, num_samples=8, num_elites=4, num_pi_trajs=2, device="cpu", backend="triton")
+    keys = dict(obs="rgb", mlp_dim=16, num_samples=8, num_elites=4, num_pi_trajs=2, device="cpu", backend=KERNELS)
     cfg = Config.from_dict(keys).with_env({"rgb": (9, 64, 64)}, 2, 500)
     agent = TDMPC2(cfg, num_envs=2)
     obs = torch.randint(0, 256, (2, 9, 64, 64), dtype=torch.uint8)
@@ -242,7 +242,7 @@ def test_nan_values_do_not_reach_the_action(planner: Planner) -> None:
 
 
 def test_dead_action_dims_stay_dead(livened: Liven) -> None:
-    agent = livened(TDMPC2(tiny_multitask(backend="triton"), num_envs=3))
+    agent = livened(TDMPC2(tiny_multitask(backend=KERNELS), num_envs=3))
     actions = agent.planner.plan(torch.randn(3, 5), True, task=torch.tensor([0, 1, 2]))
     assert actions[0, 1:].abs().max() == 0
     assert actions[2, 2:].abs().max() == 0
@@ -267,10 +267,10 @@ def test_an_update_between_plans_is_seen(livened: Liven) -> None:
 
 
 def test_tensors_read_without_a_copy_may_be_put_elsewhere(livened: Liven) -> None:
-    cfg = tiny_multitask(backend="triton", iterations=1)
+    cfg = tiny_multitask(backend=KERNELS, iterations=1)
     agent = livened(TDMPC2(cfg, num_envs=3))
     plan, task = agent.planner._plan, torch.tensor([0, 1, 2])
-    assert isinstance(plan, TritonPlan)
+    assert isinstance(plan, KernelPlan)
     noise, obs, captured = draw(cfg, 3), observations(cfg, 3), plan._graph
     agent.planner.plan(obs, True, task=task, noise=noise)
     mean, rng = plan.prev_mean.clone(), plan.chain.inputs.rng.clone()
@@ -325,7 +325,7 @@ def test_a_planner_comes_from_a_checkpoint(tmp_path: Path, livened: Liven) -> No
     agent = livened(TDMPC2(small(), num_envs=2))
     agent.save(tmp_path / "model")
     planner = Planner.from_checkpoint(tmp_path / "model", num_envs=2)
-    assert planner.backend.name == "triton"
+    assert planner.backend.name == KERNELS
     noise, obs = draw(agent.cfg, 2), observations(agent.cfg, 2)
     assert torch.equal(planner.plan(obs, True, noise=noise), agent.planner.plan(obs, True, noise=noise))
     plain = Planner.from_checkpoint(tmp_path / "model", num_envs=5, backend="torch")
@@ -344,7 +344,7 @@ def test_auto_plans_with_torch_where_a_kernel_does_not_fit(monkeypatch: pytest.M
     def too_large(*args: Any) -> None:
         raise error("out of resource: shared memory")
 
-    monkeypatch.setattr("tdmpc2_fast.plan.triton_plan.TritonPlan.__init__", too_large)
+    monkeypatch.setattr("tdmpc2_fast.plan.kernel_plan.KernelPlan.__init__", too_large)
     chosen = Backend("triton", "there is a GPU")
     monkeypatch.setattr("tdmpc2_fast.runtime.chosen.resolve_backend", lambda *args: chosen)
     with pytest.warns(RuntimeWarning, match="out of resource: shared memory; planning with torch"):
@@ -357,7 +357,7 @@ def test_auto_plans_with_torch_where_a_kernel_does_not_fit(monkeypatch: pytest.M
 
 def test_logs_of_launches_nest_and_end(planner: Planner) -> None:
     plan = planner._plan
-    assert isinstance(plan, TritonPlan)
+    assert isinstance(plan, KernelPlan)
     with log_launches() as outer, log_launches(dry=True) as inner:
         plan.chain.begin()
     assert outer == inner
@@ -444,4 +444,4 @@ def test_the_persistent_variant_names_what_it_cannot_run() -> None:
     ):
         agent = TDMPC2(cfg.replace(backend="torch"), num_envs=3)
         with pytest.raises(ValueError, match=why):
-            TritonPlan(agent.model, 3, seed=1, persistent=4)
+            KernelPlan(agent.model, 3, seed=1, persistent=4)
