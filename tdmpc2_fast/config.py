@@ -26,7 +26,8 @@ DEFAULT_DIMS = MODEL_SIZES[5] | dict(num_channels=32)
 
 _WIDE_TASK_EMBEDDING = (1, 317)
 _LARGE_ACTION_DIM = 20
-_OFFICIAL_ONLY = ("task_title", "obs_shapes", "bin_size")  # which look like other keys mistyped
+_RETIRED = ("compile",)  # keys of older versions
+_OFFICIAL_ONLY = ("task_title", "obs_shapes", "bin_size", *_RETIRED)  # which look like other keys mistyped
 
 
 def _key(
@@ -129,7 +130,6 @@ class Config:
     )
 
     key = partial(_key, "misc")
-    compile: bool = key(False, "torch.compile the losses of an update of the torch backend")
     save_video: bool = key(False, "record the first episode of every evaluation")
     save_agent: bool = key(True, "write checkpoints")
     checkpoint_minutes: float | None = key(
@@ -171,10 +171,14 @@ class Config:
     num_threads: int | None = key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)
     precision: str = key(
         "auto",
-        "products: float32 exact, tf32 on a GPU (auto there), bfloat16 by kernels on a GPU, or a CPU with AMX or AVX512-BF16",
+        "products: float32 exact, tf32 on a GPU (auto there), bfloat16 by kernels (a CPU: AMX or AVX512-BF16)",
         choices=("auto", "float32", "tf32", "bfloat16"),
     )
-    backend: str = key("auto", "implementation of the ops", choices=("auto", "torch", "triton", "cpu"))
+    backend: str = key(
+        "auto",
+        "implementation of the ops: kernels of a GPU (triton) or a CPU (cpu), or torch",
+        choices=("auto", "torch", "triton", "cpu"),
+    )
     task_grad_leak: bool = key(
         True, "multi-task: the policy loss's task-embedding gradient enters the next world update, as official"
     )
@@ -331,9 +335,13 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Make a config of keys and values; an unknown key raises `ConfigError` with the nearest one."""
+        """Make a config of keys and values; an unknown key raises `ConfigError` with the nearest one.
+
+        Keys of older versions, which files may have, are left out.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"config: got {kind_of(values)}, allowed: a dict of keys and values")
+        values = {k: v for k, v in values.items() if k not in _RETIRED}
         _check_known(values)
         return cls(**values)
 

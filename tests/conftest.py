@@ -97,6 +97,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         start, step = map(int, shard.split("/"))
         items[:] = items[start::step]
     for item in items:
+        if launch.native() and (item.get_closest_marker("triton") or "tf32" in item.name):
+            item.add_marker(pytest.mark.skip("of Triton alone: a CPU has no tf32"))
         if ON_GPU and item.path.name.endswith(("_kernel.py", "_kernels.py")):
             item.add_marker(pytest.mark.gpu)
 

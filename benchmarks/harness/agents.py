@@ -18,8 +18,8 @@ from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
 from tdmpc2_fast.runtime.backend import matmul_precision
-from tdmpc2_fast.runtime.compiling import why_not_compiled
 
+from .compiled import why_not_compiled
 from .measure import CannotMeasureError
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch, why_not
-from tdmpc2_fast.runtime.compiling import why_not_compiled
 
 from ..options import Options, each
 from .agents import within
+from .compiled import why_not_compiled
 from .measure import Case, Gate, Variant
 
 _INNER = 100  # executions in a CUDA graph

@@ -7,8 +7,8 @@ constants whose first layer reads the fixed latent once, outside the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +19,18 @@ from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy
 from tdmpc2_fast.kernels.update.optim import POLICY_EPS
 
-from ..errors import NonFiniteError, warn
+from ..errors import NonFiniteError
 from ..model.world_model import WorldModel, join
 from ..rng import UpdateNoise, generator, generator_state, set_generator
 from ..runtime.backend import matmul_precision
-from ..runtime.compiling import can_compile, have_a_cache, in_one_line
 from ..runtime.profiling import annotate
+from ..runtime.torch_cache import have_a_cache
 from .backend import TASK_GRADIENT, UpdateBackend
 from .batch import Batch, Sampler, UpdateTrace
 from .metrics import termination_statistics
 from .scale import RunningScale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_PROGRAMS = ("_targets", "_world_losses", "_policy_losses")  # of `TorchUpdate`, that `compile` compiles
-_T = TypeVar("_T")
 
 
 class TorchUpdate(UpdateBackend):
@@ -59,7 +57,6 @@ class TorchUpdate(UpdateBackend):
         if cfg.multitask:
             self.discount = torch.tensor(cfg.discounts, device=device, dtype=model.dtype)
         self.steps = 0
-        self._compiling = cfg.compile and can_compile(device)
 
     @override
     def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
@@ -114,7 +111,7 @@ class TorchUpdate(UpdateBackend):
         try:
             with annotate("td_target"):
                 e = model.embed(batch.task)
-                next_z, td_target = self._compiled(lambda: self._targets(batch, e, noise))
+                next_z, td_target = self._targets(batch, e, noise)
             with annotate("world"):
                 zs, info = self._world_step(batch, next_z, td_target, noise, trace)
             with annotate("policy"):
@@ -135,13 +132,8 @@ class TorchUpdate(UpdateBackend):
         leaked = model._task_emb.weight.grad if self.cfg.multitask else None
         if trace is not None and leaked is not None:
             trace.tensors["task_emb_grad_before"] = leaked.clone()
-
-        def losses() -> tuple[Tensor, dict[str, Tensor]]:
-            zs, info = self._world_losses(batch, e, next_z, td_target, noise)
-            info["total_loss"].backward()
-            return zs, info
-
-        zs, info = self._compiled(losses)
+        zs, info = self._world_losses(batch, e, next_z, td_target, noise)
+        info["total_loss"].backward()
         params = dict(model.world_parameters())
         info["grad_norm"] = self._clip(params, info, trace)
         self.optim.step()
@@ -155,42 +147,16 @@ class TorchUpdate(UpdateBackend):
         e = model.embed(task)
         if e is not None and not self.cfg.task_grad_leak:
             e = e.detach()
-
-        def losses() -> dict[str, Tensor]:
-            info = self._policy_losses(zs, task, e, noise)
-            # Backward also reaches the task embedding, whose gradient no one clears: the next
-            # world update inherits it. That is what the official code does.
-            info["pi_loss"].backward()
-            return info
-
-        info = self._compiled(losses)
+        info = self._policy_losses(zs, task, e, noise)
+        # Backward also reaches the task embedding, whose gradient no one clears: the next
+        # world update inherits it. That is what the official code does.
+        info["pi_loss"].backward()
         params = {f"_pi.{n}": p for n, p in model._pi.named_parameters()}
         info["pi_grad_norm"] = self._clip(params, {"pi_loss": info["pi_loss"]}, trace)
         self.scale.value.copy_(info["pi_scale"])
         self.pi_optim.step()
         self.pi_optim.zero_grad(set_to_none=True)
         return info
-
-    def _compiled(self, work: Callable[[], _T]) -> _T:
-        """Return what `work` gives; uncompiled from the compiler's first failure on, of which a warning tells.
-
-        All of it can be done again: a compiled program is one node of the graph, backward as well as forward, so
-        it leaves no gradients where it fails, and what is random was drawn before.
-        """
-        if not self._compiling:
-            return work()
-        try:
-            for name in _PROGRAMS:
-                if name not in vars(self):
-                    setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
-            return work()
-        except Exception as e:  # compilers, their caches and processes raise what they like
-            for name in _PROGRAMS:
-                vars(self).pop(name, None)
-            found = work()  # raises what was no fault of the compiler, which is then tried again
-            self._compiling = False
-            warn(f"config key 'compile': got True, and updates run uncompiled from here on: {in_one_line(e)}")
-            return found
 
     @override
     @torch.no_grad()
@@ -205,8 +171,8 @@ class TorchUpdate(UpdateBackend):
         discount = self.discount if task is None else self.discount[task].unsqueeze(-1)  # type: ignore[index]
         return batch.reward + discount * (1 - batch.terminated) * torch.minimum(q0, q1)
 
-    # ---- pure tensor programs, which `compile` compiles. The embedding's lookup, which renormalises its
-    # weight in place, is left to their callers.
+    # ---- pure tensor programs. The embedding's lookup, which renormalises its weight in place, is left to
+    # their callers.
 
     @torch.no_grad()
     def _targets(self, batch: Batch, e: Tensor | None, noise: UpdateNoise) -> tuple[Tensor, Tensor]:

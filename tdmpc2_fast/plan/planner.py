@@ -83,8 +83,7 @@ class Planner:
         fp: a file, or the folder of a run, whose best weights it takes.
         changes: config keys to change, e.g. `device="cuda"`.
         """
-        # Nothing that only plans is compiled, so that nobody need hear whether it could be.
-        state, saved, cfg = checkpoint.read_with_config(fp, {"compile": False, **changes})
+        state, saved, cfg = checkpoint.read_with_config(fp, changes)
         model = WorldModel(cfg)
         checkpoint.load_into(model, state, repr(str(fp)), saved=saved)
         return cls(model.to(resolve_device(cfg.device)).eval(), num_envs, seed)

@@ -13,7 +13,6 @@ from tdmpc2_fast.kernels.device.launch import Precision, native, natively, why_n
 
 from ..config import Config
 from ..errors import BackendError, ConfigError, warn
-from .compiling import why_not_compiled
 from .cores import cores
 
 _WIDEST_SIMNORM = 16
@@ -58,7 +57,7 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torc
     if reason is None:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else _instructions(cfg)
         why = f"the kernels run on {where}" if cfg.backend == "auto" else f"backend={name} was asked for"
-        return Backend(name, why + ("; compile=true has no effect on kernels" if cfg.compile else ""))
+        return Backend(name, why)
     if cfg.backend != "auto":
         raise BackendError(f"backend={name!r} cannot run: {reason}; use backend='torch' or 'auto'")
     return _torch(reason, cfg)
@@ -91,11 +90,8 @@ def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], o
     no_kernels = None if asked == "torch" else _why_no_kernels(asked, cfg, device, torch.float32)
     if cfg.backend in ("triton", "cpu") and no_kernels is not None:
         leave("backend", no_kernels)
-    if no_kernels is not None or asked == "torch":
-        if cfg.precision == "bfloat16":
-            leave("precision", "bfloat16 needs kernels" if no_kernels is None else no_kernels)
-        if cfg.compile and "compile" not in given and (why := why_not_compiled(device)):
-            leave("compile", why, False)
+    if cfg.precision == "bfloat16" and (no_kernels is not None or asked == "torch"):
+        leave("precision", no_kernels or "bfloat16 needs kernels")
     for key in ("num_threads", "env_workers"):
         if (getattr(cfg, key) or 0) > cores():
             leave(key, f"{cores()} cores", None)

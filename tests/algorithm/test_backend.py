@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import PYTHONPATH, filled_buffer, tiny_config
 
-from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.errors import BackendError, ConfigError
+from tdmpc2_fast.kernels.cpu.build import kernels
+from tdmpc2_fast.kernels.device.launch import _why_no_driver, triton
 from tdmpc2_fast.runtime.backend import (
     matmul_precision,
-    on_this_machine,
     resolve_backend,
     resolve_device,
     torch_products,
@@ -110,16 +116,93 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
             resolve_device(name)
 
 
-def test_only_what_was_saved_and_cannot_be_had_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdmpc2_fast.runtime.backend.why_not_compiled", lambda device: "no compiler")
-    notes: list[str] = []
-    for compiled, given, kept in ((False, (), False), (True, ("compile",), True), (True, (), False)):
-        assert on_this_machine(tiny_config(compile=compiled), given, notes.append).compile == kept
-    assert ["no compiler" in note for note in notes] == [True]
+class TestBackend:
+    cpu = torch.device("cpu")
+
+    def test_auto_says_what_it_chose(self) -> None:
+        name, why = resolve_backend(tiny_config(), self.cpu)
+        assert name == "cpu"
+        assert "the kernels run on this CPU with vectors of" in why
+        assert resolve_backend(tiny_config(backend="cpu"), self.cpu).why == "backend=cpu was asked for"
+        assert resolve_backend(tiny_config(backend="torch"), self.cpu).why == "backend=torch was asked for"
+
+    def test_triton_without_interpreter_or_gpu_is_refused_with_the_reason(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(BackendError, match="backend='triton' cannot run: Triton needs a CUDA device"):
+            TDMPC2(tiny_config(backend="triton"))
+
+    def test_the_kernels_of_a_cpu_are_not_for_a_gpu(self) -> None:
+        with pytest.raises(BackendError, match=r"backend='cpu' cannot run: C\+\+ kernels run on the CPU only"):
+            resolve_backend(tiny_config(backend="cpu"), torch.device("cuda"))
+
+    def test_an_old_gpu_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Tesla V100")
+        name, why = resolve_backend(tiny_config(), torch.device("cuda"))
+        assert name == "torch"
+        assert "Tesla V100 has compute capability 7.0, allowed: 8.0 and newer" in why
+
+    def test_a_driver_that_does_not_start_is_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_compiler(self: Any) -> None:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+        monkeypatch.delenv("TRITON_INTERPRET")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
+        driver = type("Driver", (), {"get_current_target": no_compiler})()
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+        _why_no_driver.cache_clear()
+        name, why = resolve_backend(tiny_config(), torch.device("cuda"))
+        _why_no_driver.cache_clear()
+        assert name == "torch"
+        assert "Triton cannot launch kernels here: RuntimeError: Failed to find C compiler" in why
+
+    def test_without_triton_the_kernels_of_the_cpu_plan(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tdmpc2_fast.kernels.device.launch.triton", None)
+        assert resolve_backend(tiny_config(), self.cpu).name == "cpu"
+        with pytest.raises(BackendError, match="the package triton is not installed"):
+            resolve_backend(tiny_config(backend="triton"), self.cpu)
+
+    @pytest.mark.parametrize("backend", ["triton", "cpu"])
+    def test_a_group_the_kernels_cannot_tile_is_named(self, backend: str) -> None:
+        cfg = tiny_config(latent_dim=18, simnorm_dim=3, backend=backend)
+        with pytest.raises(BackendError, match="simnorm_dim is 3"):
+            TDMPC2(cfg)
+        assert TDMPC2(cfg.replace(backend="auto")).backend.name == "torch"
+
+    def test_bfloat16_without_kernels_is_refused(self) -> None:
+        with pytest.raises(BackendError, match="precision='bfloat16' needs kernels, and torch plans and learns here"):
+            TDMPC2(tiny_config(precision="bfloat16", backend="torch"))
+
+    def test_bfloat16_on_a_cpu_without_its_instructions_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        without = kernels()._replace(bfloat16="")
+        monkeypatch.setattr("tdmpc2_fast.runtime.backend.kernels", lambda: without)
+        for backend in ("auto", "cpu"):
+            with pytest.raises(BackendError, match="needs a CPU with AMX or AVX512-BF16, and this one has neither"):
+                TDMPC2(tiny_config(precision="bfloat16", backend=backend))
+
+    def test_a_cpu_that_cannot_have_the_kernels_plans_and_learns_with_torch(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tdmpc2_fast.kernels.device.launch.why_not_built", lambda: "no compiler")
+        agent = TDMPC2(tiny_config())
+        assert agent.backend == agent.updater.backend == ("torch", "no compiler")
+        agent.update(filled_buffer(agent.cfg))
+        with pytest.raises(BackendError, match="backend='cpu' cannot run: no compiler; use backend='torch' or 'auto'"):
+            TDMPC2(tiny_config(backend="cpu"))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_what_has_no_effect_on_kernels_is_said(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdmpc2_fast.runtime.backend.why_not", lambda device: None)
-    why = resolve_backend(tiny_config(backend="triton", compile=compiled), torch.device("cpu")).why
-    assert why.endswith("; compile=true has no effect on kernels") == compiled
+def test_a_folder_for_the_cache_of_torch_that_cannot_be_made_is_replaced(tmp_path: Path) -> None:
+    """In a process of its own: torch looks once. Without it no optimiser could be built."""
+    (tmp_path / "file").touch()
+    code = """
+from conftest import TDMPC2, filled_buffer, tiny_config
+cfg = tiny_config(backend="torch")
+print("loss", float(TDMPC2(cfg).update(filled_buffer(cfg))["total_loss"]))
+"""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file"), "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("loss "), done.stderr
+    assert "TORCHINDUCTOR_CACHE_DIR: torch cannot make this folder (FileExistsError" in done.stderr

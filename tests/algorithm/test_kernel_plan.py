@@ -22,9 +22,7 @@ from tdmpc2_fast.kernels.device.launch import (
     KERNEL_ERRORS,
     How,
     Precision,
-    _why_no_driver,
     log_launches,
-    triton,
     why_not,
 )
 from tdmpc2_fast.kernels.inspect.published import plan_sizes
@@ -34,7 +32,7 @@ from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.torch_plan import TorchPlan
 from tdmpc2_fast.plan.trace import PlanTrace
-from tdmpc2_fast.runtime.backend import Backend, resolve_backend
+from tdmpc2_fast.runtime.backend import Backend
 
 WHY_NOT = why_not(torch.device("cpu"))
 pytestmark = [pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)), QUIET]
@@ -100,7 +98,8 @@ PERSISTENT = dict(
 
 @pytest.mark.parametrize(
     ("regime", "name"),
-    [(r, n) for r in ("latency", "throughput") for n in CONFIGS] + [("persistent", n) for n in PERSISTENT],
+    [(r, n) for r in ("latency", "throughput") for n in CONFIGS]
+    + [pytest.param("persistent", n, marks=pytest.mark.triton) for n in PERSISTENT],
 )
 def test_equals_the_torch_backend(regime: str, name: str, livened: Liven) -> None:
     cfg, count = (PERSISTENT if regime == "persistent" else CONFIGS)[name], 3
@@ -338,6 +337,7 @@ def test_noise_of_another_shape_is_named(planner: Planner) -> None:
         planner.plan(torch.randn(3, 5), True, noise=noise)
 
 
+@pytest.mark.triton
 def test_auto_plans_with_torch_where_a_kernel_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     (error,) = KERNEL_ERRORS
 
@@ -371,60 +371,6 @@ def test_a_model_changed_under_its_planner_is_named(planner: Planner) -> None:
     planner.model.double()
     with pytest.raises(InputError, match=r"model: got torch.float64 on cpu, allowed: torch.float32 on cpu"):
         planner.plan(torch.randn(3, 5), True)
-
-
-class TestBackend:
-    cpu = torch.device("cpu")
-
-    def test_auto_says_what_it_chose(self) -> None:
-        name, why = resolve_backend(tiny_config(), self.cpu)
-        assert name == "torch"
-        assert "interpreter" in why
-        assert resolve_backend(tiny_config(backend="torch"), self.cpu).why == "backend=torch was asked for"
-
-    def test_without_interpreter_or_gpu_the_reason_is_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("TRITON_INTERPRET")
-        name, why = resolve_backend(tiny_config(), self.cpu)
-        assert name == "torch"
-        assert "CUDA" in why
-        with pytest.raises(BackendError, match="cannot run: Triton needs a CUDA device"):
-            TDMPC2(small())
-
-    def test_an_old_gpu_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("TRITON_INTERPRET")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Tesla V100")
-        name, why = resolve_backend(tiny_config(), torch.device("cuda"))
-        assert name == "torch"
-        assert "Tesla V100 has compute capability 7.0, allowed: 8.0 and newer" in why
-
-    def test_a_driver_that_does_not_start_is_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def no_compiler(self: Any) -> None:
-            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-
-        monkeypatch.delenv("TRITON_INTERPRET")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
-        driver = type("Driver", (), {"get_current_target": no_compiler})()
-        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-        _why_no_driver.cache_clear()
-        name, why = resolve_backend(tiny_config(), torch.device("cuda"))
-        _why_no_driver.cache_clear()
-        assert name == "torch"
-        assert "Triton cannot launch kernels here: RuntimeError: Failed to find C compiler" in why
-
-    def test_without_triton_the_torch_backend_plans(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tdmpc2_fast.kernels.device.launch.triton", None)
-        assert resolve_backend(tiny_config(), self.cpu) == ("torch", "the package triton is not installed")
-
-    def test_a_group_the_kernels_cannot_tile_is_named(self) -> None:
-        cfg = small(latent_dim=18, simnorm_dim=3)
-        with pytest.raises(BackendError, match="simnorm_dim is 3"):
-            TDMPC2(cfg)
-        assert TDMPC2(cfg.replace(backend="auto")).backend.name == "torch"
-
-    def test_bfloat16_without_kernels_is_refused(self) -> None:
-        with pytest.raises(BackendError, match="precision='bfloat16' needs the Triton kernels"):
-            TDMPC2(tiny_config(precision="bfloat16"))
 
 
 def test_a_plan_of_the_5m_model_is_109_launches() -> None:

@@ -274,6 +274,7 @@ def test_pixels_learn() -> None:
     assert all(not torch.equal(p, before[n]) for n, p in agent.model._encoder.named_parameters())
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("from_replay", [False, True])
 def test_auto_learns_with_torch_where_a_kernel_does_not_fit(from_replay: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     (error,) = KERNEL_ERRORS
@@ -282,7 +283,7 @@ def test_auto_learns_with_torch_where_a_kernel_does_not_fit(from_replay: bool, m
         raise error("out of resource: shared memory")
 
     monkeypatch.setattr(KernelUpdate, "step_from" if from_replay else "step", too_large)
-    agent, plain = TDMPC2(tiny_config()), TDMPC2(tiny_config())
+    agent, plain = TDMPC2(tiny_config()), TDMPC2(tiny_config(backend="torch"))
     agent.updater._chosen.backend = Backend("triton", "there is a GPU")
     buffer, sampled = (filled_buffer(agent.cfg) for _ in range(2))
     with pytest.warns(RuntimeWarning, match="Updater: .*out of resource: shared memory; learning with torch"):

@@ -234,8 +234,7 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
     cfg = Config.from_dict(kept)
     cfg = cfg.replace(**{**beside(values, cfg), "checkpoint": str(path)})
-    # Nothing is compiled here, so that nobody need hear whether it could be.
-    cfg = on_this_machine(cfg, {*values, "compile"}, note=keys.to_stderr)
+    cfg = on_this_machine(cfg, values, note=keys.to_stderr)
     env = make_env(cfg, cfg.seed)
     cfg = complete(cfg, env)
     env.close()

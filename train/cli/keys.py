@@ -61,6 +61,7 @@ NOT_NEEDED: dict[str, str] = {
     "action_dims": "they come from the environments of a multi-task run",
     "episode_lengths": "they come from the environments of a multi-task run",
     "bin_size": "it follows from vmin, vmax and num_bins",
+    "compile": "the kernels, of a GPU or a CPU, are faster than what torch.compile makes",
     "cudagraphs": "the Triton backend always replays CUDA graphs; backend= chooses",
 }
 """Official keys, of any generation, that nothing here reads, and why."""

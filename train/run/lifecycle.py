@@ -25,7 +25,7 @@ from .trainer import OnlineTrainer
 CHANGEABLE = (
     *("steps", "eval_freq", "eval_episodes", "checkpoint_minutes", "keep_checkpoints", "save_video"),
     *("enable_wandb", "wandb_project", "wandb_entity", "wandb_silent", "tensorboard", "display"),
-    *("device", "backend", "precision", "compile", "num_threads", "overlap", "env_workers"),
+    *("device", "backend", "precision", "num_threads", "overlap", "env_workers"),
     *("buffer_size", "on_env_error"),
 )
 """Keys a run may go on with other values of: how long, where, what fits there, and what is shown. The rest is fixed."""

@@ -174,7 +174,6 @@ def _made_by(run: Resumable) -> dict[str, str]:
         device=torch.cuda.get_device_name(agent.device) if agent.device.type == "cuda" else "cpu",
         backend=agent.backend.name,
         precision=run.cfg.precision,
-        compile=str(run.cfg.compile).lower(),
         torch=torch.__version__,
         threads=str(torch.get_num_threads()),
     )

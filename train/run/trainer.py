@@ -206,9 +206,7 @@ class OnlineTrainer:
             now.updates_due += self.cfg.utd * self.cfg.num_envs
         elif pretraining:
             now.seeded = True
-            compiles = self.cfg.compile and self.agent.updater.backend.name == "torch"
-            slow = "; before the first, torch compiles for a minute or more" if compiles else ""
-            self.log.note(f"pretraining on the seed data: {self._seed_steps:,} updates{slow}")
+            self.log.note(f"pretraining on the seed data: {self._seed_steps:,} updates")
             now.updates_due += self._seed_steps
         else:
             self.doubts.seeded(now.decisions, self.buffer)

@@ -207,6 +207,7 @@ def test_an_error_names_the_argument(name: str, changes: dict[str, Any]) -> None
         normed_linear(**tensors, **options)
 
 
+@pytest.mark.triton
 def test_a_device_without_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r"^x: got device cpu, allowed: .*CUDA device"):

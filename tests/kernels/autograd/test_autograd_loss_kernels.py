@@ -341,6 +341,7 @@ def test_one_target_of_several_groups_is_named() -> None:
         two_hot_cross_entropy(*tensors, randn(2, 33), **CODE)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("call", "name"), [(call_head, "x"), (call_gaussian, "logits"), (call_consistency, "z")])
 def test_a_device_without_triton_is_named(call: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -75,6 +75,7 @@ def words_kernel(state_ptr, counter_ptr, out_ptr):
     tl.store(out_ptr + lane, out.to(tl.int64))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
 def test_philox_gives_the_published_answers(
     counter: tuple[int, ...], key: tuple[int, int], answer: tuple[int, ...]
@@ -199,6 +200,7 @@ def test_nothing_is_correlated(much: dict[str, Tensor]) -> None:
             assert correlation(flat[a][:size], flat[b][:size]) < 5
 
 
+@pytest.mark.triton
 def test_the_largest_words_stay_finite() -> None:
     word = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
     u = philox.uniform_reference(word)
