@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -200,7 +200,7 @@ def _output(command: list[str]) -> str:
     return done.stdout or "unknown\n"
 
 
-def _parallel() -> object:
+def _parallel() -> Any:
     """Return the function by which torch's own OpenMP runtime runs a team of threads; None, and one thread, without."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):

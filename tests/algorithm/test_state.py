@@ -69,7 +69,7 @@ def test_an_agent_that_never_learned_is_kept_as_that(tmp_path: Path) -> None:
 
 def test_an_optimiser_that_took_no_step_is_kept_as_that() -> None:
     """The first gradient of the policy may have been none, after the world model's step."""
-    cfg = tiny_config(**SMALLER)
+    cfg = tiny_config(**SMALLER, backend="torch")
     agent, other, buffer = TDMPC2(cfg), TDMPC2(cfg), filled_buffer(cfg)
     agent.update(buffer)
     state = {k: v for k, v in agent.updater.state().items() if k != "policy.step" and "._pi." not in k}

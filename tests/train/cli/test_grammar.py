@@ -100,7 +100,7 @@ class TestGrammar:
             (["-horizon", "3"], "allowed: horizon=3"),
             (["--batch-size", "3"], "allowed: batch_size=3"),
             (["--vmin", "-3"], "allowed: vmin=-3"),
-            (["--compile", "--horizon"], "allowed: compile=true"),
+            (["--overlap", "--horizon"], "allowed: overlap=true"),
             (["--horizn", "3"], "Did you mean 'horizon'"),
             (["~checkpoint"], "KEY=none"),
             (["~checkpoint=a"], "KEY=none"),
