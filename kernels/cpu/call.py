@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import struct
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,10 +25,15 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2, torch.uint8: 3, t
 Grid = tuple[int, ...]
 
 
-@cache
-def _constants(kernel: Any) -> tuple[str, ...]:
+def _parameters(kernel: Any) -> tuple[str, ...]:
     """Return the names of a kernel's parameters in their order, without programmatic dependent launch."""
-    return tuple(name for name in inspect.signature(getattr(kernel, "fn", kernel)).parameters if name != "PDL")
+    return _named(getattr(kernel, "fn", kernel))
+
+
+@cache
+def _named(function: Callable[..., None]) -> tuple[str, ...]:
+    # Not of the kernel itself: Triton makes the hash of one from its source and all that this refers to.
+    return tuple(name for name in inspect.signature(function).parameters if name != "PDL")
 
 
 def _words(value: Any, out: list[int]) -> None:
@@ -54,7 +60,7 @@ def _words(value: Any, out: list[int]) -> None:
 def _arguments(kernel: Any, grid: Grid, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     """Return name, grid, words and their number as the library takes them."""
     words: list[int] = []
-    names = _constants(kernel)
+    names = _parameters(kernel)
     for value in args:
         _words(value, words)
     for name in names[len(args) :]:
@@ -96,7 +102,7 @@ class Tape:
         """
         envs, first = 1, 0
         if samples:
-            named = dict(zip(_constants(kernel), args, strict=False))
+            named = dict(zip(_parameters(kernel), args, strict=False))
             envs, out = named["M"] // named["n"], named["y"]
             first = out.ptr.storage_offset() // out.r % samples
         given = _arguments(kernel, grid, args, options)
