@@ -15,6 +15,8 @@ import torch
 from tdmpc2_fast import Config
 from tdmpc2_fast.config import MODEL_SIZES
 from tdmpc2_fast.errors import ConfigError, did_you_mean
+from tdmpc2_fast.kernels.cpu.build import kernels
+from tdmpc2_fast.kernels.cpu.build import why_not as why_not_built
 from tdmpc2_fast.kernels.device.launch import PRECISIONS, interpreting
 from tdmpc2_fast.runtime.backend import resolve_device
 
@@ -34,7 +36,9 @@ class Options:
     envs: tuple[int, ...] = _key("environments planned for at once", (1,))
     actions: tuple[int, ...] = _key("action dimensions", (6,))
     batch: tuple[int, ...] = _key("batch sizes of updates", (256,))
-    precision: tuple[str, ...] = _key("of products; default: float32 on a CPU, tf32 and bfloat16 on a GPU", ())
+    precision: tuple[str, ...] = _key(
+        "of products; default: bfloat16, with tf32 on a GPU and float32 on a CPU", ()
+    )
     device: str = _key("auto, cpu, cuda or cuda:N", "auto")
     compiled: bool = _key("measure torch.compile baselines, which take a minute or two to compile", True)
     official: str | None = _key("checkout of the official repository to measure, too")
@@ -65,9 +69,8 @@ class Options:
             there = folder is None or Path(folder, file).is_file()
             _need(there, key, folder, f"a checkout of {name}, with {file} in it")
         for x in self.precisions:
-            # The interpreter computes the kernels' tf32 and bfloat16 on a CPU; plain torch does not.
-            fine = x == "float32" or self.torch_device.type != "cpu" or interpreting()
-            _need(fine, "precision", x, "float32", " on a CPU")
+            fine = self.torch_device.type != "cpu" or interpreting() or x in _of_this_cpu()
+            _need(fine, "precision", x, ", ".join(_of_this_cpu()), " on this CPU")
 
     @property
     def torch_device(self) -> torch.device:
@@ -79,7 +82,7 @@ class Options:
         """The precisions asked for, or the device's own."""
         if self.precision:
             return self.precision
-        return ("tf32", "bfloat16") if self.torch_device.type == "cuda" else ("float32",)
+        return ("tf32", "bfloat16") if self.torch_device.type == "cuda" else _of_this_cpu()
 
     def keys(self, size: int, **changes: Any) -> dict[str, Any]:
         """Return the config keys of a published size."""
@@ -88,6 +91,12 @@ class Options:
     def config(self, size: int, actions: int, **changes: Any) -> Config:
         """Return a config completed for an environment that does not exist."""
         return Config.from_dict(self.keys(size, **changes)).with_env({"state": (OBS_DIM,)}, actions, 500)
+
+
+def _of_this_cpu() -> tuple[str, ...]:
+    """Return the precisions that its kernels have."""
+    has_bfloat16 = why_not_built() is None and kernels().bfloat16
+    return ("float32", "bfloat16") if has_bfloat16 else ("float32",)
 
 
 def _need(fine: object, key: str, got: object, allowed: str, where: str = "") -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu.ceilings import reached
 from .harness.measure import Row
+from .suites.ceilings import reached
 
 
 def draw(rows: Sequence[Row], path: Path) -> str:

@@ -15,13 +15,12 @@ from tdmpc2_fast import Config, __version__
 from tdmpc2_fast.errors import BackendError, ConfigError, InputError, did_you_mean
 from tdmpc2_fast.train.run.threads import choose_threads
 
-from .gpu import ceilings
 from .harness.machine import Facts, this_machine
 from .harness.measure import CannotMeasureError, Case, Ceilings, Row, measure, profiled
 from .options import Options, describe, parse
 from .plots import draw
 from .report import machine_of, splits, text_table, write
-from .suites import environments, kernels, loop, planner, regimes, replay, update, update_kernels
+from .suites import ceilings, environments, kernels, loop, planner, regimes, replay, update, update_kernels
 
 SUITES: dict[str, Callable[[Options], Iterator[Callable[[], Case]]]] = {
     "planner": planner.cases,

@@ -31,6 +31,8 @@ if REHEARSED:
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     import interpreter  # noqa: F401
 
+import tdmpc2_fast.learn.kernel_update
+import tdmpc2_fast.plan.kernel_plan  # noqa: F401 - defined now: some tests leave the interpreter
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.kernels.device import launch
 

@@ -1,7 +1,8 @@
 """A case for one op of the product, beside the op as one writes it in torch, eager and compiled.
 
-The product is the fused kernel on a GPU and the torch backend's op elsewhere. A GPU is measured by a CUDA graph of
-many executions, which leaves next to no time of the host in the result; as in a plan, what fits into L2 is found there.
+The product is the fused kernel, of the GPU or the CPU, and the torch backend's op where there is none. A GPU is
+measured by a CUDA graph of many executions, which leaves next to no time of the host in the result; as in a plan, what
+fits into L2 is found there.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast import Config
-from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch, why_not
+from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch, natively
+from tdmpc2_fast.runtime.backend import resolve_backend
 
-from ..options import Options, each
+from ..options import Options, backend_of, each
 from .agents import within
 from .compiled import why_not_compiled
 from .measure import Case, Gate, Variant
@@ -47,7 +49,8 @@ class OpBench:
         self.options, self.suite, self.size, self._envs, self._batch = options, suite, size, envs, batch
         self.cfg: Config = options.config(size, options.actions[0], precision=precision)
         self.precision, self.device = Precision(precision), options.torch_device
-        self.fused = why_not(self.device) is None
+        self.backend = resolve_backend(Config(backend=backend_of(options)), self.device).name
+        self.fused = self.backend != "torch"
         self.pdl = has_dependent_launch(self.device)
         self._random = torch.Generator(self.device).manual_seed(options.seed)
 
@@ -76,7 +79,7 @@ class OpBench:
         summary: what is compared of the results.
         """
         allowed = _LIMIT[self.precision.name] if limit is None else limit
-        product = fused if self.fused else ours
+        product = self._by_kernels(fused) if self.fused else ours
 
         def result(op: Op) -> Tensor:
             if reset is not None:
@@ -89,7 +92,7 @@ class OpBench:
             wanted = result(baseline)
             return Gate.of_values(result(product), wanted, allowed)
 
-        variants = {"triton" if self.fused else "torch": self._variant(product)}
+        variants = {self.backend: self._variant(product)}
         variants["reference"] = self._variant(plain, partial(gate, plain))
         missing = {}
         if self.options.compiled:
@@ -113,6 +116,13 @@ class OpBench:
             gflop=gflop,
             mbyte=mbyte,
         )
+
+    def _by_kernels(self, op: Op) -> Op:
+        def run() -> Tensor:
+            with natively(self.backend == "cpu"):
+                return op()
+
+        return run
 
     def _variant(self, op: Op, gate: Callable[[], Gate] | None = None) -> Variant:
         run = within(self.cfg, self.device, op)

@@ -38,7 +38,7 @@ LIMIT = dict(float32=1e-3, tf32=1e-2, bfloat16=5e-2)
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
     """Yield a case for each size, action dimension, batch size and precision; without kernels bfloat16 is tf32."""
-    kernels = resolve_backend(Config(backend=backend_of(options)), options.torch_device).name == "triton"
+    kernels = resolve_backend(Config(backend=backend_of(options)), options.torch_device).name != "torch"
     precisions = dict.fromkeys("tf32" if p == "bfloat16" and not kernels else p for p in options.precisions)
     return each(case, replace(options, precision=tuple(precisions)), "size", "actions", "batch", "precision")
 

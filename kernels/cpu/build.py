@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ CACHE = "TDMPC2_CACHE"
 """Environment variable: folder for compiled kernels; by default `tdmpc2-fast` in the user's cache folder."""
 ISA = "TDMPC2_CPU_ISA"
 """Environment variable: instructions to use, one of `_MACHINES`; by default all this CPU has."""
+
+FLAGS = "TDMPC2_CPU_FLAGS"
+"""Environment variable: more flags for the compiler, for tests: sanitizers, `-DEMULATE_AMX`."""
 
 _MACHINES = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 _FLAGS = (
@@ -76,14 +80,12 @@ def _flags() -> list[str]:
     isa = os.environ.get(ISA, "native")
     if isa not in _MACHINES:
         raise CannotBuild(f"environment variable {ISA}: got {isa!r}, allowed: {', '.join(_MACHINES)}")
-    machine = platform.machine().lower()
+    machine, flags = platform.machine().lower(), [*_FLAGS, *os.environ.get(FLAGS, "").split()]
     if machine in ("x86_64", "amd64"):
-        return [*_FLAGS, f"-march={_MACHINES[isa]}", "-mprefer-vector-width=512"]
+        return [*flags, f"-march={_MACHINES[isa]}", "-mprefer-vector-width=512"]
     if isa != "native":
         raise CannotBuild(f"environment variable {ISA}: got {isa!r} on {machine}, allowed: native")
-    if machine in ("arm64", "aarch64"):
-        return [*_FLAGS, "-mcpu=native"]
-    return list(_FLAGS)
+    return [*flags, "-mcpu=native"] if machine in ("arm64", "aarch64") else flags
 
 
 def _load(flags: Sequence[str]) -> tuple[ctypes.CDLL, Path, str, int, str]:
@@ -154,10 +156,7 @@ def _build(compiler: str, flags: Sequence[str], path: Path) -> None:
             if path.exists():
                 return
             objects = [Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
-            steps = [
-                [compiler, *flags, "-c", str(SOURCES / f"{x.stem}.cpp"), "-o", str(x)] for x in objects
-            ]  # fmt: skip
-            _run_all(steps)
+            _run_all([[compiler, *flags, "-c", str(SOURCES / f"{x.stem}.cpp"), "-o", str(x)] for x in objects])
             library = Path(folder) / path.name
             _run_all([[compiler, "-shared", *_sanitizers(flags), *map(str, objects), "-o", str(library)]])
             library.replace(path)
@@ -182,14 +181,12 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _run_all(commands: list[list[str]]) -> None:
     """Run commands side by side, as many as there are cores."""
-    started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    for process in started:
-        said = process.communicate()[0]
-        if process.returncode:
-            errors = (
-                [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines() or ["no reason"]
-            )
-            raise CannotBuild(f"the C++ compiler failed: {errors[0].strip()}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in list(pool.map(partial(subprocess.run, capture_output=True, text=True), commands)):
+            if done.returncode:
+                lines = done.stderr.splitlines() or ["no reason"]
+                first = next((line for line in lines if "error" in line.lower()), lines[0])
+                raise CannotBuild(f"the C++ compiler failed: {first.strip()}")
 
 
 def _output(command: list[str]) -> str:

@@ -13,9 +13,9 @@ from bench_rows import sleeping
 from conftest import ROOT
 
 from tdmpc2_fast.benchmarks import compare, report, run
-from tdmpc2_fast.benchmarks.gpu import ceilings
 from tdmpc2_fast.benchmarks.harness.measure import CannotMeasureError, Case, Gate, Variant
 from tdmpc2_fast.benchmarks.options import parse
+from tdmpc2_fast.benchmarks.suites import ceilings
 from tdmpc2_fast.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from bench_rows import row, slower
 from conftest import ROOT
 
 from tdmpc2_fast.benchmarks import compare, report
-from tdmpc2_fast.benchmarks.gpu import ceilings
 from tdmpc2_fast.benchmarks.harness.measure import Row
+from tdmpc2_fast.benchmarks.suites import ceilings
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -20,8 +20,7 @@ def cases(options: Options) -> Iterator[Callable[[], Case]]:
     """Yield a copy, and a product at each precision."""
     yield partial(copy, options)
     for precision in dict.fromkeys(["float32", *options.precisions]):
-        if precision == "float32" or options.torch_device.type == "cuda":
-            yield partial(product, options, precision)
+        yield partial(product, options, precision)
 
 
 def copy(options: Options) -> Case:
