@@ -19,7 +19,7 @@ HAS    ?=
 THEIRS  = $(if $(OFFICIAL),official=$(abspath $(OFFICIAL))) $(if $(JAX),jax=$(abspath $(JAX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-all coverage gpu wheels report lint typecheck golden bench bench-report \
+.PHONY: help setup train test test-cpu test-slow test-all coverage gpu wheels report lint typecheck golden bench bench-report \
         results clean
 
 help:            ## this list
@@ -42,8 +42,24 @@ train: setup     ## train a real task; ends with its curve and a video (under 20
 
 PYTEST  = -m pytest -n auto --dist worksteal
 
+# Tests of kernels run on those of Triton, interpreted, and on those of the CPU: as this machine has them,
+# with AMX emulated, and with a sanitizer.
+OF_KERNELS = $(addprefix tests/kernels/,autograd backward layers losses plan update) \
+	tests/algorithm/test_kernel_plan.py tests/algorithm/test_kernel_update.py
+NATIVE   = TDMPC2_NATIVE=1 $(BIN)/python $(PYTEST) $(OF_KERNELS)
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -g1
+ASAN     = ASAN_OPTIONS=detect_leaks=0 CXX=g++ \
+	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)"
+
 test: setup      ## run the tests, a process per core, but for the slow ones
 	$(BIN)/python $(PYTEST) -m "not slow"
+	$(NATIVE) -m "not slow"
+
+test-cpu: setup  ## the CPU's kernels again: in AVX2, with AMX emulated, and under the address and undefined-behaviour sanitizers
+	TDMPC2_CPU_ISA=avx2 $(NATIVE)
+	$(ASAN) TDMPC2_CPU_FLAGS="$(SANITIZE) -DEMULATE_AMX" $(NATIVE) -k bfloat16 -m "not slow"
+	$(ASAN) TDMPC2_CPU_FLAGS="$(SANITIZE)" $(NATIVE) -m "not slow"
+	FUZZ_CASES=1000 $(NATIVE) -k fuzz
 
 test-slow: setup ## run the tests that `make test` leaves out: soaks and large ranges of fuzz
 	$(BIN)/python $(PYTEST) -m slow

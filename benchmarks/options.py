@@ -36,9 +36,7 @@ class Options:
     envs: tuple[int, ...] = _key("environments planned for at once", (1,))
     actions: tuple[int, ...] = _key("action dimensions", (6,))
     batch: tuple[int, ...] = _key("batch sizes of updates", (256,))
-    precision: tuple[str, ...] = _key(
-        "of products; default: bfloat16, with tf32 on a GPU and float32 on a CPU", ()
-    )
+    precision: tuple[str, ...] = _key("of products; default: bfloat16, with tf32 on a GPU and float32 on a CPU", ())
     device: str = _key("auto, cpu, cuda or cuda:N", "auto")
     compiled: bool = _key("measure torch.compile baselines, which take a minute or two to compile", True)
     official: str | None = _key("checkout of the official repository to measure, too")

@@ -34,6 +34,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 import tdmpc2_fast.learn.kernel_update
 import tdmpc2_fast.plan.kernel_plan  # noqa: F401 - defined now: some tests leave the interpreter
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
+from tdmpc2_fast.kernels.cpu.build import kernels
+from tdmpc2_fast.kernels.cpu.build import why_not as why_not_built
 from tdmpc2_fast.kernels.device import launch
 
 # TDMPC2_NATIVE=1 runs the tests of kernels on the C++ ones of the CPU instead.
@@ -98,9 +100,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shard := os.environ.get("TEST_SHARD"):
         start, step = map(int, shard.split("/"))
         items[:] = items[start::step]
+    no_bfloat16 = launch.native() and why_not_built() is None and not kernels().bfloat16
     for item in items:
         if launch.native() and (item.get_closest_marker("triton") or "tf32" in item.name):
             item.add_marker(pytest.mark.skip("of Triton alone: a CPU has no tf32"))
+        if no_bfloat16 and "bfloat16" in item.name and "algorithm" in item.path.parts:
+            item.add_marker(pytest.mark.skip("agents are refused bfloat16 on this CPU"))
         if ON_GPU and item.path.name.endswith(("_kernel.py", "_kernels.py")):
             item.add_marker(pytest.mark.gpu)
 

@@ -273,7 +273,7 @@ struct WeightGradient : Kernel {
       if (g < groups) turn<T>(g, m0, m1, lda, shares.get() + i * 3 * d);
       else spread<T>(g - groups, m0, m1);
     });
-    long most = 2 * MR, strips = cdiv(d, most);
+    long most = have_amx() && sizeof(T) == 2 ? ROOM : 2 * MR, strips = cdiv(d, most);  // whole tiles, or blocks
     parallel(groups * strips + groups, [&](long i) {
       if (i >= groups * strips) return add_up(i - groups * strips, chunks);
       long g = i / strips, first = i % strips * most, count = std::min(d - first, most), ldc = panels * NR;

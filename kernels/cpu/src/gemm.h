@@ -139,29 +139,43 @@ inline void tiles(const bf16* a, long lda, long rows, const bf16* b, long depth,
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } shape;
   static_assert(sizeof shape == 64 && NR == 32);
+  // The compiler does not know what tile instructions read: what was written so far has to be in memory.
+  asm volatile("" : : "r"(&shape) : "memory");
   _tile_loadconfig(&shape);
   const long up = lda * 2, across = ldc * 4, step = NR * 4;
   for (long p = 0; p < panels; p++) {
     const bf16* panel = b + p * panel_size<bf16>(depth);
     for (long m = 0; m < rows; m += 32) {
       const bf16* x = a + m * lda;
-      float* y = c + m * ldc + p * NR;
+      float *top = c + m * ldc + p * NR, *bottom = top + 16 * ldc;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
       if (add) {
-        _tile_loadd(0, y, across), _tile_loadd(1, y + 16, across);
-        _tile_loadd(2, y + 16 * ldc, across), _tile_loadd(3, y + 16 * ldc + 16, across);
-      } else {
-        _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
+        _tile_loadd(0, top, across);
+        _tile_loadd(1, top + 16, across);
+        _tile_loadd(2, bottom, across);
+        _tile_loadd(3, bottom + 16, across);
       }
       for (long k = 0; k < padded(depth, STEP); k += STEP) {
-        _tile_loadd(4, x + k, up), _tile_loadd(5, x + 16 * lda + k, up);
-        _tile_loadd(6, panel + k * NR, step), _tile_loadd(7, panel + k * NR + 32, step);
-        _tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7), _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(4, x + k, up);
+        _tile_loadd(5, x + 16 * lda + k, up);
+        _tile_loadd(6, panel + k * NR, step);
+        _tile_loadd(7, panel + k * NR + 32, step);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
       }
-      _tile_stored(0, y, across), _tile_stored(1, y + 16, across);
-      _tile_stored(2, y + 16 * ldc, across), _tile_stored(3, y + 16 * ldc + 16, across);
+      _tile_stored(0, top, across);
+      _tile_stored(1, top + 16, across);
+      _tile_stored(2, bottom, across);
+      _tile_stored(3, bottom + 16, across);
     }
   }
   _tile_release();
+  asm volatile("" : : : "memory");
 }
 #endif
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +128,19 @@ def test_processes_that_begin_together_build_once(tmp_path: Path) -> None:
     (library,) = tmp_path.glob("*.so")
     assert said == {str(library)}
     assert not [x for x in tmp_path.iterdir() if x.is_dir()], "a folder was left behind"
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="asks g++ for x86")
+@pytest.mark.parametrize(
+    ("machine", "instruction"),
+    [("sapphirerapids", "tdpbf16ps"), ("cooperlake", "vdpbf16ps"), ("x86-64-v3", "vfmadd"), ("x86-64", "mulps")],
+)
+def test_other_cpus_than_this_get_their_instructions(machine: str, instruction: str, tmp_path: Path) -> None:
+    flags = [*build._FLAGS, f"-march={machine}"]
+    build._build("g++", flags, tmp_path / "kernels.so")
+    code = subprocess.run(["objdump", "-d", tmp_path / "kernels.so"], capture_output=True, text=True, check=True).stdout
+    assert instruction in code
 
 
 @needs_kernels
