@@ -83,8 +83,9 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
         raise RuntimeError(f"the kernels were to be measured, and torch plans: {agent.backend.why}")
     fused = isinstance(agent.planner._plan, KernelPlan)
     check_captured(agent.planner._plan, device)
-    # A bfloat16 config is for the kernels; what else computes for it does so in tf32.
-    note, theirs = (" (tf32)", "tf32") if precision == "bfloat16" else ("", None)
+    # A bfloat16 config is for the kernels; what else computes for it does so in tf32, or on a CPU exactly.
+    other = "float32" if device.type == "cpu" else "tf32"
+    note, theirs = (f" ({other})", other) if precision == "bfloat16" else ("", None)
     lineup = Lineup(product, Variant(lambda: agent.act(obs), launches=at.work.launches if fused else None), note)
 
     def against(baseline: Plans, envs: int) -> Callable[[], Gate]:

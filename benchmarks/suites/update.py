@@ -60,7 +60,8 @@ def case(options: Options, size: int, actions: int, batch_size: int, precision: 
     at = Setting(options, size, actions, batch_size, precision)
     # The product draws its random numbers; the reference is given them ready-made.
     cfg, agent, batch, noise, start = at.cfg, at.agent, at.batch, at.noise, at.start
-    torch_cfg = cfg.replace(backend="torch", precision="tf32" if precision == "bfloat16" else precision)
+    exact = "float32" if at.device.type == "cpu" else "tf32"
+    torch_cfg = cfg.replace(backend="torch", precision=exact if precision == "bfloat16" else precision)
     with FlopCounterMode(display=False) as counter:
         on_torch = first_update(agent_of(torch_cfg), start, batch, noise)
     name = agent.updater.backend.name

@@ -150,7 +150,7 @@ COMMANDS = (
     Words("plot", commands.plot, "RUN ... [key=value ...]", own=keys.PlotOptions),
     Words("plan", commands.plan, "CHECKPOINT [key=value ...]", config=True, own=keys.PlanOptions),
     Words("tasks", commands.tasks, "[TEXT]"),
-    Words("info", commands.info, "CHECKPOINT"),
+    Words("info", commands.info, "[CHECKPOINT]"),
 )
 app = App(
     help="TD-MPC2: train an agent, look at it, measure it. COMMAND --help lists the keys of a command.",

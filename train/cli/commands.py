@@ -180,11 +180,14 @@ def tasks(words: Sequence[str]) -> int:
 
 
 def info(words: Sequence[str]) -> int:
-    """Say what a checkpoint holds.
+    """Say what a checkpoint holds, or without one what this machine plans and learns with.
 
-    That is its format, size, parameters, tensors and config; official .pt files have no config.
+    Of a checkpoint: its format, size, parameters, tensors and config; official .pt files have no config.
     """
-    given = _only(words, "info CHECKPOINT")
+    if not words:
+        print(tables.rendered(tables.grid(_machine())))
+        return 0
+    given = _only(words, "info [CHECKPOINT]")
     from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensors_only, unwrapped
     from tdmpc2_fast.model import checkpoint
 
@@ -215,6 +218,31 @@ def info(words: Sequence[str]) -> int:
     ]
     print(tables.rendered(tables.section("tensors", tables.grid(rows, ("module", "tensors", "numbers", "dtype")))))
     return 0
+
+
+def _machine() -> list[tuple[str, str]]:
+    """Return versions and devices, and which backends this machine has; of the others, why it has none."""
+    import torch
+
+    from tdmpc2_fast.config import Config
+    from tdmpc2_fast.errors import BackendError
+    from tdmpc2_fast.kernels.cpu import build
+    from tdmpc2_fast.runtime.backend import resolve_backend, resolve_device
+    from tdmpc2_fast.version import __version__
+
+    device = resolve_device("auto")
+    facts = [("version", f"{__version__}, torch {torch.__version__}"), ("device", str(device))]
+    for backend in ("auto", "triton", "cpu"):
+        try:
+            name, why = resolve_backend(Config(backend=backend), device)
+            facts.append((f"backend={backend}", f"{name} ({why})" if backend == "auto" else "can run"))
+        except BackendError as e:
+            facts.append((f"backend={backend}", str(e).partition("cannot run: ")[2].partition("; use backend")[0]))
+    if build.why_not() is None:
+        it = build.kernels()
+        facts.append(("CPU kernels", f"{it.path}, by {it.compiler}"))
+        facts.append(("bfloat16 on the CPU", it.bfloat16 or "no: it has neither AMX nor AVX512-BF16"))
+    return facts
 
 
 def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
