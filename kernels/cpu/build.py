@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ class Kernels(NamedTuple):
     path: Path
     bfloat16: str  # what computes products of bfloat16: AMX, AVX512-BF16, or nothing
     lanes: int  # floats of a vector
+    threads: bool  # whether torch's OpenMP runtime can be asked for more than one
     compiler: str
 
 
@@ -61,8 +63,7 @@ def kernels() -> Kernels:
     Raises:
         CannotBuild: there is no compiler, it failed, or the cache cannot be written.
     """
-    found = _load(_flags())
-    return Kernels(*found)
+    return _load(_flags())
 
 
 @lru_cache
@@ -88,9 +89,9 @@ def _flags() -> list[str]:
     return [*flags, "-mcpu=native"] if machine in ("arm64", "aarch64") else flags
 
 
-def _load(flags: Sequence[str]) -> tuple[ctypes.CDLL, Path, str, int, str]:
+def _load(flags: Sequence[str]) -> Kernels:
     compiler = _compiler()
-    version = _output([compiler, "--version"]).splitlines()[0]
+    version = _output([*compiler, "--version"]).splitlines()[0]
     path = _folder() / f"kernels-{_key(version, flags)}.so"
     if not path.exists():
         _build(compiler, flags, path)
@@ -103,15 +104,18 @@ def _load(flags: Sequence[str]) -> tuple[ctypes.CDLL, Path, str, int, str]:
     library.cpu_tape.restype = ctypes.c_void_p
     for name in ("cpu_run", "cpu_tape_add", "cpu_tape_run"):
         getattr(library, name).restype = ctypes.c_char_p
-    library.cpu_threads(ctypes.cast(_parallel(), ctypes.c_void_p))
-    return library, path, library.cpu_bfloat16().decode(), library.cpu_width(), version
+    team = _parallel()
+    library.cpu_threads(ctypes.cast(team, ctypes.c_void_p))
+    return Kernels(library, path, library.cpu_bfloat16().decode(), library.cpu_width(), team is not None, version)
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """Return the words that a call of the compiler begins with."""
     named = os.environ.get("CXX")
     for name in (named,) if named else ("c++", "g++", "clang++"):
-        if found := shutil.which(name.split()[0] if name else ""):
-            return found
+        words = shlex.split(name)
+        if words and shutil.which(words[0]):
+            return words
     wanted = f"the compiler {named!r} (environment variable CXX)" if named else "a C++ compiler (c++, g++ or clang++)"
     raise CannotBuild(f"{wanted} is not installed")
 
@@ -149,16 +153,16 @@ def _cpu() -> str:
     return platform.processor() + platform.machine()
 
 
-def _build(compiler: str, flags: Sequence[str], path: Path) -> None:
+def _build(compiler: Sequence[str], flags: Sequence[str], path: Path) -> None:
     """Compile all sources at once and put the library in its place whole; other processes wait."""
     try:
         with _alone(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
             if path.exists():
                 return
             objects = [Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
-            _run_all([[compiler, *flags, "-c", str(SOURCES / f"{x.stem}.cpp"), "-o", str(x)] for x in objects])
+            _run_all([[*compiler, *flags, "-c", str(SOURCES / f"{x.stem}.cpp"), "-o", str(x)] for x in objects])
             library = Path(folder) / path.name
-            _run_all([[compiler, "-shared", *_sanitizers(flags), *map(str, objects), "-o", str(library)]])
+            _run_all([[*compiler, "-shared", *_sanitizers(flags), *map(str, objects), "-o", str(library)]])
             library.replace(path)
     except OSError as e:
         raise CannotBuild(_unwritable(path.parent, e)) from e

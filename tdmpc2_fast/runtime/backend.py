@@ -110,7 +110,8 @@ def _instructions(cfg: Config) -> str:
     """Name the CPU's instructions that kernels are compiled to."""
     found = kernels()
     products = f", bfloat16 by {found.bfloat16}" if cfg.precision == "bfloat16" else ""
-    return f"this CPU with vectors of {found.lanes} floats{products}"
+    one = "" if found.threads else ", on one thread: torch's OpenMP runtime has no GOMP_parallel"
+    return f"this CPU with vectors of {found.lanes} floats{products}{one}"
 
 
 def _torch(why: str, cfg: Config) -> Backend:

@@ -26,12 +26,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
         task="cheetah-run",
         model_size=1,
-        num_samples=128,
-        num_elites=16,
+        num_samples=96,
+        num_elites=12,
         batch_size=128,
         seed_steps=1000,
         steps=5000,
-        eval_freq=2000,
+        eval_freq=2500,
         eval_episodes=1,
         exp_name="quick",
         save_video=True,
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named settings; keys given beside a preset win over it.
 
-`quick` is a look at learning in minutes, a fifth of them for its four evaluations. The sizes from 19M on come
+`quick` is a look at learning in minutes, a tenth of them for its three evaluations. The sizes from 19M on come
 from the official multi-task runs and have their batch; `model_size=19` alone leaves it at 256.
 """
 

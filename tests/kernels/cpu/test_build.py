@@ -69,7 +69,7 @@ class TestWhatCannotBe:
     def test_a_file_that_is_no_library(self, anew: Path) -> None:
         anew.mkdir()
         flags = build._flags()
-        version = build._output([build._compiler(), "--version"]).splitlines()[0]
+        version = build._output([*build._compiler(), "--version"]).splitlines()[0]
         (anew / f"kernels-{build._key(version, flags)}.so").write_text("nothing")
         assert "the compiled kernels do not load: " in reason()
 
@@ -138,7 +138,7 @@ def test_processes_that_begin_together_build_once(tmp_path: Path) -> None:
 )
 def test_other_cpus_than_this_get_their_instructions(machine: str, instruction: str, tmp_path: Path) -> None:
     flags = [*build._FLAGS, f"-march={machine}"]
-    build._build("g++", flags, tmp_path / "kernels.so")
+    build._build(["g++"], flags, tmp_path / "kernels.so")
     code = subprocess.run(["objdump", "-d", tmp_path / "kernels.so"], capture_output=True, text=True, check=True).stdout
     assert instruction in code
 
