@@ -40,6 +40,8 @@ from tdmpc2_fast.kernels.device import launch
 
 # TDMPC2_NATIVE=1 runs the tests of kernels on the C++ ones of the CPU instead.
 launch._open.native = os.environ.get("TDMPC2_NATIVE") == "1"
+if launch.native() and (why := why_not_built()) and "is not installed" not in why:
+    raise RuntimeError(f"TDMPC2_NATIVE=1: the CPU's kernels were to be tested, and cannot be: {why}")
 
 # Small tensors gain nothing from more threads, and one thread does not mind a busy machine.
 torch.set_num_threads(1)

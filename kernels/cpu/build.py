@@ -81,12 +81,14 @@ def _flags() -> list[str]:
     isa = os.environ.get(ISA, "native")
     if isa not in _MACHINES:
         raise CannotBuild(f"environment variable {ISA}: got {isa!r}, allowed: {', '.join(_MACHINES)}")
-    machine, flags = platform.machine().lower(), [*_FLAGS, *os.environ.get(FLAGS, "").split()]
+    machine, flags = platform.machine().lower(), list(_FLAGS)
     if machine in ("x86_64", "amd64"):
-        return [*flags, f"-march={_MACHINES[isa]}", "-mprefer-vector-width=512"]
-    if isa != "native":
+        flags += [f"-march={_MACHINES[isa]}", "-mprefer-vector-width=512"]
+    elif isa != "native":
         raise CannotBuild(f"environment variable {ISA}: got {isa!r} on {machine}, allowed: native")
-    return [*flags, "-mcpu=native"] if machine in ("arm64", "aarch64") else flags
+    elif machine in ("arm64", "aarch64"):
+        flags.append("-mcpu=native")
+    return flags + os.environ.get(FLAGS, "").split()
 
 
 def _load(flags: Sequence[str]) -> Kernels:
