@@ -41,9 +41,9 @@ class Planner:
     """Plans actions for `num_envs` environments with one world model.
 
     Reads the model's parameters in place, so updates and loads take effect at once. Keeps
-    the previous mean of each environment for warm starts (`prev_mean`, (E, H, A)). On the
-    Triton backend everything is allocated, warmed up and, on a GPU, captured in a CUDA graph
-    here; a call then copies its inputs, replays and returns without waiting for the device.
+    the previous mean of each environment for warm starts (`prev_mean`, (E, H, A)). By
+    kernels everything is allocated here and captured in a CUDA graph, on a CPU recorded on a
+    tape; a call then copies its inputs, replays, and on a GPU returns without waiting for it.
 
     One planner serves one thread: a call while another runs is refused. Planners of their own
     may run in threads of their own, on one model. A copy or a pickle takes warm start and random
