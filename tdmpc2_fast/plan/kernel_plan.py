@@ -61,7 +61,8 @@ class KernelPlan(PlanBackend):
         self._task = torch.zeros(num_envs, dtype=torch.int64, device=device) if cfg.multitask else None
         pixels = cfg.obs == "rgb"
         self._images = torch.zeros(num_envs, *cfg.observation_shape, device=device) if pixels else None
-        self._packed.refresh()
+        self._stale = True  # whether a graph has not seen the packed weights of now
+        self._refresh()
         inputs.rng.copy_(torch.tensor([stream_seed(seed, "plan"), 0]))
         self._device = OnDevice(device, "Planner")
         with self._device.turn():
@@ -70,7 +71,11 @@ class KernelPlan(PlanBackend):
     def _capture(self) -> None:
         self._graph = self._device.captured(self._run, (self.prev_mean, self.counter))
         self._read = self._addresses()
-        self._new = True
+        self._stale = True
+
+    def _refresh(self) -> None:
+        """Pack the weights anew if they have changed."""
+        self._stale = self._packed.refresh() or self._stale
 
     def _addresses(self) -> list[int]:
         """Return where the model's tensors are that a plan reads, or renormalises, without a packed copy."""
@@ -100,7 +105,7 @@ class KernelPlan(PlanBackend):
         inputs = self.chain.inputs
         self._device.check(self.model.device, self.model.dtype)
         with self._device.turn():
-            changed = self._packed.refresh()
+            self._refresh()
             if self._addresses() != self._read:
                 # They were put elsewhere (`load_state_dict(assign=True)`): the graph has the old ones.
                 self._capture()
@@ -114,8 +119,8 @@ class KernelPlan(PlanBackend):
                 assert task is not None
                 self._task.copy_(task, non_blocking=True)
             if noise is None and trace is None:
-                self._graph(stale=changed or self._new)
-                self._new = False
+                self._graph(stale=self._stale)
+                self._stale = False
             else:
                 self._run_given(noise, trace)
             # A copy: the next plan overwrites the buffer.
@@ -174,7 +179,7 @@ class KernelPlan(PlanBackend):
     def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         chain = self.chain
         with self._device.turn():
-            self._packed.refresh()
+            self._refresh()
             if self._task is not None:
                 assert task is not None
                 self._task.copy_(task)

@@ -14,6 +14,7 @@ from tdmpc2_fast.kernels.cpu.build import kernels, why_not
 from tdmpc2_fast.kernels.cpu.tape import TapedFunction
 from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.kernel_plan import KernelPlan
+from tdmpc2_fast.plan.trace import PlanTrace
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -74,7 +75,9 @@ def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
         assert all(torch.equal(weights[k], their_weights[k]) for k in weights)
 
 
-def test_weights_that_others_change_are_taken_in() -> None:
+@pytest.mark.parametrize("watched", [False, True])
+def test_weights_that_others_change_are_taken_in(watched: bool) -> None:
+    """Also where the plan that saw the change first was no replay."""
     cfg = CONFIGS["plain"]
     agent, other = TDMPC2(cfg), TDMPC2(cfg)
     obs = torch.ones(1, 5)
@@ -83,6 +86,8 @@ def test_weights_that_others_change_are_taken_in() -> None:
         for model in (agent.model, other.model):
             for p in model.parameters():
                 p.mul_(0.5)
+    if watched:
+        agent.planner.plan(obs, trace=PlanTrace())
     fresh = TDMPC2(cfg)
     fresh.load(agent.model.state_dict())
     fresh.planner.load_state(agent.planner.state())
