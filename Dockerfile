@@ -6,9 +6,9 @@
 # their own CUDA: the host needs a driver and NVIDIA's container toolkit, nothing else.
 FROM python:3.12-slim-bookworm
 
-# libegl1 with Mesa's driver draws without a screen, and without a GPU; gcc is what Triton builds its launchers with.
+# libegl1 with Mesa's driver draws without a screen, and without a GPU; g++ builds the kernels of a CPU, gcc Triton's launchers.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev libegl1 libegl-mesa0 libgl1-mesa-dri \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev libegl1 libegl-mesa0 libgl1-mesa-dri \
     && rm -rf /var/lib/apt/lists/*
 
 ARG TORCH=torch==2.13.0

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ ISA = "TDMPC2_CPU_ISA"
 FLAGS = "TDMPC2_CPU_FLAGS"
 """Environment variable: more flags for the compiler, for tests: sanitizers, `-DEMULATE_AMX`."""
 
+_PATIENCE = 300.0  # seconds for a file to compile
+_NEEDS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}}
 _MACHINES = {"native": "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
@@ -83,6 +85,9 @@ def _flags() -> list[str]:
         raise CannotBuild(f"environment variable {ISA}: got {isa!r}, allowed: {', '.join(_MACHINES)}")
     machine, flags = platform.machine().lower(), list(_FLAGS)
     if machine in ("x86_64", "amd64"):
+        missing = sorted(_NEEDS.get(isa, set()) - set(_cpu().split()))
+        if missing and Path("/proc/cpuinfo").exists():
+            raise CannotBuild(f"environment variable {ISA}: got {isa!r}, and this CPU has no {', '.join(missing)}")
         flags += [f"-march={_MACHINES[isa]}", "-mprefer-vector-width=512"]
     elif isa != "native":
         raise CannotBuild(f"environment variable {ISA}: got {isa!r} on {machine}, allowed: native")
@@ -94,13 +99,13 @@ def _flags() -> list[str]:
 def _load(flags: Sequence[str]) -> Kernels:
     compiler = _compiler()
     version = _output([*compiler, "--version"]).splitlines()[0]
-    path = _folder() / f"kernels-{_key(version, flags)}.so"
+    path = _folder() / f"kernels-{_key([*compiler, version, *flags])}.so"
     if not path.exists():
         _build(compiler, flags, path)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as e:
-        raise CannotBuild(f"the compiled kernels do not load: {e}") from e
+        raise CannotBuild(f"the compiled kernels do not load: {e}; {CACHE} names another folder for them") from e
     library.cpu_bfloat16.restype = ctypes.c_char_p
     library.cpu_width.restype = ctypes.c_long
     library.cpu_tape.restype = ctypes.c_void_p
@@ -115,7 +120,10 @@ def _compiler() -> list[str]:
     """Return the words that a call of the compiler begins with."""
     named = os.environ.get("CXX")
     for name in (named,) if named else ("c++", "g++", "clang++"):
-        words = shlex.split(name)
+        try:
+            words = shlex.split(name)
+        except ValueError as e:
+            raise CannotBuild(f"environment variable CXX: got {name!r}, {e}") from e
         if words and shutil.which(words[0]):
             return words
     wanted = f"the compiler {named!r} (environment variable CXX)" if named else "a C++ compiler (c++, g++ or clang++)"
@@ -124,22 +132,25 @@ def _compiler() -> list[str]:
 
 def _folder() -> Path:
     """Return the cache folder, which is there and can be written."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdmpc2-fast"
-    folder = Path(os.environ.get(CACHE) or default)
+    try:
+        named, cache = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
+        folder = Path(named).expanduser() if named else Path(cache or Path.home() / ".cache") / "tdmpc2-fast"
+    except RuntimeError as e:  # there is no home
+        raise CannotBuild(f"there is no folder to keep compiled kernels in ({e}); {CACHE} names one") from e
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise CannotBuild(_unwritable(folder, e)) from e
-    return folder
+    return folder.resolve()
 
 
 def _unwritable(folder: Path, e: OSError) -> str:
     return f"the cache for compiled kernels cannot be written ({folder}: {e.strerror or e}); {CACHE} names another"
 
 
-def _key(version: str, flags: Sequence[str]) -> str:
-    """Return a name for what these sources, flags, compiler and CPU give."""
-    told = hashlib.sha256("\0".join([version, *flags, _cpu()]).encode())
+def _key(how: Sequence[str]) -> str:
+    """Return a name for what these sources give, compiled like this for this CPU."""
+    told = hashlib.sha256("\0".join([*how, _cpu()]).encode())
     for source in sorted(SOURCES.iterdir()):
         told.update(source.name.encode() + source.read_bytes())
     return told.hexdigest()[:16]
@@ -164,14 +175,18 @@ def _build(compiler: Sequence[str], flags: Sequence[str], path: Path) -> None:
             objects = [Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
             _run_all([[*compiler, *flags, "-c", str(SOURCES / f"{x.stem}.cpp"), "-o", str(x)] for x in objects])
             library = Path(folder) / path.name
-            _run_all([[*compiler, "-shared", *_sanitizers(flags), *map(str, objects), "-o", str(library)]])
+            _run_all([[*compiler, "-shared", *_to_link(flags), *map(str, objects), "-o", str(library)]])
+            if not library.exists():
+                raise CannotBuild("the C++ compiler failed: it left no library, and no reason")
             library.replace(path)
     except OSError as e:
         raise CannotBuild(_unwritable(path.parent, e)) from e
 
 
-def _sanitizers(flags: Sequence[str]) -> list[str]:
-    return [flag for flag in flags if flag.startswith("-fsanitize")]
+def _to_link(flags: Sequence[str]) -> list[str]:
+    # With the C++ runtime inside, that of another environment need not be as new as the compiler's.
+    runtime = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" else []
+    return [flag for flag in flags if flag.startswith("-fsanitize")] or runtime
 
 
 @contextlib.contextmanager
@@ -188,16 +203,24 @@ def _alone(path: Path) -> Iterator[None]:
 def _run_all(commands: list[list[str]]) -> None:
     """Run commands side by side, as many as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in list(pool.map(partial(subprocess.run, capture_output=True, text=True), commands)):
+        for done in list(pool.map(_run, commands)):
             if done.returncode:
                 lines = done.stderr.splitlines() or ["no reason"]
                 first = next((line for line in lines if "error" in line.lower()), lines[0])
                 raise CannotBuild(f"the C++ compiler failed: {first.strip()}")
 
 
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise CannotBuild(f"the C++ compiler did not end within {_PATIENCE} seconds") from e
+
+
 def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = _run(command)
+        done.check_returncode()
     except (OSError, subprocess.CalledProcessError) as e:
         raise CannotBuild(f"the C++ compiler does not run: {e}") from e
     return done.stdout or "unknown\n"

@@ -35,6 +35,7 @@ class FlatModel:
             exp_avg_sq=dict(self._views(u.world.exp_avg_sq, u.policy.exp_avg_sq)),
         )
         self._bound: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._shared: list[tuple[dict[str, Any], str, Tensor]] = []
         self._seen: list[int] = []
         self.bind()
 
@@ -42,12 +43,17 @@ class FlatModel:
     def bind(self) -> None:
         """Move the parameters into the buffers; their values stay, and so do the parameter objects."""
         kept = {name: (held, key) for name, held, key in self.model.places()}
-        self._bound = []
+        self._bound, self._shared = [], []
         u = self.update
         for name, view in self._views(u.world.param, u.policy.param, u.target.param):
             holder, key = kept[name]
             parameter = holder[key]
             assert parameter is not None
+            if parameter.device.type == "cpu" and parameter.is_shared():
+                # Other processes have this memory: it stays, and takes what an update makes of it.
+                self._shared.append((holder, key, view))
+                view.copy_(parameter)
+                continue
             if parameter.data_ptr() != view.data_ptr():
                 view.copy_(parameter)
                 parameter.data = view
@@ -68,12 +74,20 @@ class FlatModel:
         moved = any(holder[key].data_ptr() != view.data_ptr() for holder, key, view in self._bound)
         if moved:
             self.bind()
+        elif self._shared:
+            with torch.no_grad():
+                for holder, key, view in self._shared:
+                    view.copy_(holder[key])
+            self.refresh_operands()
         elif self._versions() != self._seen:
             self.refresh_operands()
         return moved
 
     def wrote(self) -> None:
         """Advance the version counters, which others watch, since kernels wrote the parameters."""
+        with torch.no_grad():
+            for holder, key, view in self._shared:
+                holder[key].copy_(view)
         torch.autograd.graph.increment_version([holder[key] for holder, key, _ in self._bound])
         self._seen = self._versions()
 

@@ -54,9 +54,11 @@ class PackedModel:
         """
         parameters = [p for kept, key in self._kept if (p := kept[key]) is not None]
         version = [(p._version, p.data_ptr()) for p in parameters]
-        if version == self._version:
+        # What another process writes into shared memory advances no counter here.
+        if version == self._version and not any(p.is_shared() for p in parameters if p.device.type == "cpu"):
             return False
-        if self._table is None or [p.data_ptr() for p in self._seen] != [at for _, at in version]:
+        # Addresses of then: `share_memory_` moves a tensor and what was detached from it.
+        if self._table is None or [at for _, at in self._version or []] != [at for _, at in version]:
             with torch.no_grad():
                 self._table = CopyTable(self._pairs(), self._precision)
             # Held until the next time, so that no other parameter can come to lie at an address of these.

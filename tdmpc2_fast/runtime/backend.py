@@ -90,6 +90,8 @@ def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], o
     no_kernels = None if asked == "torch" else _why_no_kernels(asked, cfg, device, torch.float32)
     if cfg.backend in ("triton", "cpu") and no_kernels is not None:
         leave("backend", no_kernels)
+        if "backend" in changes:
+            no_kernels = _why_no_kernels("triton" if device.type == "cuda" else "cpu", cfg, device, torch.float32)
     if cfg.precision == "bfloat16" and (no_kernels is not None or asked == "torch"):
         leave("precision", no_kernels or "bfloat16 needs kernels")
     for key in ("num_threads", "env_workers"):

@@ -262,7 +262,7 @@ struct WeightGradient : Kernel {
     else run_as<float>();
   }
   template <class T> void run_as() {
-    long lda = operand_stride<T>(m), chunks = cdiv(m, CHUNK), panels = cdiv(k, NR), inputs = x.x.g ? groups : 1;
+    long lda = operand_stride<T>(m), chunks = cdiv(m, CHUNK), panels = cdiv(k, NR), inputs = apart(x) ? groups : 1;
     if (left.empty()) {
       for (long g = 0; g < groups; g++) left.push_back(allocate<char>(padded(d, ROOM) * lda * sizeof(T)));
       for (long g = 0; g < inputs; g++) right.push_back(allocate<char>(panels * panel_size<T>(m) * sizeof(T)));

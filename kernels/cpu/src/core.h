@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -134,14 +135,22 @@ template <class F> void parallel(long count, F&& task) {
     std::remove_reference_t<F>& task;
     long count;
     std::atomic<long> next{0};
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error{};
   } work{task, count};
   auto some = [](void* given) {
     Work& work = *static_cast<Work*>(given);
-    for (long i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) work.task(i);
+    try {
+      for (long i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) work.task(i);
+    } catch (...) {  // no exception may leave the team
+      work.next = work.count;
+      if (!work.failed.test_and_set()) work.error = std::current_exception();
+    }
   };
   long threads = std::min<long>(team(), count);
   if (threads > 1 && run_team()) run_team()(some, &work, unsigned(threads), 0);
   else some(&work);
+  if (work.error) std::rethrow_exception(work.error);
 }
 
 struct Free {

@@ -201,7 +201,7 @@ struct Weight {
   long columns() const { return inputs ? width : d; }
   long depth() const { return inputs ? d : k; }
   long panels() const { return cdiv(columns(), NR); }
-  auto key() const { return std::make_tuple(w.p, d, k, inputs, first, width); }
+  auto key() const { return std::make_tuple(w.p, w.type, d, k, inputs, first, width); }
 };
 
 // Packed weights, each once, until they are written anew.
@@ -251,7 +251,7 @@ class Panels {
     else pack_panel(w + p * NR * x.k, 1, x.k, x.k, columns, out);
   }
 
-  std::map<std::tuple<char*, long, long, bool, long, long>, Held> held_;
+  std::map<decltype(std::declval<Weight>().key()), Held> held_;
   std::vector<Due> due_;
 };
 

@@ -52,7 +52,7 @@ struct GroupedLayer : Kernel {
     for (long g = 0; g < groups; g++) {
       if (has_side) multiply(small, lds, count, packed_side[g].as<T>(), side, ldc / NR, c, ldc, false);
       if (has_x) {
-        if (g == 0 || x.x.g) take(x, g, m0, m1, n, k, input);
+        if (g == 0 || apart(x)) take(x, g, m0, m1, n, k, input);
         multiply(input, lda, count, packed[g].as<T>(), k, ldc / NR, c, ldc, has_side);
       }
       const float* bias = w.bias + w.slab.of(g, members) * w.bias_s;

@@ -25,6 +25,9 @@ struct Source {
   }
 };
 
+// Whether groups read different rows, or the same ones each through a LayerNorm of its own.
+inline bool apart(const Source& s) { return s.x.g || (s.act != PLAIN && s.slab.step); }
+
 inline Source source(Reader& in) {
   in.tuple(5);
   Source s{};
@@ -200,7 +203,7 @@ class LastLayer {
     T* a = scratch<T>(INPUT, room * lda);
     float* c = scratch<float>(OUTPUT, room * ldc);
     for (long g = 0; g < groups; g++) {
-      if (g == 0 || x.x.g) take(x, g, m0, m1, n, k, a);
+      if (g == 0 || apart(x)) take(x, g, m0, m1, n, k, a);
       multiply(a, lda, m1 - m0, packed_[g].as<T>(), k, ldc / NR, c, ldc, false);
       const float* bias = w.bias + w.slab.of(g, members) * w.bias_s;
       for (long m = m0; m < m1; m++) {

@@ -70,8 +70,48 @@ class TestWhatCannotBe:
         anew.mkdir()
         flags = build._flags()
         version = build._output([*build._compiler(), "--version"]).splitlines()[0]
-        (anew / f"kernels-{build._key(version, flags)}.so").write_text("nothing")
+        (anew / f"kernels-{build._key([*build._compiler(), version, *flags])}.so").write_text("nothing")
         assert "the compiled kernels do not load: " in reason()
+
+    def test_a_compiler_that_says_and_leaves_nothing(
+        self, anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "c++").write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / "c++").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+        assert reason() == "the C++ compiler failed: it left no library, and no reason"
+
+    def test_a_compiler_that_does_not_end(self, anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "c++").write_text("#!/bin/sh\nexec sleep 60\n")
+        (tmp_path / "c++").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+        monkeypatch.setattr(build, "_PATIENCE", 0.2)
+        assert reason() == "the C++ compiler did not end within 0.2 seconds"
+
+    def test_a_compiler_of_strange_letters(self, anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "c++").write_bytes(b"#!/bin/sh\necho 'error: \xff\xfe' >&2\nexit 1\n")
+        (tmp_path / "c++").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+        assert "the C++ compiler does not run" in reason()
+        monkeypatch.setenv("CXX", 'c++ "')
+        assert reason() == "environment variable CXX: got 'c++ \"', No closing quotation"
+
+    def test_no_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def homeless() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv(build.CACHE, raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", homeless)
+        assert "TDMPC2_CACHE names one" in reason()
+
+    def test_instructions_that_this_cpu_has_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build, "_cpu", lambda: "flags: sse2 avx2 fma")
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        monkeypatch.setenv(build.ISA, "avx512")
+        assert "got 'avx512', and this CPU has no avx512bw, avx512cd" in reason()
+        monkeypatch.setenv(build.ISA, "avx2")
+        assert "-march=x86-64-v3" in build._flags()
 
     def test_instructions_there_are_none_of(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(build.ISA, "sse9")
@@ -175,6 +215,29 @@ class TestCalls:
 
         with pytest.raises(RuntimeError, match="no such kernel for a CPU: ours"):
             run(ours, (1,), (1,), {})
+
+    def test_a_failure_in_a_team_of_threads_is_an_error_of_the_call(self, tmp_path: Path) -> None:
+        code = """
+import resource
+import torch
+from tdmpc2_fast.kernels.cpu.build import kernels
+from tdmpc2_fast.kernels.device.launch import How, Precision, natively
+from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer
+from tdmpc2_fast.kernels.layers.rows import Layer, Rows
+torch.set_num_threads(2)
+wide = 2_000_000
+layer = Layer(torch.zeros(1, 1, wide), torch.zeros(1, 1))
+x, out = Rows(torch.zeros(1, 1, 1, wide).expand(1, 1, 512, wide)), Rows.empty(1, 1, 512, 1, torch.float32, "cpu")
+kernels()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000,) * 2)
+try:
+    with natively():
+        grouped_layer(x, None, layer, out, how=How(Precision("float32")))
+except RuntimeError as e:
+    print(e)
+"""
+        assert "grouped_layer_kernel on the CPU: std::bad_alloc" in in_a_process(code)
 
     def test_any_thread_may_launch(self) -> None:
         from concurrent.futures import ThreadPoolExecutor

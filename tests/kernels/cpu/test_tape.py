@@ -102,3 +102,25 @@ def test_numbers_of_torch_go_on_with_the_kernels() -> None:
     agents[1].updater.load_state(agents[0].updater.state())
     metrics = [agent.update(filled_buffer(cfg)) for agent in agents]
     assert {k: v.isfinite().item() for k, v in metrics[1].items()} == dict.fromkeys(metrics[0], True)
+
+
+def test_weights_in_shared_memory_stay_there_and_are_read_at_every_plan() -> None:
+    """Other processes have that memory, and their writes advance no counter of torch here."""
+    cfg = CONFIGS["plain"]
+    agent, alone = TDMPC2(cfg), TDMPC2(cfg)
+    agent.model.share_memory()
+    places = {k: p.data_ptr() for k, p in agent.model.named_parameters()}
+    for one in (agent, alone):
+        one.update(filled_buffer(cfg))
+        one.update(filled_buffer(cfg))
+    theirs = dict(alone.model.named_parameters())
+    assert {k: p.data_ptr() for k, p in agent.model.named_parameters()} == places
+    assert all(torch.equal(p, theirs[k]) for k, p in agent.model.named_parameters())
+    obs = torch.ones(1, 5)
+    agent.planner.plan(obs, True)
+    for p in agent.model.parameters():
+        p.detach().numpy()[...] *= 0.5
+    fresh = TDMPC2(cfg)
+    fresh.load(agent.model.state_dict())
+    fresh.planner.load_state(agent.planner.state())
+    assert torch.equal(agent.planner.plan(obs, True), fresh.planner.plan(obs, True))
