@@ -17,6 +17,7 @@ from tdmpc2_fast.benchmarks.harness.measure import CannotMeasureError, Case, Gat
 from tdmpc2_fast.benchmarks.options import parse
 from tdmpc2_fast.benchmarks.suites import ceilings
 from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.kernels.cpu.build import kernels
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +66,12 @@ def test_bad_words_are_answered_before_anything_is_measured(
 
 def test_precisions_of_a_gpu_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ConfigError, match="got 'tf32', allowed on a CPU: float32"):
+    with pytest.raises(ConfigError, match="got 'tf32', allowed on this CPU: float32"):
         parse(["precision=tf32", "device=cpu"])
-    assert parse(["device=cpu"]).precisions == ("float32",)
+    for instructions, precisions in (("", ("float32",)), ("AMX", ("float32", "bfloat16"))):
+        found = kernels()._replace(bfloat16=instructions)
+        monkeypatch.setattr("tdmpc2_fast.benchmarks.options.kernels", lambda found=found: found)
+        assert parse(["device=cpu"]).precisions == precisions
 
 
 def test_a_case_that_breaks_does_not_end_the_others(

@@ -93,6 +93,21 @@ class TestCommands:
         assert cli.main(["info", "run/checkpoints/latest"]) == 0
         assert "trained step 80 (80 decisions, 79 updates), return" in " ".join(capsys.readouterr().out.split())
 
+    def test_info_says_what_this_machine_plans_with_and_why_not_with_the_rest(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert cli.main(["info"]) == 0
+        said = capsys.readouterr().out
+        assert "backend=auto         cpu (the kernels run on this CPU with vectors of" in said
+        assert "backend=triton       Triton needs a CUDA device" in said
+        monkeypatch.setattr("tdmpc2_fast.kernels.device.launch.why_not_built", lambda: "no compiler")
+        assert cli.main(["info"]) == 0
+        said = capsys.readouterr().out
+        assert "backend=auto         torch (no compiler)" in said
+        assert "backend=cpu          no compiler\n" in said
+
     def test_an_evaluation_in_a_pipe_leaves_stderr_empty(self, empty_folder: Path) -> None:
         save_untrained("a")
         out, err = (done := start("eval", "a")).communicate(timeout=300)
@@ -142,7 +157,7 @@ class TestCommands:
             (["eval", "."], "without checkpoints/best"),
             (["eval", "a.pt"], "give task=NAME"),
             (["eval", "a.pt", "preset=quick"], "belongs to the command train"),
-            (["info"], "info CHECKPOINT"),
+            (["info", "a", "b"], "info [CHECKPOINT]"),
             (["info", "b.pt"], "no TD-MPC2 model"),
             (["resume"], "resume RUN"),
             (["resume", "nowhere"], "no such folder"),
