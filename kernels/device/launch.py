@@ -216,7 +216,12 @@ def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
 
     A dry run needs no GPU: it tells which kernels a composition launches, with which arguments.
     """
-    log = _Log([], dry)
+    with _opened(_Log([], dry)) as launches:
+        yield launches
+
+
+@contextmanager
+def _opened(log: _Log) -> Iterator[list[Any]]:
     _open.logs.append(log)
     try:
         yield log.launches
@@ -226,13 +231,9 @@ def log_launches(dry: bool = False) -> Iterator[list[Launch]]:
 
 def recorded(fn: Callable[[], None]) -> list[Launch | Callable[[], None]]:
     """Return the launches that `fn` makes and the work it gives to `host`, in their order; none of it is done."""
-    log = _Log([], dry=True, host=True)
-    _open.logs.append(log)
-    try:
+    with _opened(_Log([], dry=True, host=True)) as steps:
         fn()
-    finally:
-        _open.logs.remove(log)
-    return log.launches
+    return steps
 
 
 def host(work: Callable[[], object]) -> None:

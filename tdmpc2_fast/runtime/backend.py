@@ -52,7 +52,7 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torc
     """
     if cfg.backend == "torch":
         return _torch("backend=torch was asked for", cfg)
-    name = cfg.backend if cfg.backend != "auto" else "triton" if device.type == "cuda" else "cpu"
+    name = _kernels_of(cfg.backend, device)
     reason = _why_no_kernels(name, cfg, device, dtype)
     if reason is None:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else _instructions(cfg)
@@ -61,6 +61,13 @@ def resolve_backend(cfg: Config, device: torch.device, dtype: torch.dtype = torc
     if cfg.backend != "auto":
         raise BackendError(f"backend={name!r} cannot run: {reason}; use backend='torch' or 'auto'")
     return _torch(reason, cfg)
+
+
+def _kernels_of(backend: str, device: torch.device) -> str:
+    """Return the backend asked for; of `auto` the one whose kernels are this device's."""
+    if backend != "auto":
+        return backend
+    return "triton" if device.type == "cuda" else "cpu"
 
 
 def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], object] = warn) -> Config:
@@ -84,14 +91,12 @@ def on_this_machine(cfg: Config, given: Collection[str], note: Callable[[str], o
             raise
         device = resolve_device("auto")
         leave("device", f"this machine has {torch.cuda.device_count()} CUDA devices")
-    asked = cfg.backend
-    if asked == "auto":
-        asked = "triton" if device.type == "cuda" else "cpu"
+    asked = _kernels_of(cfg.backend, device)
     no_kernels = None if asked == "torch" else _why_no_kernels(asked, cfg, device, torch.float32)
     if cfg.backend in ("triton", "cpu") and no_kernels is not None:
         leave("backend", no_kernels)
         if "backend" in changes:
-            no_kernels = _why_no_kernels("triton" if device.type == "cuda" else "cpu", cfg, device, torch.float32)
+            no_kernels = _why_no_kernels(_kernels_of("auto", device), cfg, device, torch.float32)
     if cfg.precision == "bfloat16" and (no_kernels is not None or asked == "torch"):
         leave("precision", no_kernels or "bfloat16 needs kernels")
     for key in ("num_threads", "env_workers"):

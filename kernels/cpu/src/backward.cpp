@@ -19,9 +19,9 @@ struct Upstream {
   void due(Reader& in) {
     in.tuple(7);
     norm = in.integer(), tile = in.integer();
-    in.integer();
+    in.skip(1);
     rows.tile = in.integer();
-    in.integer();
+    in.skip(1);
     rows.members = in.integer(), dropout = in.integer();
   }
   // Writes dL/dy of a row to out; adds what it gives dβ, dγ and db to the three vectors of `shares`, if given.
@@ -160,9 +160,9 @@ struct ActivationGradient : Kernel {
     d = strided(in), below = source(in), y = strided(in), sums = strided(in);
     m = in.integer(), n = rows = in.integer(), width = in.integer();
     below.due(in);
-    in.integer();
+    in.skip(1);
     tile = in.integer();
-    in.integer();
+    in.skip(1);
     groups = grid[2];
   }
   void run() override { walk_all(*this, m); }
@@ -188,7 +188,7 @@ struct NormGradient : Kernel {
     n = in.integer(), d = in.integer(), chunks = in.integer();
     up.due(in);
     wanted = in.integer(), per_chunk = in.integer();
-    in.integer(), in.integer(), in.integer();
+    in.skip(3);
     envs = grid[0] / chunks, groups = grid[2];
   }
   void run() override {
@@ -219,7 +219,7 @@ struct AddUp : Kernel {
     sums = in.floats(), sums_g = in.integer(), sums_e = in.integer();
     bias = in.floats(), gamma = in.floats(), beta = in.floats();
     out_g = in.integer(), envs = in.integer(), d = in.integer(), chunks = in.integer();
-    in.integer(), in.integer();
+    in.skip(2);
     groups = grid[1];
   }
   void run() override {

@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <functional>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -35,6 +34,10 @@ class Reader {
   Reader(const int64_t* words, const int64_t* end) : at_(words), end_(end) {}
 
   long integer() { return expect(INT, "an integer"), *at_++; }
+  // Passes over integers that say nothing to a CPU: tile sizes and the like.
+  void skip(int count) {
+    for (int i = 0; i < count; i++) integer();
+  }
   double number() {
     expect(FLOAT, "a float");
     double x;

@@ -86,14 +86,14 @@ struct Draw : Kernel {
     for (Run& run : runs) {
       in.tuple(5);
       run.out = in.tensor(), run.size = in.integer(), run.pitch = in.integer();
-      in.integer(), in.integer();
+      in.skip(2);
     }
     in.tuple(long(runs.size()));
     for (Run& run : runs) {
       in.tuple(3);
       run.law = in.integer(), run.stream = in.integer(), run.limit = in.integer();
     }
-    in.integer();
+    in.skip(1);
   }
   void run() override {
     constexpr long PART = 1024;  // groups a task
@@ -160,7 +160,7 @@ struct DrawSlices : Kernel {
     to_task = in.integers();
     c = in.integer(), r = in.integer(), b = in.integer(), h = in.integer(), width = in.integer(), dims = in.integer();
     drawn = in.integer(), tasks = in.integer();
-    in.integer(), in.integer(), in.integer(), in.integer();
+    in.skip(4);
   }
   static uint64_t share(uint32_t high, uint32_t low, uint64_t count) {
     return (high * count + (low * count >> 32)) >> 32;

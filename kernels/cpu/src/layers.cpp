@@ -21,7 +21,7 @@ struct GroupedLayer : Kernel {
     x.due(in);
     members = in.integer(), dropout = in.integer();
     tile = product(in);
-    in.integer(), in.integer();  // BA, LINES
+    in.skip(2);  // BA, LINES
     groups = grid[1];
   }
   void prepare(Panels& panels) override {
@@ -77,7 +77,7 @@ struct Activate : Kernel {
     x = source(in), y = strided(in);
     m = in.integer(), n = rows = in.integer(), d = in.integer();
     x.due(in);
-    in.integer(), in.integer(), in.integer();
+    in.skip(3);
     groups = grid[2];
   }
   void run() override { walk_all(*this, m); }

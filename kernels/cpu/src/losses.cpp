@@ -14,7 +14,7 @@ struct Consistency : Kernel {
   Consistency(const Grid&, Reader& in) {
     z = strided(in), goal = strided(in), weight = in.floats(), loss = in.floats(), d = strided(in);
     m = in.integer(), n = rows = in.integer(), width = in.integer();
-    in.integer(), in.integer();
+    in.skip(2);
   }
   void run() override { walk_all(*this, m); }
   void walk(long m0, long m1) override {
@@ -42,7 +42,7 @@ struct TdTarget : Kernel {
   TdTarget(const Grid&, Reader& in) {
     q = in.floats(), reward = in.floats(), terminated = in.floats(), discount = strided(in), out = in.floats();
     m = in.integer(), n = in.integer();
-    in.integer();
+    in.skip(1);
   }
   void run() override {
     for (long i = 0; i < m; i++) {
@@ -138,7 +138,7 @@ struct PolicySample : Kernel {
     s.sizes(in);
     rows = s.n;
     s.masked = in.integer(), has_entropy = in.integer();
-    in.integer(), in.integer(), in.integer();
+    in.skip(3);
   }
   void run() override { walk_all(*this, s.m); }
   void walk(long m0, long m1) override {
@@ -167,7 +167,7 @@ struct PolicyGradient : Kernel {
     rows = s.n;
     entropy_coef = float(in.number());
     s.masked = in.integer();
-    in.integer(), in.integer(), in.integer();
+    in.skip(3);
   }
   void run() override { walk_all(*this, s.m); }
   void walk(long m0, long m1) override {
@@ -190,7 +190,7 @@ struct PolicySampleGradient : Kernel {
     s.sizes(in);
     rows = s.n;
     s.masked = in.integer();
-    in.integer(), in.integer(), in.integer();
+    in.skip(3);
   }
   void run() override { walk_all(*this, s.m); }
   void walk(long m0, long m1) override {
@@ -212,7 +212,7 @@ struct RunningScale : Kernel {
     q = in.floats(), value = in.floats(), stride = in.integer(), b = in.integer(), tau = float(in.number());
     place5 = in.integer(), next5 = in.integer(), place95 = in.integer(), next95 = in.integer();
     low5 = float(in.number()), high5 = float(in.number()), low95 = float(in.number()), high95 = float(in.number());
-    in.integer(), in.integer();
+    in.skip(2);
   }
   void run() override {
     std::vector<float> sorted(b);

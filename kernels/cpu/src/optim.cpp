@@ -60,7 +60,7 @@ struct Adam : Kernel {
     lr = float(in.number()), head_lr = float(in.number()), eps = float(in.number()), max_norm = float(in.number());
     beta1 = in.number(), beta2 = in.number();
     in.number(), in.number();
-    in.integer(), in.integer(), in.integer(), in.integer(), in.integer(), in.integer();
+    in.skip(6);
   }
   bool writes_weights() const override { return true; }
   void run() override {
@@ -114,7 +114,7 @@ struct CopyTable : Kernel {
   CopyTable(const Grid& grid, Reader& in) : count(grid[0]) {
     table = in.integers(), parts = in.integers();
     columns = in.integer(), block = in.integer();
-    in.integer();
+    in.skip(1);
   }
   bool writes_weights() const override { return true; }
   void run() override {

@@ -38,7 +38,7 @@ struct Begin : Kernel {
     actions = in.floats(), mean = in.floats(), std = in.floats();
     max_std = float(in.number());
     h = in.integer(), n = in.integer(), p = in.integer(), dims = in.integer();
-    in.integer(), in.integer(), in.integer();
+    in.skip(3);
   }
   void run() override {
     parallel(envs * h, [&](long i) {
@@ -85,7 +85,7 @@ struct Refine : Kernel {
     n = in.integer(), p = in.integer(), dims = in.integer(), k = in.integer(), h = in.integer();
     episodic = in.integer(), masked = in.integer(), next = in.integer(), chooses = in.integer(), counts = in.integer();
     sum_eps = float(in.number());
-    in.integer(), in.integer(), in.integer();
+    in.skip(3);
     envs = grid[0];
   }
   Samples after(Reader& in) {

@@ -19,7 +19,7 @@ struct Source {
   void due(Reader& in) {
     in.tuple(5);
     act = in.integer(), V = in.integer(), tile = in.integer();
-    in.integer();
+    in.skip(1);
     members = in.integer();
     if (V > MOST_GROUP) throw std::runtime_error("simnorm_dim: more than 64 columns");
   }
@@ -44,9 +44,9 @@ struct Product {
 inline Product product(Reader& in) {
   // BM, BN, BK, EVEN_K; `DOT` and `INTERPRETED` say nothing here.
   in.tuple(6);
-  in.integer();
+  in.skip(1);
   long bn = in.integer();
-  in.integer(), in.integer(), in.integer(), in.integer();
+  in.skip(4);
   return {bn};
 }
 

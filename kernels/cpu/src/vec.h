@@ -31,7 +31,6 @@ typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t bf16;
 
 inline vf all(float x) { return x - vf{}; }  // less 0 and not plus: the compiler knows that for x itself
-inline vf bits_as_float(vi x) { return (vf)x; }
 inline vf pick(vi which, vf a, vf b) { return which ? a : b; }
 // A NaN in `x` stays, as in `torch.clamp`: the instructions return their second operand then.
 #if defined(__AVX512F__)
