@@ -15,8 +15,7 @@ import torch
 from tdmpc2_fast import Config
 from tdmpc2_fast.config import MODEL_SIZES
 from tdmpc2_fast.errors import ConfigError, did_you_mean
-from tdmpc2_fast.kernels.cpu.build import kernels
-from tdmpc2_fast.kernels.cpu.build import why_not as why_not_built
+from tdmpc2_fast.kernels.cpu.build import bfloat16
 from tdmpc2_fast.kernels.device.launch import PRECISIONS, interpreting
 from tdmpc2_fast.runtime.backend import resolve_device
 
@@ -93,8 +92,7 @@ class Options:
 
 def _of_this_cpu() -> tuple[str, ...]:
     """Return the precisions that its kernels have."""
-    has_bfloat16 = why_not_built() is None and kernels().bfloat16
-    return ("float32", "bfloat16") if has_bfloat16 else ("float32",)
+    return ("float32", "bfloat16") if bfloat16() else ("float32",)
 
 
 def _need(fine: object, key: str, got: object, allowed: str, where: str = "") -> None:

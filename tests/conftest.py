@@ -34,7 +34,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 import tdmpc2_fast.learn.kernel_update
 import tdmpc2_fast.plan.kernel_plan  # noqa: F401 - defined now: some tests leave the interpreter
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
-from tdmpc2_fast.kernels.cpu.build import kernels
+from tdmpc2_fast.kernels.cpu.build import bfloat16
 from tdmpc2_fast.kernels.cpu.build import why_not as why_not_built
 from tdmpc2_fast.kernels.device import launch
 
@@ -102,7 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shard := os.environ.get("TEST_SHARD"):
         start, step = map(int, shard.split("/"))
         items[:] = items[start::step]
-    no_bfloat16 = launch.native() and why_not_built() is None and not kernels().bfloat16
+    no_bfloat16 = launch.native() and not bfloat16()
     for item in items:
         if launch.native() and (item.get_closest_marker("triton") or "tf32" in item.name):
             item.add_marker(pytest.mark.skip("of Triton alone: a CPU has no tf32"))

@@ -15,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -76,6 +75,11 @@ def why_not() -> str | None:
     except CannotBuild as e:
         return str(e)
     return None
+
+
+def bfloat16() -> str:
+    """Name what computes products of bfloat16 on this machine's CPU; empty where nothing does."""
+    return "" if why_not() else kernels().bfloat16
 
 
 def _flags() -> list[str]:
@@ -169,12 +173,12 @@ def _cpu() -> str:
 def _build(compiler: Sequence[str], flags: Sequence[str], path: Path) -> None:
     """Compile all sources at once and put the library in its place whole; other processes wait."""
     try:
-        with _alone(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with _alone(path), _new(path.with_suffix(".build")) as folder:
             if path.exists():
                 return
-            objects = [Path(folder) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
+            objects = [folder / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
             _run_all([[*compiler, *flags, "-c", str(SOURCES / f"{x.stem}.cpp"), "-o", str(x)] for x in objects])
-            library = Path(folder) / path.name
+            library = folder / path.name
             _run_all([[*compiler, "-shared", *_to_link(flags), *map(str, objects), "-o", str(library)]])
             if not library.exists():
                 raise CannotBuild("the C++ compiler failed: it left no library, and no reason")
@@ -198,6 +202,17 @@ def _alone(path: Path) -> Iterator[None]:
 
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _new(folder: Path) -> Iterator[Path]:
+    """Have an empty folder within, whatever a process that was killed has left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_all(commands: list[list[str]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tdmpc2_fast.kernels.cpu.build import kernels
+from tdmpc2_fast.kernels.cpu.build import bfloat16, kernels
 from tdmpc2_fast.kernels.device.launch import Precision, native, natively, why_not
 
 from ..config import Config
@@ -138,7 +138,7 @@ def _why_no_kernels(name: str, cfg: Config, device: torch.device, dtype: torch.d
         return why_not(device)
     with natively():
         reason = why_not(device)
-    if reason is None and cfg.precision == "bfloat16" and not kernels().bfloat16:
+    if reason is None and cfg.precision == "bfloat16" and not bfloat16():
         return "precision='bfloat16' needs a CPU with AMX or AVX512-BF16, and this one has neither"
     return reason
 

@@ -17,7 +17,6 @@ from conftest import PYTHONPATH, filled_buffer, tiny_config
 
 from tdmpc2_fast import TDMPC2
 from tdmpc2_fast.errors import BackendError, ConfigError
-from tdmpc2_fast.kernels.cpu.build import kernels
 from tdmpc2_fast.kernels.device.launch import _why_no_driver, triton
 from tdmpc2_fast.runtime.backend import (
     matmul_precision,
@@ -177,8 +176,7 @@ class TestBackend:
             TDMPC2(tiny_config(precision="bfloat16", backend="torch"))
 
     def test_bfloat16_on_a_cpu_without_its_instructions_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        without = kernels()._replace(bfloat16="")
-        monkeypatch.setattr("tdmpc2_fast.runtime.backend.kernels", lambda: without)
+        monkeypatch.setattr("tdmpc2_fast.runtime.backend.bfloat16", lambda: "")
         for backend in ("auto", "cpu"):
             with pytest.raises(BackendError, match="needs a CPU with AMX or AVX512-BF16, and this one has neither"):
                 TDMPC2(tiny_config(precision="bfloat16", backend=backend))

@@ -17,7 +17,6 @@ from tdmpc2_fast.benchmarks.harness.measure import CannotMeasureError, Case, Gat
 from tdmpc2_fast.benchmarks.options import parse
 from tdmpc2_fast.benchmarks.suites import ceilings
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.kernels.cpu.build import kernels
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +68,7 @@ def test_precisions_of_a_gpu_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="got 'tf32', allowed on this CPU: float32"):
         parse(["precision=tf32", "device=cpu"])
     for instructions, precisions in (("", ("float32",)), ("AMX", ("float32", "bfloat16"))):
-        found = kernels()._replace(bfloat16=instructions)
-        monkeypatch.setattr("tdmpc2_fast.benchmarks.options.kernels", lambda found=found: found)
+        monkeypatch.setattr("tdmpc2_fast.benchmarks.options.bfloat16", lambda said=instructions: said)
         assert parse(["device=cpu"]).precisions == precisions
 
 

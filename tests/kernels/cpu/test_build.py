@@ -171,6 +171,20 @@ def test_processes_that_begin_together_build_once(tmp_path: Path) -> None:
 
 
 @needs_kernels
+def test_what_a_killed_build_left_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "kernels.so"
+    left = library.with_suffix(".build")
+    left.mkdir()
+    (left / "tape.o").write_text("half of")
+    monkeypatch.setattr(
+        build, "_run_all", lambda commands: Path(commands[-1][-1]).touch() if "-shared" in commands[-1] else None
+    )
+    build._build(["c++"], [], library)
+    assert library.exists()
+    assert not left.exists()
+
+
+@needs_kernels
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="asks g++ for x86")
 @pytest.mark.parametrize(
     ("machine", "instruction"),

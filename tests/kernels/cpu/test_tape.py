@@ -10,7 +10,7 @@ import torch
 from conftest import filled_buffer, tiny_config, tiny_multitask
 
 from tdmpc2_fast import TDMPC2, Config
-from tdmpc2_fast.kernels.cpu.build import kernels, why_not
+from tdmpc2_fast.kernels.cpu.build import bfloat16, why_not
 from tdmpc2_fast.kernels.cpu.tape import TapedFunction
 from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.kernel_plan import KernelPlan
@@ -28,7 +28,7 @@ CONFIGS: dict[str, Config] = dict(
     multitask=tiny_multitask(**WIDE),
     one_step=tiny_config(**WIDE, horizon=1),
 )
-if why_not() is None and kernels().bfloat16:
+if bfloat16():
     CONFIGS["bfloat16"] = tiny_config(**WIDE, precision="bfloat16")
 
 
