@@ -54,8 +54,8 @@ def normed_linear(
         simnorm_dim: 0, or a power of two up to 64 that divides D.
         keep: (..., D) uint8, as the result: dropout, 0 where an entry of the pre-activation goes; or None.
         scale: what `keep` leaves is multiplied by, 1 / (1 - p).
-        precision: of the products, "float32", "tf32" or "bfloat16"; bfloat16 keeps the pre-activation in
-            it. All else is computed in float32.
+        precision: of the products, "float32", "tf32" (on a CPU float32) or "bfloat16"; bfloat16 keeps the
+            pre-activation in it. All else is computed in float32.
 
     Returns:
         (..., D) or (G, ..., D) in the type of x.
@@ -106,12 +106,11 @@ def _forward(
     """Return the result; pre-activation (G, 1, rows, D) and statistics (G, 1, rows, T, 2), which backward reads."""
     vectors = dict(bias=bias, ln_weight=ln_weight, ln_bias=ln_bias)
     s = _checked(x, weight, vectors, keep, simnorm_dim, precision)
-    product.check_device("x", x)
     y, before, statistics = _room(x, s, precision)
     # How many tiles a row is cut into depends on the number of rows; unused slots are part of the result, too.
     statistics.zero_()
-    p = Precision(precision)
-    with torch.cuda.device_of(x):
+    p = product.precision_for(x, precision)
+    with product.launching("x", x):
         rows = grouped_layer(
             product.input_rows(x, s, p),
             None,
@@ -157,8 +156,8 @@ def _backward(
     """Return the gradients of x, weight, bias, ln_weight and ln_bias; of no entries where they are not wanted."""
     vectors = dict(bias=bias, ln_weight=ln_weight, ln_bias=ln_bias)
     s = _checked(x, weight, vectors, keep, simnorm_dim, precision)
-    p, parameters = Precision(precision), (weight, *vectors.values())
-    with torch.cuda.device_of(x):
+    p, parameters = product.precision_for(x, precision), (weight, *vectors.values())
+    with product.launching("x", x):
         layer = product.packed(parameters, s, p, simnorm_dim)
         tile = layer_tile(s.rows, s.groups, s.width, s.depth, p.name)
         rows = Rows(before, statistics, layer, tile=tile.BN, dropout=_dropout(keep, scale, s))

@@ -53,8 +53,8 @@ def two_hot_cross_entropy(
         num_bins: 2 to 256 for two-hot targets in symlog; 1: squared error to symlog(target), 0: to target,
             -1: `BINARY`, cross-entropy of one logit with a target of 0 to 1.
         vmin, vmax: first and last bin, in symlog; targets beyond are clamped.
-        precision: of the products, "float32", "tf32" or "bfloat16"; bfloat16 keeps the gradient of the
-            logits in it. All else is computed in float32.
+        precision: of the products, "float32", "tf32" (on a CPU float32) or "bfloat16"; bfloat16 keeps the
+            gradient of the logits in it. All else is computed in float32.
 
     Returns:
         (...) or (G, ...) float32.
@@ -141,11 +141,11 @@ def _two_hot(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, num_bins: int, vmin: float, vmax: float, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, and each row's gradient of the logits (G, 1, rows, D)."""
-    s, p = _check_two_hot(x, weight, bias, target, num_bins, vmin, vmax, precision), Precision(precision)
-    product.check_device("x", x)
+    s = _check_two_hot(x, weight, bias, target, num_bins, vmin, vmax, precision)
+    p = product.precision_for(x, precision)
     loss, kept = _two_hot_room(x, s, precision)
     targets = s.groups if weight.ndim == 2 else target.shape[0]
-    with torch.cuda.device_of(x):
+    with product.launching("x", x):
         two_hot_loss(
             product.input_rows(x, s, p),
             product.packed((weight, bias), s, p),
@@ -169,8 +169,8 @@ def _two_hot_backward(
     d: Tensor, kept: Tensor, x: Tensor, weight: Tensor, bias: Tensor, precision: str, to_x: bool, to_parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias; of no entries where they are not wanted."""
-    s, p = product.check(x, weight, dict(bias=bias), precision), Precision(precision)
-    with torch.cuda.device_of(x):
+    s, p = product.check(x, weight, dict(bias=bias), precision), product.precision_for(x, precision)
+    with product.launching("x", x):
         gradient = Gradient(kept * d.reshape(s.groups, 1, s.rows, 1))
         layer, parameters = product.packed((weight, bias), s, p), (weight, bias)
         dx, dw, db = product.gradients(gradient, layer, x, parameters, s, p, to_x, to_parameters)
@@ -230,10 +230,9 @@ def _gaussian(
     logits: Tensor, eps: Tensor, mask: Tensor | None, low: float, high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, a = _check_gaussian(logits, eps, mask, low, high)
-    product.check_device("logits", logits)
     action, *scalars = _gaussian_room(logits, eps)
     views = action.view(1, rows, a), *(t.view(1, rows) for t in scalars)
-    with torch.cuda.device_of(logits):
+    with product.launching("logits", logits):
         sample = Sample(product.in_rows(logits, 1, rows), *_constants(eps, mask, rows), low, high)
         policy_sample(sample, *views)
     return action, scalars[0], scalars[1]
@@ -267,7 +266,7 @@ def _gaussian_backward(
     nothing = logits.new_zeros(a, dtype=torch.float32)
     to_action = nothing.expand(1, rows, a) if d_action is None else product.in_rows(d_action.float(), 1, rows)[0]
     to_log_prob, to_entropy = (nothing[:1] if d is None else d.reshape(1, rows) for d in (d_log_prob, d_entropy))
-    with torch.cuda.device_of(logits):
+    with product.launching("logits", logits):
         policy_sample_gradient(
             Sample(product.in_rows(logits, 1, rows), *_constants(eps, mask, rows), low, high),
             to_action,
@@ -317,9 +316,8 @@ def _consistency_room(z: Tensor) -> tuple[Tensor, Tensor]:
 def _consistency(z: Tensor, next_z: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss, and each row's gradient of z: 2 (z - next_z) / L."""
     rows, width = _check_consistency(z, next_z), z.shape[-1]
-    product.check_device("z", z)
     loss, kept = _consistency_room(z)
-    with torch.cuda.device_of(z):
+    with product.launching("z", z):
         latent_loss.consistency(
             product.in_rows(z, 1, rows)[0],
             product.in_rows(next_z, 1, rows)[0],

@@ -1,7 +1,8 @@
 """A product x Wᵀ in a differentiable op: its checks, its tensors as kernels take them, its gradients."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..backward.gradient_tile import Gradient
 from ..backward.input_gradient import input_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
-from ..device.launch import How, Precision, why_not
+from ..device.launch import How, Precision, interpreting, natively, why_not
 from ..layers.rows import Layer, Rows
 
 _TYPES = (torch.float32, torch.bfloat16)
@@ -37,10 +38,23 @@ def check_types(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: got device {t.device}, allowed: that of {first}, {like.device}")
 
 
-def check_device(name: str, t: Tensor) -> None:
-    """Refuse a device that does not run the kernels."""
-    if reason := why_not(t.device):
-        raise ValueError(f"{name}: got device {t.device}, allowed: one that runs the kernels; {reason}")
+def _by_its_own(t: Tensor) -> bool:
+    """Tell whether a tensor is a CPU's, whose own kernels run where Triton's are not interpreted."""
+    return t.device.type == "cpu" and not interpreting()
+
+
+@contextlib.contextmanager
+def launching(name: str, t: Tensor) -> Iterator[None]:
+    """Have launches within run on a tensor's device; refuse one that has no kernels."""
+    with torch.cuda.device_of(t), natively(_by_its_own(t)):
+        if reason := why_not(t.device):
+            raise ValueError(f"{name}: got device {t.device}, allowed: one that runs the kernels; {reason}")
+        yield
+
+
+def precision_for(t: Tensor, name: str) -> Precision:
+    """Return a precision as a tensor's device has it: a CPU's tf32 is float32, as with torch's ops."""
+    return Precision("float32" if name == "tf32" and _by_its_own(t) else name)
 
 
 def check(x: Tensor, weight: Tensor, vectors: dict[str, Tensor], precision: str) -> Sizes:

@@ -34,24 +34,23 @@ struct Upstream {
       for (long t = 0; t * tile < width; t++) s1 += s[2 * t], s2 += s[2 * t + 1];
       s1 /= float(width), s2 /= float(width);
       Tensor before = row(rows.x, g, at);
-      for (long i = 0; i < width; i += W) {
-        long count = width - i;
+      each(width, [&](long i, auto count) {
         vf h = load(d, i, count), xhat = (load(before, i, count) - by.mean) * by.rstd;
         if (shares) {
           store(shares + i, load(shares + i, count) + h, count);
           store(shares + width + i, load(shares + width + i, count) + h * xhat, count);
         }
         store(out + i, by.rstd * (h * load(gamma + i, count) - s1 - xhat * s2), count);
-      }
+      });
     } else {
-      for (long i = 0; i < width; i += W) store(out + i, load(d, i, width - i), width - i);
+      each(width, [&](long i, auto count) { store(out + i, load(d, i, count), count); });
     }
     if (dropout) drop(keep, g, at, out, width);
     if (shares)
-      for (long i = 0; i < width; i += W) {
+      each(width, [&](long i, auto count) {
         float* bias = shares + 2 * width + i;
-        store(bias, load(bias, width - i) + load(out + i, width - i), width - i);
-      }
+        store(bias, load(bias, count) + load(out + i, count), count);
+      });
   }
 };
 
@@ -61,33 +60,41 @@ inline void through_activation(float* d, const Source& below, long g, Place at, 
   long slab = below.slab.of(g, below.members);
   const float *gamma = below.gamma + slab * width, *beta = below.beta + slab * width;
   Tensor x = row(below.x, g, at);
-  int together = below.act == SIMNORM ? vectors_of(below.V) : 1;
-  for (long t = 0; t * tile < width; t++) {
-    long last = std::min(width, (t + 1) * tile);
-    vf s1 = {}, s2 = {};
-    for (long i = t * tile; i < last; i += W * together) {
-      vf xhat[MOST_GROUP / 4], z[MOST_GROUP / 4], h[MOST_GROUP / 4];
-      for (int j = 0; j < together; j++) {
-        long k = i + j * W;
-        xhat[j] = (load(x, k, last - k) - by.mean) * by.rstd;
-        z[j] = xhat[j] * load(gamma + k, last - k) + load(beta + k, last - k);
-        h[j] = load(d + k, last - k);
-      }
-      if (below.act == SIMNORM) {
-        simnorm(z, below.V);
-        simnorm_gradient(h, z, below.V);
-      } else {
-        h[0] = h[0] * mish_gradient(z[0]);
-      }
-      for (int j = 0; j < together; j++) {
-        long k = i + j * W;
-        store(y, k, h[j], last - k);
-        vf scaled = h[j] * load(gamma + k, last - k);  // 0 beyond the row
-        s1 += scaled, s2 += scaled * xhat[j];
-      }
+  auto tiles = [&](auto V, auto most) {  // V is 0 for Mish
+    long together = V ? vectors_of(V) : 1;
+    for (long t = 0; t * tile < width; t++) {
+      vf s1 = {}, s2 = {};
+      auto some = [&](long i, auto count) {
+        vf xhat[most()], z[most()], h[most()];
+        for (int j = 0; j < together; j++) {
+          long k = i + j * W;
+          xhat[j] = (load(x, k, count) - by.mean) * by.rstd;
+          z[j] = xhat[j] * load(gamma + k, count) + load(beta + k, count);
+          h[j] = load(d + k, count);
+        }
+        if (V) {
+          simnorm(z, V);
+          simnorm_gradient(h, z, V);
+        } else {
+          h[0] = h[0] * mish_gradient(z[0]);
+        }
+        for (int j = 0; j < together; j++) {
+          long k = i + j * W;
+          store(y, k, h[j], count);
+          vf scaled = h[j] * load(gamma + k, count);  // 0 beyond the row
+          s1 += scaled, s2 += scaled * xhat[j];
+        }
+      };
+      long first = t * tile, last = std::min(width, first + tile);
+      if (together == 1) each(first, last, some);
+      else for (; first < last; first += W * together) some(first, long(W));
+      sums[2 * t] = sum(s1), sums[2 * t + 1] = sum(s2);
     }
-    sums[2 * t] = sum(s1), sums[2 * t + 1] = sum(s2);
-  }
+  };
+  // Known to the compiler, vectors need no array: for Mish and the official SimNorm.
+  if (below.act == MISH) tiles(constant<0>(), constant<1>());
+  else if (below.V == 8) tiles(constant<8>(), constant<vectors_of(8)>());
+  else tiles(below.V, constant<vectors_of(MOST_GROUP)>());
 }
 
 struct InputGradient : Kernel {
@@ -128,7 +135,7 @@ struct InputGradient : Kernel {
         for (long i = m0; i < m1; i++) {
           T* out = a + (i - m0) * lda;
           up.finished(g, Place(i, n), d, dy);
-          for (long j = 0; j < d; j += W) store(out + j, load(dy + j, d - j), d - j);
+          each(d, [&](long j, auto count) { store(out + j, load(dy + j, count), count); });
           std::memset(static_cast<void*>(out + d), 0, (depth_of(d, out) - d) * sizeof(T));
         }
         multiply(a, lda, count, packed[g].as<T>(), d, ldc / NR, c, ldc, g > own);
@@ -138,13 +145,13 @@ struct InputGradient : Kernel {
         float* out = c + (i - m0) * ldc;
         if (has_add) {
           Tensor more = row(add, own, at);
-          for (long j = 0; j < width; j += W) store(out + j, load(out + j) + load(more, j, width - j));
+          each(width, [&](long j, auto count) { store(out + j, load(out + j) + load(more, j, count)); });
         }
         Tensor to = row(y, own, at);
         if (below.act != PLAIN) {
           through_activation(out, below, own, at, width, to, row(sums, own, at).as<float>(), tile.bn);
         } else {
-          for (long j = 0; j < width; j += W) store(to, j, load(out + j), width - j);
+          each(width, [&](long j, auto count) { store(to, j, load(out + j), count); });
         }
       }
     }
@@ -292,29 +299,21 @@ struct WeightGradient : Kernel {
     for (long i = m0; i < m1; i++) up.finished(g, Place(i, n), d, dy + (i - m0) * wide, sums);
     T* out = reinterpret_cast<T*>(left[g].get());
     long end = m1 == m ? depth_of(m, out) : m1;
-    for (long j = 0; j < d; j++)
+    for (long j0 = 0; j0 < d; j0 += W)
       for (long i = m0; i < end; i += W) {
-        vf column = {};
-        for (long l = 0; l < std::min<long>(W, m1 - i); l++) column[l] = dy[(i - m0 + l) * wide + j];
-        store(out + j * lda + i, column, end - i);
+        vf columns[W] = {};
+        for (long l = 0; l < std::min<long>(W, m1 - i); l++) columns[l] = load(dy + (i - m0 + l) * wide + j0);
+        transpose(columns);
+        for (long l = 0; l < std::min<long>(W, d - j0); l++) store(out + (j0 + l) * lda + i, columns[l], end - i);
       }
   }
   template <class T> void spread(long g, long m0, long m1) {
-    T* out = reinterpret_cast<T*>(right[g].get());
-    long size = panel_size<T>(m), panels = cdiv(k, NR);
-    for (long i = m0; i < (m1 == m ? depth_of(m, out) : m1); i++) {
-      auto put = [&](long j, vf v, long) {
-        T* to = out + j / NR * size + (sizeof(T) == 4 ? i * NR + j % NR : i / 2 * 2 * NR + 2 * (j % NR) + i % 2);
-        if constexpr (sizeof(T) == 4) {
-          store(to, v);
-        } else {
-          vh narrow = narrowed(v);
-          for (int l = 0; l < W; l++) to[2 * l] = narrow[l];
-        }
-      };
-      if (i < m1) activated(x, g, Place(i, n), k, put);
-      for (long j = i < m1 ? padded(k, W) : 0; j < panels * NR; j += W) put(j, vf{}, W);
-    }
+    static_assert(CHUNK % STEP == 0, "a chunk is padded as the whole is");
+    long stride = operand_stride<T>(k);
+    T *rows = scratch<T>(INPUT, CHUNK * stride), *out = reinterpret_cast<T*>(right[g].get()) + m0 * NR;
+    take(x, g, m0, m1, n, k, rows);
+    for (long p = 0; p * NR < k; p++)
+      pack_panel(rows + p * NR, stride, 1, m1 - m0, std::min<long>(NR, k - p * NR), out + p * panel_size<T>(m));
   }
   void add_up(long g, long chunks) {
     float* outs[] = {up.norm ? beta : nullptr, up.norm ? gamma : nullptr, has_bias ? bias : nullptr};

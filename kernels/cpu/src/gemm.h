@@ -40,6 +40,32 @@ template <class T> long panel_size(long k) { return depth_of(k, (T*)nullptr) * N
 // Whether tiles are usable: the operating system grants them on request.
 bool have_amx();
 
+// The first `count` entries as words, zeros after them.
+template <class T> vf words_of(const T* x, long count) {
+  vf words = {};
+  if (count >= long(sizeof words / sizeof(T))) std::memcpy(&words, x, sizeof words);
+  else std::memcpy(&words, x, count * sizeof(T));
+  return words;
+}
+
+// As `pack_panel` of a matrix whose columns are rows in memory, `stride` apart; of bfloat16 by pairs of k.
+template <class T> void pack_turned(const T* x, long stride, long depth, long columns, float* out) {
+  constexpr long EACH = 4 / sizeof(T);
+  long words = cdiv(depth, EACH);
+  for (long k0 = 0; k0 < words; k0 += W)
+    for (long j0 = 0; j0 < NR; j0 += W) {
+      vf rows[W];
+      const T* from = x + j0 * stride + k0 * EACH;
+      long count = depth - k0 * EACH;
+#pragma GCC unroll 16
+      for (long j = 0; j < W; j++) rows[j] = j0 + j < columns ? words_of(from + j * stride, count) : vf{};
+      transpose(rows);
+#pragma GCC unroll 16
+      for (long k = 0; k < W; k++)
+        if (k0 + k < words) store(out + (k0 + k) * NR + j0, rows[k]);
+    }
+}
+
 // Packs columns 0 to `columns` <= NR of the matrix (k, column) with these strides; one of the two is 1.
 inline void pack_panel(const float* x, long k_stride, long stride, long depth, long columns, float* out) {
   if (stride == 1) {
@@ -47,21 +73,23 @@ inline void pack_panel(const float* x, long k_stride, long stride, long depth, l
       for (long j = 0; j < NR; j += W) store(out + k * NR + j, columns > j ? load(x + k * k_stride + j, columns - j) : vf{});
     return;
   }
-  for (long k0 = 0; k0 < depth; k0 += W) {
-    long count = std::min<long>(W, depth - k0);
-    for (long j = 0; j < NR; j++) {
-      float row[W];
-      store(row, j < columns ? load(x + j * stride + k0 * k_stride, count) : vf{});
-      for (long k = 0; k < count; k++) out[(k0 + k) * NR + j] = row[k];
-    }
-  }
+  pack_turned(x, stride, depth, columns, out);
 }
 
 inline void pack_panel(const bf16* x, long k_stride, long stride, long depth, long columns, bf16* out) {
+  if (stride != 1) {
+    // Pairs are words, which change places as floats do.
+    pack_turned(x, stride, depth, columns, reinterpret_cast<float*>(out));
+    long pairs = cdiv(depth, 2);
+    std::memset(out + pairs * 2 * NR, 0, (padded(depth, STEP) - pairs * 2) * NR * sizeof(bf16));
+    return;
+  }
   for (long k = 0; k < padded(depth, STEP); k += 2)
-    for (long j = 0; j < NR; j++)
-      for (long i = 0; i < 2; i++)
-        out[k * NR + 2 * j + i] = k + i < depth && j < columns ? x[(k + i) * k_stride + j * stride] : bf16(0);
+    for (long j = 0; j < NR; j += W) {
+      auto row = [&](long k) { return k < depth && j < columns ? load(x + k * k_stride + j, columns - j) : vf{}; };
+      // A bfloat16 is the upper half of a float.
+      store(reinterpret_cast<float*>(out + k * NR) + j, (vf)((vu)row(k) >> 16 | (vu)row(k + 1)));
+    }
 }
 
 template <int R> inline void block(const float* a, long lda, const float* b, long depth, float* c, long ldc, bool add) {

@@ -60,7 +60,7 @@ struct GroupedLayer : Kernel {
         Place at(i, n);
         float* out = c + (i - m0) * ldc;
         const float* own = env_bias ? bias + at.e * w.bias_e : bias;
-        for (long j = 0; j < d; j += W) store(out + j, load(out + j) + load(own + j, d - j));
+        each(d, [&](long j, auto count) { store(out + j, load(out + j) + load(own + j, count)); });
         if (dropout) drop(keep, g, at, out, d);
         store_with_statistics(out, row(y, g, at), row(stats, g, at).as<float>(), d, tile.bn);
       }
@@ -85,7 +85,7 @@ struct Activate : Kernel {
     for (long g = 0; g < groups; g++)
       for (long i = m0; i < m1; i++) {
         Tensor out = row(y, g, Place(i, n));
-        activated(x, g, Place(i, n), d, [&](long j, vf v, long count) { store(out, j, v, count); });
+        activated(x, g, Place(i, n), d, [&](long j, vf v, auto count) { store(out, j, v, count); });
       }
   }
 };

@@ -73,37 +73,45 @@ inline Norm merged(const float* stats, long width, long tile) {
   return {mean, 1.0f / std::sqrt(m2 / float(width) + LAYER_NORM_EPS)};
 }
 
-// Calls use(i, act(LN(x)), count) for each vector of a row: columns i to i + count.
-template <class Use> void activated(const Source& s, long g, Place at, long width, Use&& use) {
-  Tensor x = row(s.x, g, at);
-  if (s.act == PLAIN) {
-    for (long i = 0; i < width; i += W) use(i, load(x, i, width - i), std::min<long>(W, width - i));
-    return;
-  }
+template <class T, class Use> void activated_as(const Source& s, long g, Place at, long width, Use&& use) {
+  const T* x = row(s.x, g, at).as<T>();
+  if (s.act == PLAIN) return each(width, [&](long i, auto count) { use(i, load(x + i, count), count); });
   Norm norm = merged(row(s.stats, g, at).as<float>(), width, s.tile);
   long slab = s.slab.of(g, s.members);
   const float *gamma = s.gamma + slab * width, *beta = s.beta + slab * width;
-  auto normed = [&](long i) {
-    vf y = (load(x, i, width - i) - norm.mean) * norm.rstd;
-    return y * load(gamma + i, width - i) + load(beta + i, width - i);
+  auto normed = [&](long i, auto count) {
+    vf y = (load(x + i, count) - norm.mean) * norm.rstd;
+    return y * load(gamma + i, count) + load(beta + i, count);
   };
-  if (s.act == MISH) {
-    for (long i = 0; i < width; i += W) use(i, mish(normed(i)), std::min<long>(W, width - i));
-    return;
-  }
-  int together = vectors_of(s.V);
+  if (s.act == MISH) return each(width, [&](long i, auto count) { use(i, mish(normed(i, count)), count); });
+  auto simnormed = [&](auto V) {
+    each(width, [&](long i, auto count) {
+      vf y = normed(i, count);
+      simnorm(&y, V);
+      use(i, y, count);
+    });
+  };
+  long together = vectors_of(s.V);
+  if (s.V == 8 && W >= 8) return simnormed(constant<8>());  // the official one
+  if (together == 1) return simnormed(s.V);
   for (long i = 0; i < width; i += W * together) {
     vf y[MOST_GROUP / 4];
-    for (int j = 0; j < together; j++) y[j] = normed(i + j * W);
+    for (int j = 0; j < together; j++) y[j] = normed(i + j * W, long(W));
     simnorm(y, s.V);
-    for (int j = 0; j < together; j++) use(i + j * W, y[j], std::min<long>(W, width - i - j * W));
+    for (int j = 0; j < together; j++) use(i + j * W, y[j], long(W));
   }
+}
+
+// Calls use(i, act(LN(x)), count) for each vector of a row: columns i to i + count.
+template <class Use> void activated(const Source& s, long g, Place at, long width, Use&& use) {
+  if (s.x.t.type == BF16) activated_as<bf16>(s, g, at, width, use);
+  else activated_as<float>(s, g, at, width, use);
 }
 
 // Puts rows m0 to m1 as operands into `out`, operand_stride(width) apart; zeros where bfloat16 is padded.
 template <class T> void take(const Source& s, long g, long m0, long m1, long n, long width, T* out) {
   for (long m = m0; m < m1; m++, out += operand_stride<T>(width)) {
-    activated(s, g, Place(m, n), width, [&](long i, vf x, long count) { store(out + i, x, count); });
+    activated(s, g, Place(m, n), width, [&](long i, vf x, auto count) { store(out + i, x, count); });
     std::memset(static_cast<void*>(out + width), 0, (depth_of(width, out) - width) * sizeof(T));
   }
 }
@@ -151,28 +159,27 @@ inline void drop(const Keep& keep, long g, Place at, float* x, long width) {
 inline long result_width(long columns) { return padded(columns, NR); }
 
 // Stores a row in the type of the buffer, and mean and squared deviations of its column tiles, of what is stored.
-inline void store_with_statistics(float* x, Tensor y, float* stats, long width, long tile) {
+template <class T> void store_with_statistics(const float* x, T* y, float* stats, long width, long tile) {
   for (long t = 0; t * tile < width; t++) {
     long first = t * tile, last = std::min(first + tile, width);
-    vf total = {};
-    for (long i = first; i < last; i += W) {
-      vf v = load(x + i, last - i);
-      if (y.type == BF16) {
-        v = rounded_to_bf16(v);
-        store(x + i, v, last - i);
-      }
-      store(y, i, v, last - i);
-      total += v;
-    }
+    vf total = {}, squares = {};
+    each(first, last, [&](long i, auto count) {
+      vf v = load(x + i, count);
+      store(y + i, v, count);
+      total += sizeof(T) == 2 ? rounded_to_bf16(v) : v;
+    });
     float mean = sum(total) / float(last - first);
-    vf squares = {};
-    for (long i = first; i < last; i += W) {
-      vf off = load(x + i, last - i) - mean;
-      if (last - i < W) off = load((const float*)&off, last - i);
+    each(first, last, [&](long i, auto count) {
+      vf off = load(y + i, count) - mean;
+      if (count < W) off = load((const float*)&off, count);
       squares += off * off;
-    }
+    });
     stats[2 * t] = mean, stats[2 * t + 1] = sum(squares);
   }
+}
+inline void store_with_statistics(const float* x, Tensor y, float* stats, long width, long tile) {
+  if (y.type == BF16) store_with_statistics(x, y.as<bf16>(), stats, width, tile);
+  else store_with_statistics(x, y.as<float>(), stats, width, tile);
 }
 
 // Calls `use(g, c, ldc)` with the logits, bias included, of all groups of a last layer for rows m0 to m1.

@@ -56,12 +56,17 @@ inline float to_float(float x) { return x; }
 inline vf widened(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 
 // To nearest, ties to even; a NaN stays one.
+#if defined(__AVX512BF16__)
+// A number too small to be a normal one becomes 0, which products take it for anyway.
+inline vh narrowed(vf x) { return (vh)_mm512_cvtneps_pbh((__m512)x); }
+#else
 inline vh narrowed(vf x) {
   vu bits = (vu)x;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vu quiet = (bits >> 16) | 0x40;
   return __builtin_convertvector((vu)pick(x == x, (vf)rounded, (vf)quiet), vh);
 }
+#endif
 inline vf rounded_to_bf16(vf x) { return widened(narrowed(x)); }
 
 inline vf load(const float* p) { return *(const vf_any*)p; }
@@ -89,18 +94,48 @@ inline void store(Tensor t, long i, vf x, long count) {
   if (t.type == BF16) return store(t.as<bf16>() + i, x, count);
   store(t.as<float>() + i, x, count);
 }
+template <long N> using constant = std::integral_constant<long, N>;
+
+// Calls f(i, count) for each vector of entries `first` to `last`; that all but the last are whole is known to the compiler.
+template <class F> inline void each(long first, long last, F&& f) {
+  for (; first + W <= last; first += W) f(first, constant<W>());
+  if (first < last) f(first, last - first);
+}
+template <class F> inline void each(long count, F&& f) { each(0, count, f); }
+
 inline float scalar(Tensor t, long i = 0) { return t.type == BF16 ? to_float(t.as<bf16>()[i]) : t.as<float>()[i]; }
 inline void set(Tensor t, long i, float x) { store(t, i, all(x), 1); }
 
-template <int S, int... I> inline vf flipped(vf x, std::integer_sequence<int, I...>) {
+template <int... I> inline vf shuffled(vf a, vf b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(x, x, (I ^ S)...);
+  return __builtin_shufflevector(a, b, I...);
 #else
-  return __builtin_shuffle(x, vi{(I ^ S)...});
+  return __builtin_shuffle(a, b, vi{I...});
 #endif
+}
+template <int S, int... I> inline vf flipped(vf x, std::integer_sequence<int, I...>) {
+  return shuffled(x, x, std::integer_sequence<int, (I ^ S)...>());
 }
 // Lanes i and i ^ S change places.
 template <int S> inline vf flip(vf x) { return flipped<(S < W ? S : 0)>(x, std::make_integer_sequence<int, W>()); }
+
+template <int S, int... I> inline void exchange(vf& a, vf& b, std::integer_sequence<int, I...>) {
+  vf first = shuffled(a, b, std::integer_sequence<int, (I & S ? W + (I ^ S) : I)...>());
+  b = shuffled(a, b, std::integer_sequence<int, (I & S ? W + I : I ^ S)...>());
+  a = first;
+}
+template <int S> inline void exchange(vf* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & S)) exchange<S>(x[i], x[i + S], std::make_integer_sequence<int, W>());
+}
+// Transposes W vectors: bit by bit, the indices of vector and lane change places.
+inline void transpose(vf* x) {
+  exchange<1>(x);
+  exchange<2>(x);
+  if constexpr (W > 4) exchange<(W > 4 ? 4 : 1)>(x);
+  if constexpr (W > 8) exchange<(W > 8 ? 8 : 1)>(x);
+}
 
 // In each group of `V` neighbouring lanes (a power of two, up to W), all lanes get the op over the group.
 template <class Op> inline vf over_groups(vf x, long V, Op op) {
@@ -114,15 +149,15 @@ inline vf larger(vf a, vf b) { return most(b, a); }
 inline float sum(vf x) { return over_groups(x, W, [](vf a, vf b) { return a + b; })[0]; }
 inline float largest(vf x) { return over_groups(x, W, larger)[0]; }
 
-inline vf rounded(vf x) {  // to the nearest integer, |x| < 2^22
-  const vf shift = all(12582912.0f);
-  return (x + shift) - shift;
-}
+constexpr float TO_INTEGER = 12582912.0f;  // added to a number below 2^22, leaves no bits behind the point
+inline vf rounded(vf x) { return (x + TO_INTEGER) - TO_INTEGER; }
 
-// Error below 1.1 ulp of the result; 0 below -104, inf above 88.73, NaN for NaN.
-inline vf exp(vf x) {
-  x = most(least(x, all(89.0f)), all(-104.0f));
-  vf n = rounded(x * 1.44269504088896341f);
+// exp(x) = p 2^n. The last bits of `shifted` are those of n.
+struct Power {
+  vf p, n, shifted;
+};
+inline Power power(vf x) {  // |x| < 2^21
+  vf shifted = x * 1.44269504088896341f + TO_INTEGER, n = shifted - TO_INTEGER;
   vf r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   vf p = all(1.9875691500e-4f);
@@ -131,13 +166,29 @@ inline vf exp(vf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  return {p * (r * r) + r + 1.0f, n, shifted};
+}
+
+// Error below 1.1 ulp of the result; 0 below -104, inf above 88.73, NaN for NaN.
+inline vf exp(vf x) {
+  auto [p, n, shifted] = power(most(least(x, all(89.0f)), all(-104.0f)));
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  vi whole = __builtin_convertvector(pick(n == n, n, vf{}), vi), half = whole >> 1;
+  vi whole = (vi)((vu)shifted - 0x4b400000), half = whole >> 1;
   // In two steps: a result may be below the least normal number, and 2^128 is none.
   return p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
+#endif
+}
+
+// For x up to 88, with less work; it may be 0 below -87.4, where results are no normal numbers.
+inline vf exp_of_small(vf x) {
+#if defined(__AVX512F__)
+  auto [p, n, shifted] = power(most(x, all(-104.0f)));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  auto [p, n, shifted] = power(most(x, all(-88.0f)));
+  return p * (vf)(((vu)shifted << 23) + (127u << 23));
 #endif
 }
 
@@ -180,15 +231,15 @@ inline vf tanh(vf x) {
   return pick(s < 0.390625f, near, signed_away);
 }
 
-inline vf mish(vf x) {
-  vf e = exp(least(x, all(20.0f)));
+[[gnu::always_inline]] inline vf mish(vf x) {
+  vf e = exp_of_small(least(x, all(20.0f)));
   vf m = e * (e + 2.0f);
   return x * (m / (m + 2.0f));
 }
 
 // With w = m/(m+2), m = e(e+2), e = exp(x), it is w + x 4e(e+1)/(m+2)^2.
-inline vf mish_gradient(vf x) {
-  vf e = exp(least(x, all(20.0f)));
+[[gnu::always_inline]] inline vf mish_gradient(vf x) {
+  vf e = exp_of_small(least(x, all(20.0f)));
   vf m = e * (e + 2.0f);
   vf w = 1.0f / (m + 2.0f);
   return m * w + x * (4.0f * e * (e + 1.0f) * w) * w;
@@ -197,23 +248,23 @@ inline vf mish_gradient(vf x) {
 constexpr int MOST_GROUP = 64;  // columns of a SimNorm group
 
 // The softmax of groups of V columns: V / W vectors where a group is wider than one, else one.
-inline int vectors_of(long V) { return V > W ? int(V / W) : 1; }
+constexpr long vectors_of(long V) { return V > W ? V / W : 1; }
 
-inline void simnorm(vf* x, long V) {
-  int n = vectors_of(V);
+[[gnu::always_inline]] inline void simnorm(vf* x, long V) {
+  long n = vectors_of(V);
   long lanes = V > W ? W : V;
   vf top = x[0];
   for (int i = 1; i < n; i++) top = larger(top, x[i]);
   top = over_groups(top, lanes, larger);
   vf total = {};
-  for (int i = 0; i < n; i++) total = total + (x[i] = exp(x[i] - top));
+  for (int i = 0; i < n; i++) total = total + (x[i] = exp_of_small(x[i] - top));
   total = over_groups(total, lanes, [](vf a, vf b) { return a + b; });
   for (int i = 0; i < n; i++) x[i] = x[i] / total;
 }
 
 // Takes gradient d through the softmax whose result is p: p (d - sum p d).
-inline void simnorm_gradient(vf* d, const vf* p, long V) {
-  int n = vectors_of(V);
+[[gnu::always_inline]] inline void simnorm_gradient(vf* d, const vf* p, long V) {
+  long n = vectors_of(V);
   vf total = {};
   for (int i = 0; i < n; i++) total = total + p[i] * d[i];
   total = over_groups(total, V > W ? W : V, [](vf a, vf b) { return a + b; });

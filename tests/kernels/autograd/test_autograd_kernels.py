@@ -14,6 +14,7 @@ from oracle import DEVICE, MARKS, in_precisions, randn
 from torch import Tensor, nn
 
 from tdmpc2_fast.kernels.autograd.layer import normed_linear
+from tdmpc2_fast.kernels.cpu.build import why_not as why_not_built
 from tdmpc2_fast.kernels.device.launch import Precision, log_launches
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("poisoned_memory")]
@@ -207,10 +208,22 @@ def test_an_error_names_the_argument(name: str, changes: dict[str, Any]) -> None
         normed_linear(**tensors, **options)
 
 
-@pytest.mark.triton
-def test_a_device_without_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(why_not_built() is not None, reason=str(why_not_built()))
+def test_without_triton_a_cpu_runs_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match=r"^x: got device cpu, allowed: .*CUDA device"):
+    tensors, d = leaves([t.cpu() for t in inputs()]), randn(2, 33, 40).cpu()
+    y = normed_linear(*tensors, simnorm_dim=8, precision="tf32")
+    found = [y, *torch.autograd.grad(y, tensors, d)]
+    # Not rounded to tf32, which is not a CPU's.
+    exact = as_written(tensors, d, torch.float64, Precision("float32"), dict(simnorm_dim=8))
+    for got, want in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_device_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("tdmpc2_fast.kernels.device.launch.why_not_built", lambda: "no compiler")
+    with pytest.raises(ValueError, match=r"^x: got device cpu, allowed: one that runs the kernels; no compiler"):
         normed_linear(*(t.cpu() for t in inputs()))
 
 
