@@ -37,7 +37,7 @@ $(READY): pyproject.toml
 
 setup: $(READY)  ## install everything into .venv
 
-train: setup     ## train a real task; ends with its curve and a video (about five minutes on two CPU cores)
+train: setup     ## train a real task; ends with its curve and a video (under five minutes on two CPU cores)
 	$(BIN)/tdmpc2-fast train $(TRAIN)
 
 PYTEST  = -m pytest -n auto --dist worksteal
