@@ -60,12 +60,13 @@ inline void through_activation(float* d, const Source& below, long g, Place at, 
   long slab = below.slab.of(g, below.members);
   const float *gamma = below.gamma + slab * width, *beta = below.beta + slab * width;
   Tensor x = row(below.x, g, at);
-  auto tiles = [&](auto V, auto most) {  // V is 0 for Mish
+  auto tiles = [&](auto V, auto room) {  // V is 0 for Mish
     long together = V ? vectors_of(V) : 1;
     for (long t = 0; t * tile < width; t++) {
       vf s1 = {}, s2 = {};
-      auto some = [&](long i, auto count) {
-        vf xhat[most()], z[most()], h[most()];
+      long first = t * tile, last = std::min(width, first + tile);
+      each(first, last, together, [&](long i, auto count) __attribute__((always_inline)) {
+        vf xhat[room()], z[room()], h[room()];
         for (int j = 0; j < together; j++) {
           long k = i + j * W;
           xhat[j] = (load(x, k, count) - by.mean) * by.rstd;
@@ -84,17 +85,12 @@ inline void through_activation(float* d, const Source& below, long g, Place at, 
           vf scaled = h[j] * load(gamma + k, count);  // 0 beyond the row
           s1 += scaled, s2 += scaled * xhat[j];
         }
-      };
-      long first = t * tile, last = std::min(width, first + tile);
-      if (together == 1) each(first, last, some);
-      else for (; first < last; first += W * together) some(first, long(W));
+      });
       sums[2 * t] = sum(s1), sums[2 * t + 1] = sum(s2);
     }
   };
-  // Known to the compiler, vectors need no array: for Mish and the official SimNorm.
   if (below.act == MISH) tiles(constant<0>(), constant<1>());
-  else if (below.V == 8) tiles(constant<8>(), constant<vectors_of(8)>());
-  else tiles(below.V, constant<vectors_of(MOST_GROUP)>());
+  else with_group(below.V, tiles);
 }
 
 struct InputGradient : Kernel {

@@ -84,22 +84,15 @@ template <class T, class Use> void activated_as(const Source& s, long g, Place a
     return y * load(gamma + i, count) + load(beta + i, count);
   };
   if (s.act == MISH) return each(width, [&](long i, auto count) { use(i, mish(normed(i, count)), count); });
-  auto simnormed = [&](auto V) {
-    each(width, [&](long i, auto count) {
-      vf y = normed(i, count);
-      simnorm(&y, V);
-      use(i, y, count);
+  with_group(s.V, [&](auto V, auto room) {
+    long together = vectors_of(V);
+    each(0, width, together, [&](long i, auto count) {
+      vf y[room()];
+      for (int j = 0; j < together; j++) y[j] = normed(i + j * W, count);
+      simnorm(y, V);
+      for (int j = 0; j < together; j++) use(i + j * W, y[j], count);
     });
-  };
-  long together = vectors_of(s.V);
-  if (s.V == 8 && W >= 8) return simnormed(constant<8>());  // the official one
-  if (together == 1) return simnormed(s.V);
-  for (long i = 0; i < width; i += W * together) {
-    vf y[MOST_GROUP / 4];
-    for (int j = 0; j < together; j++) y[j] = normed(i + j * W, long(W));
-    simnorm(y, s.V);
-    for (int j = 0; j < together; j++) use(i + j * W, y[j], long(W));
-  }
+  });
 }
 
 // Calls use(i, act(LN(x)), count) for each vector of a row: columns i to i + count.

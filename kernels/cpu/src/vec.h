@@ -97,11 +97,11 @@ inline void store(Tensor t, long i, vf x, long count) {
 template <long N> using constant = std::integral_constant<long, N>;
 
 // Calls f(i, count) for each vector of entries `first` to `last`; that all but the last are whole is known to the compiler.
-template <class F> inline void each(long first, long last, F&& f) {
+template <class F> [[gnu::always_inline]] inline void each(long first, long last, F&& f) {
   for (; first + W <= last; first += W) f(first, constant<W>());
   if (first < last) f(first, last - first);
 }
-template <class F> inline void each(long count, F&& f) { each(0, count, f); }
+template <class F> [[gnu::always_inline]] inline void each(long count, F&& f) { each(0, count, f); }
 
 inline float scalar(Tensor t, long i = 0) { return t.type == BF16 ? to_float(t.as<bf16>()[i]) : t.as<float>()[i]; }
 inline void set(Tensor t, long i, float x) { store(t, i, all(x), 1); }
@@ -249,6 +249,18 @@ constexpr int MOST_GROUP = 64;  // columns of a SimNorm group
 
 // The softmax of groups of V columns: V / W vectors where a group is wider than one, else one.
 constexpr long vectors_of(long V) { return V > W ? V / W : 1; }
+
+// Calls f(V, room): the official V is known to the compiler, so that room for its vectors need not be memory.
+template <class F> inline void with_group(long V, F&& f) {
+  if (V == 8) f(constant<8>(), constant<vectors_of(8)>());
+  else f(V, constant<vectors_of(MOST_GROUP)>());
+}
+
+// As `each`, in steps of so many vectors, all whole where these are several.
+template <class F> [[gnu::always_inline]] inline void each(long first, long last, long together, F&& f) {
+  if (together == 1) return each(first, last, f);
+  for (; first < last; first += W * together) f(first, constant<W>());
+}
 
 [[gnu::always_inline]] inline void simnorm(vf* x, long V) {
   long n = vectors_of(V);
