@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..backward.activation_gradient import activation_gradient
 from ..backward.gradient_tile import Gradient
-from ..device.launch import How, Precision
+from ..device.launch import How, Precision, precision_here
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import Dropout, Rows
 from ..layers.tiles import layer_tile
@@ -109,8 +109,8 @@ def _forward(
     y, before, statistics = _room(x, s, precision)
     # How many tiles a row is cut into depends on the number of rows; unused slots are part of the result, too.
     statistics.zero_()
-    p = product.precision_for(x, precision)
     with product.launching("x", x):
+        p = precision_here(precision)
         rows = grouped_layer(
             product.input_rows(x, s, p),
             None,
@@ -156,8 +156,9 @@ def _backward(
     """Return the gradients of x, weight, bias, ln_weight and ln_bias; of no entries where they are not wanted."""
     vectors = dict(bias=bias, ln_weight=ln_weight, ln_bias=ln_bias)
     s = _checked(x, weight, vectors, keep, simnorm_dim, precision)
-    p, parameters = product.precision_for(x, precision), (weight, *vectors.values())
+    parameters = (weight, *vectors.values())
     with product.launching("x", x):
+        p = precision_here(precision)
         layer = product.packed(parameters, s, p, simnorm_dim)
         tile = layer_tile(s.rows, s.groups, s.width, s.depth, p.name)
         rows = Rows(before, statistics, layer, tile=tile.BN, dropout=_dropout(keep, scale, s))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backward.gradient_tile import Gradient
-from ..device.launch import How, Precision
+from ..device.launch import How, Precision, precision_here
 from ..layers.two_hot import Code
 from ..losses import latent_loss
 from ..losses.policy_sample import Sample, policy_sample, policy_sample_gradient
@@ -142,10 +142,10 @@ def _two_hot(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, and each row's gradient of the logits (G, 1, rows, D)."""
     s = _check_two_hot(x, weight, bias, target, num_bins, vmin, vmax, precision)
-    p = product.precision_for(x, precision)
     loss, kept = _two_hot_room(x, s, precision)
     targets = s.groups if weight.ndim == 2 else target.shape[0]
     with product.launching("x", x):
+        p = precision_here(precision)
         two_hot_loss(
             product.input_rows(x, s, p),
             product.packed((weight, bias), s, p),
@@ -169,8 +169,9 @@ def _two_hot_backward(
     d: Tensor, kept: Tensor, x: Tensor, weight: Tensor, bias: Tensor, precision: str, to_x: bool, to_parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias; of no entries where they are not wanted."""
-    s, p = product.check(x, weight, dict(bias=bias), precision), product.precision_for(x, precision)
+    s = product.check(x, weight, dict(bias=bias), precision)
     with product.launching("x", x):
+        p = precision_here(precision)
         gradient = Gradient(kept * d.reshape(s.groups, 1, s.rows, 1))
         layer, parameters = product.packed((weight, bias), s, p), (weight, bias)
         dx, dw, db = product.gradients(gradient, layer, x, parameters, s, p, to_x, to_parameters)

@@ -38,23 +38,13 @@ def check_types(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: got device {t.device}, allowed: that of {first}, {like.device}")
 
 
-def _by_its_own(t: Tensor) -> bool:
-    """Tell whether a tensor is a CPU's, whose own kernels run where Triton's are not interpreted."""
-    return t.device.type == "cpu" and not interpreting()
-
-
 @contextlib.contextmanager
 def launching(name: str, t: Tensor) -> Iterator[None]:
-    """Have launches within run on a tensor's device; refuse one that has no kernels."""
-    with torch.cuda.device_of(t), natively(_by_its_own(t)):
+    """Have launches within run on a tensor's device, a CPU's by its own kernels; refuse one that has none."""
+    with torch.cuda.device_of(t), natively(t.device.type == "cpu" and not interpreting()):
         if reason := why_not(t.device):
             raise ValueError(f"{name}: got device {t.device}, allowed: one that runs the kernels; {reason}")
         yield
-
-
-def precision_for(t: Tensor, name: str) -> Precision:
-    """Return a precision as a tensor's device has it: a CPU's tf32 is float32, as with torch's ops."""
-    return Precision("float32" if name == "tf32" and _by_its_own(t) else name)
 
 
 def check(x: Tensor, weight: Tensor, vectors: dict[str, Tensor], precision: str) -> Sizes:

@@ -121,6 +121,11 @@ def natively(wanted: bool = True) -> Iterator[None]:
         _open.native = before
 
 
+def precision_here(name: str) -> Precision:
+    """Return a precision as this thread's launches have it: a CPU's tf32 is float32, as with torch's ops."""
+    return Precision("float32" if name == "tf32" and native() else name)
+
+
 def why_not(device: torch.device) -> str | None:
     """Say why kernels cannot run on this device, or return None where they can."""
     if native():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tdmpc2_fast.kernels.cpu.build import bfloat16, kernels
-from tdmpc2_fast.kernels.device.launch import Precision, native, natively, why_not
+from tdmpc2_fast.kernels.device.launch import Precision, natively, precision_here, why_not
 
 from ..config import Config
 from ..errors import BackendError, ConfigError, warn
@@ -145,9 +145,9 @@ def _why_no_kernels(name: str, cfg: Config, device: torch.device, dtype: torch.d
 
 def plan_precision(cfg: Config, device: torch.device) -> Precision:
     """Return how the kernels compute products: `auto` is tf32 on a GPU and exact elsewhere; a CPU has no tf32."""
-    if cfg.precision == "auto" or (cfg.precision == "tf32" and native()):
+    if cfg.precision == "auto":
         return Precision("tf32" if device.type == "cuda" else "float32")
-    return Precision(cfg.precision)
+    return precision_here(cfg.precision)
 
 
 @contextlib.contextmanager
