@@ -257,7 +257,7 @@ class _Bench(OpBench):
         rule = Rule.of(cfg)
 
         def fused() -> Tensor:
-            samples, best = Samples(actions, mean, std), Elites(values, elites, scores)
+            samples, best = Samples(actions, mean, std), Elites(values, elites, scores, torch.empty_like(elites))
             mppi_refine(scalars, discount, None, samples, None, rule, best, next_noise=noise, pdl=self.pdl)
             return actions[:, :, p:]
 

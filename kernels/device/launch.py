@@ -18,6 +18,7 @@ import torch
 
 from ..cpu.build import why_not as why_not_built
 from ..cpu.call import run as run_on_cpu
+from .cluster import can_cluster, check_clustered, clusters_compiled
 
 # What Triton raises for a kernel it cannot compile or a chip too small for it: KERNEL_ERRORS.
 try:
@@ -94,6 +95,18 @@ class How(NamedTuple):
 
     precision: Precision  # of products
     pdl: bool = False  # programmatic dependent launch: a kernel may start while the one before it ends
+    clusters: bool = False  # whether programs may wait for their neighbours (cluster.py)
+
+    @classmethod
+    def on(cls, device: torch.device, precision: Precision, pdl: bool | None = None) -> "How":
+        """Return what a device can; pdl: None for what it can, too."""
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        return cls(precision, hopper if pdl is None else pdl, hopper and can_cluster())
+
+    @classmethod
+    def of_chip(cls, arch: int, precision: Precision) -> "How":
+        """Return what chips of a compute capability (90 is 9.0) can, which need not be there."""
+        return cls(precision, arch >= 90, arch >= 90)
 
 
 def interpreting() -> bool:
@@ -153,11 +166,6 @@ def _why_no_driver() -> str | None:
     return None
 
 
-def has_dependent_launch(device: torch.device) -> bool:
-    """Tell whether a kernel may start while the one before it ends (Hopper and newer)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch as the log saw it."""
@@ -193,7 +201,7 @@ def flat(constants: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-COMPILER_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion")
+COMPILER_OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
 
 
 @dataclass(eq=False)
@@ -260,10 +268,13 @@ def by_sample(samples: int) -> Iterator[None]:
         _open.samples = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = None, **options: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = None, cluster: int = 1, **options: Any
+) -> None:
     """Run kernel[grid](*args, **options) and note it in open logs; a grid without programs is no launch.
 
-    pdl: programmatic dependent launch; None for a kernel that does not know of it.
+    pdl: programmatic dependent launch; None for a kernel that does not know of it. cluster: how many
+    programs wait for each other, as the kernel says.
     """
     if math.prod(grid) == 0:
         return
@@ -281,7 +292,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = No
     else:
         # Its default differs between versions of Triton.
         options.setdefault("enable_fp_fusion", True)
-    kernel[grid](*args, **options)
+    if cluster == 1:
+        kernel[grid](*args, **options)
+    else:
+        with clusters_compiled():
+            check_clustered(kernel[grid](*args, **options))
 
 
 @jit
@@ -290,6 +305,21 @@ def await_producers(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def await_neighbours(CLUSTER: tl.constexpr):
+    """Wait until the programs of a cluster have come here, and see what they wrote before.
+
+    What one wrote, another must load from L2 (`.cg`). The comment is read by cluster.py.
+    """
+    if CLUSTER == 1:
+        tl.debug_barrier()
+    else:
+        ARRIVE: tl.constexpr = "barrier.cluster.arrive.release.aligned; // cluster of $1, $0"
+        WAIT: tl.constexpr = "barrier.cluster.wait.acquire.aligned; // $0"
+        tl.inline_asm_elementwise(ARRIVE, "=r,n", [CLUSTER], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(WAIT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -6,7 +6,6 @@ program needs a complete row.
 
 from __future__ import annotations
 
-from .arithmetic import store_rounded, to_bfloat16
 from .launch import jit, tl
 
 LAYER_NORM_EPS = 1e-5
@@ -30,15 +29,9 @@ def merge_statistics(stats_ptrs, row_ok, K, TILE: tl.constexpr, TILES: tl.conste
 
 
 @jit
-def store_with_statistics(y, y_ptrs, stats_ptrs, row_ok, cols, col_ok, tile, D, INTERPRETED: tl.constexpr):
-    """Store pre-activations y [BM, BN], and mean and squared deviations of this tile of each row.
-
-    Statistics are of what is stored: where a row hardly varies, LayerNorm makes much of the difference.
-    """
+def store_statistics(y, stats_ptrs, row_ok, col_ok, tile, D):
+    """Store mean and squared deviations of each row of a tile y [BM, BN] of D columns."""
     BN: tl.constexpr = y.shape[1]
-    if y_ptrs.dtype.element_ty == tl.bfloat16:
-        y = to_bfloat16(y, INTERPRETED).to(tl.float32)
-    store_rounded(y_ptrs[:, None] + cols[None, :], y, row_ok[:, None] & col_ok[None, :], INTERPRETED)
     count = tl.minimum(D - tile * BN, BN).to(tl.float32)
     mean = tl.sum(tl.where(col_ok[None, :], y, 0.0), axis=1) / count
     d = tl.where(col_ok[None, :], y - mean[:, None], 0.0)

@@ -56,17 +56,16 @@ def plan_work(sizes: PlanSizes, precision: Precision) -> PlanWork:
 def dry_plan(
     sizes: PlanSizes,
     precision: Precision,
-    pdl: bool = False,
-    throughput: bool | None = None,
-    persistent: int = 0,
+    arch: int = 90,
+    once: bool | None = None,
 ) -> tuple[PlanChain, list[Launch]]:
-    """Make a plan, and its launches as on a GPU, none of them executed; options as of `PlanChain`.
+    """Make a plan, and its launches as on a GPU of a compute capability, none of them executed.
 
     Weights take no memory. Activations are never touched, so they take address space alone.
     """
     with not_interpreted():
         weights = PlanWeights.empty(sizes, precision, torch.device("meta"))
-        plan = PlanChain(sizes, weights, How(precision, pdl), torch.device("cpu"), throughput, persistent)
+        plan = PlanChain(sizes, weights, How.of_chip(arch, precision), torch.device("cpu"), once)
         with log_launches(dry=True) as log:
             plan.run()
     return plan, log

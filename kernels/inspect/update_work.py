@@ -37,11 +37,11 @@ def update_work(sizes: UpdateSizes, precision: Precision) -> Work:
     )
 
 
-def dry_update(sizes: UpdateSizes, precision: Precision, pdl: bool = False) -> tuple[list[Launch], Counter[str]]:
-    """Return the launches of an update as on a GPU, none of them executed, and torch's operations beside them."""
+def dry_update(sizes: UpdateSizes, precision: Precision, arch: int = 90) -> tuple[list[Launch], Counter[str]]:
+    """Return the launches of an update as on a GPU of a compute capability, none of them executed, and torch's operations beside them."""
     with not_interpreted():
         # Nothing is computed, and no memory taken.
-        update = UpdateChain(sizes, How(precision, pdl), torch.device("meta"))
+        update = UpdateChain(sizes, How.of_chip(arch, precision), torch.device("meta"))
         with log_launches(dry=True) as log, _Operations() as operations:
             update.run()
     return log, operations.found

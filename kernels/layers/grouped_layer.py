@@ -2,32 +2,36 @@
 
     y[g, e, r] = act(LN(x[g, e, r])) W[s]ᵀ + a[e, r] A[s]ᵀ + b[s],    s = slab of group g
 
-One launch for all groups, rows and columns. The result is a pre-activation with statistics
-(linear_tile.py); `activate` finishes one where nobody downstream will. Cost of a layer: 2 M D K
-FLOP a group for M = E n rows; W is read once per row tile, x once per column tile, both from L2.
+One launch for all groups, rows and columns. The result is a pre-activation with statistics, an
+activation, or both (linear_tile.py); `activate_rows` makes an activation of the first where one launch
+does not. Cost of a layer: 2 M D K FLOP a group for M = E n rows; W is read once per row tile, x once per
+column tile, both from L2.
 Reads `K` = 0 inputs, too: the first step's rows are a shared sum (the bias) and an action.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..device.arithmetic import store_rounded
-from ..device.launch import How, await_producers, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.arithmetic import operand, store_rounded
+from ..device.launch import How, Precision, await_producers, cdiv, interpreting, jit, launch, pow2, tl
 from ..device.pointers import entry_ptrs, row_ptrs, slab_of, strided
 from ..device.reference import reference_of
 from ..device.statistics import merge_statistics
 from .linear_tile import activate, layer_on_tile, prefetch_weights
-from .rows import EACH, LEAST_COLUMNS, PLAIN, Dropout, Layer, Rows, Slabs, keeping, packed, source
-from .tiles import Tile, layer_tile
+from .rows import EACH, LEAST_COLUMNS, PLAIN, Dropout, Finish, Layer, Rows, Slabs, keeping, packed, source
+from .tiles import Tile, finishes, finishing_tile, layer_tile
 
 
 @jit
 def grouped_layer_kernel(
-    x, w, a, y, stats, M, n, D, K, A, keep,
+    x, w, a, y, stats, active, M, n, D, K, A, keep,
     HAS_X: tl.constexpr, HAS_SIDE: tl.constexpr, ENV_BIAS: tl.constexpr, DUE: tl.constexpr, MEMBERS: tl.constexpr,
-    DROPOUT: tl.constexpr, TILE: tl.constexpr, BA: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    DROPOUT: tl.constexpr, FINISH: tl.constexpr, TILE: tl.constexpr, BA: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile [BM, BN] of one group; grid (row tiles x column tiles, groups)."""
     tiles_n = tl.cdiv(D, TILE.BN)
@@ -38,8 +42,9 @@ def grouped_layer_kernel(
         prefetch_weights(w.ptr + slab * D * K, tile_n * TILE.BN + tl.arange(0, TILE.BN), D, K, LINES)
     await_producers(PDL)
     layer_on_tile(
-        tile_m, tile_n, g, x, w, a, y, stats, M, n, D, K, A, keep,
-        HAS_X=HAS_X, HAS_SIDE=HAS_SIDE, ENV_BIAS=ENV_BIAS, DUE=DUE, MEMBERS=MEMBERS, TILE=TILE, BA=BA, DROPOUT=DROPOUT,
+        tile_m, tile_n, g, x, w, a, y, stats, active, M, n, D, K, A, keep,
+        HAS_X=HAS_X, HAS_SIDE=HAS_SIDE, ENV_BIAS=ENV_BIAS, DUE=DUE, MEMBERS=MEMBERS, DROPOUT=DROPOUT, FINISH=FINISH,
+        TILE=TILE, BA=BA,
     )  # fmt: skip
 
 
@@ -68,9 +73,10 @@ def grouped_layer(
     slabs: Slabs = EACH,
     bias: Tensor | None = None,
     dropout: Dropout | None = None,
+    finish: bool = False,
     tile: Tile | None = None,
 ) -> Rows:
-    """Write the pre-activation of `layer` for every group of `out`.
+    """Write what `layer` makes of x and a, for every group of `out`.
 
     Args:
         x: main input (G or 1, E, n, K), or None for none; an activation due is applied.
@@ -81,10 +87,12 @@ def grouped_layer(
         slabs: slab of `layer` of each group.
         bias: (slabs, E, D) float32, per environment, in place of the layer's own.
         dropout: of the pre-activation, before its LayerNorm.
+        finish: write the activation, to `out.active` beside the pre-activation where there is one, else to
+            `out.x` in its place. In a second launch where the programs of a row are no cluster.
         tile: None takes the table's.
 
     Returns:
-        `out` with the layer's activation due.
+        `out` with the layer's activation due, or nothing.
     """
     groups, e, n, d = out.x.shape
     k = layer.weight.shape[-1]
@@ -97,7 +105,12 @@ def grouped_layer(
         raise ValueError(f"a: got shape {tuple(a.shape)}, allowed: {width}")
     if x is None and a is None:
         raise ValueError("x and a: got None for both, allowed: at least one of them")
-    tile = tile or layer_tile(e * n, groups, d, k, how.precision.name)
+    in_one = None
+    if finish:
+        if layer.activation == PLAIN:
+            raise ValueError("finish: got True, allowed: False, the layer has no LayerNorm")
+        in_one = finishing_tile(e * n, groups, d, k, how) if tile is None else finishes(tile, d, how)
+    tile = in_one or tile or layer_tile(e * n, groups, d, k, how.precision.name)
     tile.check(LEAST_COLUMNS, x)
     if d != layer.width or out.stats.shape[:3] != (groups, e, n) or out.stats.shape[3] < cdiv(d, tile.BN):
         raise ValueError(
@@ -109,15 +122,30 @@ def grouped_layer(
     if dropout is not None:
         _check_dropout(dropout, out.x)
     reads, due = source(Rows(out.x) if x is None else x)
+    active = out.x if out.active is None else out.active
+    tiles = cdiv(d, tile.BN)
+    ending = Finish(
+        KEEP=in_one is None or out.active is not None,
+        ACT=layer.activation if in_one else PLAIN,
+        V=max(layer.simnorm_dim, 1),
+        CLUSTER=tiles if in_one else 1,
+        TILES=pow2(tiles) if in_one else 1,
+    )
     launch(
         grouped_layer_kernel, (cdiv(e * n, tile.BM) * cdiv(d, tile.BN), groups),
         reads, packed(layer, slabs, bias), strided(out.x if a is None else a[None]), strided(out.x), strided(out.stats),
-        e * n, n, d, k, side, keeping(dropout, out.x),
+        strided(active), e * n, n, d, k, side, keeping(dropout, out.x),
         HAS_X=x is not None, HAS_SIDE=a is not None, ENV_BIAS=bias is not None, DUE=due,
         MEMBERS=slabs.members is not None, DROPOUT=dropout is not None, BA=min(pow2(max(side, 1), 16), 64),
-        LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1, **tile.options(k, how),
+        FINISH=ending, cluster=ending.CLUSTER, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
+        **tile.options(k, how),
     )  # fmt: skip
-    return Rows(out.x, out.stats, layer, slabs, tile.BN, dropout)
+    rows = Rows(out.x, out.stats, layer, slabs, tile.BN, dropout)
+    if not finish:
+        return rows
+    if not in_one:
+        activate_rows(rows, active, how)
+    return Rows(out.x, operand=True) if out.active is None else replace(rows, active=out.active)
 
 
 @reference_of(grouped_layer)
@@ -130,6 +158,7 @@ def grouped_layer_reference(
     slabs: Slabs,
     bias: Tensor | None,
     dropout: Dropout | None,
+    finish: bool,
 ) -> Rows:
     """Compute `grouped_layer` in plain torch: the same result, statistics left out."""
     dense, rounded = None if x is None else x.activated(), how.precision.operand
@@ -143,13 +172,18 @@ def grouped_layer_reference(
         out.x[g] = y
     if dropout is not None:
         out.x.mul_(dropout.multiplier(len(out.x), out.x.dtype))
-    return Rows(out.x, None, layer, slabs, dropout=dropout)
+    rows = Rows(out.x, None, layer, slabs, dropout=dropout)
+    if not finish:
+        return rows
+    active = out.x if out.active is None else out.active
+    active.copy_(rows.activated())
+    return Rows(out.x, operand=True) if out.active is None else replace(rows, active=active)
 
 
 @jit
 def activate_kernel(
     x, y, M, n, D,
-    DUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, INTERPRETED: tl.constexpr, PDL: tl.constexpr,
+    DUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute act(LN(x)) of one tile [BM, BN]; grid (row tiles, column tiles, groups)."""
     g = tl.program_id(2).to(tl.int64)
@@ -164,11 +198,16 @@ def activate_kernel(
     gamma = tl.load(x.gamma_ptr + slab * D + cols, mask=col_ok, other=0.0)
     beta = tl.load(x.beta_ptr + slab * D + cols, mask=col_ok, other=0.0)
     done = activate(due.to(tl.float32), mean, rstd, gamma, beta, DUE.IN_ACT, DUE.V)
-    store_rounded(entry_ptrs(y, g, rows, n, cols), done, ok, INTERPRETED)
+    if TILE.DOT == "tf32":
+        done = operand(done, False, TILE)
+    store_rounded(entry_ptrs(y, g, rows, n, cols), done, ok, TILE.INTERPRETED)
 
 
-def activate_rows(x: Rows, out: Tensor, pdl: bool = False) -> Rows:
-    """Write act(LN(x)) to `out` (G, E, n, D), which may be `x.x` itself; nothing is due after."""
+def activate_rows(x: Rows, out: Tensor, how: How, *, exact: bool = False) -> Rows:
+    """Write act(LN(x)) to `out` (G, E, n, D), which may be `x.x` itself; nothing is due after.
+
+    exact: write it as the buffer holds it, not as products take it.
+    """
     if x.layer is None or x.layer.activation == PLAIN:
         raise ValueError("x: nothing is due, allowed: rows a layer with LayerNorm wrote")
     groups, e, n, d = x.x.shape
@@ -176,8 +215,11 @@ def activate_rows(x: Rows, out: Tensor, pdl: bool = False) -> Rows:
         raise ValueError(f"out: got shape {tuple(out.shape)}, allowed: {tuple(x.x.shape)}")
     reads, due = source(x)
     bm, bn = min(pow2(e * n), 512) if interpreting() else 8, min(pow2(d), 512)
+    tile, precision = Tile(bm, bn, 1), Precision("float32") if exact else how.precision
     launch(
         activate_kernel, (cdiv(e * n, bm), cdiv(d, bn), groups), reads, strided(out), e * n, n, d,
-        DUE=due, BM=bm, BN=bn, INTERPRETED=interpreting(), pdl=pdl, num_warps=4,
+        DUE=due, BM=bm, BN=bn, TILE=tile.product(True, precision), pdl=how.pdl,
+        # In place, no thread may store where another has yet to load: not more of them than entries.
+        num_warps=max(1, min(4, bm * bn // 32)),
     )  # fmt: skip
-    return Rows(out)
+    return Rows(out, operand=not exact)

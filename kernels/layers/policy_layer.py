@@ -26,12 +26,12 @@ from .tiles import Tile
 @jit
 def policy_on_tile(
     tile_m, x, w, eps, mask_ptr, y, M, n, K, A, low, high,
-    HAS_MASK: tl.constexpr, DUE: tl.constexpr, TILE: tl.constexpr, FROM_L2: tl.constexpr = False,
+    HAS_MASK: tl.constexpr, DUE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute the actions of BM rows from all 2A <= BN columns."""
     rows, cols = tile_m * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
     row_ok = rows < M
-    logits = logits_on_tile(rows, cols, 0, x, w, row_ok, n, 2 * A, K, DUE, TILE, FROM_L2=FROM_L2)
+    logits = logits_on_tile(rows, cols, 0, x, w, row_ok, n, 2 * A, K, DUE, TILE)
     center, log_std = tl.split(tl.reshape(logits, (TILE.BM, TILE.BN // 2, 2)))  # [BM, BA] each
     log_std = low + 0.5 * (high - low) * (tanh(log_std) + 1.0)
     dims = tl.arange(0, TILE.BN // 2)

@@ -111,10 +111,13 @@ class Rows:
     tile: int = 0
     dropout: Dropout | None = None  # that was applied to x
     active: Tensor | None = None  # (G, E, n, D): the activation, where it was computed for all readers
+    operand: bool = False  # whether x is as products take it, and nothing due
 
     def __getitem__(self, key: tuple[slice, slice]) -> Rows:
         """Return some groups and some rows of each environment."""
         groups, rows = key
+        if self.operand:
+            return Rows(self.x[groups, :, rows], operand=True)
         stats = None if self.stats is None else self.stats[groups, :, rows]
         start, _, step = groups.indices(self.x.shape[0])
         s = self.slabs
@@ -134,12 +137,12 @@ class Rows:
 
     def expand(self, n: int) -> Rows:
         """Return the one row of each environment n times, without a copy."""
-        assert self.stats is not None
-        return replace(self, x=self.x.expand(-1, -1, n, -1), stats=self.stats.expand(-1, -1, n, -1, -1))
+        stats = None if self.stats is None else self.stats.expand(-1, -1, n, -1, -1)
+        return replace(self, x=self.x.expand(-1, -1, n, -1), stats=stats)
 
     def ready(self) -> Rows:
         """Return the activation as rows with nothing due, where it was computed; else these."""
-        return self if self.active is None else Rows(self.active)
+        return self if self.active is None else Rows(self.active, operand=True)
 
     @classmethod
     def empty(
@@ -193,6 +196,17 @@ class Due(NamedTuple):
     IN_TILE: int  # width of the column tiles that statistics are of
     IN_TILES: int  # their number, to a power of two
     IN_MEMBERS: bool  # whether slabs are drawn
+    READY: bool  # whether the rows are as products take them, and nothing is due
+
+
+class Finish(NamedTuple):
+    """What a layer does with its own rows: constants of a kernel."""
+
+    KEEP: bool  # whether it stores the pre-activation
+    ACT: int  # the activation it stores: PLAIN for none, MISH or SIMNORM
+    V: int  # columns of a SimNorm group
+    CLUSTER: int  # programs that have a row between them
+    TILES: int  # their number, to a power of two
 
 
 class Weights(NamedTuple):
@@ -203,6 +217,8 @@ class Weights(NamedTuple):
     bias_ptr: Any
     bias_s: Any
     bias_e: Any
+    gamma_ptr: Any
+    beta_ptr: Any
     slab: Slab
 
 
@@ -226,6 +242,7 @@ def source(x: Rows) -> tuple[Source, Due]:
         IN_TILE=max(x.tile, 1),
         IN_TILES=pow2(cdiv(x.x.shape[-1], x.tile)) if x.tile else 1,
         IN_MEMBERS=layer is not None and x.slabs.members is not None,
+        READY=x.operand,
     )
     return Source(strided(x.x), strided(stats), gamma, beta, slab), due
 
@@ -241,7 +258,8 @@ def packed(layer: Layer, slabs: Slabs, bias: Tensor | None = None) -> Weights:
     own = layer.bias if bias is None else bias
     side = layer.weight if layer.side is None else layer.side
     e_stride = 0 if bias is None else bias.stride(1)
-    return Weights(layer.weight, side, own, own.stride(0), e_stride, _slab(slabs, layer.weight))
+    gamma, beta = (own, own) if layer.ln_weight is None else (layer.ln_weight, layer.ln_bias)
+    return Weights(layer.weight, side, own, own.stride(0), e_stride, gamma, beta, _slab(slabs, layer.weight))
 
 
 def keeping(dropout: Dropout | None, unread: Tensor) -> Keep:

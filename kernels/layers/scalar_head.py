@@ -58,12 +58,12 @@ def scalar_of(logits, cols, K, vmin, vmax, BINS: tl.constexpr):
 def scalars_on_tile(
     tile_m, g, x, w, y, M, n, D, K, vmin, vmax, d,
     DUE: tl.constexpr, MEMBERS: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
-    GRADIENT: tl.constexpr = False, FROM_L2: tl.constexpr = False,
+    GRADIENT: tl.constexpr = False,
 ):  # fmt: skip
     """Reduce BM rows of group g, all D <= BN columns, to a scalar each, with its gradient in `d` if GRADIENT."""
     rows, cols = tile_m * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
     row_ok = rows < M
-    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS=MEMBERS, FROM_L2=FROM_L2)
+    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS=MEMBERS)
     scalar, gradient = scalar_of(logits, cols, D, vmin, vmax, BINS)
     tl.store(row_ptrs(y, g, rows, n), scalar, mask=row_ok)
     if GRADIENT:

@@ -1,9 +1,8 @@
 """Which tile a layer is cut into: a table that works unmeasured, and what a measurement may change.
 
-Two regimes. *Latency* (few environments): rows are few, one layer is a dependent step, so tiles
-are small enough for every multiprocessor to have one. *Throughput* (many environments): full
-tensor-core tiles; a layer's input is then normalised and activated once by a launch of its own
-instead of by each of its readers, because the tensor cores, not the steps, are what is short.
+Of few rows a layer is a dependent step, so tiles are small enough for every multiprocessor to have
+one; but the smaller they are, the more often the L2 cache hands out the same weights and rows, and that
+takes longer than the products do. Of many rows, tiles are the largest that registers hold.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ..device.launch import PROCESSORS, How, Precision, cdiv, interpreting, on_cpu, pow2
+from ..device.cluster import LARGEST
+from ..device.launch import PROCESSORS, How, Precision, cdiv, interpreting, native, on_cpu, pow2
 from .rows import Rows
 
 THROUGHPUT_ROWS = 8192
-"""Rows (environments x samples) from which the throughput regime is taken."""
+"""Rows (environments x samples) from which tiles are the largest."""
 
 THROUGHPUT_UPDATE = 2**21
 """Rows times width of hidden layers from which an update takes it: 19M at batch 1024, 317M at 256."""
@@ -99,6 +99,44 @@ def layer_tile(rows: int, groups: int, columns: int, depth: int, precision: str)
     return _shallow(fitting[-1], depth)
 
 
+class _Finishing(NamedTuple):
+    """A tile of a layer that finishes, and the share of the chip that its programs must fill."""
+
+    BM: int
+    BN: int
+    fills: float
+
+
+# Largest first; the last is taken whatever it fills. The widest is for rows of more than 1024 columns.
+_FINISHING = (_Finishing(128, 128, 0.9), _Finishing(64, 128, 0.45), _Finishing(64, 64, 0.0))
+_WIDEST = 256
+_FINISHING_DEPTH = {"bfloat16": 64, "tf32": 32, "float32": 32}
+
+
+def finishes(tile: Tile, columns: int, how: How) -> Tile | None:
+    """Return the tile if the programs that have a row of `columns` between them can wait for each other, or None."""
+    across = cdiv(columns, tile.BN)
+    return tile if not native() and (across == 1 or (how.clusters and across <= LARGEST)) else None
+
+
+def finishing_tile(rows: int, groups: int, columns: int, depth: int, how: How) -> Tile | None:
+    """Return the tile of a layer that finishes its rows, or None where none can; arguments as of `layer_tile`."""
+    precision = how.precision.name
+    if on_cpu():
+        return finishes(layer_tile(rows, groups, columns, depth, precision), columns, how)
+    narrowest = max(pow2(cdiv(columns, LARGEST)), 64)
+    if narrowest > _WIDEST:
+        return None
+    for chosen in _FINISHING:
+        bm, bn = min(chosen.BM, pow2(rows, 16)), max(chosen.BN, narrowest)
+        # Without tensor cores, products take registers for their operands, too.
+        bm = min(bm, 32 if bn == 64 else 16) if precision == "float32" else min(bm, 64) if bn == _WIDEST else bm
+        if cdiv(rows, bm) * cdiv(columns, bn) * groups >= chosen.fills * PROCESSORS:
+            break
+    warps = 8 if bm * bn >= 64 * _WIDEST or precision == "float32" else 4
+    return finishes(_shallow(Tile(bm, bn, _FINISHING_DEPTH[precision], warps), depth), columns, how)
+
+
 # A step of a backward product reads the gradient and what it is the gradient of: narrower steps, and
 # fewer of them in flight, where registers would not do.
 _INPUT_DEPTH = {"bfloat16": 64, "tf32": 32, "float32": 16}
@@ -151,11 +189,6 @@ def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) 
         bm //= 2
     bn = pow2(columns, 16)
     return Tile(bm, bn, bk, 8 if bm * bn >= 8192 else 4, 3)
-
-
-def activates_once(rows: int) -> bool:
-    """Tell whether a plan's activations get a launch of their own (throughput) or are left to each reader (latency)."""
-    return rows >= THROUGHPUT_ROWS
 
 
 def finishes_once(rows: int, width: int) -> bool:

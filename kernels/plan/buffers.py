@@ -187,7 +187,7 @@ class PlanState:
         self.mean = floats(e, h, a)
         self.std = floats(e, h, a)
         self.samples = Samples(self.actions, self.mean, self.std)
-        self.ranked = Elites(self.values, self.elites, self.scores)
+        self.ranked = Elites(self.values, self.elites, self.scores, torch.empty_like(self.elites))
         self.action = floats(e, a)
         self.chosen = floats(e, h, a)
         self.picked = torch.empty(e, dtype=torch.int64, device=device)

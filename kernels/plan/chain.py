@@ -17,19 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..device.draw import draw
-from ..device.launch import How, by_sample, log_launches, native
-from ..experiments.persistent import PersistentRollout
-from ..layers.grouped_layer import activate_rows, grouped_layer
+from ..device.launch import How, by_sample, native
+from ..layers.grouped_layer import grouped_layer
 from ..layers.policy_layer import policy_layer
-from ..layers.rows import EACH, Layer, Rows, Slabs
+from ..layers.rows import EACH, PLAIN, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
-from ..layers.tiles import activates_once, layer_tile
+from ..layers.tiles import Tile, layer_tile
 from ..layers.two_hot import Code
 from .buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanDraws, PlanInputs, PlanSizes, PlanState, PlanWeights
 from .mppi_begin import mppi_begin
@@ -49,11 +47,9 @@ class PlanChain:
     Args:
         sizes: of everything.
         weights: packed; read in place by every run.
-        how: precision of the products, and programmatic dependent launch.
+        how: precision of the products, and what the device can.
         device: where the buffers are.
-        throughput: whether an activation gets a launch of its own; None lets the table decide.
-        persistent: multiprocessors to use for one launch an iteration in place of a chain of
-            small ones (experiments/persistent.py); 0: the chain.
+        once: whether layers finish, or leave their activation to each reader; None: on a GPU they finish.
         annotate: makes a named range for profilers.
     """
 
@@ -63,8 +59,7 @@ class PlanChain:
         weights: PlanWeights,
         how: How,
         device: torch.device,
-        throughput: bool | None = None,
-        persistent: int = 0,
+        once: bool | None = None,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.sizes, self.weights, self.how, self._annotate = sizes, weights, how, annotate
@@ -72,15 +67,17 @@ class PlanChain:
         self.state = PlanState(sizes, how.precision, device)
         rows = sizes.envs * sizes.num_samples
         # A CPU has a row's activation in its cache, and every reader takes its rows once.
-        self.throughput = activates_once(rows) and not native() if throughput is None else throughput
-        # Sampled and prior rows of one buffer are written by different launches and read by one,
-        # so their tiles must be of one width: that of all rows together.
+        self.once = not native() if once is None else once
+        # Sampled and prior rows of one buffer are written by different launches and read by one. If an activation
+        # is still due on them, their tiles must be of one width: that of all rows together.
         d, z = sizes.mlp_dim, sizes.latent_dim
         self._second_tile = layer_tile(rows, 2, d, d, how.precision.name)
         self._third_tile = layer_tile(rows, 1, z, d, how.precision.name)
-        third = (None, 0) if self.throughput else (weights.third, self._third_tile.BN)
-        self.z = Rows(self.state.z.x, self.state.z.stats, third[0], _SHARED, third[1])
-        self._persistent = self._one_launch(persistent) if persistent and sizes.iterations > 1 else None
+        self.z = self._rows(self.state.z, weights.third, _SHARED, self._third_tile)
+
+    def _rows(self, buffer: Rows, layer: Layer, slabs: Slabs, tile: Tile) -> Rows:
+        """Return the rows of a buffer as its readers take them, whatever launches wrote them."""
+        return Rows(buffer.x, operand=True) if self.once else Rows(buffer.x, buffer.stats, layer, slabs, tile.BN)
 
     def run(self, draw: bool = True, observe: Observer | None = None) -> None:
         """Make one plan from `inputs` to `state.action`; `draw`: fresh random numbers first."""
@@ -94,12 +91,9 @@ class PlanChain:
             self.begin()
         for i in range(self.sizes.iterations):
             with self._annotate("iteration"):
-                if self._persistent and i:
-                    self._persistent.run(i - 1)
-                else:
-                    with by_sample(self.sizes.num_samples):
-                        self.rollout(None, shared, 0 if i == 0 else self.sizes.num_pi_trajs, act=i == 0)
-                        self.terminal_value(i)
+                with by_sample(self.sizes.num_samples):
+                    self.rollout(None, shared, 0 if i == 0 else self.sizes.num_pi_trajs, act=i == 0)
+                    self.terminal_value(i)
             if observe:
                 observe("values")
             last = i == self.sizes.iterations - 1
@@ -107,21 +101,6 @@ class PlanChain:
                 self.refine(None if last else self.draws.samples[i + 1], choose=last)
             if observe:
                 observe("refined")
-
-    def _one_launch(self, processors: int) -> PersistentRollout:
-        """Make one launch of each iteration but the first, which draws the prior's actions."""
-        if self.throughput or self.sizes.episodic:
-            what = "the throughput regime" if self.throughput else "an episodic model"
-            raise ValueError(f"persistent: got {what}, allowed: few environments, without termination")
-        iterations = []
-        for i in range(1, self.sizes.iterations):
-            with log_launches(dry=True) as log:
-                self.rollout(None, self.state.shared)
-                self.terminal_value(i)
-            iterations.append(log)
-        # A kernel that holds every kind of phase has no registers to spare for deep blocks.
-        tile = replace(self._second_tile, BK=min(self._second_tile.BK, 32))
-        return PersistentRollout(iterations, self.how.precision, processors, tile)
 
     def draw(self) -> None:
         """Fill `draws` from the counter RNG."""
@@ -186,9 +165,8 @@ class PlanChain:
                 self._act(self._policy(self.z[t - 1 : t, :p]), self.draws.pi_eps[:, t], s.actions[:, t, :p])
             bias = shared.x[:, :, 0] if before is None else self._task_bias
             h = self._layer(before, s.actions[:, t, rows], w.first, s.first[:, rows], _PAIR, bias)
-            h = self._layer(self._activated(h), None, w.second, s.second[: 2 + t : 1 + t, rows], _PAIR)
-            z = self._layer(self._activated(h[:1, :]), None, w.third, s.z[t : t + 1, rows], _SHARED)
-            self._activated(z)
+            h = self._layer(h, None, w.second, s.second[: 2 + t : 1 + t, rows], _PAIR)
+            self._layer(h[:1, :], None, w.third, s.z[t : t + 1, rows], _SHARED)
 
     def terminal_value(self, iteration: int) -> None:
         """Compute the scalars of all sequences: rewards, and two critics at a policy action after the last step."""
@@ -197,18 +175,17 @@ class PlanChain:
         self._act(self._policy(last), self.draws.value_eps[iteration], s.terminal_action)
         critics = Slabs(CRITICS, members=members)
         x = self._layer(last, s.terminal_action, w.first, s.first, critics, self._task_bias)
-        x = self._layer(self._activated(x), None, w.second, s.second[h + 1 :, :], critics)
+        x = self._layer(x, None, w.second, s.second[h + 1 :, :], critics)
         # Slab -1 of the draws is the reward, below the critics in every packed layer.
         slabs = self.draws.slabs[iteration]
-        hidden = s.second[1:, :]
-        hidden = Rows(hidden.x, hidden.stats, w.second, Slabs(CRITICS, members=slabs), self._second_tile.BN)
+        hidden = self._rows(s.second[1:, :], w.second, Slabs(CRITICS, members=slabs), self._second_tile)
         self._scalars(hidden, w.scalars, s.scalars, Slabs(1, members=slabs), self.sizes.num_bins)
         if w.termination is not None:
             assert s.termination_first is not None
             assert s.termination_second is not None
             assert s.termination is not None
             x = self._layer(self.z, None, w.termination[0], s.termination_first, _SHARED)
-            x = self._layer(self._activated(x), None, w.termination[1], s.termination_second, _SHARED)
+            x = self._layer(x, None, w.termination[1], s.termination_second, _SHARED)
             self._scalars(x, w.termination[2], s.termination, _SHARED, 0)
 
     def refine(self, next_noise: Tensor | None = None, choose: bool = False) -> None:
@@ -240,21 +217,21 @@ class PlanChain:
     def _layer(
         self, x: Rows | None, a: Tensor | None, layer: Layer, out: Rows, slabs: Slabs, bias: Tensor | None = None
     ) -> Rows:
+        # The first layers' share of z0 has neither: more is added to it.
+        finish = self.once and layer.activation != PLAIN and out is not self.state.shared
         tile = None
-        if layer is self.weights.second and out.x.shape[0] == 2:
-            tile = self._second_tile
-        elif layer is self.weights.third:
-            tile = self._third_tile
-        return grouped_layer(x, a, layer, out, how=self.how, slabs=slabs, bias=bias, tile=tile)
-
-    def _activated(self, x: Rows) -> Rows:
-        return activate_rows(x, x.x, self.how.pdl) if self.throughput else x
+        if not self.once:
+            if layer is self.weights.second and out.x.shape[0] == 2:
+                tile = self._second_tile
+            elif layer is self.weights.third:
+                tile = self._third_tile
+        return grouped_layer(x, a, layer, out, how=self.how, slabs=slabs, bias=bias, finish=finish, tile=tile)
 
     def _policy(self, z: Rows) -> Rows:
         """Evaluate the policy's first two layers at latents (1, E, n, L)."""
         slab, n = Slabs(POLICY), z.x.shape[2]
         x = self._layer(z, None, self.weights.first, self.state.first[:1, :n], slab, self._task_bias)
-        return self._layer(self._activated(x), None, self.weights.second, self.state.policy[:, :n], slab)
+        return self._layer(x, None, self.weights.second, self.state.policy[:, :n], slab)
 
     def _act(self, x: Rows, eps: Tensor, out: Tensor) -> None:
         policy_layer(

@@ -42,6 +42,7 @@ class Elites(NamedTuple):
     returns: Tensor  # (E, N) float32, NaN and infinities as they came
     best: Tensor  # (E, num_elites) int64 indices, by descending value, ties to the lower index
     scores: Tensor  # (E, num_elites) float32, sum to one
+    order: Tensor  # (E, num_elites) int64, the same indices by themselves, which a launch works with
 
 
 def shift_mean(prev_mean: Tensor, t0: Tensor) -> Tensor:

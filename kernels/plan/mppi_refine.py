@@ -1,9 +1,10 @@
 """The end of an MPPI iteration in one launch: values, elites, mean, std, next samples or the choice.
 
-Every program of an environment computes all its values and ranks anew and takes one step and one
-tile of action dims from there: multiprocessors idle here, and the chain of dependent launches is
-what costs. N^2 comparisons a program rank exactly and stably; it writes no slice another one reads
-(paper, section 3.2 and eq. 6).
+Every program of an environment computes all its values and finds the elites anew and takes one step
+and one tile of action dims from there: multiprocessors idle here, and the chain of dependent launches is
+what costs. The K-th largest value is found by its bits, from the first to the last that matters, with a
+count of what is above it each; only elites are ranked, by K^2 comparisons, exactly and stably. A program
+writes no slice another one reads (paper, section 3.2 and eq. 6).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..device.arithmetic import clamp
-from ..device.launch import await_producers, cdiv, check_tensor, interpreting, jit, launch, pow2, tl
+from ..device.launch import await_producers, cdiv, check_tensor, jit, launch, pow2, tl
 from ..device.pointers import Strided
 from ..device.reference import reference_of
 from .mppi import SUM_EPS, Elites, Rule, Samples, explore, pick_elite, refine, sample_actions, take_samples
@@ -32,6 +33,58 @@ class Choice(NamedTuple):
     picked: Tensor  # out: (E,) int64, index into the elites
     chosen: Tensor  # out: (E, H, A), the sequence picked
     counter: Tensor | None = None  # (2,) int64 [seed, plans so far]: the plan is counted here
+
+
+@jit
+def values_of(scalars, discount_ptr, termination, e, n, live, H: tl.constexpr, EPISODIC: tl.constexpr):
+    """Return the values of samples n of one environment: rewards, then the mean of two critics, discounted."""
+    value = tl.zeros(n.shape, tl.float32)
+    weight = value + 1.0
+    discount = tl.load(discount_ptr + e)
+    scalar = scalars.ptr + e * scalars.e + n * scalars.r
+    if EPISODIC:
+        end = termination.ptr + e * termination.e + n * termination.r
+    for _ in tl.static_range(H):
+        value += weight * tl.load(scalar, mask=live, other=0.0)
+        weight *= discount
+        if EPISODIC:
+            # sigmoid(logit) <= 0.5, rounded alike; false for NaN
+            goes_on = 1.0 + tl.exp(-tl.load(end, mask=live, other=0.0)) >= 2.0
+            weight = tl.where(goes_on, weight, 0.0)
+            end += termination.g
+        scalar += scalars.g
+    q = tl.load(scalar, mask=live, other=0.0)
+    q += tl.load(scalar + scalars.g, mask=live, other=0.0)
+    return value + weight * (q * 0.5)
+
+
+@jit
+def as_number(x):
+    """Return x as torch's nan_to_num(0) does, and 0 for -0: the two are equal."""
+    x = tl.where(x == x, x, 0.0)
+    x = tl.minimum(tl.maximum(x, -3.4028234663852886e38), 3.4028234663852886e38)
+    return tl.where(x == 0.0, 0.0, x)
+
+
+@jit
+def is_elite(value, live, K):
+    """Tell which of numbers [BN] are the K largest that are live, of equal ones those with the lower index."""
+    # Integers in the order of the numbers; what is not live is below all.
+    bits = value.to(tl.int32, bitcast=True)
+    key = tl.where(live, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
+    # The largest number that at least K are not below, less 2^31: from its first bit on.
+    least = tl.full((), -0x80000000, tl.int32)
+    count = tl.full((), 0, tl.int32)
+    bit = tl.full((), 31, tl.int32)
+    while (bit >= 0) & (count != K):
+        more = least ^ (1 << bit)
+        found = tl.sum((key >= more).to(tl.int32), 0)
+        count = tl.where(found >= K, found, count)
+        least = tl.where(found >= K, more, least)
+        bit -= 1
+    above, equal = key > least, (key == least) & live
+    missing = K - tl.sum(above.to(tl.int32), 0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing))
 
 
 @jit
@@ -59,78 +112,51 @@ def refine_kernel(
     COUNT: tl.constexpr,
     SUM_EPS: tl.constexpr,
     BN: tl.constexpr,
-    BJ: tl.constexpr,
+    BK: tl.constexpr,
     BA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Refine from all N <= BN samples of one environment, one step, BA action dims; grid (E, H, action tiles).
+    """Refine from all N <= BN samples and K <= BK elites of one environment, one step, BA action dims.
 
-    `Strided` rows of scalars and termination logits by step; `Samples`, `Elites` and `Choice` as of the op.
+    Grid (E, H, action tiles). `Strided` rows of scalars and termination logits by step; `Samples`, `Elites`
+    and `Choice` as of the op.
     """
     await_producers(PDL)
     e, t, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = (t == 0) & (tile == 0)
     n = tl.arange(0, BN)  # [BN]
     live = n < N
-
-    value = tl.zeros((BN,), tl.float32)
-    weight = tl.full((BN,), 1.0, tl.float32)
-    discount = tl.load(discount_ptr + e)
-    scalar = scalars.ptr + e * scalars.e + n * scalars.r
-    if EPISODIC:
-        end = termination.ptr + e * termination.e + n * termination.r
-    for _ in tl.static_range(H):
-        value += weight * tl.load(scalar, mask=live, other=0.0)
-        weight *= discount
-        if EPISODIC:
-            # sigmoid(logit) <= 0.5, rounded alike; false for NaN
-            goes_on = 1.0 + tl.exp(-tl.load(end, mask=live, other=0.0)) >= 2.0
-            weight = tl.where(goes_on, weight, 0.0)
-            end += termination.g
-        scalar += scalars.g
-    q = tl.load(scalar, mask=live, other=0.0)
-    q += tl.load(scalar + scalars.g, mask=live, other=0.0)
-    value += weight * (q * 0.5)
+    value = values_of(scalars, discount_ptr, termination, e, n, live, H, EPISODIC)
     if first:
         tl.store(elites.returns + e * N + n, value, mask=live)
+    elite = is_elite(as_number(value), live, K)
+    # Elites come together in memory, in the order of their indices: all programs of an environment write the same.
+    place = tl.cumsum(elite.to(tl.int32), 0) - 1
+    tl.store(elites.order + e * K + place, n.to(tl.int64), mask=elite)
+    tl.debug_barrier()
 
-    # As nan_to_num(0): what lies beyond N is below every number it leaves.
-    value = tl.where(value == value, value, 0.0)
-    value = tl.minimum(tl.maximum(value, -3.4028234663852886e38), 3.4028234663852886e38)
-    value = tl.where(live, value, float("-inf"))
-    # Counted in float32, two instructions a pair; integers take four.
-    mine = value[:, None]
-    above = tl.zeros((BN, BJ), tl.float32)
-    for start in range(0, N, BJ):
-        rival = tl.gather(value, start + tl.arange(0, BJ), 0)[None, :]
-        above += tl.where(rival > mine, 1.0, 0.0)  # [BN, BJ]
+    i = tl.arange(0, BK)  # [BK]
+    exists = i < K
+    best = tl.load(elites.order + e * K + i, mask=exists, other=0, cache_modifier=".cg")
+    value = as_number(values_of(scalars, discount_ptr, termination, e, best, exists, H, EPISODIC))
+    value = tl.where(exists, value, float("-inf"))
+    above = (value[None, :] > value[:, None]) | ((value[None, :] == value[:, None]) & (i[None, :] < i[:, None]))
     rank = tl.sum(above.to(tl.int32), 1)
-    # Ranks of distinct values add up to this; ties need a second look, and are rare.
-    if tl.sum(tl.where(live, rank, 0), 0) < N * (N - 1) // 2:
-        above = tl.zeros((BN, BJ), tl.float32)
-        for start in range(0, N, BJ):
-            j = start + tl.arange(0, BJ)  # [BJ]
-            rival = tl.gather(value, j, 0)[None, :]
-            above += tl.where((rival == mine) & (j[None, :] < n[:, None]), 1.0, 0.0)
-        rank += tl.sum(above.to(tl.int32), 1)
-    elite = live & (rank < K)
-
-    score = tl.where(elite, tl.exp(temperature * (value - tl.max(value, 0))), 0.0)
+    score = tl.where(exists, tl.exp(temperature * (value - tl.max(value, 0))), 0.0)
     score = tl.div_rn(score, tl.sum(score, 0))
     by_rank = e * K + rank
     if first:
-        tl.store(elites.best + by_rank, n.to(tl.int64), mask=elite)
-        tl.store(elites.scores + by_rank, score, mask=elite)
+        tl.store(elites.best + by_rank, best, mask=exists)
+        tl.store(elites.scores + by_rank, score, mask=exists)
 
     a = tile * BA + tl.arange(0, BA)  # [BA]
     ok = a < A
     row = (e * H + t) * A + a
-    # The whole slice is read, by reductions over it, before any of it is overwritten below.
-    actions = samples.actions + ((e * H + t) * N + n[None, :]) * A + a[:, None]
-    x = tl.load(actions, mask=elite[None, :] & ok[:, None], other=0.0)  # [BA, BN]
+    slice_ptr = samples.actions + (e * H + t) * N * A
+    x = tl.load(slice_ptr + best[None, :] * A + a[:, None], mask=exists[None, :] & ok[:, None], other=0.0)  # [BA, BK]
     norm = tl.sum(score, 0) + SUM_EPS
     mean = tl.div_rn(tl.sum(score[None, :] * x, 1), norm)
-    off = tl.where(elite[None, :], x - mean[:, None], 0.0)
+    off = tl.where(exists[None, :], x - mean[:, None], 0.0)
     std = clamp(tl.sqrt_rn(tl.div_rn(tl.sum(score[None, :] * (off * off), 1), norm)), min_std, max_std)
     if MASKED:
         mask = tl.load(mask_ptr + e * A + a, mask=ok, other=0.0)
@@ -139,21 +165,22 @@ def refine_kernel(
     tl.store(samples.std + row, std, mask=ok)
 
     if NEXT:
+        # All threads have read the slice before any of it is overwritten.
+        tl.debug_barrier()
         fresh = live & (n >= P)
         fresh_ok = fresh[None, :] & ok[:, None]
         noise = noise_ptr + ((e * H + t) * (N - P) + n[None, :] - P) * A + a[:, None]
-        x = clamp(mean[:, None] + std[:, None] * tl.load(noise, mask=fresh_ok, other=0.0), -1.0, 1.0)
+        drawn = clamp(mean[:, None] + std[:, None] * tl.load(noise, mask=fresh_ok, other=0.0), -1.0, 1.0)
         if MASKED:
-            x *= mask[:, None]
-        tl.store(actions, x, mask=fresh_ok)
+            drawn *= mask[:, None]
+        tl.store(slice_ptr + n[None, :] * A + a[:, None], drawn, mask=fresh_ok)
 
     if CHOICE:
         # A score of 0 is never picked, not even where its draw is 0 too.
-        key = tl.log(score) - tl.log(tl.load(choice.elite_noise + by_rank, mask=elite, other=1.0))
-        key = tl.where(elite & (score > 0) & (key == key), key, float("-inf"))
-        best = elite & (key == tl.max(key, 0))
-        pick = tl.min(tl.where(best, rank, BN), 0)
-        x = tl.sum(tl.where((elite & (rank == pick))[None, :], x, 0.0), 1)  # [BA]
+        key = tl.log(score) - tl.log(tl.load(choice.elite_noise + by_rank, mask=exists, other=1.0))
+        key = tl.where(exists & (score > 0) & (key == key), key, float("-inf"))
+        pick = tl.min(tl.where(exists & (key == tl.max(key, 0)), rank, BK), 0)
+        x = tl.sum(tl.where((exists & (rank == pick))[None, :], x, 0.0), 1)  # [BA]
         tl.store(choice.chosen + row, x, mask=ok)
         tl.store(choice.prev_mean + row, mean, mask=ok)
         if t == 0:
@@ -166,13 +193,12 @@ def refine_kernel(
         tl.store(choice.counter + 1, tl.load(choice.counter + 1) + 1)
 
 
-def refine_tile(n: int, a: int) -> tuple[int, int, int, int]:
-    """Return (BN, BJ, BA, warps): all samples are in one program, which is what ranking needs."""
-    bn = pow2(n, 32)
-    # 8192 entries of actions and 16384 pairs: 16 and 32 registers a thread of 16 warps.
-    bj, ba = (max(1, min(most, budget // bn)) for most, budget in ((32, 16384), (min(pow2(a), 8), 8192)))
-    warps = 16 if bn >= 512 else 8 if bn >= 256 else 4
-    return bn, bn if interpreting() and bn <= 1024 else bj, ba, warps
+def refine_tile(n: int, k: int, a: int) -> tuple[int, int, int, int]:
+    """Return (BN, BK, BA, warps): all samples and all elites are in one program, which is what ranking needs."""
+    bn, bk = pow2(n, 32), pow2(k)
+    # 8192 entries of new samples, 64 registers a thread of 4 warps.
+    ba = max(1, min(pow2(a), 8, 8192 // bn))
+    return bn, bk, ba, 4 if bn < 512 else 8 if bn < 4096 and bk < 256 else 16
 
 
 def _check_choice(choice: Choice, elites: Elites, samples: Samples) -> None:
@@ -230,10 +256,11 @@ def mppi_refine(
     check_tensor("values", elites.returns, (e, n), actions)
     check_tensor("elites", elites.best, (e, k), actions, torch.int64)
     check_tensor("scores", elites.scores, (e, k), actions)
+    check_tensor("order", elites.order, (e, k), actions, torch.int64)
     p = n if next_noise is None else drawn_from("next_noise", next_noise, actions)
     if choice is not None:
         _check_choice(choice, elites, samples)
-    bn, bj, ba, warps = refine_tile(n, a)
+    bn, bk, ba, warps = refine_tile(n, k, a)
     launch(
         refine_kernel,
         (e, h, cdiv(a, ba)),
@@ -260,7 +287,7 @@ def mppi_refine(
         COUNT=choice is not None and choice.counter is not None,
         SUM_EPS=SUM_EPS,
         BN=bn,
-        BJ=bj,
+        BK=bk,
         BA=ba,
         pdl=pdl,
         num_warps=warps,
@@ -288,11 +315,12 @@ def mppi_refine_reference(
         weight = weight * discount.unsqueeze(1)
         if termination is not None:
             weight = weight * (torch.sigmoid(termination[t]) <= 0.5)
-    returns, best, scores = elites
+    returns, best, scores, order = elites
     returns.copy_(value + weight * ((q0 + q1) / 2))
     new = refine(returns, actions, rule, mask)
     for out, x in zip((best, scores, mean, std), new, strict=True):
         out.copy_(x)
+    order.copy_(best.sort().values)
     if next_noise is not None:
         p = actions.shape[2] - next_noise.shape[2]
         actions[:, :, p:] = sample_actions(mean, std, next_noise, mask)

@@ -76,7 +76,7 @@ class UpdateChain:
         sizes: of everything.
         how: precision of the products, and programmatic dependent launch.
         device: where the buffers are.
-        throughput: whether activations and gradients of LayerNorms get launches of their own; None
+        once: whether activations and gradients of LayerNorms get launches of their own; None
             lets the table decide.
         annotate: makes a named range for profilers.
     """
@@ -86,7 +86,7 @@ class UpdateChain:
         sizes: UpdateSizes,
         how: How,
         device: torch.device,
-        throughput: bool | None = None,
+        once: bool | None = None,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.sizes, self.how, self._annotate = sizes, how, annotate
@@ -99,7 +99,7 @@ class UpdateChain:
         self.target = FlatTarget(average, layout.heads_start, sizes.tau, shadow)
         self.inputs, self.draws = UpdateInputs.empty(sizes, device), UpdateDraws.empty(sizes, device)
         rows = sizes.horizon * sizes.batch
-        self._once = finishes_once(rows, sizes.mlp_dim) and not native() if throughput is None else throughput
+        self._once = finishes_once(rows, sizes.mlp_dim) and not native() if once is None else once
         self.state = UpdateState(sizes, precision, device, self._once)
         self._encoder, self._heads = _Net(layout.encoder, self.world), _Net(layout.heads, self.world)
         self._dynamics, self._policy = _Net(layout.dynamics, self.world), _Net(self.policy_layout.policy, self.policy)
@@ -137,8 +137,8 @@ class UpdateChain:
         encoded, inputs, z = [Rows(self.inputs.obs)], self.inputs, self.sizes.latent_dim
         for layer, out in zip(self._encoder.layers, self.state.encoded, strict=True):
             encoded.append(self._layer(encoded[-1], layer, out))
-        activate_rows(encoded[-1].steps(slice(0, 1)), inputs.x[:, :1, :, :z], self.how.pdl)
-        activate_rows(encoded[-1].steps(slice(1, None)), inputs.next_x[..., :z], self.how.pdl)
+        activate_rows(encoded[-1].steps(slice(0, 1)), inputs.x[:, :1, :, :z], self.how, exact=True)
+        activate_rows(encoded[-1].steps(slice(1, None)), inputs.next_x[..., :z], self.how, exact=True)
         return encoded
 
     def td_target(self) -> None:
@@ -240,7 +240,7 @@ class UpdateChain:
             rows = [Rows(inputs.x[:, now])]
             for layer, out in zip(self._dynamics.layers, state.dynamics, strict=True):
                 rows.append(self._layer(rows[-1], layer, out.steps(now)))
-            activate_rows(rows[-1], inputs.x[:, t + 1 : t + 2, :, :z], self.how.pdl)
+            activate_rows(rows[-1], inputs.x[:, t + 1 : t + 2, :, :z], self.how, exact=True)
         # The tiles of all steps are the same.
         return [replace(out, layer=x.layer, tile=x.tile) for x, out in zip(rows[1:], state.dynamics, strict=True)]
 
@@ -371,20 +371,11 @@ class UpdateChain:
 
     def _layer(self, x: Rows, layer: Layer, out: Rows, slabs: Slabs = EACH, dropout: Dropout | None = None) -> Rows:
         groups, e, n, d = out.x.shape
-        rows = grouped_layer(
-            x.ready(),
-            None,
-            layer,
-            out,
-            how=self.how,
-            slabs=slabs,
-            dropout=dropout,
-            tile=self._tile(e * n, groups, d, layer.weight.shape[-1]),
+        finish = out.active is not None
+        tile = None if finish else self._tile(e * n, groups, d, layer.weight.shape[-1])
+        return grouped_layer(
+            x.ready(), None, layer, out, how=self.how, slabs=slabs, dropout=dropout, finish=finish, tile=tile
         )
-        if out.active is None:
-            return rows
-        activate_rows(rows, out.active, self.how.pdl)
-        return replace(rows, active=out.active)
 
     def _inputs(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tdmpc2_fast.kernels.cpu.tape import TapedFunction
-from tdmpc2_fast.kernels.device.launch import How, has_dependent_launch, host
+from tdmpc2_fast.kernels.device.launch import How, host
 from tdmpc2_fast.kernels.update.chain import POLICY, WORLD, UpdateChain
 from tdmpc2_fast.kernels.update.replay_gather import DeviceReplay, Slices, draw_slices
 
@@ -42,19 +42,19 @@ class KernelUpdate(UpdateBackend):
 
     Draws come from a counter-based generator on the device, whose counter each update advances.
     The parameters become views into flat buffers, which the optimisers go over in one pass; names,
-    shapes and the parameter objects stay. throughput, pdl: see `UpdateChain`; `pdl` is None for what
+    shapes and the parameter objects stay. once, pdl: see `UpdateChain`; `pdl` is None for what
     the device can.
     """
 
-    def __init__(self, model: WorldModel, throughput: bool | None = None, pdl: bool | None = None) -> None:
+    def __init__(self, model: WorldModel, once: bool | None = None, pdl: bool | None = None) -> None:
         cfg, device = model.cfg, model.device
         self.model, self.cfg = model, cfg
         self.precision = plan_precision(cfg, device)
         self.chain = UpdateChain(
             update_sizes(model),
-            How(self.precision, has_dependent_launch(device) if pdl is None else pdl),
+            How.on(device, self.precision, pdl),
             device,
-            throughput=throughput,
+            once=once,
             annotate=annotate,
         )
         self.flat = FlatModel(model, self.chain, self.precision)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tdmpc2_fast.kernels.device.launch import How, has_dependent_launch, host
+from tdmpc2_fast.kernels.device.launch import How, host
 from tdmpc2_fast.kernels.layers.rows import Rows
 from tdmpc2_fast.kernels.plan.chain import PlanChain
 
@@ -28,7 +28,7 @@ class KernelPlan(PlanBackend):
     """Plans for `num_envs` environments by one replay of a CUDA graph.
 
     Draws come from a counter-based generator on the device, whose counter each plan advances.
-    throughput, persistent, pdl: see `PlanChain`; `pdl` is None for what the device can.
+    once, pdl: see `PlanChain`; `pdl` is None for what the device can.
     """
 
     def __init__(
@@ -36,8 +36,7 @@ class KernelPlan(PlanBackend):
         model: WorldModel,
         num_envs: int,
         seed: int,
-        throughput: bool | None = None,
-        persistent: int = 0,
+        once: bool | None = None,
         pdl: bool | None = None,
     ) -> None:
         cfg, device = model.cfg, model.device
@@ -48,10 +47,9 @@ class KernelPlan(PlanBackend):
         self.chain = PlanChain(
             sizes,
             self._packed.weights,
-            How(self.precision, has_dependent_launch(device) if pdl is None else pdl),
+            How.on(device, self.precision, pdl),
             device,
-            throughput=throughput,
-            persistent=persistent,
+            once=once,
             annotate=annotate,
         )
         inputs = self.chain.inputs

@@ -85,26 +85,16 @@ def observations(cfg: Config, num_envs: int) -> torch.Tensor:
     return torch.randn(num_envs, *cfg.observation_shape, generator=g)
 
 
-REGIMES = dict(latency=dict(throughput=False), throughput=dict(throughput=True), persistent=dict(persistent=8))
-WIDE = dict(latent_dim=32, mlp_dim=48)
-PERSISTENT = dict(
-    plain=small(iterations=3, **WIDE),
-    no_prior=small(num_pi_trajs=0, **WIDE),
-    horizon_1=small(horizon=1, **WIDE),
-    many_actions=small(action_dim=21, iterations=1, **WIDE),
-    multitask=tiny_multitask(backend=KERNELS, iterations=2, **WIDE),
-)
-
-
 @pytest.mark.parametrize(
-    ("regime", "name"),
-    [(r, n) for r in ("latency", "throughput") for n in CONFIGS]
-    + [pytest.param("persistent", n, marks=pytest.mark.triton) for n in PERSISTENT],
+    "once",
+    [True, False],
+    ids=["once", "by each reader"],
 )
-def test_equals_the_torch_backend(regime: str, name: str, livened: Liven) -> None:
-    cfg, count = (PERSISTENT if regime == "persistent" else CONFIGS)[name], 3
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_torch_backend(once: bool, name: str, livened: Liven) -> None:
+    cfg, count = CONFIGS[name], 3
     agent = livened(TDMPC2(cfg, num_envs=count))
-    fused = KernelPlan(agent.model, count, seed=1, **REGIMES[regime])
+    fused = KernelPlan(agent.model, count, seed=1, once=once)
     plain = TorchPlan(agent.model, count, agent.planner.generator)
     before = torch.rand(plain.prev_mean.shape, generator=torch.Generator().manual_seed(1)) - 0.5
     for plan in (fused, plain):
@@ -143,7 +133,7 @@ def planner(livened: Liven) -> Planner:
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("cfg", "throughput"),
+    ("cfg", "once"),
     [
         (tiny_config(iterations=1), False),
         (tiny_config(iterations=1, episodic=True), True),
@@ -152,9 +142,9 @@ def planner(livened: Liven) -> Planner:
     ids=["single", "episodic", "multitask"],
 )
 def test_values_are_as_exact_as_torch_at_the_same_precision(
-    cfg: Config, precision: str, throughput: bool, livened: Liven
+    cfg: Config, precision: str, once: bool, livened: Liven
 ) -> None:
-    plan_oracle.check_values(livened(TDMPC2(cfg, num_envs=16)), precision, throughput)
+    plan_oracle.check_values(livened(TDMPC2(cfg, num_envs=16)), precision, once)
 
 
 def test_bfloat16_stays_near(livened: Liven) -> None:
@@ -380,14 +370,3 @@ def test_a_plan_of_the_5m_model_is_109_launches() -> None:
     with log_launches(dry=True) as log:
         plan.run()
     assert len(log) == 109
-
-
-def test_the_persistent_variant_names_what_it_cannot_run() -> None:
-    for cfg, why in (
-        (small(episodic=True), "persistent: got an episodic model"),
-        (small(), r"persistent: got widths \[16, 24\], allowed: multiples of 16"),
-        (small(**WIDE, num_samples=1025, num_pi_trajs=0), "persistent: got 7 blocks of rows, allowed: at most 4"),
-    ):
-        agent = TDMPC2(cfg.replace(backend="torch"), num_envs=3)
-        with pytest.raises(ValueError, match=why):
-            KernelPlan(agent.model, 3, seed=1, persistent=4)

@@ -15,11 +15,16 @@ struct GroupedLayer : Kernel {
 
   GroupedLayer(const Grid& grid, Reader& in) {
     x = source(in), w = weights(in), a = strided(in), y = strided(in), stats = strided(in);
+    strided(in);  // the activation
     m = in.integer(), n = rows = in.integer(), d = in.integer(), k = in.integer(), side = in.integer();
     keep = keeping(in);
     has_x = in.integer(), has_side = in.integer(), env_bias = in.integer();
     x.due(in);
     members = in.integer(), dropout = in.integer();
+    in.tuple(5);
+    in.skip(1);
+    if (in.integer() != PLAIN) throw std::runtime_error("finish: a layer's readers activate it here");
+    in.skip(3);
     tile = product(in);
     in.skip(2);  // BA, LINES
     groups = grid[1];
@@ -77,7 +82,8 @@ struct Activate : Kernel {
     x = source(in), y = strided(in);
     m = in.integer(), n = rows = in.integer(), d = in.integer();
     x.due(in);
-    in.skip(3);
+    in.skip(2);
+    product(in);
     groups = grid[2];
   }
   void run() override { walk_all(*this, m); }

@@ -59,7 +59,7 @@ struct Refine : Kernel {
   const float *discount, *mask, *noise;
   Samples samples;
   float *returns, *scores;
-  int64_t* best;
+  int64_t *best, *in_order;
   struct Choice {
     const float *elite_noise, *action_noise;
     const uint8_t* eval_mode;
@@ -72,8 +72,8 @@ struct Refine : Kernel {
 
   Refine(const Grid& grid, Reader& in) : scalars(strided(in)), discount(in.floats()), samples(after(in)) {
     mask = in.floats();
-    in.tuple(3);
-    returns = in.floats(), best = in.integers(), scores = in.floats();
+    in.tuple(4);
+    returns = in.floats(), best = in.integers(), scores = in.floats(), in_order = in.integers();
     noise = in.floats();
     if (in.given()) {
       in.tuple(8);
@@ -123,6 +123,7 @@ struct Refine : Kernel {
       norm += score[i] = float(score[i] / total);
       best[e * k + i] = order[i], scores[e * k + i] = score[i];
     }
+    std::partial_sort_copy(order.begin(), order.begin() + k, in_order + e * k, in_order + (e + 1) * k);
     norm += sum_eps;
     long pick = chooses ? picked(e, score) : 0;
     const float* live = masked ? mask + e * dims : nullptr;

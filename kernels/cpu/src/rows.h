@@ -17,10 +17,11 @@ struct Source {
   long act, V, tile;
   bool members;
   void due(Reader& in) {
-    in.tuple(5);
+    in.tuple(6);
     act = in.integer(), V = in.integer(), tile = in.integer();
     in.skip(1);
     members = in.integer();
+    in.skip(1);  // READY: operands are what the buffer holds
     if (V > MOST_GROUP) throw std::runtime_error("simnorm_dim: more than 64 columns");
   }
 };
@@ -117,11 +118,12 @@ struct Weights {
 };
 
 inline Weights weights(Reader& in) {
-  in.tuple(6);
+  in.tuple(8);
   Weights x{};
   x.w = in.tensor(), x.side = in.tensor();
   x.bias = in.floats();
   x.bias_s = in.integer(), x.bias_e = in.integer();
+  in.floats(), in.floats();  // of the LayerNorm after it
   x.slab = slab(in);
   return x;
 }

@@ -108,12 +108,6 @@ def test_work_of_one_layer(act: bool, side: bool) -> None:
     assert work.bytes == 4 * groups * (read + written)
 
 
-def test_the_persistent_variant_is_one_launch_an_iteration() -> None:
-    log = dry_plan(plan_sizes(5, 1, 6), Precision("bfloat16"), persistent=132)[1]
-    assert [x.name for x in log].count("persistent_kernel") == 5  # the first iteration draws the prior's actions
-    assert len(log) == 39
-
-
 def test_launches_of_a_plan_stay_few() -> None:
     launches = plan_work(plan_sizes(5, 1, 6), BFLOAT16).launches
     assert launches <= 130, f"a plan of the 5M model for one environment is {launches} launches, allowed: 130"

@@ -241,7 +241,7 @@ def test_a_plan_of_the_planner_in_launches(livened: Callable[[TDMPC2], TDMPC2]) 
             Samples(actions, mean, std),
             None,
             Rule.of(cfg),
-            Elites(values, elites, scores),
+            Elites(values, elites, scores, torch.empty_like(elites)),
             next_noise=draws[i + 1] if i < last else None,
             choice=choice if i == last else None,
         )

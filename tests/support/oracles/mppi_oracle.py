@@ -81,6 +81,7 @@ class Result:
     values: Tensor
     elites: Tensor
     scores: Tensor
+    order: Tensor
     mean: Tensor
     std: Tensor
     actions: Tensor
@@ -100,6 +101,7 @@ def run(case: Case, op: Callable[..., None] = mppi_refine, **changes: Any) -> Re
 
     out = dict(values=poison(e, n), scores=poison(e, k), mean=poison(e, h, a), std=poison(e, h, a))
     out["elites"] = torch.full((e, k), -1, device=DEVICE)
+    out["order"] = torch.full((e, k), -1, device=DEVICE)
     choice = None
     if case.form == "choice":
         g = torch.Generator().manual_seed(e + h + n + a)
@@ -126,7 +128,7 @@ def run(case: Case, op: Callable[..., None] = mppi_refine, **changes: Any) -> Re
     args.update(changes)
     samples = Samples(args.pop("actions"), out["mean"], out["std"])
     rule = Rule(args.pop("num_elites"), case.temperature, MIN_STD, MAX_STD)
-    op(samples=samples, rule=rule, elites=Elites(out["values"], out["elites"], out["scores"]), **args)
+    op(samples=samples, rule=rule, elites=Elites(out["values"], out["elites"], out["scores"], out["order"]), **args)
     return Result(**out, actions=samples.actions, choice=choice)
 
 

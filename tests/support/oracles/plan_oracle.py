@@ -108,7 +108,7 @@ def as_double(noise: PlanNoise) -> PlanNoise:
     return PlanNoise(**{k: v.double() if v is not None and v.is_floating_point() else v for k, v in given.items()})
 
 
-def check_values(agent: TDMPC2, precision: str, throughput: bool) -> None:
+def check_values(agent: TDMPC2, precision: str, once: bool) -> None:
     """Values of the fused plan's first iteration err at most twice as far as plain torch's.
 
     agent: of the torch backend, at tf32 or exact as `precision` asks of what torch computes.
@@ -121,7 +121,7 @@ def check_values(agent: TDMPC2, precision: str, throughput: bool) -> None:
     twin = TDMPC2(cfg, num_envs=count)
     twin.load(agent.model.state_dict())
     twin.model.cfg = cfg.replace(precision=precision, backend=KERNELS)
-    fused = KernelPlan(twin.model, count, 0, throughput=throughput)
+    fused = KernelPlan(twin.model, count, 0, once=once)
     got = first_values(fused, cfg, count, obs, noise).values[0].double()
     with plain_products(agent, precision):
         plan = TorchPlan(agent.model, count, agent.planner.generator)
