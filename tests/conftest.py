@@ -140,9 +140,9 @@ def agent(cfg: Config) -> TDMPC2:
 
 
 @pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer counts as wide: activations and gradients of LayerNorms are computed once."""
-    monkeypatch.setattr("tdmpc2_fast.kernels.layers.tiles.THROUGHPUT_UPDATE", 0)
+def other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates compute activations and gradients of LayerNorms once where their readers would, and the other way round."""
+    monkeypatch.setattr("tdmpc2_fast.kernels.update.chain.native", lambda: not launch.native())
 
 
 @pytest.fixture

@@ -274,9 +274,9 @@ def test_a_replayed_update_is_bitwise_an_eager_one(name: str, livened: Liven) ->
     check_replay(name, livened)
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("other_way")
 @pytest.mark.parametrize("name", ["episodic", "multitask", "model_19"])
-def test_a_replayed_update_of_wide_layers_is_bitwise_an_eager_one(name: str, livened: Liven) -> None:
+def test_a_replayed_update_the_other_way_is_bitwise_an_eager_one(name: str, livened: Liven) -> None:
     check_replay(name, livened)
 
 
@@ -308,10 +308,10 @@ def test_gradients_are_as_exact_as_torch_at_the_same_precision(name: str, precis
     check_gradients(CONFIGS[name](device="cuda"), precision, livened)
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("other_way")
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("name", ["odd", "episodic", "multitask", "model_5"])
-def test_gradients_of_wide_layers_are_as_exact_as_torch(name: str, precision: str, livened: Liven) -> None:
+def test_gradients_the_other_way_are_as_exact_as_torch(name: str, precision: str, livened: Liven) -> None:
     check_gradients(CONFIGS[name](device="cuda"), precision, livened)
 
 

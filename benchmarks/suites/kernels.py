@@ -145,12 +145,12 @@ class _Bench(OpBench):
         )
 
     def activation(self) -> Case:
-        """Mish(LN(x)) of both hidden layers in a launch of its own, as plans for many environments have it."""
+        """Mish(LN(x)) of both hidden layers in a launch of its own, as it is where layers cannot finish."""
         x = self._rows(2, self.cfg.mlp_dim)
         out = torch.empty_like(x.x)
         return self.case(
             "activation, 2 heads",
-            lambda: activate_rows(x, out, self.pdl).x,
+            lambda: activate_rows(x, out, how=How(self.precision, self.pdl)).x,
             x.activated,
             lambda: self._plain(x),
             mbyte=mbyte(x.x, out),

@@ -120,7 +120,7 @@ def _forward(
             dropout=_dropout(keep, scale, s),
             tile=layer_tile(s.rows, s.groups, s.width, s.depth, p.name),
         )
-        activate_rows(rows, y.view(before.shape))
+        activate_rows(rows, y.view(before.shape), how=How(p), exact=True)
     return y, before, statistics
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..device.launch import await_producers, cdiv, interpreting, jit, launch, on_cpu, pow2, tl
-from ..device.pointers import entry_ptrs, strided
+from ..device.pointers import entry_ptrs, flattened, strided
 from ..device.reference import reference_of
 from ..layers.rows import LEAST_COLUMNS, Rows, source
 from .gradient_tile import Gradient, through_activation
@@ -61,9 +61,9 @@ def activation_gradient(
     else:
         bm, bn = 16, min(pow2(width, LEAST_COLUMNS), _COLUMNS)
     bn = columns or bn
+    m, (n, given) = e * n, flattened(e, n, strided(d), reads, strided(out.x), strided(out.sums))
     launch(
-        activation_gradient_kernel, (cdiv(e * n, bm), cdiv(width, bn), groups),
-        strided(d), reads, strided(out.x), strided(out.sums), e * n, n, width,
+        activation_gradient_kernel, (cdiv(m, bm), cdiv(width, bn), groups), *given, m, n, width,
         DUE=due, BM=bm, BN=bn, INTERPRETED=interpreting(), pdl=pdl, num_warps=4,
     )  # fmt: skip
     return replace(out, rows=below, tile=bn)

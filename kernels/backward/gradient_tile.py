@@ -21,15 +21,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..device.arithmetic import simnorm, store_rounded
+from ..device.arithmetic import exponential, quotient, simnorm, store_rounded
 from ..device.launch import cdiv, jit, pow2, tl
 from ..device.pointers import Strided, entry_ptrs, row_ptrs, slab_of, strided
 from ..device.statistics import LAYER_NORM_EPS, merge_statistics
 from ..layers.linear_tile import MISH
 from ..layers.rows import LEAST_COLUMNS, PLAIN, Keep, Layer, Rows, Source, keeping, source
 
-CHUNK = 64
-"""Rows of a step whose shares of db, dγ and dβ are one, where these are computed apart."""
+
+_CHUNKS = (64, 16)
+"""Rows of a step whose shares of db, dγ and dβ are one, where these are computed apart: of few rows, fewer."""
+
+
+def chunk_rows(n: int, chunks: int) -> int:
+    """Return how many of n rows a chunk has, where there are so many."""
+    return next(rows for rows in _CHUNKS if cdiv(n, rows) == chunks)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Gradient:
     sums: Tensor | None = None  # (G, E, n, T, 2) float32
     rows: Rows | None = None  # what it is the gradient of
     tile: int = 0
-    vectors: Tensor | None = None  # (G, E, chunks, 3, D) float32: db, dγ and dβ of CHUNK rows each
+    vectors: Tensor | None = None  # (G, E, chunks, 3, D) float32: db, dγ and dβ of `chunk_rows` each
 
     @classmethod
     def empty(
@@ -52,8 +58,12 @@ class Gradient:
     ) -> Gradient:
         """Make room for gradients and sums, maybe for the vectors of its chunks."""
         x = torch.empty(groups, envs, n, width, dtype=dtype, device=device)
-        chunks = torch.empty(groups, envs, cdiv(n, CHUNK), 3, width, device=device) if vectors else None
-        return cls(x, torch.empty(groups, envs, n, cdiv(width, LEAST_COLUMNS), 2, device=device), vectors=chunks)
+        sums = torch.empty(groups, envs, n, cdiv(width, LEAST_COLUMNS), 2, device=device)
+        if not vectors:
+            return cls(x, sums)
+        many = groups * envs * n * width >= 2**20
+        chunks = cdiv(n, _CHUNKS[0] if many else _CHUNKS[1])
+        return cls(x, sums, vectors=torch.empty(groups, envs, chunks, 3, width, device=device))
 
     def steps(self, which: slice) -> Gradient:
         """Return some environments (time steps, in an update)."""
@@ -150,20 +160,20 @@ def row_factors(up, g, rows, n, row_ok, D, UP: tl.constexpr):
 
 
 @jit
-def mish_gradient(x):
+def mish_gradient(x, INTERPRETED: tl.constexpr):
     """Return d/dx x tanh(softplus(x)): with w = m/(m+2), m = e(e+2), e = exp(x), it is w + x 4e(e+1)/(m+2)²."""
-    e = tl.exp(tl.minimum(x, 20.0))
+    e = exponential(tl.minimum(x, 20.0), INTERPRETED)
     m = e * (e + 2.0)
-    w = 1.0 / (m + 2.0)
+    w = quotient(1.0, m + 2.0, INTERPRETED)
     return m * w + x * (4.0 * e * (e + 1.0) * w) * w
 
 
 @jit
-def simnorm_gradient(d, x, V: tl.constexpr):
+def simnorm_gradient(d, x, V: tl.constexpr, INTERPRETED: tl.constexpr):
     """Return gradient d [BM, BK] taken through softmax in groups of V columns of x: p (d - sum p d)."""
     BM: tl.constexpr = x.shape[0]
     BK: tl.constexpr = x.shape[1]
-    p = simnorm(x, V)
+    p = simnorm(x, V, INTERPRETED)
     weighted = tl.reshape(p * d, (BM, BK // V, V))
     total = tl.broadcast_to(tl.sum(weighted, axis=2, keep_dims=True), (BM, BK // V, V))
     return p * (d - tl.reshape(total, (BM, BK)))
@@ -182,7 +192,7 @@ def through_activation(
     beta = tl.load(below.beta_ptr + slab * width + cols, mask=col_ok, other=0.0)
     xhat = (x - mean[:, None]) * rstd[:, None]
     x = xhat * gamma[None, :] + beta[None, :]
-    h = d * mish_gradient(x) if DUE.IN_ACT == MISH else simnorm_gradient(d, x, DUE.V)
+    h = d * mish_gradient(x, INTERPRETED) if DUE.IN_ACT == MISH else simnorm_gradient(d, x, DUE.V, INTERPRETED)
     store_rounded(entry_ptrs(y, g, rows, n, cols), h, ok, INTERPRETED)
     scaled = tl.where(ok, h * gamma[None, :], 0.0)
     at = row_ptrs(sums, g, rows, n) + 2 * tile

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..device.arithmetic import operand, store_rounded
 from ..device.launch import How, await_producers, cdiv, jit, launch, tl
-from ..device.pointers import entry_ptrs, row_ptrs, slab_of, strided
+from ..device.pointers import entry_ptrs, flattened, row_ptrs, slab_of, strided
 from ..device.reference import reference_of
 from ..layers.linear_tile import dropped
 from ..layers.rows import EACH, Layer, Rows, Slabs, packed, source
@@ -122,10 +122,12 @@ def input_gradient(
     tile = tile or input_gradient_tile(e * n, written, width, d, how.precision.name, summed=written < groups)
     reads, due = upstream(gradient)
     under, act = source(Rows(out.x) if below is None else below)
+    buffers = (out.x if add is None else add, out.x, out.x if out.sums is None else out.sums)
+    added, *written_to = map(strided, buffers)
+    m, (n, (reads, added, under, *written_to)) = e * n, flattened(e, n, reads, added, under, *written_to)
     launch(
-        input_gradient_kernel, (cdiv(e * n, tile.BM) * cdiv(width, tile.BN), written),
-        reads, packed(layer, slabs), strided(out.x if add is None else add), under, strided(out.x),
-        strided(out.x if out.sums is None else out.sums), e * n, n, d, k, first, width, groups // written,
+        input_gradient_kernel, (cdiv(m, tile.BM) * cdiv(width, tile.BN), written),
+        reads, packed(layer, slabs), added, under, *written_to, m, n, d, k, first, width, groups // written,
         UP=due, MEMBERS=slabs.members is not None, HAS_ADD=add is not None, DUE=act, **tile.options(d, how),
     )  # fmt: skip
     return replace(out, rows=below, tile=tile.BN) if below is not None else Gradient(out.x)

@@ -5,7 +5,7 @@
 Where layers are small, the products with W and with x finish it on their way in. Each of their
 programs does so for all it reads, D / BN times in total, which costs more than the products where
 layers are wide; then this launch does it before them. It writes over h, and leaves db, dγ and
-dβ of CHUNK rows each for `add_up`, so that nothing depends on an order of programs. The products find
+dβ of a chunk of rows each for `add_up`, so that nothing depends on an order of programs. The products find
 their operands ready and load them ahead. Cost: two reads and a write.
 """
 
@@ -20,10 +20,10 @@ from ..device.pointers import entry_ptrs, slab_of
 from ..device.reference import reference_of
 from ..device.statistics import LAYER_NORM_EPS
 from ..layers.linear_tile import dropped
-from .gradient_tile import CHUNK, Gradient, product_gradient, row_factors, upstream
+from .gradient_tile import Gradient, chunk_rows, product_gradient, row_factors, upstream
 from .weight_gradient import LayerGradient
 
-_ROWS, _COLUMNS = 8, 128
+_ROWS, _COLUMNS = 16, 128
 
 
 @jit
@@ -108,15 +108,18 @@ def norm_gradient(gradient: Gradient, *, pdl: bool = False) -> Gradient:
     if rows is None or gradient.sums is None or not gradient.tile or rows.x.shape != gradient.x.shape:
         got = "no rows" if rows is None else f"rows {tuple(rows.x.shape)}"
         raise ValueError(f"gradient: got {got}, allowed: rows {tuple(gradient.x.shape)} with a LayerNorm, and sums")
-    chunks = cdiv(n, CHUNK)
+    chunks = cdiv(n, _ROWS) if vectors is None else vectors.shape[2]
+    chunk = _ROWS if vectors is None else chunk_rows(n, chunks)
     if vectors is not None:
         check_vectors(vectors, (groups, e, chunks, 3, d))
     reads, due = upstream(gradient)
-    bm, bn = (2 * _ROWS, min(pow2(d), 512)) if interpreting() else (_ROWS, min(pow2(d), _COLUMNS))
+    bm, bn = _ROWS, min(pow2(d), 512 if interpreting() else _COLUMNS)
     launch(
         norm_gradient_kernel, (e * chunks, cdiv(d, bn), groups), reads, gradient.sums if vectors is None else vectors,
         0 if vectors is None else vectors.stride(0), 0 if vectors is None else vectors.stride(1), n, d, chunks,
-        UP=due, VECTORS=vectors is not None, ROWS=CHUNK, BM=bm, BN=bn, INTERPRETED=interpreting(), pdl=pdl, num_warps=8,
+        UP=due, VECTORS=vectors is not None, ROWS=chunk, BM=bm, BN=bn, INTERPRETED=interpreting(), pdl=pdl,
+        # It writes in place, where no thread may store what another has yet to load: not more of them than entries.
+        num_warps=max(1, min(8, bm * bn // 32)),
     )  # fmt: skip
     return Gradient(gradient.x)
 
@@ -128,8 +131,9 @@ def norm_gradient_reference(gradient: Gradient) -> Gradient:
     h, y, products = gradient.x.clone(), gradient.rows.x.to(gradient.x), gradient.products()
     if gradient.vectors is not None:
         xhat = (y - y.mean(-1, keepdim=True)) * (y.var(-1, unbiased=False, keepdim=True) + LAYER_NORM_EPS).rsqrt()
+        rows = chunk_rows(products.shape[2], gradient.vectors.shape[2])
         for i in range(gradient.vectors.shape[2]):
-            chunk = slice(i * CHUNK, (i + 1) * CHUNK)
+            chunk = slice(i * rows, (i + 1) * rows)
             shares = (products, h * xhat, h)
             gradient.vectors[:, :, i] = torch.stack([x[:, :, chunk].sum(2) for x in shares], 2)
     gradient.x.copy_(products)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..device.arithmetic import operand
 from ..device.launch import How, await_producers, cdiv, jit, launch, tl
-from ..device.pointers import entry_ptrs, row_ptrs, slab_of
+from ..device.pointers import entry_ptrs, flattened, row_ptrs, slab_of
 from ..device.reference import reference_of
 from ..device.statistics import LAYER_NORM_EPS, merge_statistics
 from ..layers.grouped_layer import check_input
@@ -90,7 +90,7 @@ def weight_gradient_kernel(
         value = tl.load(entry_ptrs(x.x, g, rows, n, cols), mask=value_ok, other=0.0)  # [BK, BN]
         if DUE.IN_ACT:
             in_mean, in_rstd = merge_statistics(row_ptrs(x.stats, g, rows, n), row_ok, K, DUE.IN_TILE, DUE.IN_TILES)
-            value = activate(value.to(tl.float32), in_mean, in_rstd, in_gamma, in_beta, DUE.IN_ACT, DUE.V)
+            value = activate(value.to(tl.float32), in_mean, in_rstd, in_gamma, in_beta, DUE.IN_ACT, DUE.V, TILE.INTERPRETED)
         value = operand(value, BFLOAT16, TILE)
         if TILE.INTERPRETED:
             d, value = d.to(tl.float32), value.to(tl.float32)
@@ -135,11 +135,12 @@ def weight_gradient(
     inputs, act = source(x)
     bias = out.weight if out.bias is None else out.bias
     norm = (bias, bias) if gradient.rows is None else (out.ln_weight, out.ln_bias)
+    m, (n, (reads, inputs)) = e * n, flattened(e, n, reads, inputs)
     launch(
         weight_gradient_kernel, (cdiv(d, tile.BM) * cdiv(k, tile.BN), groups),
-        reads, inputs, out.weight, out.weight.stride(0), bias, *norm, bias.stride(0), e * n, n, d, k,
+        reads, inputs, out.weight, out.weight.stride(0), bias, *norm, bias.stride(0), m, n, d, k,
         UP=due, DUE=act, BIAS=out.bias is not None, BFLOAT16=how.precision.name == "bfloat16",
-        **tile.options(e * n, how),
+        **tile.options(m, how),
     )  # fmt: skip
 
 

@@ -5,11 +5,12 @@ A stride of 0 shares one row among all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .launch import jit, tl
+from .launch import jit, native, tl
 
 
 class Strided(NamedTuple):
@@ -33,6 +34,32 @@ def strided(t: Tensor) -> Strided:
     """Return rows (G, E, n, ...) as kernels take them; one group serves all."""
     g, e, r = t.stride()[:3]
     return Strided(t, g if t.shape[0] > 1 else 0, e, r)
+
+
+def flattened(e: int, n: int, *given: Any) -> tuple[int, tuple[Any, ...]]:
+    """Return rows of an environment, and what has `Strided` in it, as a kernel takes them.
+
+    Where one stride reaches all E n rows, and where there is one environment, each row may as well be an
+    environment of its own. To the compiler a number of 1 is a constant: nothing is divided to find a row.
+    """
+    if n == 1 or native() or (e > 1 and any(x.e != n * x.r for x in _strided_in(given))):
+        return n, given
+    flat: tuple[Any, ...] = _flat(given)
+    return 1, flat
+
+
+def _strided_in(x: Any) -> Iterator[Strided]:
+    if isinstance(x, Strided):
+        yield x
+    elif isinstance(x, tuple):
+        for y in x:
+            yield from _strided_in(y)
+
+
+def _flat(x: Any) -> Any:
+    if isinstance(x, Strided):
+        return x._replace(e=x.r, r=0)
+    return getattr(x, "_make", tuple)(map(_flat, x)) if isinstance(x, tuple) else x
 
 
 @jit

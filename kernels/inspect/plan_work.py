@@ -91,6 +91,7 @@ def _compulsory_bytes(plan: PlanChain, log: list[Launch]) -> int:
         if "w" in a:
             w: Weights = a["w"]
             read = [w.bias_ptr] + [w.ptr] * a.get("HAS_X", True) + [w.side_ptr] * a.get("HAS_SIDE", False)
+            read += [w.gamma_ptr, w.beta_ptr] if a.get("ACT") else []
             _note(used, ours, read, _slabs(w.slab, a.get("MEMBERS", False), groups, len(w.ptr)))
         if a.get("IN_ACT"):
             x: Source = a["x"]

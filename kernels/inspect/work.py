@@ -82,7 +82,11 @@ def _grouped_layer(a: Args, grid: Grid) -> LaunchWork:
         moved += tiles * _input(a, k)
     moved += tiles * _rows_read(a, a["a"]) * side * 4
     moved += _rows_read(a, Strided(None, 0, a["w"].bias_e, 0)) * d * 4
-    moved += m * d * a["y"].ptr.element_size() + m * tiles * 8
+    # Statistics are written a tile, and read again by each of those of a row that finish it.
+    moved += m * tiles * 8 * (1 + tiles * (a["ACT"] > 0))
+    moved += a["KEEP"] * m * d * a["y"].ptr.element_size()
+    if a["ACT"]:
+        moved += m * d * a["active"].ptr.element_size() + row_tiles * 2 * d * 4
     return LaunchWork(2 * groups * m * d * (k + side), 2 * prod(grid) * bm * bn * padded_k, groups * moved)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..device.arithmetic import operand, store_rounded
 from ..device.launch import How, Precision, await_producers, cdiv, interpreting, jit, launch, pow2, tl
-from ..device.pointers import entry_ptrs, row_ptrs, slab_of, strided
+from ..device.pointers import entry_ptrs, flattened, row_ptrs, slab_of, strided
 from ..device.reference import reference_of
 from ..device.statistics import merge_statistics
 from .linear_tile import activate, layer_on_tile, prefetch_weights
@@ -74,6 +74,7 @@ def grouped_layer(
     bias: Tensor | None = None,
     dropout: Dropout | None = None,
     finish: bool = False,
+    exact: bool = False,
     tile: Tile | None = None,
 ) -> Rows:
     """Write what `layer` makes of x and a, for every group of `out`.
@@ -89,6 +90,7 @@ def grouped_layer(
         dropout: of the pre-activation, before its LayerNorm.
         finish: write the activation, to `out.active` beside the pre-activation where there is one, else to
             `out.x` in its place. In a second launch where the programs of a row are no cluster.
+        exact: write the activation as its buffer holds it, not as products take it.
         tile: None takes the table's.
 
     Returns:
@@ -130,12 +132,16 @@ def grouped_layer(
         V=max(layer.simnorm_dim, 1),
         CLUSTER=tiles if in_one else 1,
         TILES=pow2(tiles) if in_one else 1,
+        EXACT=exact,
     )
+    side_rows = out.x if a is None else a[None]
+    given = reads, *map(strided, (side_rows, out.x, out.stats, active)), keeping(dropout, out.x)
+    per_env = bias is not None and e > 1
+    m, (n, (reads, *buffers, keep)) = e * n, (n, given) if per_env else flattened(e, n, *given)
     launch(
-        grouped_layer_kernel, (cdiv(e * n, tile.BM) * cdiv(d, tile.BN), groups),
-        reads, packed(layer, slabs, bias), strided(out.x if a is None else a[None]), strided(out.x), strided(out.stats),
-        strided(active), e * n, n, d, k, side, keeping(dropout, out.x),
-        HAS_X=x is not None, HAS_SIDE=a is not None, ENV_BIAS=bias is not None, DUE=due,
+        grouped_layer_kernel, (cdiv(m, tile.BM) * cdiv(d, tile.BN), groups),
+        reads, packed(layer, slabs, bias), *buffers, m, n, d, k, side, keep,
+        HAS_X=x is not None, HAS_SIDE=a is not None, ENV_BIAS=per_env, DUE=due,
         MEMBERS=slabs.members is not None, DROPOUT=dropout is not None, BA=min(pow2(max(side, 1), 16), 64),
         FINISH=ending, cluster=ending.CLUSTER, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
         **tile.options(k, how),
@@ -144,8 +150,8 @@ def grouped_layer(
     if not finish:
         return rows
     if not in_one:
-        activate_rows(rows, active, how)
-    return Rows(out.x, operand=True) if out.active is None else replace(rows, active=out.active)
+        activate_rows(rows, active, how=how, exact=exact)
+    return Rows(out.x, operand=not exact) if out.active is None else replace(rows, active=out.active)
 
 
 @reference_of(grouped_layer)
@@ -197,13 +203,13 @@ def activate_kernel(
     due = tl.load(entry_ptrs(x.x, g, rows, n, cols), mask=ok, other=0.0)
     gamma = tl.load(x.gamma_ptr + slab * D + cols, mask=col_ok, other=0.0)
     beta = tl.load(x.beta_ptr + slab * D + cols, mask=col_ok, other=0.0)
-    done = activate(due.to(tl.float32), mean, rstd, gamma, beta, DUE.IN_ACT, DUE.V)
+    done = activate(due.to(tl.float32), mean, rstd, gamma, beta, DUE.IN_ACT, DUE.V, TILE.INTERPRETED)
     if TILE.DOT == "tf32":
         done = operand(done, False, TILE)
     store_rounded(entry_ptrs(y, g, rows, n, cols), done, ok, TILE.INTERPRETED)
 
 
-def activate_rows(x: Rows, out: Tensor, how: How, *, exact: bool = False) -> Rows:
+def activate_rows(x: Rows, out: Tensor, *, how: How, exact: bool = False) -> Rows:
     """Write act(LN(x)) to `out` (G, E, n, D), which may be `x.x` itself; nothing is due after.
 
     exact: write it as the buffer holds it, not as products take it.
@@ -216,8 +222,9 @@ def activate_rows(x: Rows, out: Tensor, how: How, *, exact: bool = False) -> Row
     reads, due = source(x)
     bm, bn = min(pow2(e * n), 512) if interpreting() else 8, min(pow2(d), 512)
     tile, precision = Tile(bm, bn, 1), Precision("float32") if exact else how.precision
+    m, (n, (reads, written)) = e * n, flattened(e, n, reads, strided(out))
     launch(
-        activate_kernel, (cdiv(e * n, bm), cdiv(d, bn), groups), reads, strided(out), e * n, n, d,
+        activate_kernel, (cdiv(m, bm), cdiv(d, bn), groups), reads, written, m, n, d,
         DUE=due, BM=bm, BN=bn, TILE=tile.product(True, precision), pdl=how.pdl,
         # In place, no thread may store where another has yet to load: not more of them than entries.
         num_warps=max(1, min(4, bm * bn // 32)),

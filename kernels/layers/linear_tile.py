@@ -19,12 +19,12 @@ MISH = tl.constexpr(_MISH_ACT)
 
 
 @jit
-def activate(x, mean, rstd, gamma, beta, ACT: tl.constexpr, V: tl.constexpr):
+def activate(x, mean, rstd, gamma, beta, ACT: tl.constexpr, V: tl.constexpr, INTERPRETED: tl.constexpr):
     """Return act(LN(x)): x [BM, BK], mean and rstd [BM], gamma and beta [BK]."""
     x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
     if ACT == MISH:
-        return mish(x)
-    return simnorm(x, V)
+        return mish(x, INTERPRETED)
+    return simnorm(x, V, INTERPRETED)
 
 
 @jit
@@ -57,7 +57,7 @@ def add_product(
         if DUE.IN_ACT:
             gamma = tl.load(gamma_ptr + k, mask=k_ok, other=0.0)
             beta = tl.load(beta_ptr + k, mask=k_ok, other=0.0)
-            x = activate(x.to(tl.float32), mean, rstd, gamma, beta, DUE.IN_ACT, DUE.V)
+            x = activate(x.to(tl.float32), mean, rstd, gamma, beta, DUE.IN_ACT, DUE.V, TILE.INTERPRETED)
         if not DUE.READY:
             x = operand(x, BFLOAT16, TILE)
         # Beyond K a SimNorm group is 1/V, not 0: W is 0 there.
@@ -151,8 +151,9 @@ def layer_on_tile(
         beta = tl.load(w.beta_ptr + slab * D + cols, mask=col_ok, other=0.0)
         await_neighbours(FINISH.CLUSTER)
         mean, rstd = merge_statistics(stats_ptrs, row_ok, D, BN, FINISH.TILES, FROM_L2=True)
-        done = activate(acc, mean, rstd, gamma, beta, FINISH.ACT, FINISH.V)
-        done = operand(done, active.ptr.dtype.element_ty == tl.bfloat16, TILE)
+        done = activate(acc, mean, rstd, gamma, beta, FINISH.ACT, FINISH.V, TILE.INTERPRETED)
+        if not FINISH.EXACT:
+            done = operand(done, active.ptr.dtype.element_ty == tl.bfloat16, TILE)
         store_rounded(entry_ptrs(active, g, rows, n, cols), done, ok, TILE.INTERPRETED)
 
 

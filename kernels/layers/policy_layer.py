@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..device.arithmetic import tanh
 from ..device.launch import How, await_producers, jit, launch, pow2, tl
-from ..device.pointers import entry_ptrs, row_offsets, strided
+from ..device.pointers import entry_ptrs, flattened, row_offsets, strided
 from ..device.reference import reference_of
 from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
@@ -92,9 +92,10 @@ def policy_layer(
         raise ValueError(f"eps: got shape {tuple(eps.shape)}, allowed: {tuple(out.shape)}")
     if mask is not None and (mask.shape != (e, a) or not mask.is_contiguous()):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: contiguous ({e}, {a})")
+    m, given = e * n, (*inputs, strided(eps[None]), strided(out[None]))
+    n, (*inputs, noise, actions) = (n, given) if mask is not None else flattened(e, n, *given)
     launch(
-        policy_layer_kernel, grid, *inputs, strided(eps[None]), eps if mask is None else mask, strided(out[None]),
-        e * n, n, layer.weight.shape[-1], a, float(low), float(high), HAS_MASK=mask is not None, **constants,
+        policy_layer_kernel, grid, *inputs, noise, eps if mask is None else mask, actions, m, n, layer.weight.shape[-1], a, float(low), float(high), HAS_MASK=mask is not None, **constants,
     )  # fmt: skip
 
 

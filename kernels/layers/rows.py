@@ -207,6 +207,7 @@ class Finish(NamedTuple):
     V: int  # columns of a SimNorm group
     CLUSTER: int  # programs that have a row between them
     TILES: int  # their number, to a power of two
+    EXACT: bool  # whether the activation is stored as the buffer holds it, not as products take it
 
 
 class Weights(NamedTuple):
@@ -257,7 +258,7 @@ def packed(layer: Layer, slabs: Slabs, bias: Tensor | None = None) -> Weights:
     """Return a layer as kernels take it; bias: (slabs, E, D) in place of its own."""
     own = layer.bias if bias is None else bias
     side = layer.weight if layer.side is None else layer.side
-    e_stride = 0 if bias is None else bias.stride(1)
+    e_stride = 0 if bias is None or bias.shape[1] == 1 else bias.stride(1)
     gamma, beta = (own, own) if layer.ln_weight is None else (layer.ln_weight, layer.ln_bias)
     return Weights(layer.weight, side, own, own.stride(0), e_stride, gamma, beta, _slab(slabs, layer.weight))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..device.arithmetic import store_rounded, symexp
 from ..device.launch import How, await_producers, jit, launch, tl
-from ..device.pointers import entry_ptrs, row_ptrs, strided
+from ..device.pointers import entry_ptrs, flattened, row_ptrs, strided
 from ..device.reference import reference_of
 from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
@@ -116,9 +116,10 @@ def scalar_head(
     )
     if gradient is not None and (gradient.shape != (groups, e, n, d) or gradient.stride(-1) != 1):
         raise ValueError(f"gradient: got shape {tuple(gradient.shape)}, allowed: {(groups, e, n, d)}")
+    m, given = e * n, (*inputs, strided(out), strided(x.x if gradient is None else gradient))
+    n, (*inputs, scalars, slopes) = flattened(e, n, *given)
     launch(
-        scalar_head_kernel, grid, *inputs, strided(out), e * n, n, d, k, float(code.vmin), float(code.vmax),
-        strided(x.x if gradient is None else gradient),
+        scalar_head_kernel, grid, *inputs, scalars, m, n, d, k, float(code.vmin), float(code.vmax), slopes,
         MEMBERS=slabs.members is not None, BINS=min(code.num_bins, 2), GRADIENT=gradient is not None, **constants,
     )  # fmt: skip
 

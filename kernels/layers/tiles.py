@@ -17,10 +17,6 @@ from .rows import Rows
 THROUGHPUT_ROWS = 8192
 """Rows (environments x samples) from which tiles are the largest."""
 
-THROUGHPUT_UPDATE = 2**21
-"""Rows times width of hidden layers from which an update takes it: 19M at batch 1024, 317M at 256."""
-
-
 class Product(NamedTuple):
     """Tells how a program computes its product: constants of a kernel."""
 
@@ -73,13 +69,14 @@ _THROUGHPUT = {
     "tf32": Tile(128, 64, 32, 8),
     "float32": Tile(32, 32, 32, 8),
 }
-# Of products whose operands are ready: nothing but loads and tensor cores. The first that fills the chip.
+# Of products whose operands are ready, nothing but loads and tensor cores: the first that fills a share of the chip.
 _READY = {
-    "bfloat16": (Tile(128, 128, 64, 8), Tile(128, 64, 64, 8)),
-    "tf32": (Tile(128, 128, 32, 8), Tile(128, 64, 32, 8)),
+    "bfloat16": ((Tile(128, 128, 64, 8), 1.0), (Tile(128, 64, 64, 8), 1.0), (Tile(64, 64, 64), 0.35)),
+    "tf32": ((Tile(128, 128, 32, 8), 1.0), (Tile(128, 64, 32, 8), 1.0), (Tile(64, 64, 32), 0.35)),
     "float32": (),
 }
 _HEAD_ROWS = {"bfloat16": (64, 64), "tf32": (64, 32), "float32": (32, 16)}
+_HEAD_FILLS = 0.6  # of the chip: with smaller tiles the same weights are read more often
 
 # The interpreter pays by the number of operations, not by their size, and compiled code has a row at once.
 _ON_CPU = 512
@@ -133,7 +130,7 @@ def finishing_tile(rows: int, groups: int, columns: int, depth: int, how: How) -
         bm = min(bm, 32 if bn == 64 else 16) if precision == "float32" else min(bm, 64) if bn == _WIDEST else bm
         if cdiv(rows, bm) * cdiv(columns, bn) * groups >= chosen.fills * PROCESSORS:
             break
-    warps = 8 if bm * bn >= 64 * _WIDEST or precision == "float32" else 4
+    warps = 8 if bm * bn >= 8192 or precision == "float32" else 4
     return finishes(_shallow(Tile(bm, bn, _FINISHING_DEPTH[precision], warps), depth), columns, how)
 
 
@@ -158,16 +155,16 @@ def weight_gradient_tile(width: int, groups: int, columns: int, rows: int, preci
     return _narrower(tile, _WEIGHT_DEPTH[precision], 2 if precision == "bfloat16" else tile.stages)
 
 
-def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str, through: bool = False) -> Tile | None:
-    """Return the tile of a product of ready operands, or None to leave it to its kernel's table.
+def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str, through: bool = False) -> Tile:
+    """Return the tile of a product of ready operands.
 
     It is of `rows` x `columns`, times `groups`, over `depth`. through: the result goes through an
     activation's gradient, which takes registers.
     """
-    for tile in () if on_cpu() else _READY[precision][through:]:
-        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= PROCESSORS:
+    for tile, fills in () if on_cpu() else _READY[precision][through:]:
+        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= fills * PROCESSORS:
             return _shallow(tile, depth)
-    return None
+    return layer_tile(rows, groups, columns, depth, precision)
 
 
 def _narrower(tile: Tile, depth: int, stages: int) -> Tile:
@@ -185,17 +182,7 @@ def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) 
         return Tile(min(_ON_CPU, pow2(rows, 16)), pow2(columns, 16), min(_ON_CPU, pow2(depth, 16)))
     most, bk = _HEAD_ROWS[precision]
     bm = min(most, pow2(rows, 16))
-    while bm > 16 and cdiv(rows, bm) * groups < PROCESSORS:
+    while bm > 16 and cdiv(rows, bm) * groups < _HEAD_FILLS * PROCESSORS:
         bm //= 2
     bn = pow2(columns, 16)
     return Tile(bm, bn, bk, 8 if bm * bn >= 8192 else 4, 3)
-
-
-def finishes_once(rows: int, width: int) -> bool:
-    """Tell whether an update's activations and gradients get launches of their own.
-
-    Each reader's programs would compute those of all rows and columns they read: width / BN times in
-    total. A column of bfloat16 costs a tensor core BN multiplications and an activation some thirty
-    instructions, so with tiles of 64 columns wide layers wait for activations, not for products.
-    """
-    return rows * width >= THROUGHPUT_UPDATE

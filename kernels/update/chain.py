@@ -35,7 +35,7 @@ from ..device.launch import How, host, native
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
-from ..layers.tiles import Tile, finishes_once, input_gradient_tile, ready_tile
+from ..layers.tiles import Tile, input_gradient_tile, ready_tile
 from ..layers.two_hot import Code
 from ..losses.latent_loss import consistency, td_target
 from ..losses.policy_sample import Sample, policy_gradient, policy_sample
@@ -98,8 +98,7 @@ class UpdateChain:
         shadow = new_shadow(average, precision)
         self.target = FlatTarget(average, layout.heads_start, sizes.tau, shadow)
         self.inputs, self.draws = UpdateInputs.empty(sizes, device), UpdateDraws.empty(sizes, device)
-        rows = sizes.horizon * sizes.batch
-        self._once = finishes_once(rows, sizes.mlp_dim) and not native() if once is None else once
+        self._once = not native() if once is None else once
         self.state = UpdateState(sizes, precision, device, self._once)
         self._encoder, self._heads = _Net(layout.encoder, self.world), _Net(layout.heads, self.world)
         self._dynamics, self._policy = _Net(layout.dynamics, self.world), _Net(self.policy_layout.policy, self.policy)
@@ -137,8 +136,8 @@ class UpdateChain:
         encoded, inputs, z = [Rows(self.inputs.obs)], self.inputs, self.sizes.latent_dim
         for layer, out in zip(self._encoder.layers, self.state.encoded, strict=True):
             encoded.append(self._layer(encoded[-1], layer, out))
-        activate_rows(encoded[-1].steps(slice(0, 1)), inputs.x[:, :1, :, :z], self.how, exact=True)
-        activate_rows(encoded[-1].steps(slice(1, None)), inputs.next_x[..., :z], self.how, exact=True)
+        activate_rows(encoded[-1].steps(slice(0, 1)), inputs.x[:, :1, :, :z], how=self.how, exact=True)
+        activate_rows(encoded[-1].steps(slice(1, None)), inputs.next_x[..., :z], how=self.how, exact=True)
         return encoded
 
     def td_target(self) -> None:
@@ -238,9 +237,10 @@ class UpdateChain:
         for t in range(self.sizes.horizon):
             now = slice(t, t + 1)
             rows = [Rows(inputs.x[:, now])]
-            for layer, out in zip(self._dynamics.layers, state.dynamics, strict=True):
-                rows.append(self._layer(rows[-1], layer, out.steps(now)))
-            activate_rows(rows[-1], inputs.x[:, t + 1 : t + 2, :, :z], self.how, exact=True)
+            latent = replace(state.dynamics[2].steps(now), active=inputs.x[:, t + 1 : t + 2, :, :z])
+            outs = state.dynamics[0].steps(now), state.dynamics[1].steps(now), latent
+            for layer, out in zip(self._dynamics.layers, outs, strict=True):
+                rows.append(self._layer(rows[-1], layer, out, exact=out is latent))
         # The tiles of all steps are the same.
         return [replace(out, layer=x.layer, tile=x.tile) for x, out in zip(rows[1:], state.dynamics, strict=True)]
 
@@ -369,12 +369,20 @@ class UpdateChain:
     def _sample(self, logits: Rows, eps: Tensor) -> Sample:
         return Sample(logits.x, eps, self.inputs.mask, self.sizes.log_std_min, self.sizes.log_std_max)
 
-    def _layer(self, x: Rows, layer: Layer, out: Rows, slabs: Slabs = EACH, dropout: Dropout | None = None) -> Rows:
+    def _layer(
+        self,
+        x: Rows,
+        layer: Layer,
+        out: Rows,
+        slabs: Slabs = EACH,
+        dropout: Dropout | None = None,
+        exact: bool = False,
+    ) -> Rows:
         groups, e, n, d = out.x.shape
         finish = out.active is not None
         tile = None if finish else self._tile(e * n, groups, d, layer.weight.shape[-1])
         return grouped_layer(
-            x.ready(), None, layer, out, how=self.how, slabs=slabs, dropout=dropout, finish=finish, tile=tile
+            x.ready(), None, layer, out, how=self.how, slabs=slabs, dropout=dropout, finish=finish, exact=exact, tile=tile
         )
 
     def _inputs(

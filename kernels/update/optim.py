@@ -46,7 +46,7 @@ from ..device.reference import reference_of
 _MAX_PARTIALS = 1024
 _NORM_BLOCK = 2048
 _BLOCK = 1024
-_PROGRAMS = 16 * PROCESSORS  # what a chip runs at once
+_PROGRAMS = 6 * PROCESSORS  # what a chip runs at once: each adds up the norm anew
 
 WORLD_EPS, POLICY_EPS = 1e-8, 1e-5
 """`Rates.eps` of the world model and of the policy."""

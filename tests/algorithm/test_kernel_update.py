@@ -71,15 +71,15 @@ def test_updates_equal_the_reference(name: str, livened: Liven) -> None:
     check_updates(CONFIGS[name], livened)
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("other_way")
 @pytest.mark.parametrize("name", ["plain", "episodic", "multitask", "horizon_1", "odd"])
-def test_updates_of_wide_layers_equal_the_reference(name: str, livened: Liven) -> None:
+def test_updates_the_other_way_equal_the_reference(name: str, livened: Liven) -> None:
     check_updates(CONFIGS[name], livened)
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("other_way")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_gradients_of_wide_layers_are_as_exact_as_torch(precision: str, livened: Liven) -> None:
+def test_gradients_the_other_way_are_as_exact_as_torch(precision: str, livened: Liven) -> None:
     check_gradients(CONFIGS["episodic"], precision, livened)
 
 

@@ -21,10 +21,10 @@ struct GroupedLayer : Kernel {
     has_x = in.integer(), has_side = in.integer(), env_bias = in.integer();
     x.due(in);
     members = in.integer(), dropout = in.integer();
-    in.tuple(5);
+    in.tuple(6);
     in.skip(1);
     if (in.integer() != PLAIN) throw std::runtime_error("finish: a layer's readers activate it here");
-    in.skip(3);
+    in.skip(4);
     tile = product(in);
     in.skip(2);  // BA, LINES
     groups = grid[1];

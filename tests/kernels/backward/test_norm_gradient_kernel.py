@@ -12,7 +12,7 @@ from gradient_oracle import double, draw_case, through_norm
 from judge import judge, pooled
 from oracle import DEVICE, MARKS, poisoned
 
-from tdmpc2_fast.kernels.backward.gradient_tile import CHUNK, Gradient
+from tdmpc2_fast.kernels.backward.gradient_tile import Gradient
 from tdmpc2_fast.kernels.backward.norm_gradient import add_up, add_up_reference, norm_gradient, norm_gradient_reference
 from tdmpc2_fast.kernels.backward.weight_gradient import LayerGradient
 from tdmpc2_fast.kernels.device.launch import Precision, cdiv
@@ -29,19 +29,21 @@ def draw(precision: str, **sizes: Any) -> Gradient:
     """Draw a gradient of rows, those of the layer's vectors wanted."""
     options: Any = dict(
         groups=2, e=2, n=33, k=24, d=40, norm=True, x="own", due="", v=8, dropout=None, slabs="1", in_slabs="1",
-        g_tile=32, y_tile=32, in_tile=32, offset=0.0,
+        g_tile=32, y_tile=32, in_tile=32, offset=0.0, chunk=16,
     )  # fmt: skip
-    case, _ = draw_case(Precision(precision), **{**options, **sizes})
+    options |= sizes
+    chunk = options.pop("chunk")
+    case, _ = draw_case(Precision(precision), **options)
     groups, e, n, d = case.gradient.x.shape
-    return replace(case.gradient, vectors=poisoned(groups, e, cdiv(n, CHUNK), 3, d, inner=3)[1])
+    return replace(case.gradient, vectors=poisoned(groups, e, cdiv(n, chunk), 3, d, inner=3)[1])
 
 
 CASES: list[dict[str, Any]] = [
     dict(),
-    dict(n=2 * CHUNK + 2, groups=1),
-    dict(n=CHUNK, d=136, g_tile=64, y_tile=128),
+    dict(n=130, groups=1, chunk=64),
+    dict(n=16, d=136, g_tile=64, y_tile=128),
     dict(e=1, n=1, d=512, groups=1),
-    dict(n=70, dropout=0),
+    dict(n=70, dropout=0, chunk=64),
     dict(n=70, e=1, dropout=1, slabs="members"),
     dict(offset=1000.0, groups=1),
 ]
@@ -90,7 +92,7 @@ def test_bad_arguments_are_named() -> None:
     gradient = draw("float32")
     with pytest.raises(ValueError, match="gradient: got no rows"):
         norm_gradient(Gradient(gradient.x))
-    with pytest.raises(ValueError, match=r"vectors: got \(2, 2, 1, 3, 39\)"):
+    with pytest.raises(ValueError, match=r"vectors: got \(2, 2, 3, 3, 39\)"):
         norm_gradient(replace(gradient, vectors=gradient.vectors[..., 1:]))
     vectors = torch.empty(2, 40, device=DEVICE)
     with pytest.raises(ValueError, match=r"out: got vectors \[\(2, 40\), \(2, 40\), None\]"):

@@ -126,13 +126,15 @@ def test_nothing_is_computed_that_need_not_be(size: int, actions: int, gflop: fl
 def test_work_scales_with_environments() -> None:
     one, two, eight, many = (plan_work(plan_sizes(5, e, 6), BFLOAT16) for e in (1, 2, 8, 64))
     assert [w.flops for w in (two, eight, many)] == [e * one.flops for e in (2, 8, 64)]
-    assert one.kernels == two.kernels == eight.kernels
+    assert one.kernels == two.kernels == eight.kernels == many.kernels
     # Weights and slabs are read once for all environments.
     per_env = two.bytes - one.bytes
     assert (eight.bytes, many.bytes) == (one.bytes + 7 * per_env, one.bytes + 63 * per_env)
     assert per_env < one.bytes / 10
     assert one.l2_bytes < eight.l2_bytes < 8 * one.l2_bytes
-    assert set(many.kernels) - set(one.kernels) == {"activate_kernel"}
+    # A row of 4096 columns has more programs than a cluster.
+    wide = plan_work(plan_sizes(317, 1, 6), BFLOAT16)
+    assert set(wide.kernels) - set(one.kernels) == {"activate_kernel"}
 
 
 @pytest.mark.parametrize("changes", [dict(task_dim=96), dict(episodic=True), dict(obs_dim=0)])

@@ -200,7 +200,7 @@ def test_a_chain_is_as_exact_as_torch(precision: str) -> None:
         exact = Rows(y, None, oracle.double(layer), slabs)
         plain = F.linear(plain, layer.weight[1].to(plain), layer.bias[1].to(plain))
         plain = oracle.plain_activation(plain, layer, slabs)
-    got = activate_rows(x, torch.full((1, e, n, widths[-1]), torch.nan, device=DEVICE, dtype=p.dtype)).x
+    got = activate_rows(x, torch.full((1, e, n, widths[-1]), torch.nan, device=DEVICE, dtype=p.dtype), how=How(p)).x
     judge("chain", got, exact.activated(), plain, exact.activated())
 
 
@@ -213,7 +213,7 @@ def test_bfloat16_is_rounded_once_and_to_nearest() -> None:
     )
     assert torch.equal(wide.x, same.x)
     assert torch.equal(narrow.x, wide.x.bfloat16())
-    few, many = (activate_rows(wide, torch.empty_like(wide.x, dtype=t)).x for t in (p.dtype, torch.float32))
+    few, many = (activate_rows(wide, torch.empty_like(wide.x, dtype=t), how=How(p)).x for t in (p.dtype, torch.float32))
     assert torch.equal(few, many.bfloat16())
 
 
@@ -236,7 +236,7 @@ def readers(p: Precision, e: int, n: int, k: int) -> dict[str, Callable[[Rows], 
 
     def through_layer(x: Rows) -> Tensor:
         y = grouped_layer(x, a, layer, Rows.empty(2, e, n, 24, p.dtype, DEVICE), how=How(p), tile=Tile(16, 32, 32))
-        return activate_rows(y, y.x).x
+        return activate_rows(y, y.x, how=How(FLOAT32)).x
 
     def through_scalars(x: Rows) -> Tensor:
         out = torch.empty(2, e, n, device=DEVICE)
@@ -250,7 +250,7 @@ def readers(p: Precision, e: int, n: int, k: int) -> dict[str, Callable[[Rows], 
 
     return {
         "grouped_layer": through_layer,
-        "activate_rows": lambda x: activate_rows(x, torch.empty_like(x.x)).x,
+        "activate_rows": lambda x: activate_rows(x, torch.empty_like(x.x), how=How(FLOAT32)).x,
         "scalar_head": through_scalars,
         "policy_layer": through_policy,
     }
@@ -315,7 +315,7 @@ def test_no_rows_are_no_launch(rows: tuple[int, int]) -> None:
     layer, out = random_layer(FLOAT32, 1, 40, 24), Rows.empty(1, *rows, 40, torch.float32, DEVICE)
     with log_launches() as log:
         y = grouped_layer(Rows(randn(1, *rows, 24)), None, layer, out, how=How(FLOAT32))
-        activate_rows(y, y.x)
+        activate_rows(y, y.x, how=How(FLOAT32))
     assert log == []
 
 
@@ -340,7 +340,7 @@ def test_every_other_group_of_rows_with_members() -> None:
     assert x.layer is not None
     members = torch.tensor([0, 3, 1, 2], device=DEVICE)
     x = replace(x, slabs=Slabs(1, members=members))[::2, :]
-    got = activate_rows(x, torch.empty_like(x.x)).x
+    got = activate_rows(x, torch.empty_like(x.x), how=How(FLOAT32)).x
     torch.testing.assert_close(got, x.activated())
 
 
@@ -361,6 +361,7 @@ def bad() -> dict[str, tuple[str, dict[str, Any]]]:
         "a without weights": ("a", dict(layer=random_layer(FLOAT32, 2, 40, 24))),
         "no input": ("x and a", dict(x=None, a=None)),
         "narrow tile": ("tile", dict(tile=Tile(16, 16, 32))),
+        "nothing to finish": ("finish", dict(finish=True, layer=random_layer(FLOAT32, 2, 40, 24, 3, act=""))),
     }
 
 
@@ -379,7 +380,7 @@ def test_rows_with_nothing_due_are_refused() -> None:
     x = Rows(randn(1, 1, 2, 8))
     for rows in (x, replace(x, layer=random_layer(FLOAT32, 1, 8, 8, act=""))):
         with pytest.raises(ValueError, match=r"^x: nothing is due"):
-            activate_rows(rows, torch.empty_like(x.x))
+            activate_rows(rows, torch.empty_like(x.x), how=How(FLOAT32))
 
 
 def test_unknown_precision_is_refused() -> None:

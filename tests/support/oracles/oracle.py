@@ -275,12 +275,53 @@ def check_layer(
     judge("layer", got.x, exact.x[:, :, :n], plain, exact.x)
     if act:
         read_buffer, read = poisoned(groups, e, n, d)
-        activate_rows(got, read)
+        activate_rows(got, read, how=args["how"], exact=True)
         judge("its reader", read, exact.activated()[:, :, :n], plain_act, exact.activated())
         assert_written(read_buffer, read)
+    for keep in (False, True) if act else ():
+        check_finished(args, main, side, layer, bias, view, keep, exact, plain_act)
     assert_written(buffer, view)
     stats.fill_(torch.nan)
     assert stats_buffer.isnan().all(), "statistics of other rows were written"
+
+
+def check_finished(
+    args: dict[str, Any],
+    main: Rows | None,
+    side: Tensor | None,
+    layer: Layer,
+    bias: Tensor | None,
+    before: Tensor,
+    keep: bool,
+    exact: Rows,
+    plain: Tensor,
+) -> None:
+    """Check `grouped_layer` where it finishes.
+
+    keep: beside the pre-activation, which was `before`. exact, plain: the layer in float64, its
+    activation in plain torch.
+    """
+    p, (groups, e, n, d) = args["how"].precision, before.shape
+    buffer, view = poisoned(groups, e, n, d, dtype=before.dtype)
+    active_buffer, active = poisoned(groups, e, n, d, dtype=p.dtype)
+    stats = poisoned(groups, e, n, cdiv(d, LEAST_COLUMNS), 2, inner=2)[1]
+    out = Rows(view, stats, active=active if keep else None)
+    main = None if main is None else main[:, :n]
+    got = grouped_layer(main, None if side is None else side[:, :n], layer, out, bias=bias, finish=True, **args)
+    if keep:
+        assert got.x is view
+        # Its tile may be another, and so the order of its sums.
+        ulp = 2**-7 if p.name == "bfloat16" else 2**-18
+        assert (view.float() - before.float()).abs().max() <= ulp * before.float().abs().max()
+        assert got.ready().x is active
+    else:
+        assert got.operand
+        assert got.x is view
+    rounded = p.operand(plain.float()) if p.name == "tf32" else plain
+    judge("finished", active if keep else view, exact.activated()[:, :, :n], rounded, exact.activated())
+    assert_written(buffer, view)
+    if keep:
+        assert_written(active_buffer, active)
 
 
 @pooled
@@ -311,7 +352,7 @@ def check_activation(
     source = x.expand(n) if expand else x[:, :n]
     if in_place:
         source = replace(source, x=view.copy_(source.x))
-    got = activate_rows(source, view)
+    got = activate_rows(source, view, how=How(p), exact=True)
     assert got.x is view
     assert got.layer is None
     judge("activation", view, exact.expand(-1, -1, rows, -1)[:, :, :n], plain, exact)
