@@ -18,7 +18,8 @@ from functools import lru_cache
 
 import torch
 
-from tdmpc2_fast.kernels.device.launch import Launch, Precision, has_dependent_launch, why_not
+from tdmpc2_fast.kernels.device.cluster import clusters_compiled
+from tdmpc2_fast.kernels.device.launch import Launch, Precision, why_not
 from tdmpc2_fast.kernels.inspect.compile import specialisation
 from tdmpc2_fast.kernels.inspect.plan_work import dry_plan
 from tdmpc2_fast.kernels.inspect.published import plan_sizes, update_sizes
@@ -45,32 +46,33 @@ def measured() -> list[Work]:
 
 
 @lru_cache(maxsize=2)
-def launches(work: Work, pdl: bool) -> list[Launch]:
+def launches(work: Work, arch: int) -> list[Launch]:
     """Return the launches of a plan or an update as measured."""
     size, envs, actions, precision = work
     if not envs:
         sizes = replace(update_sizes(size, Options().actions[0]), batch=actions)
-        return dry_update(sizes, Precision(precision), pdl=pdl)[0]
-    return dry_plan(plan_sizes(size, envs, actions), Precision(precision), pdl=pdl)[1]
+        return dry_update(sizes, Precision(precision), arch)[0]
+    return dry_plan(plan_sizes(size, envs, actions), Precision(precision), arch)[1]
 
 
-def distinct(works: Sequence[Work], pdl: bool) -> Iterator[tuple[Work, int]]:
+def distinct(works: Sequence[Work], arch: int) -> Iterator[tuple[Work, int]]:
     """Yield the work and the place of the first launch of each kind that is compiled apart."""
     seen: set[str] = set()
     for work in works:
-        for i, launch in enumerate(launches(work, pdl)):
+        for i, launch in enumerate(launches(work, arch)):
             kind = str(specialisation(launch))
             if kind not in seen:
                 seen.add(kind)
                 yield work, i
 
 
-def compile_one(work: Work, place: int, pdl: bool) -> str:
+def compile_one(work: Work, place: int, arch: int) -> str:
     """Compile a launch as its first use would; return why that failed, or nothing."""
-    launch = launches(work, pdl)[place]
+    launch = launches(work, arch)[place]
     options = {"enable_fp_fusion": True, **launch.options}
     try:
-        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
+        with clusters_compiled(launch.cluster):
+            compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
         # What launches it is C, which Triton compiles at first use, too.
         getattr(compiled, "_init_handles", lambda: None)()
     except Exception as e:  # the part that needs it says it in full
@@ -84,12 +86,13 @@ def main() -> int:
     if reason := why_not(device):
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    pdl = has_dependent_launch(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = 10 * major + minor
     works = measured()
-    work = list(distinct(works, pdl))
+    work = list(distinct(works, arch))
     jobs = min(16, len(os.sched_getaffinity(0)), len(work))  # each holds a context of the device
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        failed = [x for x in pool.map(compile_one, *zip(*work, strict=True), [pdl] * len(work)) if x]
+        failed = [x for x in pool.map(compile_one, *zip(*work, strict=True), [arch] * len(work)) if x]
     plans = sum(envs > 0 for _, envs, _, _ in works)
     what = f"{len(work)} kernels of {plans} plans and {len(works) - plans} updates"
     print(*failed, f"{what} in {time.perf_counter() - start:.0f} s", sep="\n")

@@ -18,7 +18,6 @@ from tdmpc2_fast.kernels.layers.policy_head import policy_action
 from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer
 from tdmpc2_fast.kernels.layers.rows import Layer, Rows
 from tdmpc2_fast.kernels.layers.scalar_head import scalar_head
-from tdmpc2_fast.kernels.layers.tiles import activates_once
 from tdmpc2_fast.kernels.layers.two_hot import Code, two_hot_inv
 from tdmpc2_fast.kernels.plan.buffers import PlanDraws
 from tdmpc2_fast.kernels.plan.mppi import Elites, Rule, Samples, refine, sample_actions, shift_mean
@@ -54,7 +53,8 @@ class _Bench(OpBench):
     def __init__(self, options: Options, size: int, envs: int, precision: str) -> None:
         super().__init__(options, "kernels", size, precision, envs=envs)
         self.envs = envs
-        self.throughput = activates_once(self._count())
+        # On a GPU layers finish their rows; on a CPU each reader activates them.
+        self.once = self.backend == "triton"
 
     def _layer(self, groups: int, d: int, k: int, side: int = 0, norm: bool = True, simnorm: int = 0) -> Layer:
         operand = self.precision.operand
@@ -77,9 +77,13 @@ class _Bench(OpBench):
         return grouped_layer(x, None, layer, out, how=How(self.precision))
 
     def _inputs(self, groups: int, width: int, simnorm: int = 0) -> Rows:
-        """What a layer reads: rows whose activation is due, or, of many, rows that are activated."""
+        """What a layer reads: rows that another finished, or whose activation is due."""
         x = self._rows(groups, width, simnorm)
-        return Rows(self._plain(x)) if self.throughput else x
+        return Rows(self._plain(x), operand=True) if self.once else x
+
+    def _done(self, y: Tensor, layer: Layer) -> Tensor:
+        """What a layer writes, given its pre-activation: that, or its activation."""
+        return Rows(y, layer=layer).activated() if self.once else y
 
     def _plain(self, x: Rows) -> Tensor:
         """Each group's rows activated as one writes it, in the precision's own type: (G, E, n, K)."""
@@ -100,24 +104,27 @@ class _Bench(OpBench):
         return torch.einsum("gdk,genk->gend", weight, x).float() + bias[:, None, None]
 
     def layer(self) -> Case:
-        """Second layers of dynamics and reward: 2 x act(LN(x)) W + b."""
+        """Second layers of dynamics and reward, each with one LayerNorm and activation."""
         d = self.cfg.mlp_dim
         x, layer = self._inputs(2, d), self._layer(2, d, d)
         out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
         return self.case(
             "normed linear, 2 heads",
-            lambda: grouped_layer(x, None, layer, out, how=How(self.precision, self.pdl)).x,
-            lambda: torch.stack(
-                [F.linear(y, w, b) for y, w, b in zip(x.activated(), layer.weight, layer.bias, strict=True)]
+            lambda: grouped_layer(x, None, layer, out, how=self.how, finish=self.once).x,
+            lambda: self._done(
+                torch.stack(
+                    [F.linear(y, w, b) for y, w, b in zip(x.activated(), layer.weight, layer.bias, strict=True)]
+                ),
+                layer,
             ),
-            lambda: self._product(self._plain(x), layer.weight, layer.bias),
+            lambda: self._done(self._product(self._plain(x), layer.weight, layer.bias), layer),
             gflop=2 * 2 * self._count() * d * d / 1e9,
             mbyte=mbyte(x.x, layer.weight, out.x),
             shape=f"2 x ({self._count()}, {d}) by ({d}, {d})",
         )
 
     def first_layer(self) -> Case:
-        """First layers of dynamics and reward: 2 x SimNorm(LN(z)) Wz + a Wa + b, nothing concatenated."""
+        """First layers of dynamics and reward: 2 x z Wz + a Wa + b with LayerNorms and activations, nothing concatenated."""
         d, k, a_dim = self.cfg.mlp_dim, self.cfg.latent_dim, self.options.actions[0]
         z, layer = self._inputs(1, k, self.cfg.simnorm_dim), self._layer(2, d, k, a_dim)
         a = self.randn(self.envs, self.cfg.num_samples, a_dim).clamp(-1, 1)
@@ -128,15 +135,15 @@ class _Bench(OpBench):
         def ours() -> Tensor:
             y = z.activated()[0]
             pairs = zip(layer.weight, layer.side, layer.bias, strict=True)  # type: ignore[arg-type]
-            return torch.stack([F.linear(y, w, b) + F.linear(a, s) for w, s, b in pairs])
+            return self._done(torch.stack([F.linear(y, w, b) + F.linear(a, s) for w, s, b in pairs]), layer)
 
         def plain() -> Tensor:
             x = torch.cat([self._plain(z)[0], a.to(self.precision.dtype)], -1)
-            return self._product(x.expand(2, *x.shape), weight, layer.bias)
+            return self._done(self._product(x.expand(2, *x.shape), weight, layer.bias), layer)
 
         return self.case(
             "normed linear of (z, a), 2 heads",
-            lambda: grouped_layer(z, a, layer, out, how=How(self.precision, self.pdl)).x,
+            lambda: grouped_layer(z, a, layer, out, how=self.how, finish=self.once).x,
             ours,
             plain,
             gflop=2 * 2 * self._count() * d * (k + a_dim) / 1e9,
@@ -150,7 +157,7 @@ class _Bench(OpBench):
         out = torch.empty_like(x.x)
         return self.case(
             "activation, 2 heads",
-            lambda: activate_rows(x, out, how=How(self.precision, self.pdl)).x,
+            lambda: activate_rows(x, out, how=self.how).x,
             x.activated,
             lambda: self._plain(x),
             mbyte=mbyte(x.x, out),
@@ -166,7 +173,7 @@ class _Bench(OpBench):
         t0 = torch.zeros(e, dtype=torch.bool, device=self.device)
 
         def fused() -> Tensor:
-            mppi_begin(before, t0, noise, None, cfg.max_std, Samples(actions, mean, std), pdl=self.pdl)
+            mppi_begin(before, t0, noise, None, cfg.max_std, Samples(actions, mean, std), pdl=self.how.pdl)
             return actions[:, :, p:]
 
         def ours() -> Tensor:
@@ -183,7 +190,7 @@ class _Bench(OpBench):
     def two_hot_head(self) -> Case:
         """Last layers to scalars: rewards of all steps and two critics."""
         d, bins, groups = self.cfg.mlp_dim, self.cfg.num_bins, self.cfg.horizon + 2
-        x, layer = self._rows(groups, d), self._layer(groups, bins, d, norm=False)
+        x, layer = self._inputs(groups, d), self._layer(groups, bins, d, norm=False)
         out = torch.empty(groups, self.envs, self.cfg.num_samples, device=self.device)
         edges = Code(bins, self.cfg.vmin, self.cfg.vmax)
         support = torch.linspace(self.cfg.vmin, self.cfg.vmax, bins, device=self.device)
@@ -193,7 +200,7 @@ class _Bench(OpBench):
                 x,
                 layer,
                 out,
-                how=How(self.precision, self.pdl),
+                how=self.how,
                 code=edges,
             )
             return out
@@ -219,14 +226,14 @@ class _Bench(OpBench):
     def policy_head(self) -> Case:
         """Last layer of the policy, sampled."""
         d, a_dim = self.cfg.mlp_dim, self.options.actions[0]
-        x, layer = self._rows(1, d), self._layer(1, 2 * a_dim, d, norm=False)
+        x, layer = self._inputs(1, d), self._layer(1, 2 * a_dim, d, norm=False)
         eps = self.randn(self.envs, self.cfg.num_samples, a_dim)
         out = torch.empty_like(eps)
         low, high = self.cfg.log_std_min, self.cfg.log_std_max
         packed = Layer(interleave(layer.weight[0])[None], interleave(layer.bias[0][:, None])[None, :, 0])
 
         def fused() -> Tensor:
-            policy_layer(x, packed, eps, out, how=How(self.precision, self.pdl), low=low, high=high)
+            policy_layer(x, packed, eps, out, how=self.how, low=low, high=high)
             return out
 
         def plain() -> Tensor:
@@ -258,7 +265,7 @@ class _Bench(OpBench):
 
         def fused() -> Tensor:
             samples, best = Samples(actions, mean, std), Elites(values, elites, scores, torch.empty_like(elites))
-            mppi_refine(scalars, discount, None, samples, None, rule, best, next_noise=noise, pdl=self.pdl)
+            mppi_refine(scalars, discount, None, samples, None, rule, best, next_noise=noise, pdl=self.how.pdl)
             return actions[:, :, p:]
 
         def returns() -> Tensor:
@@ -298,7 +305,7 @@ class _Bench(OpBench):
         state = torch.tensor([self.options.seed, 0], device=self.device)
 
         def fused() -> Tensor:
-            draw(state, plan_runs(draws, sizes.num_q), pdl=self.pdl)
+            draw(state, plan_runs(draws, sizes.num_q), pdl=self.how.pdl)
             return draws.samples
 
         def plain() -> Tensor:

@@ -1,8 +1,7 @@
 """The ways in which kernels can do a plan and an update, beside the one that `kernels/layers/tiles.py` chooses.
 
-    latency        a layer's readers activate it: fewer, dependent launches
-    throughput     activations have launches of their own: tensor cores are not kept waiting
-    persistent     an iteration's rollout is one cooperative launch
+    once           activations are computed once: layers finish their rows
+    by readers     a layer's readers activate it, each anew
     no early start a kernel does not begin before the one ahead of it has ended
 
 What is fastest where is what the thresholds of that table are to be set by.
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config
-from tdmpc2_fast.kernels.device.launch import Precision, has_dependent_launch
+from tdmpc2_fast.kernels.device.launch import How, Precision
 from tdmpc2_fast.kernels.inspect.plan_work import dry_plan
 from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.backend import PlanRequest
@@ -33,8 +32,6 @@ from ..options import Options, backend_of, each
 from . import planner, update
 from .planner import VALUE_LIMIT
 from .update import LIMIT, first_update, learn
-
-_INTERPRETED_PROGRAMS = 8  # of a persistent launch; a GPU has one a multiprocessor
 
 
 def plan_cases(options: Options) -> Iterator[Callable[[], Case]]:
@@ -53,10 +50,11 @@ def _check(options: Options) -> None:
         raise CannotMeasureError(f"regimes are the kernels', and torch computes here: {backend.why}")
 
 
-def _regimes(device: torch.device, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the arguments of a backend for each regime, `more` of them included."""
-    regimes = {"latency": dict(throughput=False), "throughput": dict(throughput=True), **more}
-    return regimes | ({"no early start": dict(pdl=False)} if has_dependent_launch(device) else {})
+def _regimes(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Return the arguments of a backend for each regime."""
+    regimes: dict[str, dict[str, Any]] = {"once": dict(once=True), "by readers": dict(once=False)}
+    early = How.on(device, Precision("float32")).pdl
+    return regimes | ({"no early start": dict(pdl=False)} if early else {})
 
 
 def plan_case(options: Options, size: int, actions: int, envs: int, precision: str) -> Case:
@@ -67,26 +65,14 @@ def plan_case(options: Options, size: int, actions: int, envs: int, precision: s
     chosen = at.agent.planner._plan
     assert isinstance(chosen, KernelPlan)
 
-    on_gpu = device.type == "cuda"
-    programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else _INTERPRETED_PROGRAMS
-    regimes = _regimes(device, persistent=dict(throughput=False, persistent=programs))
     planners: dict[str, Callable[[], KernelPlan]] = {"chosen": lambda: chosen}
     variants = {"chosen": Variant(partial(_act, planners["chosen"], obs), launches=at.work.launches)}
-    missing: dict[str, str] = {}
-    for name, regime in regimes.items():
-        try:
-            launches = len(dry_plan(at.sizes, Precision(precision), **regime)[1])
-        except ValueError as e:
-            missing[name] = str(e)
-            continue
+    for name, regime in _regimes(device).items():
+        launches = len(dry_plan(at.sizes, Precision(precision), once=regime.get("once"))[1])
         made = cache(partial(KernelPlan, at.agent.model, envs, options.seed, **regime))
-        planners[name] = made
-        # A persistent plan's first iteration is the chain's for few environments, bit for bit; its second is the
-        # first it rolls out, and may be compared with nothing else, for elites go with rounding.
-        other, iteration = ("latency", 1) if "persistent" in regime else ("chosen", 0)
-        gate = partial(_same_values, made, planners[other], obs, noise, iteration, VALUE_LIMIT[precision])
+        gate = partial(_same_values, made, planners["chosen"], obs, noise, VALUE_LIMIT[precision])
         variants[name] = Variant(partial(_act, made, obs), gate=gate, launches=launches)
-    return Case("plan-regimes", "plan", variants, missing, **at.facts)
+    return Case("plan-regimes", "plan", variants, **at.facts)
 
 
 def _act(made: Callable[[], KernelPlan], obs: Tensor) -> Tensor:
@@ -98,20 +84,19 @@ def _same_values(
     other: Callable[[], KernelPlan],
     obs: Tensor,
     noise: PlanNoise,
-    iteration: int,
     limit: float,
 ) -> Gate:
-    """Return the gate of an iteration's values."""
+    """Return the gate of the first iteration's values; elites, and so later ones, go with rounding."""
     check_captured(made(), made().prev_mean.device)
-    theirs, ours = (_values(plan, obs, noise, iteration) for plan in (other(), made()))
+    theirs, ours = (_values(plan, obs, noise) for plan in (other(), made()))
     return Gate.of_values(ours, theirs, limit)
 
 
-def _values(plan: KernelPlan, obs: Tensor, noise: PlanNoise, iteration: int) -> Tensor:
+def _values(plan: KernelPlan, obs: Tensor, noise: PlanNoise) -> Tensor:
     trace = PlanTrace()
     plan.prev_mean.zero_()
     plan.plan(PlanRequest(obs, noise=noise, trace=trace))
-    return trace.values[iteration].double()
+    return trace.values[0].double()
 
 
 def update_case(options: Options, size: int, batch_size: int, precision: str) -> Case:

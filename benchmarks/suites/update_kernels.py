@@ -152,7 +152,7 @@ class _Bench(OpBench):
         flat = FlatParameters.zeros(count, self.precision, self.device)._replace(grad=grad)
         param = flat.param
         outcome = Outcome(torch.zeros_like(flat.step), torch.zeros(1, device=self.device), 1)
-        rates, how = Rates(lr=lr, eps=eps, max_norm=s.grad_clip_norm), How(self.precision, self.pdl)
+        rates, how = Rates(lr=lr, eps=eps, max_norm=s.grad_clip_norm), self.how
         leaf, clipped = start.clone().requires_grad_(), grad.clone()
         leaf.grad = clipped
         adam = torch.optim.Adam([leaf], lr=lr, eps=eps, fused=True, capturable=self.device.type == "cuda")
@@ -165,7 +165,7 @@ class _Bench(OpBench):
             clipped.copy_(grad)
 
         def fused() -> Tensor:
-            squared_norm(grad, flat.partials, flat.step, pdl=self.pdl)
+            squared_norm(grad, flat.partials, flat.step, pdl=self.how.pdl)
             adam_step(flat, rates, None, outcome, how=how)
             return param
 

@@ -45,8 +45,11 @@ def with_directive(assembly: str) -> str:
 
 
 @contextmanager
-def clusters_compiled() -> Iterator[None]:
-    """Have kernels that Triton compiles within get their directive."""
+def clusters_compiled(size: int) -> Iterator[None]:
+    """Have kernels of clusters of more than one program that Triton compiles within get their directive."""
+    if size == 1:
+        yield
+        return
     before = _knobs.runtime.add_stages_inspection_hook
 
     def stages(*compiling: Any) -> Any:

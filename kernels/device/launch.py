@@ -175,6 +175,7 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]
     samples: int = 0  # see `by_sample`
+    cluster: int = 1
 
     @property
     def name(self) -> str:
@@ -281,7 +282,7 @@ def launch(
     if pdl is not None:
         options |= dict(PDL=pdl, launch_pdl=pdl)
     for log in _open.logs:
-        log.launches.append(Launch(kernel, grid, args, options, _open.samples))
+        log.launches.append(Launch(kernel, grid, args, options, _open.samples, cluster))
     if any(log.dry for log in _open.logs):
         return
     if native():
@@ -292,11 +293,10 @@ def launch(
     else:
         # Its default differs between versions of Triton.
         options.setdefault("enable_fp_fusion", True)
-    if cluster == 1:
-        kernel[grid](*args, **options)
-    else:
-        with clusters_compiled():
-            check_clustered(kernel[grid](*args, **options))
+    with clusters_compiled(cluster):
+        compiled = kernel[grid](*args, **options)
+    if cluster > 1:
+        check_clustered(compiled)
 
 
 @jit

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device.cluster import clusters_compiled
 from ..device.launch import COMPILER_OPTIONS, Launch, flat, triton
 
 # Shared memory a program may take: bytes, by compute capability.
@@ -36,7 +37,7 @@ _TYPES = {
 _TENSOR = {"tcgen05.mma": "tcgen05 UTC*MMA", "wgmma.mma_async": "wgmma HGMMA", "mma.sync": "mma.sync HMMA"}
 
 # Constants that tell configurations of a kernel apart in a table; of flags, those that are set.
-_SHOWN = ("BM", "BN", "BK", "BA", "BJ", "BG", "IN_ACT", "IN_TILES", "BINS")
+_SHOWN = ("BM", "BN", "BK", "BA", "BJ", "BG", "IN_ACT", "ACT", "CLUSTER", "BINS")
 _FLAGS = (
     "HAS_X",
     "HAS_SIDE",
@@ -50,6 +51,7 @@ _FLAGS = (
     "CHOICE",
     "DROPOUT",
     "GRADIENT",
+    "KEEP",
 )
 
 
@@ -94,6 +96,7 @@ class Specialisation:
     attributes: dict[Place, Any]  # divisible by 16
     options: dict[str, Any]
     tile: dict[str, Any]  # the constexprs alone, by name
+    cluster: int = 1
 
     @property
     def precision(self) -> str:
@@ -157,16 +160,13 @@ def specialisation(launch: Launch) -> Specialisation:
             signature[name] = type_of(values[name], (i,))
     options = {k: v for k, v in launch.options.items() if k in COMPILER_OPTIONS}
     options.setdefault("enable_fp_fusion", True)  # as `launch` does
-    return Specialisation(kernel.fn.__module__, launch.name, signature, constants, attributes, options, fixed)
+    return Specialisation(kernel.fn.__module__, launch.name, signature, constants, attributes, options, fixed, launch.cluster)
 
 
 def compile_specialisation(spec: Specialisation, arch: int) -> Compiled:
-    """Compile for compute capability arch/10; needs Triton, no GPU, and no TRITON_INTERPRET.
-
-    Programmatic dependent launch is left out of chips older than sm_90.
-    """
+    """Compile for compute capability arch/10; needs Triton, no GPU, and no TRITON_INTERPRET."""
     done = build(spec, arch)
-    usage = _resource_usage(done.asm["cubin"])
+    usage = resource_usage(done.asm["cubin"])
     # Spills are the stack frame in the cubin itself. Triton makes no local arrays and no calls, so
     # nothing else is in that frame: `ptxas -v` reports the same frame, and there are local loads
     # and stores (LDL, STL) exactly where it is not 0. Asking ptxas anew would need the very flags
@@ -193,13 +193,12 @@ def build(spec: Specialisation, arch: int) -> Any:
 
     kernel = getattr(importlib.import_module(spec.module), spec.name)
     constants, options = dict(spec.constants), dict(spec.options)
-    if arch < 90 and "PDL" in spec.tile:
-        constants[(kernel.arg_names.index("PDL"),)] = options["launch_pdl"] = False
     source = ASTSource(fn=kernel, signature=spec.signature, constexprs=constants, attrs=spec.attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with clusters_compiled(spec.cluster):
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def resource_usage(cubin: bytes) -> dict[str, int]:
     """Return REG, STACK, SHARED and LOCAL of the one kernel in a cubin."""
     return {k: int(v) for k, v in re.findall(r"\b([A-Z]+):(\d+)", cuobjdump("--dump-resource-usage", cubin))}
 

@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..device.launch import PRECISIONS, PROCESSORS, Launch, Precision, interpreting, triton
+from ..device.launch import PRECISIONS, Launch, Precision, interpreting, triton
 from ..layers.sizes import MODEL_SIZES
 from ..plan.buffers import PlanSizes
 from ..update.buffers import UpdateSizes
@@ -40,17 +40,18 @@ from .work import KERNELS
 # What is compiled unless other sizes are asked for. Updates of wide layers take kernels of their own.
 _PLANS, _UPDATES = (1, 5), (1, 5, 19)
 
-# The persistent variant is an option for few environments on Hopper, at tensor-core precisions.
-_PERSISTENT, _PERSISTENT_ARCH = "persistent_kernel", 90
-
 Row = tuple[str, Compiled, list[str]]
 """Precision, what came out, faults."""
 
 
 def configurations(
-    sizes: Iterable[PlanSizes], precision: Precision, variants: bool = False, updates: Iterable[UpdateSizes] = ()
+    sizes: Iterable[PlanSizes],
+    precision: Precision,
+    arch: int,
+    variants: bool = False,
+    updates: Iterable[UpdateSizes] = (),
 ) -> list[Specialisation]:
-    """List the distinct configurations of plans and updates of these sizes, in the order they are first launched."""
+    """List the distinct configurations of plans and updates on a chip, in the order they are first launched."""
     found: dict[str, Specialisation] = {}
 
     def take(log: list[Launch]) -> None:
@@ -58,19 +59,14 @@ def configurations(
             found.setdefault(str(spec) if variants else spec.configuration, spec)
 
     for s in sizes:
-        # Chips without programmatic dependent launch have it taken out when they are compiled for.
-        take(dry_plan(s, precision, pdl=True)[1])
-        if s.envs == 1 and not s.episodic and precision.name != "float32":
-            log = dry_plan(s, precision, persistent=PROCESSORS)[1]
-            take([next(x for x in log if x.name == _PERSISTENT)])
+        take(dry_plan(s, precision, arch)[1])
     for u in updates:
-        take(dry_update(u, precision, pdl=True)[0])
+        take(dry_update(u, precision, arch)[0])
     return list(found.values())
 
 
-def compile_all(specs: list[Specialisation], archs: list[int], jobs: int) -> Iterator[Row]:
-    """Yield rows of all configurations on all chips, compiled in `jobs` processes; one job is this process."""
-    work = [(spec, arch) for arch in archs for spec in specs if spec.name != _PERSISTENT or arch == _PERSISTENT_ARCH]
+def compile_all(work: list[tuple[Specialisation, int]], jobs: int) -> Iterator[Row]:
+    """Yield rows of configurations and chips, compiled in `jobs` processes; one job is this process."""
     with ExitStack() as stack:
         run: Callable[..., Iterator[Compiled | str]] = map
         if min(jobs, len(work)) > 1:
@@ -123,7 +119,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--envs", **many, type=int, default=[1, 64], help="environments at once")
     parser.add_argument("--actions", **many, type=int, default=[6], help="action dimensions")
     parser.add_argument("--form", **many, choices=FORMS, default=["single"], help="single, multi (task), episodic")
-    parser.add_argument("--kernel", **many, choices=[*KERNELS, _PERSISTENT], help="these alone, by name")
+    parser.add_argument("--kernel", **many, choices=[*KERNELS], help="these alone, by name")
     parser.add_argument("--variants", action="store_true", help="every alignment, not one of each configuration")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, default all processors"
@@ -148,12 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     sizes = [plan_sizes(*x) for x in product(args.size or _PLANS, args.envs, args.actions, args.form)]
     updates = [update_sizes(*x) for x in product(args.size or _UPDATES, args.actions, args.form)]
-    specs: dict[str, Specialisation] = {}
-    for precision in args.precision:
-        for spec in configurations(sizes, Precision(precision), args.variants, updates):
+    work: dict[tuple[str, int], tuple[Specialisation, int]] = {}
+    for arch, precision in product(args.arch, args.precision):
+        for spec in configurations(sizes, Precision(precision), arch, args.variants, updates):
             if args.kernel is None or spec.name in args.kernel:
-                specs.setdefault(str(spec), spec)
-    rows = list(compile_all(list(specs.values()), args.arch, args.jobs))
+                work.setdefault((str(spec), arch), (spec, arch))
+    rows = list(compile_all(list(work.values()), args.jobs))
     print(table(rows))
     print()
     print(summary(rows))

@@ -80,12 +80,13 @@ def test_the_loop_is_measured_and_split(small: Options, monkeypatch: pytest.Monk
 
 @QUIET
 @pytest.mark.parametrize("op", kernels.OPS)
-@pytest.mark.parametrize(("precision", "throughput"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+@pytest.mark.parametrize(("precision", "once"), [("float32", True), ("bfloat16", False), ("bfloat16", True)])
 def test_every_kernel_benchmark_compares_what_it_should(
-    op: str, precision: str, throughput: bool, small: Options, monkeypatch: pytest.MonkeyPatch
+    op: str, precision: str, once: bool, small: Options
 ) -> None:
-    monkeypatch.setattr(kernels, "activates_once", lambda rows: throughput)
-    case = getattr(kernels._Bench(small, 1, 2, precision), op)()
+    bench = kernels._Bench(small, 1, 2, precision)
+    bench.once = once
+    case = getattr(bench, op)()
     rows = rows_of(case, repeats=1)
     assert list(rows) == ["triton", "reference"]
     assert rows["reference"].gate == "passed", rows["reference"].gate_error
@@ -108,31 +109,12 @@ def test_regimes_are_told_apart_and_agree(small: Options, monkeypatch: pytest.Mo
     set_keys(monkeypatch, horizon=1)
     options = dataclasses.replace(small, precision=("tf32",))
     plan, learn = (make() for make in [*regimes.plan_cases(options), *regimes.update_cases(options)])
-    assert list(plan.variants) == ["chosen", "latency", "throughput"]
-    assert "allowed: multiples of 16" in plan.missing["persistent"]
-    assert list(learn.variants) == ["chosen", "latency", "throughput"]
+    assert list(plan.variants) == list(learn.variants) == ["chosen", "once", "by readers"]
     for case in (plan, learn):
         for name, variant in list(case.variants.items())[1:]:
             assert variant.gate is not None
             assert variant.gate().passed, (case.suite, name)
         variant.run()
-    chosen, latency, throughput = (v.launches for v in plan.variants.values())
-    assert chosen == latency < throughput  # type: ignore[operator]
-
-
-@QUIET
-def test_the_persistent_regime_is_compared_where_it_differs(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_keys(monkeypatch, latent_dim=32, mlp_dim=32, enc_dim=32, horizon=1)
-    case = regimes.plan_case(small, 1, 2, 1, "tf32")
-    persistent = case.variants["persistent"]
-    assert persistent.launches < case.variants["chosen"].launches  # type: ignore[operator]
-    persistent.run()
-    assert persistent.gate is not None
-    assert persistent.gate().passed
-    kernel = "tdmpc2_fast.kernels.experiments.persistent.PersistentRollout.run"
-    with monkeypatch.context() as patched:
-        patched.setattr(kernel, lambda self, iteration: None)
-        assert not persistent.gate().passed
 
 
 def test_regimes_of_torch_are_refused(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
