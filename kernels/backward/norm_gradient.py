@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..device.arithmetic import store_rounded
-from ..device.launch import await_producers, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.launch import PROCESSORS, await_producers, cdiv, interpreting, jit, launch, pow2, tl
 from ..device.pointers import entry_ptrs, slab_of
 from ..device.reference import reference_of
 from ..device.statistics import LAYER_NORM_EPS
@@ -23,7 +23,7 @@ from ..layers.linear_tile import dropped
 from .gradient_tile import Gradient, chunk_rows, product_gradient, row_factors, upstream
 from .weight_gradient import LayerGradient
 
-_ROWS, _COLUMNS = 16, 128
+_ROWS = 16
 
 
 @jit
@@ -113,7 +113,9 @@ def norm_gradient(gradient: Gradient, *, pdl: bool = False) -> Gradient:
     if vectors is not None:
         check_vectors(vectors, (groups, e, chunks, 3, d))
     reads, due = upstream(gradient)
-    bm, bn = _ROWS, min(pow2(d), 512 if interpreting() else _COLUMNS)
+    bm, bn = _ROWS, min(pow2(d), 512 if interpreting() else 128)
+    if bn == 128 and e * chunks * cdiv(d, bn) * groups >= 2 * PROCESSORS:
+        bn = min(pow2(d), 256)  # what is merged for a row serves more columns
     launch(
         norm_gradient_kernel, (e * chunks, cdiv(d, bn), groups), reads, gradient.sums if vectors is None else vectors,
         0 if vectors is None else vectors.stride(0), 0 if vectors is None else vectors.stride(1), n, d, chunks,

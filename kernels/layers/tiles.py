@@ -76,6 +76,7 @@ _READY = {
     "float32": (),
 }
 _HEAD_ROWS = {"bfloat16": (64, 64), "tf32": (64, 32), "float32": (32, 16)}
+_ALIGNED = 8  # entries; rows of other widths are loaded an entry at a time, through registers
 _HEAD_FILLS = 0.6  # of the chip: with smaller tiles the same weights are read more often
 
 # The interpreter pays by the number of operations, not by their size, and compiled code has a row at once.
@@ -124,14 +125,15 @@ def finishing_tile(rows: int, groups: int, columns: int, depth: int, how: How) -
     narrowest = max(pow2(cdiv(columns, LARGEST)), 64)
     if narrowest > _WIDEST:
         return None
-    for chosen in _FINISHING:
+    aligned, bk = depth % _ALIGNED == columns % _ALIGNED == 0, _FINISHING_DEPTH[precision]
+    for chosen in _FINISHING if aligned else _FINISHING[1:]:
         bm, bn = min(chosen.BM, pow2(rows, 16)), max(chosen.BN, narrowest)
         # Without tensor cores, products take registers for their operands, too.
         bm = min(bm, 32 if bn == 64 else 16) if precision == "float32" else min(bm, 64) if bn == _WIDEST else bm
         if cdiv(rows, bm) * cdiv(columns, bn) * groups >= chosen.fills * PROCESSORS:
             break
-    warps = 8 if bm * bn >= 8192 or precision == "float32" else 4
-    return finishes(_shallow(Tile(bm, bn, _FINISHING_DEPTH[precision], warps), depth), columns, how)
+    warps = 8 if bm * bn >= 8192 or precision == "float32" or not aligned else 4
+    return finishes(_shallow(Tile(bm, bn, bk if aligned else 32, warps), depth), columns, how)
 
 
 # A step of a backward product reads the gradient and what it is the gradient of: narrower steps, and
@@ -161,7 +163,7 @@ def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str,
     It is of `rows` x `columns`, times `groups`, over `depth`. through: the result goes through an
     activation's gradient, which takes registers.
     """
-    for tile, fills in () if on_cpu() else _READY[precision][through:]:
+    for tile, fills in () if on_cpu() or depth % _ALIGNED else _READY[precision][through:]:
         if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= fills * PROCESSORS:
             return _shallow(tile, depth)
     return layer_tile(rows, groups, columns, depth, precision)
@@ -185,4 +187,4 @@ def head_tile(rows: int, groups: int, columns: int, depth: int, precision: str) 
     while bm > 16 and cdiv(rows, bm) * groups < _HEAD_FILLS * PROCESSORS:
         bm //= 2
     bn = pow2(columns, 16)
-    return Tile(bm, bn, bk, 8 if bm * bn >= 8192 else 4, 3)
+    return Tile(bm, bn, bk, 8 if bm * bn >= 8192 or depth % _ALIGNED else 4, 3)
