@@ -141,7 +141,7 @@ def agent(cfg: Config) -> TDMPC2:
 
 @pytest.fixture
 def other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Updates compute activations and gradients of LayerNorms once where their readers would, and the other way round."""
+    """Updates compute activations and gradients of LayerNorms once where readers would, and the other way round."""
     monkeypatch.setattr("tdmpc2_fast.kernels.update.chain.native", lambda: not launch.native())
 
 

@@ -16,7 +16,6 @@ import torch
 from conftest import ON_GPU, TINY, random_episode, tiny_config, tiny_multitask
 from going_on import check_goes_on
 from loop_oracle import everything
-from plan_oracle import first_values
 from update_oracle import check_gradients, random_batch
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer

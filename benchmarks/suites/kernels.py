@@ -124,7 +124,7 @@ class _Bench(OpBench):
         )
 
     def first_layer(self) -> Case:
-        """First layers of dynamics and reward: 2 x z Wz + a Wa + b with LayerNorms and activations, nothing concatenated."""
+        """First layers of dynamics and reward: 2 x z Wz + a Wa + b, normalised, activated, nothing concatenated."""
         d, k, a_dim = self.cfg.mlp_dim, self.cfg.latent_dim, self.options.actions[0]
         z, layer = self._inputs(1, k, self.cfg.simnorm_dim), self._layer(2, d, k, a_dim)
         a = self.randn(self.envs, self.cfg.num_samples, a_dim).clamp(-1, 1)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tdmpc2_fast.kernels.autograd.layer import normed_linear
 from tdmpc2_fast.kernels.autograd.losses import squashed_gaussian, two_hot_cross_entropy
-from tdmpc2_fast.kernels.device.launch import How
 from tdmpc2_fast.kernels.layers.policy_head import policy_head
 from tdmpc2_fast.kernels.layers.two_hot import soft_cross_entropy
 from tdmpc2_fast.kernels.update.optim import WORLD_EPS, FlatParameters, Outcome, Rates, adam_step, squared_norm

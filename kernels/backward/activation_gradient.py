@@ -43,7 +43,7 @@ def activation_gradient(
     """Write the gradient of rows with an activation due, given that of the activation.
 
     Args:
-        d: (G, E, n, D), contiguous in its last dim.
+        d: (G, E, n, D), contiguous in its last dim; may be `out.x` itself.
         below: (G, E, n, D) rows, Mish or SimNorm due.
         out: where to; same shape, with sums.
         columns: width of a tile, and so of its sums; None takes this kernel's own.

@@ -28,7 +28,6 @@ from ..device.statistics import LAYER_NORM_EPS, merge_statistics
 from ..layers.linear_tile import MISH
 from ..layers.rows import LEAST_COLUMNS, PLAIN, Keep, Layer, Rows, Source, keeping, source
 
-
 _CHUNKS = (64, 16)
 """Rows of a step whose shares of db, dγ and dβ are one, where these are computed apart: of few rows, fewer."""
 

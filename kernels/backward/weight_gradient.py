@@ -90,7 +90,9 @@ def weight_gradient_kernel(
         value = tl.load(entry_ptrs(x.x, g, rows, n, cols), mask=value_ok, other=0.0)  # [BK, BN]
         if DUE.IN_ACT:
             in_mean, in_rstd = merge_statistics(row_ptrs(x.stats, g, rows, n), row_ok, K, DUE.IN_TILE, DUE.IN_TILES)
-            value = activate(value.to(tl.float32), in_mean, in_rstd, in_gamma, in_beta, DUE.IN_ACT, DUE.V, TILE.INTERPRETED)
+            value = activate(
+                value.to(tl.float32), in_mean, in_rstd, in_gamma, in_beta, DUE.IN_ACT, DUE.V, TILE.INTERPRETED
+            )
         value = operand(value, BFLOAT16, TILE)
         if TILE.INTERPRETED:
             d, value = d.to(tl.float32), value.to(tl.float32)

@@ -57,7 +57,7 @@ def exponential(x, INTERPRETED: tl.constexpr):
 
 @jit
 def quotient(x, y, INTERPRETED: tl.constexpr):
-    """Return x / y by the reciprocal of y, from 2^-126 to 2^126, in one instruction: within two units in the last place."""
+    """Return x / y by the reciprocal of y, which is from 2^-126 to 2^126: within two units in the last place."""
     if INTERPRETED:
         return x / y
     return x * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, True, 1)

@@ -73,4 +73,6 @@ def clusters_compiled(size: int) -> Iterator[None]:
 def check_clustered(compiled: Any) -> None:
     """Refuse a kernel that was compiled, or cached, without its directive: its programs would not wait."""
     if ".reqnctapercluster" not in compiled.asm["ptx"]:
-        raise RuntimeError("cluster: Triton compiled the kernel without it, allowed: versions whose stages can be added to")
+        raise RuntimeError(
+            "cluster: Triton compiled the kernel without it, allowed: versions whose stages can be added to"
+        )

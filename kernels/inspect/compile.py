@@ -160,7 +160,9 @@ def specialisation(launch: Launch) -> Specialisation:
             signature[name] = type_of(values[name], (i,))
     options = {k: v for k, v in launch.options.items() if k in COMPILER_OPTIONS}
     options.setdefault("enable_fp_fusion", True)  # as `launch` does
-    return Specialisation(kernel.fn.__module__, launch.name, signature, constants, attributes, options, fixed, launch.cluster)
+    return Specialisation(
+        kernel.fn.__module__, launch.name, signature, constants, attributes, options, fixed, launch.cluster
+    )
 
 
 def compile_specialisation(spec: Specialisation, arch: int) -> Compiled:

@@ -89,7 +89,8 @@ class Warp:
 
     def __init__(self, arguments: bytes, arch: int, program: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
         start, size = _PARAMETERS[arch], _GRID[arch]
-        self._constants = {start + at: x for at, x in _words(arguments)} | {size + at: x for at, x in _words(_packed(grid))}
+        self._constants = {start + at: x for at, x in _words(arguments)}
+        self._constants |= {size + at: x for at, x in _words(struct.pack("<3I", *grid))}
         self._registers: dict[str, int] = {}
         self._predicates: dict[str, bool] = {}
         special = {"SR_TID": (0, 0, 0), "SR_CTAID": program, "SR_NCTAID": grid}
@@ -190,10 +191,6 @@ class Warp:
     def predicates(self, mask: int) -> int:
         """Return those predicates of `mask` as bits."""
         return sum(self.truth(f"P{i}") << i for i in range(7) if mask >> i & 1)
-
-
-def _packed(words: tuple[int, ...]) -> bytes:
-    return struct.pack(f"<{len(words)}I", *words)
 
 
 def _words(data: bytes) -> Iterator[tuple[int, int]]:

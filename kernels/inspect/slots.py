@@ -127,7 +127,7 @@ def examine(spec: Specialisation, arch: int, calls: tuple[Call, ...]) -> Examine
         faults.append(f"{done.metadata.shared} bytes of shared memory, the chip has {SHARED_LIMIT[arch]}")
     if spec.cluster > 1 and f".reqnctapercluster {spec.cluster}" not in assembly:
         faults.append(f"is no cluster of {spec.cluster}")
-    faults += _in_place(spec)
+    faults += _in_place(spec.name, spec.tile, spec.options.get("num_warps", 4))
     unique = tuple(dict.fromkeys(faults))
     return Examined(spec.name, arch, spec.label, usage["REG"], done.metadata.shared, unique, found)
 
@@ -155,21 +155,20 @@ def _serial_waits(path: list[sass.Instruction]) -> int:
     return sum(x.name.startswith("WARPGROUP.DEPBAR") and x.operands[-1] == "0x0" for x in path)
 
 
-# Kernels that may write over what they read, and the fields that their tile has.
-_WRITE_OVER = {"activate_kernel": ("BM", "BN"), "norm_gradient_kernel": ("BM", "BN")}
+# Kernels that may write over what they read; their tiles are BM rows of BN columns.
+_WRITE_OVER = ("activate_kernel", "norm_gradient_kernel", "activation_gradient_kernel")
 
 
-def _in_place(spec: Specialisation) -> list[str]:
-    """Find a tile with fewer entries than threads: some load again what others have stored by then."""
-    if spec.name not in _WRITE_OVER:
+def _in_place(name: str, constants: dict[str, Any], warps: int) -> list[str]:
+    """Find a tile with fewer entries than threads: a warp may load again what another has stored by then."""
+    if name not in _WRITE_OVER or warps == 1 or (entries := constants["BM"] * constants["BN"]) >= 32 * warps:
         return []
-    rows, columns = (spec.tile[name] for name in _WRITE_OVER[spec.name])
-    threads = 32 * spec.options.get("num_warps", 4)
-    return [f"{rows * columns} entries for {threads} threads, in place"] if rows * columns < threads else []
+    return [f"{entries} entries for {32 * warps} threads, in place"]
 
 
 def slots(launch: Launch, spec: Specialisation, done: Examined) -> float:
     """Return the least time of a launch, in microseconds."""
     chip, warps = CHIPS[done.arch], spec.options.get("num_warps", 4)
     instructions = done.calls[call_of(launch, spec)].instructions
-    return max(1, launch.programs / chip.processors) * instructions * warps / 4 / chip.gigahertz / 1000
+    cycles: float = max(1, launch.programs / chip.processors) * instructions * warps / 4
+    return cycles / chip.gigahertz / 1000

@@ -38,7 +38,7 @@ def update_work(sizes: UpdateSizes, precision: Precision) -> Work:
 
 
 def dry_update(sizes: UpdateSizes, precision: Precision, arch: int = 90) -> tuple[list[Launch], Counter[str]]:
-    """Return the launches of an update as on a GPU of a compute capability, none of them executed, and torch's operations beside them."""
+    """Return the launches of an update as on a GPU of a compute capability, none executed, and torch's operations."""
     with not_interpreted():
         # Nothing is computed, and no memory taken.
         update = UpdateChain(sizes, How.of_chip(arch, precision), torch.device("meta"))

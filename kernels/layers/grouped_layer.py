@@ -23,7 +23,7 @@ from ..device.reference import reference_of
 from ..device.statistics import merge_statistics
 from .linear_tile import activate, layer_on_tile, prefetch_weights
 from .rows import EACH, LEAST_COLUMNS, PLAIN, Dropout, Finish, Layer, Rows, Slabs, keeping, packed, source
-from .tiles import Tile, finishes, finishing_tile, layer_tile
+from .tiles import STATISTICS, Tile, finishes, finishing_tile, layer_tile, ready_tile
 
 
 @jit
@@ -112,7 +112,13 @@ def grouped_layer(
         if layer.activation == PLAIN:
             raise ValueError("finish: got True, allowed: False, the layer has no LayerNorm")
         in_one = finishing_tile(e * n, groups, d, k, how) if tile is None else finishes(tile, d, how)
-    tile = in_one or tile or layer_tile(e * n, groups, d, k, how.precision.name)
+    if in_one is None and tile is None:
+        sizes = e * n, groups, d, k
+        # What is stored as products take it needs no registers on its way.
+        ready = x is not None and (x.operand or (x.layer is None and x.x.dtype == torch.bfloat16))
+        tile = ready_tile(*sizes, how, STATISTICS) if ready else layer_tile(*sizes, how.precision.name)
+    tile = in_one or tile
+    assert tile is not None
     tile.check(LEAST_COLUMNS, x)
     if d != layer.width or out.stats.shape[:3] != (groups, e, n) or out.stats.shape[3] < cdiv(d, tile.BN):
         raise ValueError(
@@ -137,10 +143,10 @@ def grouped_layer(
     side_rows = out.x if a is None else a[None]
     given = reads, *map(strided, (side_rows, out.x, out.stats, active)), keeping(dropout, out.x)
     per_env = bias is not None and e > 1
-    m, (n, (reads, *buffers, keep)) = e * n, (n, given) if per_env else flattened(e, n, *given)
+    m, (n, (main, *buffers, keep)) = e * n, (n, given) if per_env else flattened(e, n, *given)
     launch(
         grouped_layer_kernel, (cdiv(m, tile.BM) * cdiv(d, tile.BN), groups),
-        reads, packed(layer, slabs, bias), *buffers, m, n, d, k, side, keep,
+        main, packed(layer, slabs, bias), *buffers, m, n, d, k, side, keep,
         HAS_X=x is not None, HAS_SIDE=a is not None, ENV_BIAS=per_env, DUE=due,
         MEMBERS=slabs.members is not None, DROPOUT=dropout is not None, BA=min(pow2(max(side, 1), 16), 64),
         FINISH=ending, cluster=ending.CLUSTER, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,

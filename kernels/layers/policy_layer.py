@@ -93,9 +93,10 @@ def policy_layer(
     if mask is not None and (mask.shape != (e, a) or not mask.is_contiguous()):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: contiguous ({e}, {a})")
     m, given = e * n, (*inputs, strided(eps[None]), strided(out[None]))
-    n, (*inputs, noise, actions) = (n, given) if mask is not None else flattened(e, n, *given)
+    n, (rows, weights, noise, actions) = (n, given) if mask is not None else flattened(e, n, *given)
     launch(
-        policy_layer_kernel, grid, *inputs, noise, eps if mask is None else mask, actions, m, n, layer.weight.shape[-1], a, float(low), float(high), HAS_MASK=mask is not None, **constants,
+        policy_layer_kernel, grid, rows, weights, noise, eps if mask is None else mask, actions,
+        m, n, layer.weight.shape[-1], a, float(low), float(high), HAS_MASK=mask is not None, **constants,
     )  # fmt: skip
 
 

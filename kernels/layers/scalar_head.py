@@ -117,9 +117,9 @@ def scalar_head(
     if gradient is not None and (gradient.shape != (groups, e, n, d) or gradient.stride(-1) != 1):
         raise ValueError(f"gradient: got shape {tuple(gradient.shape)}, allowed: {(groups, e, n, d)}")
     m, given = e * n, (*inputs, strided(out), strided(x.x if gradient is None else gradient))
-    n, (*inputs, scalars, slopes) = flattened(e, n, *given)
+    n, (rows, weights, scalars, slopes) = flattened(e, n, *given)
     launch(
-        scalar_head_kernel, grid, *inputs, scalars, m, n, d, k, float(code.vmin), float(code.vmax), slopes,
+        scalar_head_kernel, grid, rows, weights, scalars, m, n, d, k, float(code.vmin), float(code.vmax), slopes,
         MEMBERS=slabs.members is not None, BINS=min(code.num_bins, 2), GRADIENT=gradient is not None, **constants,
     )  # fmt: skip
 

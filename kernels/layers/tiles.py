@@ -17,6 +17,7 @@ from .rows import Rows
 THROUGHPUT_ROWS = 8192
 """Rows (environments x samples) from which tiles are the largest."""
 
+
 class Product(NamedTuple):
     """Tells how a program computes its product: constants of a kernel."""
 
@@ -70,9 +71,19 @@ _THROUGHPUT = {
     "float32": Tile(32, 32, 32, 8),
 }
 # Of products whose operands are ready, nothing but loads and tensor cores: the first that fills a share of the chip.
-_READY = {
-    "bfloat16": ((Tile(128, 128, 64, 8), 1.0), (Tile(128, 64, 64, 8), 1.0), (Tile(64, 64, 64), 0.35)),
-    "tf32": ((Tile(128, 128, 32, 8), 1.0), (Tile(128, 64, 32, 8), 1.0), (Tile(64, 64, 32), 0.35)),
+_READY: dict[str, tuple[tuple[Tile, float], ...]] = {
+    "bfloat16": (
+        (Tile(128, 256, 64, 8), 1.0),
+        (Tile(128, 128, 64, 8), 1.0),
+        (Tile(128, 64, 64, 8), 1.0),
+        (Tile(64, 64, 64), 0.35),
+    ),
+    "tf32": (
+        (Tile(128, 256, 32, 8), 1.0),
+        (Tile(128, 128, 32, 8), 1.0),
+        (Tile(128, 64, 32, 8), 1.0),
+        (Tile(64, 64, 32), 0.35),
+    ),
     "float32": (),
 }
 _HEAD_ROWS = {"bfloat16": (64, 64), "tf32": (64, 32), "float32": (32, 16)}
@@ -132,7 +143,7 @@ def finishing_tile(rows: int, groups: int, columns: int, depth: int, how: How) -
         bm = min(bm, 32 if bn == 64 else 16) if precision == "float32" else min(bm, 64) if bn == _WIDEST else bm
         if cdiv(rows, bm) * cdiv(columns, bn) * groups >= chosen.fills * PROCESSORS:
             break
-    warps = 8 if bm * bn >= 8192 or precision == "float32" or not aligned else 4
+    warps = 8 if bm * bn >= 8192 or bn == _WIDEST or precision == "float32" or not aligned else 4
     return finishes(_shallow(Tile(bm, bn, bk if aligned else 32, warps), depth), columns, how)
 
 
@@ -157,16 +168,25 @@ def weight_gradient_tile(width: int, groups: int, columns: int, rows: int, preci
     return _narrower(tile, _WEIGHT_DEPTH[precision], 2 if precision == "bfloat16" else tile.stages)
 
 
-def ready_tile(rows: int, groups: int, columns: int, depth: int, precision: str, through: bool = False) -> Tile:
-    """Return the tile of a product of ready operands.
+# The widest tile where what is done with the result takes registers: its statistics, an activation's gradient.
+BARE, STATISTICS, GRADIENT = 256, 128, 64
 
-    It is of `rows` x `columns`, times `groups`, over `depth`. through: the result goes through an
-    activation's gradient, which takes registers.
+
+def ready_tile(rows: int, groups: int, columns: int, depth: int, how: How, widest: int = BARE) -> Tile:
+    """Return the tile of a product of ready operands: `rows` x `columns`, times `groups`, over `depth`.
+
+    widest: `BARE`, `STATISTICS` or `GRADIENT`. Chips without clusters hold the operands in registers, too.
     """
-    for tile, fills in () if on_cpu() or depth % _ALIGNED else _READY[precision][through:]:
-        if cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= fills * PROCESSORS:
+    precision = how.precision.name
+    for tile, fills in () if on_cpu() or depth % _ALIGNED else _READY[precision]:
+        fits = (widest if how.clusters else min(widest, STATISTICS)) >= tile.BN
+        if fits and cdiv(rows, tile.BM) * cdiv(columns, tile.BN) * groups >= fills * PROCESSORS:
             return _shallow(tile, depth)
     return layer_tile(rows, groups, columns, depth, precision)
+
+
+WIDE = 2048
+"""Columns from which a gradient goes through its activation in a launch of its own, for its product's tile's sake."""
 
 
 def _narrower(tile: Tile, depth: int, stages: int) -> Tile:

@@ -48,7 +48,9 @@ def two_hot_loss_kernel(
         at = symlog(goal)
         # NaN stays in `share`, where the loss shows it, and has no bin.
         # Rounded as torch rounds: an approximate quotient may lie beyond the last bin.
-        position = tl.div_rn(tl.minimum(tl.maximum(at, vmin), vmax) - vmin, tl.div_rn(vmax - vmin, (D - 1).to(tl.float32)))
+        position = tl.div_rn(
+            tl.minimum(tl.maximum(at, vmin), vmax) - vmin, tl.div_rn(vmax - vmin, (D - 1).to(tl.float32))
+        )
         position = tl.where(at == at, position, 0.0)
         lower = tl.floor(position)
         share = tl.where(at == at, position - lower, at)

@@ -90,10 +90,9 @@ class PlanChain:
                 self.first_prior_action(shared)
             self.begin()
         for i in range(self.sizes.iterations):
-            with self._annotate("iteration"):
-                with by_sample(self.sizes.num_samples):
-                    self.rollout(None, shared, 0 if i == 0 else self.sizes.num_pi_trajs, act=i == 0)
-                    self.terminal_value(i)
+            with self._annotate("iteration"), by_sample(self.sizes.num_samples):
+                self.rollout(None, shared, 0 if i == 0 else self.sizes.num_pi_trajs, act=i == 0)
+                self.terminal_value(i)
             if observe:
                 observe("values")
             last = i == self.sizes.iterations - 1

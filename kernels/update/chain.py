@@ -32,6 +32,7 @@ from ..backward.norm_gradient import add_up, norm_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
 from ..device.draw import draw
 from ..device.launch import How, host, native
+from ..layers import tiles
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
 from ..layers.scalar_head import scalar_head
@@ -288,7 +289,7 @@ class UpdateChain:
         last = slice(h - 1, h)
         # Steps are read together afterwards, so their sums are of tiles of one width.
         sizes = self.sizes.batch, 1, z, self.sizes.mlp_dim
-        tile = self._tile(*sizes, True) or input_gradient_tile(*sizes, self.how.precision.name)
+        tile = self._tile(*sizes, tiles.GRADIENT) or input_gradient_tile(*sizes, self.how.precision.name)
         d = activation_gradient(
             state.d_x[:, h:, :, :z], third.steps(last), d_third.steps(last), columns=tile.BN, pdl=self.how.pdl
         )
@@ -312,8 +313,8 @@ class UpdateChain:
                 assert g.vectors is not None
                 add_up(g.vectors, grads, pdl=self.how.pdl)
         else:
-            tiles = below_first.tile, below_second.tile, tile.BN
-            whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, rolled, tiles, strict=True)]
+            widths = below_first.tile, below_second.tile, tile.BN
+            whole = [Gradient(g.x, g.sums, r, n) for g, r, n in zip(state.d_dynamics, rolled, widths, strict=True)]
         inputs = [Rows(self.inputs.x[:, :h]), first, second]
         for gradient, x, layer, grads in zip(whole, inputs, net.layers, net.grads, strict=True):
             self._weights(gradient, x, layer, grads)
@@ -380,9 +381,18 @@ class UpdateChain:
     ) -> Rows:
         groups, e, n, d = out.x.shape
         finish = out.active is not None
-        tile = None if finish else self._tile(e * n, groups, d, layer.weight.shape[-1])
+        tile = None if finish else self._tile(e * n, groups, d, layer.weight.shape[-1], tiles.STATISTICS)
         return grouped_layer(
-            x.ready(), None, layer, out, how=self.how, slabs=slabs, dropout=dropout, finish=finish, exact=exact, tile=tile
+            x.ready(),
+            None,
+            layer,
+            out,
+            how=self.how,
+            slabs=slabs,
+            dropout=dropout,
+            finish=finish,
+            exact=exact,
+            tile=tile,
         )
 
     def _inputs(
@@ -397,6 +407,12 @@ class UpdateChain:
         tile: Tile | None = None,
     ) -> Gradient:
         written, e, n, width = out.x.shape
+        if self._once and below is not None and width >= tiles.WIDE:
+            self._inputs(gradient, layer, None, Gradient(out.x), slabs, first, add)
+            return activation_gradient(out.x, below, out, pdl=self.how.pdl)
+        # A sum over groups holds the pointers of each.
+        summed = written < gradient.x.shape[0]
+        widest = tiles.GRADIENT if below is not None else tiles.STATISTICS if summed else tiles.BARE
         return input_gradient(
             gradient,
             layer,
@@ -406,14 +422,14 @@ class UpdateChain:
             slabs=slabs,
             first=first,
             add=add,
-            tile=tile or self._tile(e * n, written, width, layer.width, below is not None),
+            tile=tile or self._tile(e * n, written, width, layer.width, widest),
         )
 
     def _weights(self, gradient: Gradient, x: Rows, layer: Layer, out: LayerGradient) -> None:
         groups, d, k = out.weight.shape
         if self._once and out.ln_weight is not None:
             out = replace(out, bias=None)  # it came with the LayerNorm's gradient
-        tile = self._tile(d, groups, k, gradient.x.shape[1] * gradient.x.shape[2])
+        tile = self._tile(d, groups, k, gradient.x.shape[1] * gradient.x.shape[2], tiles.BARE)
         weight_gradient(gradient, x.ready(), layer, out, how=self.how, tile=tile)
 
     def _finished(self, gradient: Gradient, out: LayerGradient | None = None) -> Gradient:
@@ -426,9 +442,9 @@ class UpdateChain:
             add_up(gradient.vectors, out, pdl=self.how.pdl)
         return done
 
-    def _tile(self, rows: int, groups: int, columns: int, depth: int, through: bool = False) -> Tile | None:
+    def _tile(self, rows: int, groups: int, columns: int, depth: int, widest: int) -> Tile | None:
         """Return the tile of a product whose operands are ready; None leaves it to its kernel's table."""
-        return ready_tile(rows, groups, columns, depth, self.how.precision.name, through) if self._once else None
+        return ready_tile(rows, groups, columns, depth, self.how, widest) if self._once else None
 
     def _dropout(self, keep: Tensor, first: int) -> Dropout:
         return Dropout(keep, 1 / (1 - self.sizes.dropout), first)

@@ -18,7 +18,9 @@ from update_oracle import check_gradients, random_batch
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import BackendError, InputError, NonFiniteError
-from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS, why_not
+from tdmpc2_fast.kernels.device import launch
+from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS, log_launches, why_not
+from tdmpc2_fast.kernels.layers import tiles
 from tdmpc2_fast.kernels.update import optim
 from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.reference import ReferenceAgent
@@ -81,6 +83,14 @@ def test_updates_the_other_way_equal_the_reference(name: str, livened: Liven) ->
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_gradients_the_other_way_are_as_exact_as_torch(precision: str, livened: Liven) -> None:
     check_gradients(CONFIGS["episodic"], precision, livened)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_of_very_wide_layers(precision: str, livened: Liven, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "WIDE", 1)
+    with log_launches() as log:
+        check_gradients(CONFIGS["episodic"], precision, livened)
+    assert sum(x.name == "activation_gradient_kernel" for x in log) > 1 or launch.native()
 
 
 def check_updates(cfg: Config, livened: Liven) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tdmpc2_fast.kernels.device.launch import How, Precision, log_launches
-from tdmpc2_fast.kernels.inspect.plan_work import dry_plan, plan_work
+from tdmpc2_fast.kernels.inspect.plan_work import plan_work
 from tdmpc2_fast.kernels.inspect.published import plan_sizes
 from tdmpc2_fast.kernels.inspect.work import launch_work
 from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer
