@@ -102,8 +102,9 @@ gpu:             ## all a GPU has to show, with the torch and triton of PYTHON; 
 wheels:          ## fetch what a GPU machine without network lacks, for `make gpu WHEELS=`; FOR=3.12 INTO= HAS="lxml"
 	@$(PYTHON) -P benchmarks/gpu/wheels.py for=$(FOR) into=$(INTO) "has=$(HAS)"
 
-report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, shared memory
+report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, what plans and updates cost
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.kernels.report
+	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.benchmarks.static
 
 bench: setup     ## plan and update against the reference, eager and compiled; OFFICIAL=, JAX=CHECKOUT add theirs
 	$(BIN)/tdmpc2-fast bench $(BENCH) $(THEIRS)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..device.launch import Launch
+from ..device.launch import Launch, flat
 from . import sass
 from .compile import SHARED_LIMIT, Specialisation, build, cuobjdump, resource_usage
 
@@ -121,6 +121,7 @@ def examine(spec: Specialisation, arch: int, calls: tuple[Call, ...]) -> Examine
         path = [program[i] for i in walks[0].path]
         found[call] = Executed(total, mma, _serial_waits(path))
         faults += _early(path) if spec.options.get("launch_pdl") else []
+        faults += _serial(found[call]) if arch == 90 and flat(spec.tile).get("READY") else []
     if spills := usage["STACK"] + usage["LOCAL"]:
         faults.append(f"spills {spills} bytes a thread")
     if done.metadata.shared > SHARED_LIMIT[arch]:
@@ -153,6 +154,11 @@ def _early(path: list[sass.Instruction]) -> list[str]:
 def _serial_waits(path: list[sass.Instruction]) -> int:
     """Count the waits that leave no tensor instruction in flight."""
     return sum(x.name.startswith("WARPGROUP.DEPBAR") and x.operands[-1] == "0x0" for x in path)
+
+
+def _serial(done: Executed) -> list[str]:
+    """Find products of ready operands that wait for each other: of a step a product, or of each product."""
+    return [f"{done.waits} waits for {done.tensor} products"] if done.waits > max(done.tensor / 8, 3) else []
 
 
 # Kernels that may write over what they read; their tiles are BM rows of BN columns.

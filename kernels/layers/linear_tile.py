@@ -130,12 +130,13 @@ def layer_on_tile(
     BM: tl.constexpr = TILE.BM  # in a shape Triton 3.6 takes names of constants, not fields
     BN: tl.constexpr = TILE.BN
     acc = tl.zeros((BM, BN), tl.float32)
-    if HAS_SIDE:
-        a_ptrs, side_ptr = row_ptrs(a, g, rows, n), w.side_ptr + slab * D * A
-        acc = add_small_product(acc, a_ptrs, row_ok, side_ptr, cols, col_ok, A, BA, TILE)
     if HAS_X:
         w_ptr = w.ptr + slab * D * K
         acc = add_product(acc, x, g, rows, n, row_ok, w_ptr, cols, col_ok, K, DUE, TILE)
+    # Second: a sum that begins with another product has each step wait for the one before.
+    if HAS_SIDE:
+        a_ptrs, side_ptr = row_ptrs(a, g, rows, n), w.side_ptr + slab * D * A
+        acc = add_small_product(acc, a_ptrs, row_ok, side_ptr, cols, col_ok, A, BA, TILE)
     acc += bias
     if DROPOUT:
         acc = dropped(acc, keep, g, rows, n, row_ok[:, None] & col_ok[None, :], cols)

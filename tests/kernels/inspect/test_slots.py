@@ -145,6 +145,11 @@ def test_a_walk_without_an_end_says_so() -> None:
         sass.walk(program("BRA 0x0"), warp())
 
 
+def test_products_that_wait_for_each_other_are_a_fault() -> None:
+    assert slots._serial(slots.Executed(2000.0, 32, 1)) == []
+    assert slots._serial(slots.Executed(2000.0, 33, 33)) == ["33 waits for 33 products"]
+
+
 def test_memory_before_the_wait_is_a_fault() -> None:
     early = program("LDG.E R5, [R6.64]\nACQBULK\nEXIT")
     late = program("LDC R5, c[0x0][0x210]\nACQBULK\nLDG.E R5, [R6.64]\nEXIT")
