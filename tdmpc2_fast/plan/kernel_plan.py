@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -14,6 +16,7 @@ from ..errors import InputError
 from ..model.task_embedding import look_up
 from ..model.world_model import WorldModel
 from ..rng import PlanNoise
+from ..runtime.access import access_to
 from ..runtime.backend import matmul_precision, plan_precision
 from ..runtime.on_device import OnDevice
 from ..runtime.profiling import annotate
@@ -63,7 +66,7 @@ class KernelPlan(PlanBackend):
         self._refresh()
         inputs.rng.copy_(torch.tensor([stream_seed(seed, "plan"), 0]))
         self._device = OnDevice(device, "Planner")
-        with self._device.turn():
+        with self._device.turn(), self._turn_at_parameters():
             self._capture()
 
     def _capture(self) -> None:
@@ -74,6 +77,12 @@ class KernelPlan(PlanBackend):
     def _refresh(self) -> None:
         """Pack the weights anew if they have changed."""
         self._stale = self._packed.refresh() or self._stale
+
+    def _turn_at_parameters(self) -> AbstractContextManager[None]:
+        """Return what a whole plan is made in: one from packed weights alone only reads while it packs."""
+        if self._task is not None:  # looking rows of the embedding up renormalises them
+            return access_to(self.model).writing()
+        return nullcontext() if self._images is None else access_to(self.model).reading()
 
     def _addresses(self) -> list[int]:
         """Return where the model's tensors are that a plan reads, or renormalises, without a packed copy."""
@@ -102,7 +111,7 @@ class KernelPlan(PlanBackend):
         obs, t0, eval_mode, task, noise, trace = request
         inputs = self.chain.inputs
         self._device.check(self.model.device, self.model.dtype)
-        with self._device.turn():
+        with self._device.turn(), self._turn_at_parameters():
             self._refresh()
             if self._addresses() != self._read:
                 # They were put elsewhere (`load_state_dict(assign=True)`): the graph has the old ones.
@@ -176,7 +185,7 @@ class KernelPlan(PlanBackend):
     @torch.no_grad()
     def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         chain = self.chain
-        with self._device.turn():
+        with self._device.turn(), self._turn_at_parameters():
             self._refresh()
             if self._task is not None:
                 assert task is not None

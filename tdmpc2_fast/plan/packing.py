@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from tdmpc2_fast.kernels.layers.rows import Layer
 from tdmpc2_fast.kernels.plan.buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanSizes, PlanWeights
 
 from ..model.world_model import WorldModel
+from ..runtime.access import access_to
 
 
 @cache
@@ -57,6 +59,12 @@ class PackedModel:
         # What another process writes into shared memory advances no counter here.
         if version == self._version and not any(p.is_shared() for p in parameters if p.device.type == "cpu"):
             return False
+        with access_to(self.model).reading():
+            self._copy(parameters, version)
+        self._version = version
+        return True
+
+    def _copy(self, parameters: Sequence[Tensor], version: list[tuple[int, int]]) -> None:
         # Addresses of then: `share_memory_` moves a tensor and what was detached from it.
         if self._table is None or [at for _, at in self._version or []] != [at for _, at in version]:
             with torch.no_grad():
@@ -64,8 +72,6 @@ class PackedModel:
             # Held until the next time, so that no other parameter can come to lie at an address of these.
             self._seen = [p.detach() for p in parameters]
         self._table.copy()
-        self._version = version
-        return True
 
     def stale(self) -> None:
         """Have the next `refresh` copy, whatever the version counters say."""

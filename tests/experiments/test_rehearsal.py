@@ -102,6 +102,66 @@ assert x.tolist() == [10, 10, 10]
 with pytest.raises(ValueError, match="cpu tensor"):
     launch(double, (3,), h, pdl=True)
 """,
+    streams="""
+import streams
+a, b, event = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Event()
+def work(stream):
+    with torch.cuda.stream(stream):
+        x.copy_(x)
+    return streams.done[-1]
+first, second = work(a), work(b)
+assert not streams.ordered(first, second) and streams.ordered(first, work(a))
+event.record(a)
+event.query()
+assert not streams.ordered(first, work(b))
+b.wait_event(event)
+assert streams.ordered(first, work(b)) and not streams.ordered(work(a), work(b))
+last = work(a)
+torch.cuda.synchronize()
+assert streams.ordered(last, work(b))
+""",
+    access="""
+import rehearsal, streams
+from conftest import tiny_config, tiny_multitask
+from test_gpu import of_pixels
+from update_oracle import random_batch
+from tdmpc2_fast import TDMPC2
+writer, reader = torch.cuda.Stream(), torch.cuda.Stream()
+def on(stream, call):
+    start = len(streams.done)
+    with torch.cuda.stream(stream):
+        call()
+    return [w for w in streams.done[start:] if w.stream is stream]
+def the(work, what):
+    return [w for w in work if w.what == what][-1]
+def waits(before, after):
+    return streams.ordered(before, after)
+with rehearsal.without_kernels():
+    for cfg in (tiny_config(device="cuda"), tiny_multitask(device="cuda"), of_pixels(device="cuda")):
+        agent = TDMPC2(cfg)
+        batch, task = random_batch(cfg, torch.device("cuda")), 0 if cfg.multitask else None
+        obs = torch.zeros(1, *cfg.observation_shape)
+        update = lambda: agent.updater.step(batch)
+        plan = lambda: agent.planner.plan(obs, True, task=task)
+        on(writer, update)
+        torch.cuda.synchronize()
+        wrote = the(on(writer, update), "replay")
+        planned = on(reader, plan)
+        assert waits(wrote, the(planned, "copy_table_kernel")), cfg.obs
+        # What is not packed is read by the replay itself.
+        read = "copy_table_kernel" if cfg.obs == "state" and task is None else "replay"
+        again = on(writer, update)
+        assert waits(the(planned, read), the(again, "replay")), cfg.obs
+        on(reader, plan)
+        planned = the(on(reader, plan), "replay")
+        assert waits(planned, the(on(writer, update), "replay")) == (read == "replay")
+        kept = agent.model.state_dict().items()
+        state = {k: v + 1 if torch.is_tensor(v) and v.dim() else v for k, v in kept}
+        packed = the(on(reader, plan), "copy_table_kernel")
+        loaded = on(writer, lambda: agent.load(state))
+        assert waits(packed, the(loaded, "copy_"))
+        assert waits(the(loaded, "copy_"), the(on(reader, plan), "copy_table_kernel"))
+""",
 )
 
 
