@@ -58,7 +58,8 @@ class OnDevice:
         if self._native:
             return TapedFunction(run)
         kept = [(x, x.clone()) for x in written]
-        graph = GraphedFunction(run, self.device, self._who)
-        for x, before in kept:
-            x.copy_(before)
-        return graph
+        try:
+            return GraphedFunction(run, self.device, self._who)
+        finally:
+            for x, before in kept:
+                x.copy_(before)

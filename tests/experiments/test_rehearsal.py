@@ -120,6 +120,56 @@ last = work(a)
 torch.cuda.synchronize()
 assert streams.ordered(last, work(b))
 """,
+    falling_back="""
+import warnings
+from tdmpc2_fast.runtime.cuda_graph import GraphedFunction
+calls = []
+def graphed(error, times, message="fails"):
+    calls.clear()
+    def fn():
+        calls.append(error)
+        if len(calls) <= times:
+            raise error(message)
+        x.add_(1)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        made = GraphedFunction(fn, x.device, "test")
+    return made, [str(w.message) for w in found]
+for error in (RuntimeError, torch.AcceleratorError, torch.cuda.OutOfMemoryError):
+    made, said = graphed(error, 1)
+    assert not made.captured and made.why_eager == "warm-up failed: fails", made.why_eager
+    assert said == ["test: warm-up failed: fails; running eagerly, which is slower"], said
+    before = x[0].item()
+    made()
+    assert x[0].item() == before + 1
+    # What fails eagerly, too, is no matter of graphs.
+    with pytest.raises(error, match="fails") as raised:
+        graphed(error, 9)
+    assert "test: its kernels cannot run on cuda:0, captured or not" in raised.value.__notes__[0]
+# What is no error of the device is none to fall back for.
+with pytest.raises(ValueError, match="fails"):
+    graphed(ValueError, 1)
+assert len(calls) == 1
+assert graphed(ValueError, 0)[0].captured
+# A device that failed for good is said to have, whether in warm-up or in capture.
+def dead(*_):
+    if calls:
+        raise torch.AcceleratorError("an illegal memory access")
+for in_capture in (False, True):
+    calls.clear()
+    alive, capture = torch.cuda.synchronize, torch.cuda.graph
+    def fn():
+        if torch.cuda.is_current_stream_capturing() or not in_capture:
+            calls.append(fn)
+            torch.cuda.synchronize = dead
+            dead()
+    try:
+        with pytest.raises(torch.AcceleratorError, match="illegal"):
+            GraphedFunction(fn, x.device, "test")
+    finally:
+        torch.cuda.synchronize = alive
+    assert len(calls) == 1
+""",
     access="""
 import rehearsal, streams
 from conftest import tiny_config, tiny_multitask
