@@ -58,6 +58,7 @@ class TorchPlan(PlanBackend):
         self._discounts = torch.tensor(cfg.discounts, device=model.device, dtype=model.dtype)
 
     @override
+    @torch.no_grad()
     def plan(self, request: PlanRequest) -> Tensor:
         device = self.model.device
         t0, evaluate = (torch.as_tensor(x).to(device).expand(self.num_envs) for x in (request.t0, request.eval_mode))

@@ -32,10 +32,12 @@ class OnDevice:
             with natively(self._native):
                 yield
             return
-        with torch.cuda.device(self.device):
-            torch.cuda.current_stream().wait_event(self._done)
+        index = self.device.index  # a number is found in no time
+        with torch.cuda.device(index):
+            stream = torch.cuda.current_stream(index)
+            stream.wait_event(self._done)
             yield
-            self._done.record()
+            self._done.record(stream)
 
     def is_done(self, wait: bool) -> bool:
         """Tell whether the kernels of the last turn are through, or `wait` until they are."""

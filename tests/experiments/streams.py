@@ -134,6 +134,11 @@ def host_waits(what: str, stream: Stream | None = None, asked: bool = False) -> 
         _merge(_host, each.clock)
 
 
+def host_saw(work: Work) -> bool:
+    """Tell whether the host has waited for a piece of work."""
+    return _host.get(id(work.stream), 0) >= work.at
+
+
 def ordered(before: Work, after: Work) -> bool:
     """Tell whether one piece of work is over when another begins, on any device."""
     return after.clock.get(id(before.stream), 0) >= before.at
