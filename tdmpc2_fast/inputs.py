@@ -32,7 +32,8 @@ def as_tensor(value: Any, name: str) -> Tensor:
         if value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
             what = f"{value.layout} tensor" if value.layout != torch.strided else f"tensor on {value.device}"
             raise InputError(f"{name}: got a {what} of {value.dtype}, allowed: a dense tensor of real numbers")
-        return value.detach() if value.requires_grad else value
+        found = value.detach() if value.requires_grad else value
+        return found.resolve_neg() if found.is_neg() else found  # arrays know no such views
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as e:

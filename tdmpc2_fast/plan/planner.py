@@ -47,7 +47,7 @@ class Planner:
     more than a dozen plans ahead.
 
     One planner serves one thread: a call while another runs is refused. Planners of their own
-    may run in threads of their own, on one model. A copy or a pickle takes warm start and random
+    may run in threads and on streams of their own, on one model. A copy or a pickle takes warm start and random
     streams along, and builds the rest anew around its model.
 
     Args:

@@ -36,8 +36,10 @@ class OnDevice:
         with torch.cuda.device(index):
             stream = torch.cuda.current_stream(index)
             stream.wait_event(self._done)
-            yield
-            self._done.record(stream)
+            try:
+                yield
+            finally:  # what was sent before an error is at work, too
+                self._done.record(stream)
 
     def is_done(self, wait: bool) -> bool:
         """Tell whether the kernels of the last turn are through, or `wait` until they are."""

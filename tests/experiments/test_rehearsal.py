@@ -116,6 +116,14 @@ event.query()
 assert not streams.ordered(first, work(b))
 b.wait_event(event)
 assert streams.ordered(first, work(b)) and not streams.ordered(work(a), work(b))
+from tdmpc2_fast.runtime.on_device import OnDevice
+turns, last = OnDevice(x.device, "test"), []
+with pytest.raises(KeyError), torch.cuda.stream(a), turns.turn():
+    last.append(work(a))
+    raise KeyError
+assert not streams.ordered(last[0], work(b))
+with torch.cuda.stream(b), turns.turn():
+    assert streams.ordered(last[0], work(b))
 last = work(a)
 torch.cuda.synchronize()
 assert streams.ordered(last, work(b))
@@ -200,6 +208,12 @@ with rehearsal.without_kernels():
             # Pinned memory is written again when its last copy is over, and the host waits for no newer plan.
             assert i < 32 or streams.host_saw(copies[i - 32])
             assert not streams.host_saw(copies[max(0, i - 15)]), i
+        huge = torch.full((2, *cfg.observation_shape), 3e38)  # whose sum is not finite
+        negated = torch.complex(huge, huge).conj().imag
+        assert negated.is_neg()
+        for obs in (huge, negated):
+            agent.planner.plan(obs, task=0)
+            assert torch.equal(inputs.obs.cpu(), obs)
         with pytest.raises(InputError, match="obs: got nan at index .0, 1."):
             agent.planner.plan(torch.tensor([[1.0, float("nan")] + [0.0] * (cfg.observation_shape[0] - 2)] * 2), task=0)
 """,
