@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ def as_tensor(value: Any, name: str) -> Tensor:
     Raises:
         InputError: anything else, by `name`.
     """
+    if type(value) is np.ndarray and value.dtype is _FLOAT32 and value.flags.carray:  # as most come
+        return torch.from_numpy(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(x, Tensor) for x in value):
         try:
             value = torch.stack(tuple(value))
@@ -29,7 +32,8 @@ def as_tensor(value: Any, name: str) -> Tensor:
         if value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
             what = f"{value.layout} tensor" if value.layout != torch.strided else f"tensor on {value.device}"
             raise InputError(f"{name}: got a {what} of {value.dtype}, allowed: a dense tensor of real numbers")
-        return value.detach() if value.requires_grad else value
+        found = value.detach() if value.requires_grad else value
+        return found.resolve_neg() if found.is_neg() else found  # arrays know no such views
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as e:
@@ -42,6 +46,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
     return torch.from_numpy(np.require(array, wider or array.dtype.newbyteorder("="), ["C", "W"]))
 
 
+_FLOAT32 = np.dtype("float32")
 _NATIVE = ("uint8", "float16", "float32", "float64")
 
 
@@ -63,7 +68,8 @@ def observation(obs: Any, cfg: Config, name: str = "obs") -> Tensor:
 
 def finite(x: Tensor, name: str) -> Tensor:
     """Return x, or raise an `InputError` with the first entry that is not finite."""
-    if not bool(torch.isfinite(x).all()):
+    # The sum of numbers one of which is not finite is not finite; it takes a quarter of the time.
+    if not math.isfinite(x.sum()) and not bool(torch.isfinite(x).all()):
         bad = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise InputError(f"{name}: got {x[tuple(bad)].item()} at index {bad}, allowed: finite numbers")
     return x
@@ -93,9 +99,9 @@ def check_obs(obs: Any, cfg: Config, leading: tuple[int, ...], dtype: torch.dtyp
     """
     found = observation(obs, cfg)
     shape = leading + cfg.observation_shape
-    if tuple(found.shape) != shape:
+    if found.shape != shape:
         raise InputError(f"obs: got shape {tuple(found.shape)}, allowed: {shape}")
-    if cfg.obs == "state":
+    if cfg.obs == "state" and found.dtype != dtype:
         found = found.to(dtype)
     # Only where it is free: on an accelerator the check would make the host wait.
     if found.device.type != "cpu":

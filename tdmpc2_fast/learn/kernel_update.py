@@ -84,9 +84,10 @@ class KernelUpdate(UpdateBackend):
         if self._tasks is not None:
             written += [self._tasks.weight, self._tasks.grad]
         chain.inputs.flag.fill_(_FAILED_BEFORE)
-        graph = self._device.captured(run, written)
-        chain.inputs.flag.zero_()
-        return graph
+        try:
+            return self._device.captured(run, written)
+        finally:
+            chain.inputs.flag.zero_()
 
     @property
     def why_eager(self) -> str | None:

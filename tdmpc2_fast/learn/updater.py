@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError, kind_of
 from ..model.world_model import WorldModel, model_checked
 from ..rng import UpdateNoise
+from ..runtime.access import access_to
 from ..runtime.backend import Backend
 from ..runtime.by_value import by_value, from_values
 from ..runtime.chosen import Chosen
@@ -43,7 +44,8 @@ class Updater:
     def _by_kernels(self) -> UpdateBackend:
         from .kernel_update import KernelUpdate
 
-        return KernelUpdate(self.model)
+        with access_to(self.model).writing():
+            return KernelUpdate(self.model)
 
     @property
     def _update(self) -> UpdateBackend:
@@ -78,14 +80,16 @@ class Updater:
         """
         batch = batch.checked(self.cfg)
         # Kernels fail when they are captured, which changes no parameter.
-        return self._chosen.run(lambda update: update.step(batch, noise, trace))
+        with access_to(self.model).writing():
+            return self._chosen.run(lambda update: update.step(batch, noise, trace))
 
     @undisturbed
     def step_on(self, buffer: Sampler) -> dict[str, Tensor]:
         """Train on a batch from a buffer; kernels draw it themselves from a `ReplayBuffer` on their device."""
         if not hasattr(buffer, "sample"):
             raise InputError(f"buffer: got {kind_of(buffer)}, allowed: a ReplayBuffer or the official Buffer")
-        metrics = self._chosen.run(lambda update: update.step_from(buffer))
+        with access_to(self.model).writing():
+            metrics = self._chosen.run(lambda update: update.step_from(buffer))
         return self.step(Batch(*buffer.sample())) if metrics is None else metrics
 
     def state(self) -> dict[str, Tensor]:
@@ -129,4 +133,5 @@ class Updater:
     @undisturbed
     def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
         """Return r + gamma (1 - terminated) min of two target critics at a policy action: (H, B, 1)."""
-        return self._update.td_target(next_z, batch, eps, members)
+        with access_to(self.model).writing():  # what others did to the parameters is taken in first
+            return self._update.td_target(next_z, batch, eps, members)

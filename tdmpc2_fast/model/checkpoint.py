@@ -24,6 +24,7 @@ from torch import Tensor
 from ..compat.state_dict import dims, from_official_entries, tensors_only, unwrapped
 from ..config import DEFAULT_DIMS, MODEL_SIZES, Config
 from ..errors import CheckpointError, ConfigError, InputError, kind_of, warn
+from ..runtime.access import access_to
 from ..runtime.backend import on_this_machine
 from .files import as_bytes, read_tensors, replacing, write_tensors
 from .world_model import WorldModel
@@ -143,7 +144,8 @@ def load_into(
                 f"checkpoint {name}: {key} is {float(theirs)}, this config has {float(own)}; "
                 "set log_std_min and log_std_max to the checkpoint's"
             )
-    model.load_state_dict(cast)
+    with access_to(model).writing():
+        model.load_state_dict(cast)
     if taken_off:
         note(f"checkpoint {name}: taken off to find the model: {taken_off}")
 

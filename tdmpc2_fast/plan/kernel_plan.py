@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -14,13 +17,15 @@ from ..errors import InputError
 from ..model.task_embedding import look_up
 from ..model.world_model import WorldModel
 from ..rng import PlanNoise
+from ..runtime.access import access_to
 from ..runtime.backend import matmul_precision, plan_precision
 from ..runtime.on_device import OnDevice
 from ..runtime.profiling import annotate
 from ..seeds import stream_seed
 from ..sizes import plan_sizes
 from .backend import PlanBackend, PlanRequest
-from .packing import PackedModel
+from .packing import PackedModel, Places
+from .staging import Staging
 from .trace import PlanTrace
 
 
@@ -59,30 +64,50 @@ class KernelPlan(PlanBackend):
         self._task = torch.zeros(num_envs, dtype=torch.int64, device=device) if cfg.multitask else None
         pixels = cfg.obs == "rgb"
         self._images = torch.zeros(num_envs, *cfg.observation_shape, device=device) if pixels else None
+        self._given = dict(t0=inputs.t0, eval_mode=inputs.eval_mode)
+        if not pixels:
+            self._given["obs"] = inputs.obs
+        if self._task is not None:
+            self._given["task"] = self._task
+        self._staging = Staging(self._given) if device.type == "cuda" else None
+        if self._staging is not None:
+            self._given = given = self._staging.parts
+            inputs.t0, inputs.eval_mode = given["t0"], given["eval_mode"]
+            inputs.obs, self._task = given.get("obs", inputs.obs), given.get("task")
+        self._unpacked = Places(self._read_unpacked())
         self._stale = True  # whether a graph has not seen the packed weights of now
-        self._refresh()
-        inputs.rng.copy_(torch.tensor([stream_seed(seed, "plan"), 0]))
         self._device = OnDevice(device, "Planner")
-        with self._device.turn():
+        inputs.rng.copy_(torch.tensor([stream_seed(seed, "plan"), 0]))
+        with self._device.turn(), self._turn_at_parameters():
+            self._refresh()
             self._capture()
 
     def _capture(self) -> None:
         self._graph = self._device.captured(self._run, (self.prev_mean, self.counter))
-        self._read = self._addresses()
+        self._read = self._unpacked.addresses()
         self._stale = True
 
     def _refresh(self) -> None:
         """Pack the weights anew if they have changed."""
-        self._stale = self._packed.refresh() or self._stale
+        self._stale = self._packed.refresh(self._check) or self._stale
 
-    def _addresses(self) -> list[int]:
-        """Return where the model's tensors are that a plan reads, or renormalises, without a packed copy."""
-        read: list[Tensor] = []
+    def _check(self) -> None:
+        self._device.check(self.model.device, self.model.dtype)
+
+    def _turn_at_parameters(self) -> AbstractContextManager[None]:
+        """Return what a whole plan is made in: one from packed weights alone only reads while it packs."""
+        if self._task is not None:  # looking rows of the embedding up renormalises them
+            return access_to(self.model).writing()
+        return nullcontext() if self._images is None else access_to(self.model).reading()
+
+    def _read_unpacked(self) -> Iterator[tuple[Mapping[str, Tensor | None], str]]:
+        """Yield where the model's tensors are that a plan reads, or renormalises, without a packed copy."""
         if self._task is not None:
-            read += [self.model._task_emb.weight, self.model._action_masks]
-        if self._images is not None:
-            read += self.model._encoder.parameters()
-        return [x.data_ptr() for x in read]
+            yield getattr(self.model, "_orig_mod", self.model)._buffers, "_action_masks"
+        read = ("_task_emb.",) if self._images is None else ("_task_emb.", "_encoder.")
+        for name, held, key in self.model.places():
+            if name.startswith(read):
+                yield held, key
 
     @property
     def why_eager(self) -> str | None:
@@ -97,25 +122,14 @@ class KernelPlan(PlanBackend):
         self.chain.run(draw=False)
 
     @override
-    @torch.no_grad()
     def plan(self, request: PlanRequest) -> Tensor:
-        obs, t0, eval_mode, task, noise, trace = request
-        inputs = self.chain.inputs
-        self._device.check(self.model.device, self.model.dtype)
-        with self._device.turn():
+        noise, trace = request.noise, request.trace
+        with self._device.turn(), self._turn_at_parameters():
             self._refresh()
-            if self._addresses() != self._read:
+            if self._read and self._unpacked.addresses() != self._read:
                 # They were put elsewhere (`load_state_dict(assign=True)`): the graph has the old ones.
                 self._capture()
-            (inputs.obs if self._images is None else self._images).copy_(obs, non_blocking=True)
-            for buffer, flag in ((inputs.t0, t0), (inputs.eval_mode, eval_mode)):
-                if isinstance(flag, bool):
-                    buffer.fill_(flag)
-                else:
-                    buffer.copy_(flag, non_blocking=True)
-            if self._task is not None:
-                assert task is not None
-                self._task.copy_(task, non_blocking=True)
+            self._take_in(request)
             if noise is None and trace is None:
                 self._graph(stale=self._stale)
                 self._stale = False
@@ -124,6 +138,21 @@ class KernelPlan(PlanBackend):
             # A copy: the next plan overwrites the buffer.
             return self.chain.state.action.clone()
 
+    def _take_in(self, request: PlanRequest) -> None:
+        """Have the buffers hold what is asked for."""
+        if self._images is not None:
+            self._images.copy_(request.obs, non_blocking=True)
+        values: dict[str, bool | Tensor] = {name: getattr(request, name) for name in self._given}
+        if self._staging is not None:
+            self._staging.send(values)
+            return
+        for name, value in values.items():
+            if isinstance(value, bool):
+                self._given[name].fill_(value)
+            else:
+                self._given[name].copy_(value)
+
+    @torch.no_grad()
     def _run_given(self, noise: PlanNoise | None, trace: PlanTrace | None) -> None:
         """Run the same plan eagerly, from given draws or watched."""
         chain = self.chain
@@ -151,6 +180,7 @@ class KernelPlan(PlanBackend):
                 raise InputError(f"noise.{name}: got shape {got}, allowed: {tuple(to.shape)}")
             to.copy_(given)
 
+    @torch.no_grad()
     def _inputs_from_torch(self) -> None:
         """Fill in what torch ops look up or encode: the task's rows, and the latent of pixels."""
         inputs = self.chain.inputs
@@ -176,7 +206,7 @@ class KernelPlan(PlanBackend):
     @torch.no_grad()
     def values(self, z: Tensor, actions: Tensor, task: Tensor | None, eps: Tensor, members: Tensor) -> Tensor:
         chain = self.chain
-        with self._device.turn():
+        with self._device.turn(), self._turn_at_parameters():
             self._refresh()
             if self._task is not None:
                 assert task is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any
+from operator import getitem
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from tdmpc2_fast.kernels.layers.rows import Layer
 from tdmpc2_fast.kernels.plan.buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanSizes, PlanWeights
 
 from ..model.world_model import WorldModel
+from ..runtime.access import access_to
 
 
 @cache
@@ -29,6 +32,30 @@ def _have_fused_steps_counted() -> None:
     register_optimizer_step_post_hook(count)
 
 
+class Places:
+    """Where a model keeps some of its tensors: dicts and keys, since others may be put there."""
+
+    def __init__(self, places: Iterable[tuple[Mapping[str, Tensor | None], str]]) -> None:
+        found = [(held, key) for held, key in places if held[key] is not None]
+        self._held: list[Any] = [held for held, _ in found]
+        self._keys = [key for _, key in found]
+
+    def tensors(self) -> list[Tensor]:
+        """Return those that are there now."""
+        return list(map(getitem, self._held, self._keys))
+
+    def addresses(self) -> list[int]:
+        """Return where they lie now."""
+        return list(map(Tensor.data_ptr, self.tensors()))
+
+
+class _Seen(NamedTuple):
+    """Parameters at one time."""
+
+    versions: list[int]
+    addresses: list[int]
+
+
 class PackedModel:
     """The packed weights of a world model.
 
@@ -38,38 +65,44 @@ class PackedModel:
     def __init__(self, model: WorldModel, sizes: PlanSizes, precision: Precision) -> None:
         self.model, self._sizes, self._precision = model, sizes, precision
         self.weights = PlanWeights.empty(sizes, precision, model.device)
-        self._version: list[tuple[int, int]] | None = None
-        self._seen: list[Tensor] = []
+        self._seen: _Seen | None = None
+        self._held: list[Tensor] = []
         self._table: CopyTable | None = None
         _have_fused_steps_counted()
         unpacked = ("_target_Qs_params.", "_task_emb.") + (() if sizes.obs_dim else ("_encoder.",))
-        self._kept = [(held, key) for name, held, key in model.places() if not name.startswith(unpacked)]
+        self._places = Places((held, key) for name, held, key in model.places() if not name.startswith(unpacked))
+        self._on_cpu = model.device.type == "cpu"
 
-    def refresh(self) -> bool:
+    def refresh(self, check: Callable[[], object] | None = None) -> bool:
         """Copy the parameters if one changed since the last time, and tell whether one did.
 
         Changes are noticed by torch's version counters, which in-place operations of torch
         advance (`load_state_dict`, `copy_`, steps of optimisers). Writes through `.data`, by
         kernels and by the replay of a captured update do not: call `stale` after them.
+
+        check: is called first where one changed; it may raise.
         """
-        parameters = [p for kept, key in self._kept if (p := kept[key]) is not None]
-        version = [(p._version, p.data_ptr()) for p in parameters]
+        parameters = self._places.tensors()
+        seen = _Seen([p._version for p in parameters], list(map(Tensor.data_ptr, parameters)))
         # What another process writes into shared memory advances no counter here.
-        if version == self._version and not any(p.is_shared() for p in parameters if p.device.type == "cpu"):
+        if seen == self._seen and not (self._on_cpu and any(p.is_shared() for p in parameters)):
             return False
-        # Addresses of then: `share_memory_` moves a tensor and what was detached from it.
-        if self._table is None or [at for _, at in self._version or []] != [at for _, at in version]:
-            with torch.no_grad():
-                self._table = CopyTable(self._pairs(), self._precision)
-            # Held until the next time, so that no other parameter can come to lie at an address of these.
-            self._seen = [p.detach() for p in parameters]
-        self._table.copy()
-        self._version = version
+        if check is not None:
+            check()
+        with access_to(self.model).reading():
+            # Addresses of then: `share_memory_` moves a tensor and what was detached from it.
+            if self._table is None or self._seen is None or self._seen.addresses != seen.addresses:
+                with torch.no_grad():
+                    self._table = CopyTable(self._pairs(), self._precision)
+                # Held until the next time, so that no other parameter can come to lie at an address of these.
+                self._held = [p.detach() for p in parameters]
+            self._table.copy()
+        self._seen = seen
         return True
 
     def stale(self) -> None:
         """Have the next `refresh` copy, whatever the version counters say."""
-        self._version = None
+        self._seen = None
 
     def _pairs(self) -> list[tuple[Tensor, Tensor, bool]]:
         """List every packed tensor, the parameter it is a copy of, and whether it is an operand of products."""

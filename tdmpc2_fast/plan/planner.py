@@ -43,10 +43,11 @@ class Planner:
     Reads the model's parameters in place, so updates and loads take effect at once. Keeps
     the previous mean of each environment for warm starts (`prev_mean`, (E, H, A)). By
     kernels everything is allocated here and captured in a CUDA graph, on a CPU recorded on a
-    tape; a call then copies its inputs, replays, and on a GPU returns without waiting for it.
+    tape; a call then copies its inputs, replays, and on a GPU returns without waiting for it, unless the host is
+    more than a dozen plans ahead.
 
     One planner serves one thread: a call while another runs is refused. Planners of their own
-    may run in threads of their own, on one model. A copy or a pickle takes warm start and random
+    may run in threads and on streams of their own, on one model. A copy or a pickle takes warm start and random
     streams along, and builds the rest anew around its model.
 
     Args:
@@ -94,7 +95,6 @@ class Planner:
         return self._plan.prev_mean
 
     @undisturbed
-    @torch.no_grad()
     def plan(
         self,
         obs: Any,
@@ -108,8 +108,8 @@ class Planner:
 
         Args:
             obs: (E, *obs_shape), a tensor on any device, array or list, or a dict with it under
-                `cfg.obs`; states must be finite, pixels 0..255. One in pinned memory is copied
-                while the call returns: change it after the action was read.
+                `cfg.obs`; states must be finite, pixels 0..255. Pixels in pinned memory are
+                copied while the call returns: change them after the action was read.
             t0: whether this is the first observation of an episode; bool or (E,) bool.
             eval_mode: leave out exploration noise; bool or (E,) bool. The choice of the
                 elite stays random, as in the official code.
@@ -125,7 +125,7 @@ class Planner:
         """
         start = time.perf_counter()
         obs = check_obs(obs, self.cfg, (self.num_envs,), self.model.dtype)
-        index = self.model.task_index(task)
+        index = self.model.task_given(task)
         if index is not None:
             if index.ndim > 1 or index.numel() not in (1, self.num_envs):
                 raise InputError(f"task: got shape {tuple(index.shape)}, allowed: an int or ({self.num_envs},)")

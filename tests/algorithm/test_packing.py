@@ -94,6 +94,31 @@ def test_parameters_put_in_place_of_others_are_seen(model: WorldModel) -> None:
     check_followed(packed, model, before)
 
 
+def test_data_put_in_place_of_others_is_seen(model: WorldModel) -> None:
+    packed = pack(model)
+    before = contents(packed)
+    for p in model.parameters():
+        p.data = p.data + 1  # advances no counter
+    check_followed(packed, model, before)
+
+
+def test_nothing_is_packed_where_the_model_no_longer_fits(model: WorldModel) -> None:
+    packed = pack(model)
+    before = contents(packed)
+
+    def refuse() -> None:
+        raise ValueError("moved")
+
+    assert not packed.refresh(refuse)
+    model.double()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="moved"):
+            packed.refresh(refuse)
+    assert all(torch.equal(x, y) for x, y in zip(before, contents(packed), strict=True))
+    model.float()
+    assert packed.refresh()
+
+
 @pytest.mark.usefixtures("plain_copies")
 def test_other_contents_at_an_address_seen_before_are_seen(model: WorldModel) -> None:
     """A parameter replaced twice between two plans may come to lie where the first one lay."""

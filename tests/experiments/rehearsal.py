@@ -5,26 +5,27 @@ device, launches with the options of a chip) would else be tried there first. He
 the host and say where they would be; torch refuses to mix them, as it would; kernels are interpreted,
 and refuse tensors of the host; a graph keeps the calls made while it is captured and makes them
 again; waiting for the device inside a capture, or where `set_sync_debug_mode` forbids it, fails.
-What a device computes differently, asynchrony, and speed are not rehearsed.
+All is done at once, but what a stream does not wait for is known (streams.py). What a device computes
+differently and speed are not rehearsed.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import streams
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
+HOST, GPU = torch.device("cpu"), streams.GPU
 
 # Functions that take tensors of both places.
 _MIX = {"copy_", "__setitem__", "__getitem__", "to", "type", "type_as", "set_", "index_put_", "index", "data_ptr"}
@@ -39,6 +40,7 @@ class _State:
 
     recording: list[Callable[[], None]] | None = None
     sync_debug = "default"
+    kernels = True
 
 
 def _storage(x: Tensor) -> Any:
@@ -56,12 +58,26 @@ def _put(x: Tensor) -> None:
     _storage(x).rehearsed = True
 
 
-def _wait(what: str, asked: bool = False) -> None:
+def _refuse(what: str, asked: bool) -> None:
     """Refuse to wait for the device where that is forbidden; `asked`: the code says that it waits."""
     if _State.recording is not None:
         raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
     if _State.sync_debug == "error" and not asked:
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
+
+
+def _wait(what: str) -> None:
+    streams.host_waits(what, streams.current())
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Launch kernels within as always, but compute nothing: for tests of what is launched where, and when."""
+    _State.kernels = False
+    try:
+        yield
+    finally:
+        _State.kernels = True
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -121,6 +137,8 @@ class Rehearsal(TorchFunctionMode):
                     f"cuda:0 and cpu ({[tuple(x.shape) for x in host]})"
                 )
         self._check_waits(name, args, kwargs, given, marked, place and asked)
+        if name == "copy_" and any(marked) and _State.recording is None:
+            streams.sent(name)
         out = func(*args, **kwargs)
         for x in _fresh(given, _tensors(out)):
             if place and not (name in _MIX and not marked[0]):
@@ -240,55 +258,13 @@ def _lists(index: Any) -> bool:
     return isinstance(index, list) or (isinstance(index, tuple) and any(isinstance(i, list) for i in index))
 
 
-class _Stream:
-    """A stream of the device, whose work is done at once."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device = GPU
-        self.cuda_stream = id(self)
-
-    def wait_stream(self, other: Any) -> None:
-        pass
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        _wait("Stream.synchronize")
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
-
-    def query(self) -> bool:
-        return True
-
-
-class _Event:
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.at = time.perf_counter()
-
-    def record(self, stream: Any = None) -> None:
-        self.at = time.perf_counter()
-
-    def query(self) -> bool:
-        return True
-
-    def wait(self, stream: Any = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        _wait("Event.synchronize", asked=True)
-
-    def elapsed_time(self, other: Any) -> float:
-        return 1e3 * (other.at - self.at)
-
-
 class _Graph:
     """Keeps what was called while it was captured."""
 
     calls: list[Callable[[], None]]
 
     def replay(self) -> None:
+        streams.sent("replay")
         with _pop_mode_temporarily(), torch.no_grad():
             for call in self.calls:
                 call()
@@ -331,10 +307,13 @@ class _Launcher:
 
         def run() -> None:
             with _plainly(), _disable_current_modes():
-                self.launch(*args, **kwargs)
+                if _State.kernels:
+                    self.launch(*args, **kwargs)
 
         run()
-        if _State.recording is not None:
+        if _State.recording is None:
+            streams.sent(self.name)
+        else:
             _State.recording.append(run)
 
 
@@ -344,10 +323,10 @@ def begin() -> None:
     properties = types.SimpleNamespace(
         multi_processor_count=132, name="rehearsed", total_memory=141 * 10**9, major=9, minor=0
     )
-    stream = _Stream()
+    streams.refuse.append(_refuse)
 
     def sync(*_: Any) -> None:
-        _wait("synchronize", asked=True)
+        streams.host_waits("synchronize", asked=True)
 
     def debug(mode: Any) -> None:
         _State.sync_debug = mode
@@ -377,11 +356,11 @@ def begin() -> None:
         get_device_properties=lambda d=None: properties,
         synchronize=sync,
         set_sync_debug_mode=debug,
-        Stream=_Stream,
-        Event=_Event,
-        current_stream=lambda d=None: stream,
-        default_stream=lambda d=None: stream,
-        stream=lambda s: nullcontext(),
+        Stream=streams.Stream,
+        Event=streams.Event,
+        current_stream=streams.current,
+        default_stream=streams.default,
+        stream=streams.on,
         device=lambda d: nullcontext(),
         device_of=lambda x: nullcontext(),
         CUDAGraph=_Graph,
