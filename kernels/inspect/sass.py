@@ -119,8 +119,8 @@ class Warp:
         return (~value if sign == "~" else value) & _WORD
 
     def _plain(self, name: str, next_to: int) -> int:
-        if name in ("RZ", "URZ", "SRZ"):
-            return 0
+        if name in ("RZ", "URZ") or name in self._special:
+            return self._special.get(name, 0)
         if found := _REGISTER.match(name):
             key = f"{found[1]}{int(found[2]) + next_to}"
             if key not in self._registers:
@@ -181,16 +181,6 @@ class Warp:
                     self.decide(name, None)
                 else:
                     self.keep(name, None, _width(i))
-
-    def special(self, name: str) -> int:
-        """Return a special register."""
-        if name not in self._special:
-            raise _Unknown
-        return self._special[name]
-
-    def predicates(self, mask: int) -> int:
-        """Return those predicates of `mask` as bits."""
-        return sum(self.truth(f"P{i}") << i for i in range(7) if mask >> i & 1)
 
 
 def _words(data: bytes) -> Iterator[tuple[int, int]]:
@@ -358,10 +348,6 @@ def _reciprocal(w: Warp, i: Instruction) -> None:
     w.keep(out, struct.unpack("<I", struct.pack("<f", 1 / x))[0])
 
 
-def _to_integer(w: Warp, i: Instruction) -> None:
-    w.keep(i.operands[0], min(int(_float(w.word(i.operands[1]))), _WORD) & _WORD)
-
-
 def _permute(w: Warp, i: Instruction) -> None:
     out, a, order, b = i.operands
     both, how = w.word(a) | w.word(b) << 32, w.word(order)
@@ -371,7 +357,8 @@ def _permute(w: Warp, i: Instruction) -> None:
 def _move_predicates(w: Warp, i: Instruction) -> None:
     out, _, old, mask = i.operands
     bits = w.word(mask)
-    w.keep(out, w.word(old) & ~bits & _WORD | w.predicates(bits))
+    mine = sum(w.truth(f"P{k}") << k for k in range(7) if bits >> k & 1)
+    w.keep(out, w.word(old) & ~bits & _WORD | mine)
 
 
 def _restore_predicates(w: Warp, i: Instruction) -> None:
@@ -400,9 +387,9 @@ _OPERATIONS: dict[str, Callable[[Warp, Instruction], None]] = {
     "LDCU": _load_constant,
     "MOV": _same,
     "R2UR": _same,
-    "S2R": lambda w, i: w.keep(i.operands[0], w.special(i.operands[1])),
-    "S2UR": lambda w, i: w.keep(i.operands[0], w.special(i.operands[1])),
-    "CS2R": lambda w, i: w.keep(i.operands[0], w.special(i.operands[1]), 1 if "32" in i.parts else 2),
+    "S2R": _same,
+    "S2UR": _same,
+    "CS2R": lambda w, i: w.keep(i.operands[0], w.word(i.operands[1]), 1 if "32" in i.parts else 2),
     "IABS": lambda w, i: w.keep(i.operands[0], abs(_signed(w.word(i.operands[1])))),
     "SGXT": _extend,
     "IMNMX": _least,
@@ -411,7 +398,7 @@ _OPERATIONS: dict[str, Callable[[Warp, Instruction], None]] = {
     "I2F": _to_float,
     "I2FP": _to_float,
     "MUFU": _reciprocal,
-    "F2I": _to_integer,
+    "F2I": lambda w, i: w.keep(i.operands[0], min(int(_float(w.word(i.operands[1]))), _WORD) & _WORD),
     "PRMT": _permute,
     "P2R": _move_predicates,
     "R2P": _restore_predicates,

@@ -382,18 +382,8 @@ class UpdateChain:
         groups, e, n, d = out.x.shape
         finish = out.active is not None
         tile = None if finish else self._tile(e * n, groups, d, layer.weight.shape[-1], tiles.STATISTICS)
-        return grouped_layer(
-            x.ready(),
-            None,
-            layer,
-            out,
-            how=self.how,
-            slabs=slabs,
-            dropout=dropout,
-            finish=finish,
-            exact=exact,
-            tile=tile,
-        )
+        given: Any = dict(how=self.how, slabs=slabs, dropout=dropout, finish=finish, exact=exact, tile=tile)
+        return grouped_layer(x.ready(), None, layer, out, **given)
 
     def _inputs(
         self,

@@ -9,7 +9,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from oracle import DEVICE, check_policy, check_scalars, in_precisions, randn, random_layer, random_rows
+from head_oracle import check_policy, check_scalars
+from oracle import DEVICE, in_precisions, randn, random_layer, random_rows
 from torch import Tensor
 
 from tdmpc2_fast.kernels.device.launch import How, Precision

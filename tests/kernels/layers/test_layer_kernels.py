@@ -13,13 +13,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from head_oracle import check_policy, check_scalars
 from judge import judge, pooled
 from oracle import (
     DEVICE,
     check_activation,
     check_layer,
-    check_policy,
-    check_scalars,
     in_precisions,
     randn,
     random_layer,
