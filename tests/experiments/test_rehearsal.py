@@ -134,8 +134,8 @@ def test_what_a_device_does_and_refuses(name: str, ends: dict[str, str]) -> None
 
 
 GPU_TESTS = [
-    "test_a_replay_is_bitwise_an_eager_plan[multitask-1]",
-    "test_a_replayed_update_is_bitwise_an_eager_one[pixels]",
+    "test_a_replay_is_bitwise_an_eager_plan[multitask-tf32-E7]",
+    "test_a_replayed_update_is_bitwise_an_eager_one[pixels-tf32]",
     "test_a_failure_on_the_device_is_raised_by_a_later_call",
 ]
 
