@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,9 @@ def filled_buffer(cfg: Config, episodes: int = 4, length: int = 20) -> ReplayBuf
     return buffer
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """On a GPU the kernels' own tests run there, too; TEST_SHARD=i/n takes every n-th test from the i-th on."""
-    if shard := os.environ.get("TEST_SHARD"):
-        start, step = map(int, shard.split("/"))
-        items[:] = items[start::step]
     no_bfloat16 = launch.native() and not bfloat16()
     for item in items:
         if launch.native() and (item.get_closest_marker("triton") or "tf32" in item.name):
@@ -92,6 +90,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip("agents are refused bfloat16 on this CPU"))
         if ON_GPU and item.path.name.endswith(("_kernel.py", "_kernels.py")):
             item.add_marker(pytest.mark.gpu)
+    yield  # others leave out what is not asked for
+    if shard := os.environ.get("TEST_SHARD"):
+        start, step = map(int, shard.split("/"))
+        items[:] = items[start::step]
 
 
 @pytest.fixture(autouse=True)
