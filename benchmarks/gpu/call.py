@@ -102,7 +102,6 @@ def perform(chosen: Sequence[Part], end: float, logs: Path, kept: Callable[[], o
         interrupted = False
     except KeyboardInterrupt:
         interrupted = True
-    # An end in the past is one now.
     yield from [r.end(0.0 if interrupted else min(due, end)) for r in running]
     yield from (Outcome(part, "not run: interrupted", 0) for part in left)
 
@@ -111,7 +110,8 @@ class Kept:
     """The file of all rows of a call, written anew whenever there are more."""
 
     def __init__(self, out: Path, logs: Path) -> None:
-        self.out, self.logs, self.path = out, logs, None
+        self.out, self.logs = out, logs
+        self.path: Path | None = None
 
     def rows(self) -> list[Row]:
         """Return the rows that parts have written so far."""

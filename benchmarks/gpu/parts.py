@@ -79,19 +79,19 @@ def _first(theirs: Sequence[str], loop: str, logs: Path) -> Iterator[Part]:
     def bench(name: str, seconds: float, *words: str) -> Part:
         return _bench(logs, "first", name, seconds, *words)
 
-    timing = (_BOTH, "compiled=false", "repeats=200", "budget=3")
+    timing = (_BOTH, "compiled=false", "repeats=200", "budget=5")
     against = (_TF32, "compiled=false", "repeats=100", "budget=3", *theirs)
     if theirs:
         shorts = (_short(suite, _TF32, "compiled=false", *theirs) for suite in ("planner", "update"))
         yield Part("compile-theirs", tuple(shorts), 0, beside=True)
-    yield _warm("compile", 150, "first", "planner", "update", "tests")
-    yield _tests("tests", 75, "first", "gpu and not later", ["tests/test_gpu.py"])
-    yield bench("planner", 30, "planner", *timing)
-    yield bench("update", 30, "update", *timing)
+    yield _warm("compile", 110, "first", "planner", "update", "tests")
+    yield _tests("tests", 90, "first", "gpu and not later", ["tests/test_gpu.py"])
+    yield bench("planner", 35, "planner", *timing)
+    yield bench("update", 35, "update", *timing)
     yield bench("loop", 40, "loop", loop, *timing)
     if theirs:
-        yield bench("planner-theirs", 40, "planner", *against)
-        yield bench("update-theirs", 25, "update", *against)
+        yield bench("planner-theirs", 45, "planner", *against)
+        yield bench("update-theirs", 35, "update", *against)
 
 
 def _rest(logs: Path) -> Iterator[Part]:

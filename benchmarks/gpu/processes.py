@@ -69,7 +69,11 @@ class Running:
             self._running.append((process, log))
 
     def end(self, until: float) -> Outcome:
-        """Wait for all commands, but not longer than nearly until that time of the clock; then have them end."""
+        """Wait for all commands, but not longer than nearly until that time of the clock; then have them end.
+
+        A time that is over is a wish to end now.
+        """
+        until = max(until, time.monotonic() + GRACE)
         late = [p for p, _ in self._running if not _done(p, until - GRACE)]
         for process in late:  # pytest counts then, and says what failed
             process.send_signal(signal.SIGINT)

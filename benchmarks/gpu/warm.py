@@ -9,6 +9,7 @@ is over stays.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -38,6 +39,7 @@ from .processes import ROOT, Part
 
 TESTS = {"tests": False, "more-tests": True}
 """Parts that are tests of plans and updates, and whether they are those that come later."""
+_SHOWN = 5  # failures: where one kernel fails, many do
 
 
 class Work(NamedTuple):
@@ -46,6 +48,13 @@ class Work(NamedTuple):
     sizes: PlanSizes | UpdateSizes
     precision: str
     once: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """What the work is called in a message."""
+        s = self.sizes
+        what = f"a plan for {s.envs}" if isinstance(s, PlanSizes) else f"an update of {s.batch}"
+        return f"{what}, latent {s.latent_dim}, layers of {s.mlp_dim}, {self.precision}"
 
 
 def run_by(names: Sequence[str]) -> list[Work]:
@@ -77,9 +86,7 @@ def measured(part: Part) -> Iterator[Work]:
 def tested(later: bool) -> Iterator[Work]:
     """Yield what the tests run."""
     sys.path.append(str(ROOT / "tests" / "support"))
-    from gpu_cases import compiled
-
-    yield from (Work(*x) for x in compiled(later))
+    yield from (Work(*x) for x in importlib.import_module("gpu_cases").compiled(later))
 
 
 @lru_cache(maxsize=2)
@@ -112,7 +119,7 @@ def compile_one(work: Work, place: int, arch: int) -> str:
         # What launches it is C, which Triton compiles at first use, too.
         getattr(compiled, "_init_handles", lambda: None)()
     except Exception as e:  # the part that needs it says it in full
-        return f"{launch.name} of {work}: {type(e).__name__}: {str(e)[:200]}"
+        return f"{launch.name} of {work.name}: {type(e).__name__}: {str(e)[:200]}"
     return ""
 
 
@@ -126,7 +133,7 @@ def main(names: Sequence[str]) -> int:
     works, arch = run_by(names), 10 * major + minor
     work = list(distinct(works, arch))
     jobs = min(16, max(1, len(os.sched_getaffinity(0)) - 2), len(work))  # each holds a context of the device
-    done, failed = 0, []
+    done, failed = 0, list[str]()
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     try:
         for future in as_completed([pool.submit(compile_one, *x, arch) for x in work]):
@@ -137,8 +144,8 @@ def main(names: Sequence[str]) -> int:
     except BrokenProcessPool as e:
         failed.append(str(e))
     pool.shutdown(wait=not failed, cancel_futures=True)
-    what = f"{done} of {len(work)} kernels of {len(works)} plans and updates"
-    print(*failed, f"{what} by {jobs} processes in {time.perf_counter() - start:.0f} s", sep="\n", flush=True)
+    what = f"{done} of {len(work)} kernels of {len(works)} plans and updates, {len(failed)} failures"
+    print(*failed[:_SHOWN], f"{what}, {jobs} processes, {time.perf_counter() - start:.0f} s", sep="\n", flush=True)
     return 1 if failed else 0
 
 

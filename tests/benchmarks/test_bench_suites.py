@@ -81,9 +81,7 @@ def test_the_loop_is_measured_and_split(small: Options, monkeypatch: pytest.Monk
 @QUIET
 @pytest.mark.parametrize("op", kernels.OPS)
 @pytest.mark.parametrize(("precision", "once"), [("float32", True), ("bfloat16", False), ("bfloat16", True)])
-def test_every_kernel_benchmark_compares_what_it_should(
-    op: str, precision: str, once: bool, small: Options
-) -> None:
+def test_every_kernel_benchmark_compares_what_it_should(op: str, precision: str, once: bool, small: Options) -> None:
     bench = kernels._Bench(small, 1, 2, precision)
     bench.once = once
     case = getattr(bench, op)()

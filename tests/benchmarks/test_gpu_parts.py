@@ -233,13 +233,30 @@ def test_a_call_ends_in_time_and_keeps_what_it_has(
     assert "large                not run: no time was left" in capsys.readouterr().out
 
 
-def test_a_wish_to_end_leaves_what_there_is(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
+CALL = """
+import sys
+from tdmpc2_fast.benchmarks.gpu import call
+from tdmpc2_fast.benchmarks.gpu.processes import Part
+code = "print('3 passed in 0.1s', flush=True); import time; time.sleep(60)"
+call.why_not_here = list
+call.parts = lambda *_: [Part(name, ((sys.executable, "-c", code),), 60) for name in ("one", "two")]
+sys.exit(call.main([f"out={sys.argv[1]}"]))
+"""
 
-    chosen = [python("one", "", timed=True), python("two", "", timed=True)]
-    found = list(call.perform(chosen, time.monotonic() + 60, tmp_path, interrupted))
-    assert [o.status for o in found] == ["passed", "not run: interrupted"]
+
+def test_a_call_that_is_to_end_says_what_it_has(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", CALL, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        log = tmp_path / "logs" / "first" / "one-0.log"
+        while not (log.exists() and log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        said = process.communicate()[0]
+    assert process.returncode == 1
+    assert "one                  too late: 3 passed " in said
+    assert "two                  not run: interrupted " in said
+    assert "nothing was measured" in said
 
 
 def test_predictions_stand_beside_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
