@@ -141,6 +141,8 @@ def main(names: Sequence[str]) -> int:
             failed += filter(None, [future.result()])
     except KeyboardInterrupt:
         failed.append("the time was over")
+        for worker in multiprocessing.active_children():  # else the pool waits for them for ever
+            worker.kill()
     except BrokenProcessPool as e:
         failed.append(str(e))
     pool.shutdown(wait=not failed, cancel_futures=True)
