@@ -11,6 +11,10 @@ TRAIN  ?= preset=quick
 BENCH  ?= planner update
 OFFICIAL ?=
 JAX    ?=
+# `make gpu`: what to run (first, rest, more or names of parts), in how many minutes, and a folder for rows and logs.
+PARTS  ?=
+MINUTES ?=
+KEEP   ?=
 # Packages for a GPU machine without network: the folder to use there; its Python, the folder to fetch into, what it has.
 WHEELS ?=
 FOR    ?= 3.12
@@ -93,11 +97,12 @@ golden: setup    ## parity with the recorded official numbers, array by array
 	$(BIN)/python tests/golden_check.py tests/golden --implementation torch
 	TRITON_INTERPRET=1 $(BIN)/python tests/golden_check.py tests/golden --implementation triton
 
-gpu:             ## all a GPU has to show, with the torch and triton of PYTHON; installs nothing; PARTS="tests planner" WHEELS=
+gpu:             ## what a GPU has to show, with PYTHON's torch and triton; then PARTS="rest more"; MINUTES=7 WHEELS= KEEP=
 	@rm -rf build/gpu && mkdir -p build/gpu/tdmpc2_fast
 	@ln -s $(CURDIR)/tdmpc2_fast/* build/gpu/tdmpc2_fast/
 	@ln -s $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/gpu/tdmpc2_fast/
-	@PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m tdmpc2_fast.benchmarks.gpu $(PARTS) $(THEIRS) $(if $(WHEELS),wheels=$(abspath $(WHEELS)))
+	@PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m tdmpc2_fast.benchmarks.gpu $(PARTS) $(THEIRS) \
+		$(if $(WHEELS),wheels=$(abspath $(WHEELS))) $(if $(MINUTES),minutes=$(MINUTES)) $(if $(KEEP),out=$(abspath $(KEEP)))
 
 wheels:          ## fetch what a GPU machine without network lacks, for `make gpu WHEELS=`; FOR=3.12 INTO= HAS="lxml"
 	@$(PYTHON) -P benchmarks/gpu/wheels.py for=$(FOR) into=$(INTO) "has=$(HAS)"

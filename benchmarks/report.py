@@ -204,6 +204,8 @@ def results_page(files: Sequence[Path]) -> str:
             of_suite = [r for r in rows if r.suite == suite]
             parts.append(f"### {suite}\n\n{markdown_table(of_suite)}\n")
             parts += [f"- {line}\n" for line in splits(of_suite)]
+        if (predicted := path.with_name(f"{path.stem}-predicted.md")).exists():
+            parts.append(f"### predicted\n\n{predicted.read_text()}")
     return "\n".join(parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ if REHEARSED:
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     import interpreter  # noqa: F401
 
+from small_configs import TINY, tiny_config, tiny_multitask  # noqa: F401
+
 import tdmpc2_fast.learn.kernel_update
 import tdmpc2_fast.plan.kernel_plan  # noqa: F401 - defined now: some tests leave the interpreter
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
@@ -52,26 +54,6 @@ SUPPORT = ROOT / "tests" / "support"
 SHARED = ("", "support", "support/oracles", "support/environments", "experiments")
 PYTHONPATH = os.pathsep.join(str(ROOT / "tests" / folder) for folder in SHARED)
 """Of processes that import what tests share."""
-
-TINY = dict(latent_dim=16, mlp_dim=24, enc_dim=16, num_q=3, num_samples=32, num_elites=8, num_pi_trajs=4, batch_size=8)
-
-
-def tiny_config(obs_dim: int = 5, action_dim: int = 2, episode_length: int = 50, **changes: Any) -> Config:
-    """A completed config of a model that runs in milliseconds."""
-    cfg = Config.from_dict({**TINY, "device": "cpu", **changes})
-    return cfg.with_env({"state": (obs_dim,)}, action_dim, episode_length)
-
-
-def tiny_multitask(**changes: Any) -> Config:
-    """Three tasks with 1, 3 and 2 live action dims."""
-    keys = dict(
-        multitask=True,
-        tasks=("a", "b", "c"),
-        action_dims=(1, 3, 2),
-        episode_lengths=(50, 100, 500),
-        task_dim=4,
-    )
-    return tiny_config(action_dim=3, **{**keys, **changes})
 
 
 def random_episode(cfg: Config, length: int, seed: int = 0, task: int | None = None) -> dict[str, Any]:
@@ -97,11 +79,9 @@ def filled_buffer(cfg: Config, episodes: int = 4, length: int = 20) -> ReplayBuf
     return buffer
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """On a GPU the kernels' own tests run there, too; TEST_SHARD=i/n takes every n-th test from the i-th on."""
-    if shard := os.environ.get("TEST_SHARD"):
-        start, step = map(int, shard.split("/"))
-        items[:] = items[start::step]
     no_bfloat16 = launch.native() and not bfloat16()
     for item in items:
         if launch.native() and (item.get_closest_marker("triton") or "tf32" in item.name):
@@ -110,6 +90,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip("agents are refused bfloat16 on this CPU"))
         if ON_GPU and item.path.name.endswith(("_kernel.py", "_kernels.py")):
             item.add_marker(pytest.mark.gpu)
+    yield  # others leave out what is not asked for
+    if shard := os.environ.get("TEST_SHARD"):
+        start, step = map(int, shard.split("/"))
+        items[:] = items[start::step]
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_cases
 import numpy as np
 import plan_oracle
 import pytest
 import torch
-from conftest import ON_GPU, TINY, random_episode, tiny_config, tiny_multitask
+from conftest import ON_GPU, REHEARSED, TINY, random_episode
 from going_on import check_goes_on
+from gpu_cases import CONFIGS, SEVERAL, Case
 from loop_oracle import everything
 from update_oracle import check_gradients, random_batch
 
@@ -34,28 +36,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CU
 Liven = Callable[[TDMPC2], TDMPC2]
 GPU = torch.device("cuda")
 
-# Published sizes with few samples, and small ones with everything odd.
-CONFIGS: dict[str, Callable[..., Config]] = dict(
-    small=lambda **k: tiny_config(**k),
-    odd=lambda **k: tiny_config(latent_dim=40, mlp_dim=51, enc_dim=37, simnorm_dim=4, num_samples=61, **k),
-    episodic=lambda **k: tiny_config(episodic=True, **k),
-    multitask=lambda **k: tiny_multitask(**k),
-    pixels=lambda **k: of_pixels(**k),
-    model_1=lambda **k: published(1, 6, **k),
-    model_5=lambda **k: published(5, 6, **k),
-    model_5_dog=lambda **k: published(5, 38, **k),
-    model_19=lambda **k: published(19, 6, **k),
-)
-
-
-def published(size: int, action_dim: int, **changes: Any) -> Config:
-    return Config.from_dict({"model_size": size, **changes}).with_env({"state": (24,)}, action_dim, 500)
-
-
-def of_pixels(**changes: Any) -> Config:
-    keys = dict(TINY, obs="rgb", num_channels=4, latent_dim=64)
-    return Config.from_dict({**keys, **changes}).with_env({"rgb": (9, 64, 64)}, 2, 50)
-
 
 def fused_agent(name: str, livened: Liven, count: int = 1, **changes: Any) -> TDMPC2:
     return livened(TDMPC2(CONFIGS[name](**{"device": "cuda", "backend": "triton", **changes}), num_envs=count))
@@ -73,26 +53,17 @@ def observation(cfg: Config, count: int) -> torch.Tensor:
     return plan_oracle.observation(cfg, count, GPU)
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [(n, p) for n in ("small", "odd", "episodic", "multitask", "model_5") for p in ("float32", "tf32", "bfloat16")]
-    + [("model_1", "tf32"), ("model_5_dog", "tf32"), ("model_19", "bfloat16")],
-)
-@pytest.mark.parametrize("once", [False, True])
-def test_values_are_as_exact_as_torch_at_the_same_precision(
-    name: str, precision: str, once: bool, livened: Liven
-) -> None:
-    torch_precision = "tf32" if precision == "bfloat16" else precision
-    # Enough values for a maximum to mean something.
-    count = 1 if name.startswith("model") else 16
-    agent = fused_agent(name, livened, count, backend="torch", precision=torch_precision)
-    plan_oracle.check_values(agent, precision, once)
+@pytest.mark.parametrize("case", gpu_cases.parameters(gpu_cases.VALUES))
+def test_values_are_as_exact_as_torch_at_the_same_precision(case: Case, livened: Liven) -> None:
+    torch_precision = "tf32" if case.precision == "bfloat16" else case.precision
+    agent = fused_agent(case.name, livened, case.envs, backend="torch", precision=torch_precision)
+    plan_oracle.check_values(agent, case.precision, case.once)
 
 
-@pytest.mark.parametrize("count", [1, 7])
-@pytest.mark.parametrize("name", ["small", "episodic", "multitask", "pixels", "model_5"])
-def test_a_replay_is_bitwise_an_eager_plan(name: str, count: int, livened: Liven) -> None:
-    agent = fused_agent(name, livened, count)
+@pytest.mark.parametrize("case", gpu_cases.parameters(gpu_cases.PLANS))
+def test_a_replay_is_bitwise_an_eager_plan(case: Case, livened: Liven) -> None:
+    count = case.envs
+    agent = fused_agent(case.name, livened, count, precision=case.precision)
     plan = agent.planner._plan
     assert isinstance(plan, KernelPlan)
     assert plan.why_eager is None
@@ -109,8 +80,8 @@ def test_a_replay_is_bitwise_an_eager_plan(name: str, count: int, livened: Liven
 
 
 def test_a_hundred_repeats_are_bitwise_identical(livened: Liven) -> None:
-    agent = fused_agent("model_5", livened, 2)
-    plan, obs = agent.planner._plan, observation(agent.cfg, 2)
+    agent = fused_agent("model_5", livened)
+    plan, obs = agent.planner._plan, observation(agent.cfg, 1)
     assert isinstance(plan, KernelPlan)
     rng = plan.chain.inputs.rng.clone()
     found = []
@@ -121,8 +92,9 @@ def test_a_hundred_repeats_are_bitwise_identical(livened: Liven) -> None:
 
 
 def test_inputs_flags_and_new_parameters_are_honoured_after_capture(livened: Liven) -> None:
-    agent = fused_agent("small", livened, 2)
-    plan, obs = agent.planner._plan, observation(agent.cfg, 2)
+    agent = fused_agent("odd", livened, SEVERAL)
+    plan, obs = agent.planner._plan, observation(agent.cfg, SEVERAL)
+    is_first = torch.arange(SEVERAL, device=GPU) == 0
     assert isinstance(plan, KernelPlan)
     rng = plan.chain.inputs.rng.clone()
 
@@ -133,12 +105,12 @@ def test_inputs_flags_and_new_parameters_are_honoured_after_capture(livened: Liv
     base = act()
     assert torch.equal(base, act())
     assert not torch.equal(base, act(obs + 1))
-    one = act(evaluate=torch.tensor([True, False], device=GPU))
+    one = act(evaluate=is_first)
     assert not torch.equal(base[0], one[0])
-    assert torch.equal(base[1], one[1])
-    warm = act(t0=torch.tensor([False, True], device=GPU))
+    assert torch.equal(base[1:], one[1:])
+    warm = act(t0=~is_first)
     assert not torch.equal(base[0], warm[0])
-    assert torch.equal(base[1], warm[1])
+    assert torch.equal(base[1:], warm[1:])
     livened(agent)
     changed = act()
     assert not torch.equal(base, changed)
@@ -158,10 +130,10 @@ def put_elsewhere(agent: TDMPC2) -> None:
 
 
 def test_tensors_a_graph_reads_itself_may_be_put_elsewhere(livened: Liven) -> None:
-    agent = fused_agent("multitask", livened, 3)
-    plan, task = agent.planner._plan, task_of(agent.cfg, 3)
+    agent = fused_agent("multitask", livened, SEVERAL)
+    plan, task = agent.planner._plan, task_of(agent.cfg, SEVERAL)
     assert isinstance(plan, KernelPlan)
-    obs, rng = observation(agent.cfg, 3), plan.chain.inputs.rng.clone()
+    obs, rng = observation(agent.cfg, SEVERAL), plan.chain.inputs.rng.clone()
 
     def act() -> torch.Tensor:
         plan.chain.inputs.rng.copy_(rng)
@@ -177,8 +149,8 @@ def test_tensors_a_graph_reads_itself_may_be_put_elsewhere(livened: Liven) -> No
 
 
 def test_the_generator_advances_with_every_replay(livened: Liven) -> None:
-    agent = fused_agent("small", livened)
-    obs = observation(agent.cfg, 1)
+    agent = fused_agent("odd", livened, SEVERAL)
+    obs = observation(agent.cfg, SEVERAL)
     actions = [agent.planner.plan(obs, True) for _ in range(5)]
     assert len({tuple(a.flatten().tolist()) for a in actions}) == 5
     plan = agent.planner._plan
@@ -187,8 +159,8 @@ def test_the_generator_advances_with_every_replay(livened: Liven) -> None:
 
 
 def test_a_call_neither_allocates_nor_waits_nor_aliases(livened: Liven) -> None:
-    agent = fused_agent("multitask", livened, 3)
-    obs, task = observation(agent.cfg, 3), task_of(agent.cfg, 3)
+    agent = fused_agent("multitask", livened, SEVERAL)
+    obs, task = observation(agent.cfg, SEVERAL), task_of(agent.cfg, SEVERAL)
     first = agent.planner.plan(obs, True, task=task)
     kept = first.clone()
     torch.cuda.synchronize()
@@ -232,19 +204,28 @@ def test_a_failed_capture_is_loud_eager_and_spoils_no_other() -> None:
 def test_auto_takes_the_kernels_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        agent = TDMPC2(tiny_config(device="cuda"))
+        agent = TDMPC2(CONFIGS["odd"](device="cuda"), num_envs=SEVERAL)
     name, why = agent.backend
     assert name == "triton"
     assert torch.cuda.get_device_name() in why
 
 
-@pytest.mark.parametrize("several", [dict(), dict(num_envs=3, utd=0.5, env_workers=2)], ids=["one", "three"])
+@pytest.mark.parametrize(
+    ("several", "actions"),
+    [
+        (dict() if REHEARSED else dict(model_size=5), 6),
+        pytest.param(dict(num_envs=3, utd=0.5, env_workers=2), 2, marks=pytest.mark.later),
+    ],
+    ids=["one", "three"],
+)
 def test_overlapped_and_serial_loops_are_bitwise_equal(
-    several: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    several: dict[str, Any], actions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stand_in, "_DECISIONS", 25)
-    stand_in.install(2)
-    keys = dict(TINY, task=stand_in.NAME, seed_steps=60, steps=240, eval_freq=100, eval_episodes=2, **several)
+    stand_in.install(actions)
+    model = {} if "model_size" in several else TINY
+    episodes = several.get("num_envs", 1)  # side by side: it is for how many the evaluation plans
+    keys = dict(model, task=stand_in.NAME, seed_steps=60, steps=240, eval_freq=100, eval_episodes=episodes) | several
     found = []
     for overlap in (False, True, None):
         folder = tmp_path / str(overlap)
@@ -268,20 +249,11 @@ def first_update(name: str, livened: Liven, **changes: Any) -> tuple[TDMPC2, Ker
     return agent, update
 
 
-@pytest.mark.parametrize("name", ["small", "odd", "episodic", "multitask", "pixels", "model_5"])
-def test_a_replayed_update_is_bitwise_an_eager_one(name: str, livened: Liven) -> None:
-    check_replay(name, livened)
-
-
-@pytest.mark.usefixtures("other_way")
-@pytest.mark.parametrize("name", ["episodic", "multitask", "model_19"])
-def test_a_replayed_update_the_other_way_is_bitwise_an_eager_one(name: str, livened: Liven) -> None:
-    check_replay(name, livened)
-
-
-def check_replay(name: str, livened: Liven) -> None:
-    """A replay leaves what an eager update from the same state leaves."""
-    agent, update = first_update(name, livened)
+@pytest.mark.parametrize("case", gpu_cases.parameters(gpu_cases.UPDATES))
+def test_a_replayed_update_is_bitwise_an_eager_one(case: Case, livened: Liven, request: pytest.FixtureRequest) -> None:
+    """It leaves what an eager update from the same state leaves."""
+    go_the_way_of(case, request)
+    agent, update = first_update(case.name, livened, precision=case.precision)
     u = update.chain
     kept = [u.world.param, u.world.exp_avg, u.world.exp_avg_sq, u.world.grad, u.world.step, u.policy.param]
     kept += [u.policy.exp_avg, u.policy.exp_avg_sq, u.policy.step, u.target.param, u.state.scale, u.inputs.rng]
@@ -298,25 +270,24 @@ def check_replay(name: str, livened: Liven) -> None:
     assert not torch.equal(before[0], replayed[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [(n, p) for n in ("small", "episodic", "multitask", "model_5") for p in ("float32", "tf32", "bfloat16")]
-    + [("model_1", "tf32"), ("model_19", "bfloat16")],
-)
-def test_gradients_are_as_exact_as_torch_at_the_same_precision(name: str, precision: str, livened: Liven) -> None:
-    check_gradients(CONFIGS[name](device="cuda"), precision, livened)
+@pytest.mark.parametrize("case", gpu_cases.parameters(gpu_cases.GRADIENTS))
+def test_gradients_are_as_exact_as_torch_at_the_same_precision(
+    case: Case, livened: Liven, request: pytest.FixtureRequest
+) -> None:
+    go_the_way_of(case, request)
+    check_gradients(CONFIGS[case.name](device="cuda"), case.precision, livened)
 
 
-@pytest.mark.usefixtures("other_way")
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-@pytest.mark.parametrize("name", ["odd", "episodic", "multitask", "model_5"])
-def test_gradients_the_other_way_are_as_exact_as_torch(name: str, precision: str, livened: Liven) -> None:
-    check_gradients(CONFIGS[name](device="cuda"), precision, livened)
+def go_the_way_of(case: Case, request: pytest.FixtureRequest) -> None:
+    """Updates within the test go the other way, if the case says so."""
+    if case.once is False:
+        request.getfixturevalue("other_way")
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precision: str) -> None:
-    cfg = published(1, 6, device="cuda", backend="triton", precision=precision, buffer_size=20_000, steps=20_000)
+    keys = dict(backend="triton", buffer_size=20_000, steps=20_000)
+    cfg = CONFIGS["model_5"](device="cuda", precision=precision, **keys)
     agent, buffer = TDMPC2(cfg), ReplayBuffer(cfg, GPU)
     buffer.add(random_episode(cfg, 101))
     agent.update(buffer)
@@ -343,8 +314,8 @@ def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precis
     assert (update.chain.inputs.obs[0, ..., 0] == 999).any()
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("name", ["small", "episodic", "multitask"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.later), "torch"])
+@pytest.mark.parametrize("name", ["odd", "episodic", "multitask"])
 def test_an_agent_goes_on_as_if_it_had_not_been_kept(name: str, backend: str) -> None:
     """Its generators, moments and warm start live on the device; they are kept on the host."""
     cfg = CONFIGS[name](device="cuda", backend=backend, seed=int(np.random.default_rng().integers(2**31)))
@@ -352,7 +323,7 @@ def test_an_agent_goes_on_as_if_it_had_not_been_kept(name: str, backend: str) ->
 
 
 def test_a_failure_on_the_device_is_raised_by_a_later_call(livened: Liven) -> None:
-    agent, update = first_update("small", livened)
+    agent, update = first_update("odd", livened)
     good = random_batch(agent.cfg, GPU)
     before = update.chain.world.param.clone()
 

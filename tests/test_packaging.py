@@ -51,7 +51,7 @@ def test_training_and_measuring_need_no_package_for_people_to_look_at() -> None:
 import sys
 sys.modules.update(dict.fromkeys({absent}))
 import tempfile, pathlib
-import tdmpc2_fast.benchmarks.gpu.parts, tdmpc2_fast.benchmarks.run
+import tdmpc2_fast.benchmarks.gpu.call, tdmpc2_fast.benchmarks.gpu.predicted, tdmpc2_fast.benchmarks.run
 from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 from tdmpc2_fast.config import Config

@@ -2,6 +2,6 @@
 
 import sys
 
-from .parts import main
+from .call import main
 
 sys.exit(main())

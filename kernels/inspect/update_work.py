@@ -37,11 +37,16 @@ def update_work(sizes: UpdateSizes, precision: Precision) -> Work:
     )
 
 
-def dry_update(sizes: UpdateSizes, precision: Precision, arch: int = 90) -> tuple[list[Launch], Counter[str]]:
-    """Return the launches of an update as on a GPU of a compute capability, none executed, and torch's operations."""
+def dry_update(
+    sizes: UpdateSizes, precision: Precision, arch: int = 90, once: bool | None = None
+) -> tuple[list[Launch], Counter[str]]:
+    """Return the launches of an update as on a GPU of a compute capability, and torch's operations; none is executed.
+
+    once: see `UpdateChain`.
+    """
     with not_interpreted():
         # Nothing is computed, and no memory taken.
-        update = UpdateChain(sizes, How.of_chip(arch, precision), torch.device("meta"))
+        update = UpdateChain(sizes, How.of_chip(arch, precision), torch.device("meta"), once)
         with log_launches(dry=True) as log, _Operations() as operations:
             update.run()
     return log, operations.found

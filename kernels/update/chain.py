@@ -111,12 +111,13 @@ class UpdateChain:
         self._code: dict[str, Any] = dict(how=how, code=Code(sizes.num_bins, sizes.vmin, sizes.vmax))
 
     def run(self) -> None:
-        """Make one update from `inputs`, of a model of states and a single task."""
+        """Make one update from `inputs`, of a single task; pixels are encoded before, and their gradients left out."""
         self.draw()
-        encoded = self.encode()
+        encoded = self.encode() if self.sizes.obs_dim else []
         self.td_target()
         gradient = self.world_losses(encoded)
-        self.encoder_gradients(encoded, gradient)
+        if encoded:
+            self.encoder_gradients(encoded, gradient)
         self.step_world()
         self.policy_losses()
         self.step_policy()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tdmpc2_fast.benchmarks.gpu import call, processes, wheels
 from tdmpc2_fast.benchmarks.gpu import parts as gpu
-from tdmpc2_fast.benchmarks.gpu import wheels
 
 HERE = f"cp{sys.version_info.major}{sys.version_info.minor}"
 
@@ -153,8 +153,7 @@ def test_what_pip_does_not_get_is_an_error_and_leaves_the_old(
 def test_the_parts_of_make_gpu_find_what_was_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: list[list[str]], bare: set[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
-    monkeypatch.setattr(gpu, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(call, "SITE", tmp_path / "site")
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
     loops = [next(p for p in gpu.parts(wheels=w) if p.name == "loop").commands[0] for w in (False, True)]
     assert ["task=stand-in" in c for c in loops] == [True, False]
@@ -162,12 +161,13 @@ def test_the_parts_of_make_gpu_find_what_was_unpacked(
     wheels.fetch("3.12", tmp_path / "wheels")
     wheel(tmp_path / "wheels", "brought-along")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "before"))
-    assert gpu._use(tmp_path / "nowhere").startswith("wheels: ")
-    assert gpu._use(tmp_path / "wheels") == ""
+    assert call.use(tmp_path / "nowhere").startswith("wheels: ")
+    assert call.use(tmp_path / "wheels") == ""
     (tmp_path / "before" / "mujoco").mkdir(parents=True)
     (tmp_path / "before" / "mujoco" / "__init__.py").touch()
     code = "import brought_along, mujoco; print(brought_along.__file__, mujoco.__file__)"
-    assert gpu.run(gpu.Part("part", ((sys.executable, "-c", code),), 60), 60).status == "passed"
+    part = processes.Part("part", ((sys.executable, "-c", code),), 60)
+    assert processes.run(part, 60, tmp_path / "logs").status == "passed"
     site, before = (tmp_path / "logs" / "part-0.log").read_text().split()
     assert Path(site).parents[1] == tmp_path / "site"
     assert Path(before).parents[1] == tmp_path / "before"

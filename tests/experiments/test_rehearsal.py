@@ -301,8 +301,8 @@ def test_the_host_is_soon_done_with_a_plan() -> None:
 
 
 GPU_TESTS = [
-    "test_a_replay_is_bitwise_an_eager_plan[multitask-1]",
-    "test_a_replayed_update_is_bitwise_an_eager_one[pixels]",
+    "test_a_replay_is_bitwise_an_eager_plan[multitask-tf32-E7]",
+    "test_a_replayed_update_is_bitwise_an_eager_one[pixels-tf32]",
     "test_a_failure_on_the_device_is_raised_by_a_later_call",
 ]
 
