@@ -133,12 +133,18 @@ def read(file: Path) -> list[Row]:
 
 
 def write(found: list[Row]) -> None:
-    """Write the table of this Triton and the page that shows it."""
+    """Write the table of this Triton, and the page, which shows that of the newest."""
     listed = [{**row._asdict(), "work": row.work._asdict()} for row in found]
     FOLDER.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(" " + json.dumps(row) for row in listed)
     table_file().write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    PAGE.write_text(with_tables(PAGE.read_text(), found))
+    if tables()[-1] == table_file():
+        PAGE.write_text(with_tables(PAGE.read_text(), found))
+
+
+def tables() -> list[Path]:
+    """List all tables, by the version of Triton they are of."""
+    return sorted(FOLDER.glob("*.json"), key=lambda x: [int(n) for n in re.findall(r"\d+", x.stem)])
 
 
 def compare(found: list[Row], table: list[Row]) -> list[str]:
@@ -215,7 +221,7 @@ def main(argv: list[str]) -> int:
         print(f"static: {reason}", file=sys.stderr)
         return 2
     if "write" not in argv and not table_file().exists():
-        there = ", ".join(sorted(x.stem for x in FOLDER.glob("*.json"))) or "none"
+        there = ", ".join(x.stem for x in tables()) or "none"
         print(f"static: no table for Triton {triton.__version__}, there are: {there}; nothing is compared")
         return 0
     found = []

@@ -115,7 +115,7 @@ def norm_gradient(gradient: Gradient, *, pdl: bool = False) -> Gradient:
     reads, due = upstream(gradient)
     bm, bn = _ROWS, min(pow2(d), 512 if interpreting() else 128)
     if bn == 128 and e * chunks * cdiv(d, bn) * groups >= 2 * PROCESSORS:
-        bn = min(pow2(d), 256)  # what is merged for a row serves more columns
+        bm, bn = bm // 2, min(pow2(d), 256)  # what is merged for a row serves more columns
     launch(
         norm_gradient_kernel, (e * chunks, cdiv(d, bn), groups), reads, gradient.sums if vectors is None else vectors,
         0 if vectors is None else vectors.stride(0), 0 if vectors is None else vectors.stride(1), n, d, chunks,

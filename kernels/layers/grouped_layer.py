@@ -148,7 +148,7 @@ def grouped_layer(
         grouped_layer_kernel, (cdiv(m, tile.BM) * cdiv(d, tile.BN), groups),
         main, packed(layer, slabs, bias), *buffers, m, n, d, k, side, keep,
         HAS_X=x is not None, HAS_SIDE=a is not None, ENV_BIAS=per_env, DUE=due,
-        MEMBERS=slabs.members is not None, DROPOUT=dropout is not None, BA=min(pow2(max(side, 1), 16), 64),
+        MEMBERS=slabs.members is not None, DROPOUT=dropout is not None, BA=min(pow2(max(side, 1), 16), 32),
         FINISH=ending, cluster=ending.CLUSTER, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
         **tile.options(k, how),
     )  # fmt: skip
