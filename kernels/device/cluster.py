@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ LARGEST = 8
 _COMMENT = re.compile(r"// cluster of (\d+)")
 _THREADS = re.compile(r"^\.reqntid .*$", re.MULTILINE)
 _KEY = "clusters by directive 1"
+_lock = threading.RLock()  # Triton has one hook for all threads
 
 
 def can_cluster() -> bool:
@@ -50,6 +52,7 @@ def clusters_compiled(size: int) -> Iterator[None]:
     if size == 1:
         yield
         return
+    _lock.acquire()
     before = _knobs.runtime.add_stages_inspection_hook
 
     def stages(*compiling: Any) -> Any:
@@ -68,6 +71,7 @@ def clusters_compiled(size: int) -> Iterator[None]:
         yield
     finally:
         _knobs.runtime.add_stages_inspection_hook = before
+        _lock.release()
 
 
 def check_clustered(compiled: Any) -> None:

@@ -108,7 +108,8 @@ class Specialisation:
     @property
     def needs_tensor(self) -> bool:
         """Tells whether tensor cores are meant to compute this kernel's products."""
-        return "DOT" in flat(self.tile) and self.precision != "float32"
+        tile = flat(self.tile)
+        return "DOT" in tile and tile.get("BK", 1) > 1 and self.precision != "float32"
 
     @property
     def configuration(self) -> str:

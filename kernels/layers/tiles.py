@@ -144,7 +144,8 @@ def finishing_tile(rows: int, groups: int, columns: int, depth: int, how: How) -
         if cdiv(rows, bm) * cdiv(columns, bn) * groups >= chosen.fills * PROCESSORS:
             break
     warps = 8 if bm * bn >= 8192 or bn == _WIDEST or precision == "float32" or not aligned else 4
-    return finishes(_shallow(Tile(bm, bn, bk if aligned else 32, warps), depth), columns, how)
+    bk = 16 if precision == "float32" and bn > 64 else bk if aligned else 32
+    return finishes(_shallow(Tile(bm, bn, bk, warps), depth), columns, how)
 
 
 # A step of a backward product reads the gradient and what it is the gradient of: narrower steps, and
