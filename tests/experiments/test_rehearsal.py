@@ -220,7 +220,7 @@ with rehearsal.without_kernels():
     access="""
 import rehearsal, streams
 from conftest import tiny_config, tiny_multitask
-from test_gpu import of_pixels
+from gpu_cases import of_pixels
 from update_oracle import random_batch
 from tdmpc2_fast import TDMPC2
 writer, reader = torch.cuda.Stream(), torch.cuda.Stream()
