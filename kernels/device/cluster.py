@@ -52,26 +52,25 @@ def clusters_compiled(size: int) -> Iterator[None]:
     if size == 1:
         yield
         return
-    _lock.acquire()
-    before = _knobs.runtime.add_stages_inspection_hook
+    with _lock:
+        before = _knobs.runtime.add_stages_inspection_hook
 
-    def stages(*compiling: Any) -> Any:
-        """Say what changes kernels, for Triton's cache; or, given a compiler and its stages, change these."""
-        others = before(*compiling) if before is not None else None
-        if not compiling:
-            key = _KEY + (others[0] if others else "")
-            return key, hashlib.sha256(key.encode()).hexdigest()
-        found = compiling[1]
-        assemble = found["ptx"]
-        found["ptx"] = lambda *args: with_directive(assemble(*args))
-        return None
+        def stages(*compiling: Any) -> Any:
+            """Say what changes kernels, for Triton's cache; or, given a compiler and its stages, change these."""
+            others = before(*compiling) if before is not None else None
+            if not compiling:
+                key = _KEY + (others[0] if others else "")
+                return key, hashlib.sha256(key.encode()).hexdigest()
+            found = compiling[1]
+            assemble = found["ptx"]
+            found["ptx"] = lambda *args: with_directive(assemble(*args))
+            return None
 
-    _knobs.runtime.add_stages_inspection_hook = stages
-    try:
-        yield
-    finally:
-        _knobs.runtime.add_stages_inspection_hook = before
-        _lock.release()
+        _knobs.runtime.add_stages_inspection_hook = stages
+        try:
+            yield
+        finally:
+            _knobs.runtime.add_stages_inspection_hook = before
 
 
 def check_clustered(compiled: Any) -> None:

@@ -175,13 +175,17 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]
     samples: int = 0  # see `by_sample`
-    cluster: int = 1
 
     @property
     def name(self) -> str:
         """The name of the kernel."""
         name: str = self.kernel.__name__
         return name
+
+    @property
+    def cluster(self) -> int:
+        """The number of programs that wait for each other."""
+        return _cluster_of(self.options)
 
     @property
     def programs(self) -> int:
@@ -269,20 +273,23 @@ def by_sample(samples: int) -> Iterator[None]:
         _open.samples = before
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = None, cluster: int = 1, **options: Any
-) -> None:
+def _cluster_of(options: dict[str, Any]) -> int:
+    """Return how many programs of a kernel with these constants wait for each other: its CLUSTER, or 1."""
+    found: int = flat(options).get("CLUSTER", 1)
+    return found
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = None, **options: Any) -> None:
     """Run kernel[grid](*args, **options) and note it in open logs; a grid without programs is no launch.
 
-    pdl: programmatic dependent launch; None for a kernel that does not know of it. cluster: how many
-    programs wait for each other, as the kernel says.
+    pdl: programmatic dependent launch; None for a kernel that does not know of it.
     """
     if math.prod(grid) == 0:
         return
     if pdl is not None:
         options |= dict(PDL=pdl, launch_pdl=pdl)
     for log in _open.logs:
-        log.launches.append(Launch(kernel, grid, args, options, _open.samples, cluster))
+        log.launches.append(Launch(kernel, grid, args, options, _open.samples))
     if any(log.dry for log in _open.logs):
         return
     if native():
@@ -293,6 +300,7 @@ def launch(
     else:
         # Its default differs between versions of Triton.
         options.setdefault("enable_fp_fusion", True)
+    cluster = _cluster_of(options)
     with clusters_compiled(cluster):
         compiled = kernel[grid](*args, **options)
     if cluster > 1:

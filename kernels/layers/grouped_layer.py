@@ -149,7 +149,7 @@ def grouped_layer(
         main, packed(layer, slabs, bias), *buffers, m, n, d, k, side, keep,
         HAS_X=x is not None, HAS_SIDE=a is not None, ENV_BIAS=per_env, DUE=due,
         MEMBERS=slabs.members is not None, DROPOUT=dropout is not None, BA=min(pow2(max(side, 1), 16), 32),
-        FINISH=ending, cluster=ending.CLUSTER, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
+        FINISH=ending, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
         **tile.options(k, how),
     )  # fmt: skip
     rows = Rows(out.x, out.stats, layer, slabs, tile.BN, dropout)
@@ -171,6 +171,7 @@ def grouped_layer_reference(
     bias: Tensor | None,
     dropout: Dropout | None,
     finish: bool,
+    exact: bool,
 ) -> Rows:
     """Compute `grouped_layer` in plain torch: the same result, statistics left out."""
     dense, rounded = None if x is None else x.activated(), how.precision.operand
@@ -189,7 +190,7 @@ def grouped_layer_reference(
         return rows
     active = out.x if out.active is None else out.active
     active.copy_(rows.activated())
-    return Rows(out.x, operand=True) if out.active is None else replace(rows, active=active)
+    return Rows(out.x, operand=not exact) if out.active is None else replace(rows, active=active)
 
 
 @jit
