@@ -300,7 +300,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, pdl: bool | None = No
     else:
         # Its default differs between versions of Triton.
         options.setdefault("enable_fp_fusion", True)
-    cluster = _cluster_of(options)
+    cluster = 1 if interpreting() else _cluster_of(options)
     with clusters_compiled(cluster):
         compiled = kernel[grid](*args, **options)
     if cluster > 1:
@@ -316,12 +316,13 @@ def await_producers(PDL: tl.constexpr):
 
 
 @jit
-def await_neighbours(CLUSTER: tl.constexpr):
+def await_neighbours(CLUSTER: tl.constexpr, INTERPRETED: tl.constexpr):
     """Wait until the programs of a cluster have come here, and see what they wrote before.
 
-    What one wrote, another must load from L2 (`.cg`). The comment is read by cluster.py.
+    What one wrote, another must load from L2 (`.cg`). The comment is read by cluster.py. The interpreter runs one
+    program after another, so that none can wait: what neighbours wrote is right from the next run on.
     """
-    if CLUSTER == 1:
+    if CLUSTER == 1 or INTERPRETED:
         tl.debug_barrier()
     else:
         ARRIVE: tl.constexpr = "barrier.cluster.arrive.release.aligned; // cluster of $1, $0"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..device.launch import Launch, cdiv
 from ..device.pointers import Strided
+from ..layers.head_tile import ACTIONS
 from ..layers.rows import Source
 
 Args = dict[str, Any]
@@ -72,6 +73,11 @@ def _input(a: Args, k: int) -> int:
     return size
 
 
+def _masks(a: Args, actions: int) -> int:
+    """Count the bytes read of the masks of environments."""
+    return _rows_read(a, Strided(None, 0, actions, 0)) * actions * 4
+
+
 def _grouped_layer(a: Args, grid: Grid) -> LaunchWork:
     m, d, bm, bn, groups = a["M"], a["D"], a["BM"], a["BN"], grid[1]
     row_tiles, tiles = cdiv(m, bm), cdiv(d, bn)
@@ -85,9 +91,18 @@ def _grouped_layer(a: Args, grid: Grid) -> LaunchWork:
     # Statistics are written a tile, and read again by each of those of a row that finish it.
     moved += m * tiles * 8 * (1 + tiles * (a["ACT"] > 0))
     moved += a["KEEP"] * m * d * a["y"].ptr.element_size()
+    flops, padded = 2 * groups * m * d * (k + side), 2 * prod(grid) * bm * bn * padded_k
     if a["ACT"]:
-        moved += m * d * a["active"].ptr.element_size() + row_tiles * 2 * d * 4
-    return LaunchWork(2 * groups * m * d * (k + side), 2 * prod(grid) * bm * bn * padded_k, groups * moved)
+        moved += row_tiles * 2 * d * 4
+    if a["END"]:
+        outputs = a["end"].outputs
+        flops, padded = flops + 2 * groups * m * d * outputs, padded + 2 * prod(grid) * bm * bn * a["BO"]
+        # Each program writes a part of the sums of its rows, and reads all parts of its share of them.
+        moved += row_tiles * outputs * (d * a["w"].ptr.element_size() + 4 * tiles) + 2 * m * tiles * outputs * 4
+        moved += m * (4 * outputs if a["END"] == ACTIONS else 4) + a["HAS_MASK"] * _masks(a, outputs // 2)
+    elif a["ACT"]:
+        moved += m * d * a["active"].ptr.element_size()
+    return LaunchWork(flops, padded, groups * moved)
 
 
 def _last_layer(a: Args, grid: Grid, d: int, per_row: int) -> LaunchWork:
@@ -104,8 +119,7 @@ def _scalar_head(a: Args, grid: Grid) -> LaunchWork:
 
 def _policy_layer(a: Args, grid: Grid) -> LaunchWork:
     useful, padded, moved = _last_layer(a, grid, 2 * a["A"], 8 * a["A"])
-    masks = a["HAS_MASK"] * _rows_read(a, Strided(None, 0, a["A"], 0)) * a["A"] * 4
-    return LaunchWork(useful, padded, moved + masks)
+    return LaunchWork(useful, padded, moved + a["HAS_MASK"] * _masks(a, a["A"]))
 
 
 def _activate(a: Args, grid: Grid) -> LaunchWork:

@@ -21,6 +21,7 @@ from ..device.launch import How, Precision, await_producers, cdiv, interpreting,
 from ..device.pointers import entry_ptrs, flattened, row_ptrs, slab_of, strided
 from ..device.reference import reference_of
 from ..device.statistics import merge_statistics
+from .ending import NO_END, End, Ends
 from .linear_tile import activate, layer_on_tile, prefetch_weights
 from .rows import EACH, LEAST_COLUMNS, PLAIN, Dropout, Finish, Layer, Rows, Slabs, keeping, packed, source
 from .tiles import STATISTICS, Tile, finishes, finishing_tile, layer_tile, ready_tile
@@ -28,10 +29,10 @@ from .tiles import STATISTICS, Tile, finishes, finishing_tile, layer_tile, ready
 
 @jit
 def grouped_layer_kernel(
-    x, w, a, y, stats, active, M, n, D, K, A, keep,
+    x, w, a, y, stats, active, end, M, n, D, K, A, keep,
     HAS_X: tl.constexpr, HAS_SIDE: tl.constexpr, ENV_BIAS: tl.constexpr, DUE: tl.constexpr, MEMBERS: tl.constexpr,
-    DROPOUT: tl.constexpr, FINISH: tl.constexpr, TILE: tl.constexpr, BA: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    DROPOUT: tl.constexpr, FINISH: tl.constexpr, ENDS: tl.constexpr, TILE: tl.constexpr, BA: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile [BM, BN] of one group; grid (row tiles x column tiles, groups)."""
     tiles_n = tl.cdiv(D, TILE.BN)
@@ -42,9 +43,9 @@ def grouped_layer_kernel(
         prefetch_weights(w.ptr + slab * D * K, tile_n * TILE.BN + tl.arange(0, TILE.BN), D, K, LINES)
     await_producers(PDL)
     layer_on_tile(
-        tile_m, tile_n, g, x, w, a, y, stats, active, M, n, D, K, A, keep,
+        tile_m, tile_n, g, x, w, a, y, stats, active, end, M, n, D, K, A, keep,
         HAS_X=HAS_X, HAS_SIDE=HAS_SIDE, ENV_BIAS=ENV_BIAS, DUE=DUE, MEMBERS=MEMBERS, DROPOUT=DROPOUT, FINISH=FINISH,
-        TILE=TILE, BA=BA,
+        ENDS=ENDS, TILE=TILE, BA=BA,
     )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def grouped_layer(
     dropout: Dropout | None = None,
     finish: bool = False,
     exact: bool = False,
+    end: End | None = None,
     tile: Tile | None = None,
 ) -> Rows:
     """Write what `layer` makes of x and a, for every group of `out`.
@@ -91,6 +93,8 @@ def grouped_layer(
         finish: write the activation, to `out.active` beside the pre-activation where there is one, else to
             `out.x` in its place. In a second launch where the programs of a row are no cluster.
         exact: write the activation as its buffer holds it, not as products take it.
+        end: the last layer of a head, for which alone these rows are: where this launch makes its results, too,
+            `out` is not written.
         tile: None takes the table's.
 
     Returns:
@@ -132,7 +136,7 @@ def grouped_layer(
     reads, due = source(Rows(out.x) if x is None else x)
     active = out.x if out.active is None else out.active
     tiles = cdiv(d, tile.BN)
-    ending = Finish(
+    finished = Finish(
         KEEP=in_one is None or out.active is not None,
         ACT=layer.activation if in_one else PLAIN,
         V=max(layer.simnorm_dim, 1),
@@ -140,24 +144,30 @@ def grouped_layer(
         TILES=pow2(tiles) if in_one else 1,
         EXACT=exact,
     )
+    ends, ending = Ends(NO_END), 0
+    ended = in_one is not None and end is not None and end.parts is not None
+    if ended:
+        ending, ends = end.given()
     side_rows = out.x if a is None else a[None]
-    given = reads, *map(strided, (side_rows, out.x, out.stats, active)), keeping(dropout, out.x)
+    given = reads, *map(strided, (side_rows, out.x, out.stats, active)), ending, keeping(dropout, out.x)
     per_env = bias is not None and e > 1
-    m, (n, (main, *buffers, keep)) = e * n, (n, given) if per_env else flattened(e, n, *given)
+    m, (n, (main, *buffers, ending, keep)) = e * n, (n, given) if per_env or ends.HAS_MASK else flattened(e, n, *given)
     launch(
         grouped_layer_kernel, (cdiv(m, tile.BM) * cdiv(d, tile.BN), groups),
-        main, packed(layer, slabs, bias), *buffers, m, n, d, k, side, keep,
+        main, packed(layer, slabs, bias), *buffers, ending, m, n, d, k, side, keep,
         HAS_X=x is not None, HAS_SIDE=a is not None, ENV_BIAS=per_env, DUE=due,
         MEMBERS=slabs.members is not None, DROPOUT=dropout is not None, BA=min(pow2(max(side, 1), 16), 32),
-        FINISH=ending, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
+        FINISH=finished, ENDS=ends, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
         **tile.options(k, how),
     )  # fmt: skip
     rows = Rows(out.x, out.stats, layer, slabs, tile.BN, dropout)
-    if not finish:
-        return rows
-    if not in_one:
-        activate_rows(rows, active, how=how, exact=exact)
-    return Rows(out.x, operand=not exact) if out.active is None else replace(rows, active=out.active)
+    if finish:
+        if not in_one:
+            activate_rows(rows, active, how=how, exact=exact)
+        rows = Rows(out.x, operand=not exact) if out.active is None else replace(rows, active=out.active)
+    if end is not None and not ended:
+        end.alone(rows, how)
+    return rows
 
 
 @reference_of(grouped_layer)

@@ -13,6 +13,7 @@ from ..device.arithmetic import mish, operand, simnorm, store_rounded, to_bfloat
 from ..device.launch import await_neighbours, jit, tl
 from ..device.pointers import entry_ptrs, row_offsets, row_ptrs, slab_of
 from ..device.statistics import merge_statistics, store_statistics
+from .ending import end_on_tile
 from .rows import MISH as _MISH_ACT
 
 MISH = tl.constexpr(_MISH_ACT)
@@ -108,13 +109,14 @@ def prefetch_weights(w_ptr, cols, D, K, LINES: tl.constexpr):
 
 @jit
 def layer_on_tile(
-    tile_m, tile_n, g, x, w, a, y, stats, active, M, n, D, K, A, keep,
+    tile_m, tile_n, g, x, w, a, y, stats, active, end, M, n, D, K, A, keep,
     HAS_X: tl.constexpr, HAS_SIDE: tl.constexpr, ENV_BIAS: tl.constexpr, DUE: tl.constexpr, MEMBERS: tl.constexpr,
-    DROPOUT: tl.constexpr, FINISH: tl.constexpr, TILE: tl.constexpr, BA: tl.constexpr,
+    DROPOUT: tl.constexpr, FINISH: tl.constexpr, ENDS: tl.constexpr, TILE: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile [BM, BN] of group g of a layer: products, bias, dropout, store, and what FINISH says.
 
-    x: `Source`; w: `Weights`; a, y, stats, active: `Strided`; keep: `Keep`, unread without DROPOUT.
+    x: `Source`; w: `Weights`; a, y, stats, active: `Strided`; keep: `Keep`, unread without DROPOUT; end: `Ending`,
+    unread without ENDS.
     """
     rows = tile_m * TILE.BM + tl.arange(0, TILE.BM)
     cols = tile_n * TILE.BN + tl.arange(0, TILE.BN)
@@ -150,12 +152,18 @@ def layer_on_tile(
     if FINISH.ACT:
         gamma = tl.load(w.gamma_ptr + slab * D + cols, mask=col_ok, other=0.0)
         beta = tl.load(w.beta_ptr + slab * D + cols, mask=col_ok, other=0.0)
-        await_neighbours(FINISH.CLUSTER)
+        await_neighbours(FINISH.CLUSTER, TILE.INTERPRETED)
         mean, rstd = merge_statistics(stats_ptrs, row_ok, D, BN, FINISH.TILES, FROM_L2=True)
         done = activate(acc, mean, rstd, gamma, beta, FINISH.ACT, FINISH.V, TILE.INTERPRETED)
         if not FINISH.EXACT:
             done = operand(done, active.ptr.dtype.element_ty == tl.bfloat16, TILE)
-        store_rounded(entry_ptrs(active, g, rows, n, cols), done, ok, TILE.INTERPRETED)
+        if ENDS.END:
+            end_on_tile(
+                done, tile_m, tile_n, g, rows, row_ok, cols, col_ok, end, M, n, D,
+                CLUSTER=FINISH.CLUSTER, TILES=FINISH.TILES, ENDS=ENDS, TILE=TILE,
+            )  # fmt: skip
+        else:
+            store_rounded(entry_ptrs(active, g, rows, n, cols), done, ok, TILE.INTERPRETED)
 
 
 @jit

@@ -9,13 +9,17 @@ program splits them in registers. Cost: 4 A D FLOP a row.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ..device.arithmetic import tanh
 from ..device.launch import How, await_producers, jit, launch, pow2, tl
-from ..device.pointers import entry_ptrs, flattened, row_offsets, strided
+from ..device.pointers import flattened, strided
 from ..device.reference import reference_of
+from .ending import End, Ending, Ends
+from .head_tile import ACTIONS, store_actions
 from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
 from .policy_head import policy_action
@@ -24,35 +28,16 @@ from .tiles import Tile
 
 
 @jit
-def policy_on_tile(
-    tile_m, x, w, eps, mask_ptr, y, M, n, K, A, low, high,
-    HAS_MASK: tl.constexpr, DUE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Compute the actions of BM rows from all 2A <= BN columns."""
-    rows, cols = tile_m * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
-    row_ok = rows < M
-    logits = logits_on_tile(rows, cols, 0, x, w, row_ok, n, 2 * A, K, DUE, TILE)
-    center, log_std = tl.split(tl.reshape(logits, (TILE.BM, TILE.BN // 2, 2)))  # [BM, BA] each
-    log_std = low + 0.5 * (high - low) * (tanh(log_std) + 1.0)
-    dims = tl.arange(0, TILE.BN // 2)
-    ok = row_ok[:, None] & (dims < A)[None, :]
-    noise = tl.load(entry_ptrs(eps, 0, rows, n, dims), mask=ok, other=0.0)
-    if HAS_MASK:
-        live = tl.load(mask_ptr + row_offsets(rows, n, A, 0)[:, None] + dims[None, :], mask=ok, other=0.0)
-        center, log_std, noise = center * live, log_std * live, noise * live
-    action = tanh(center + noise * tl.exp(log_std))
-    tl.store(entry_ptrs(y, 0, rows, n, dims), action, mask=ok)
-
-
-@jit
 def policy_layer_kernel(
     x, w, eps, mask_ptr, y, M, n, K, A, low, high,
     HAS_MASK: tl.constexpr, DUE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute the actions of BM rows, all 2A <= BN columns; grid (row tiles, 1)."""
+    rows, cols = tl.program_id(0) * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
+    row_ok = rows < M
     await_producers(PDL)
-    tile_m = tl.program_id(0)
-    policy_on_tile(tile_m, x, w, eps, mask_ptr, y, M, n, K, A, low, high, HAS_MASK=HAS_MASK, DUE=DUE, TILE=TILE)
+    logits = logits_on_tile(rows, cols, 0, x, w, row_ok, n, 2 * A, K, DUE, TILE)
+    store_actions(logits, A, eps, mask_ptr, y, rows, row_ok, n, low, high, HAS_MASK)
 
 
 def interleave(x: Tensor) -> Tensor:
@@ -108,3 +93,26 @@ def policy_layer_reference(
     logits = last_layer_reference(x, layer, out.unsqueeze(0), how, EACH)[0]
     plain = torch.cat([logits[..., 0::2], logits[..., 1::2]], -1)
     out.copy_(policy_action(plain, eps.to(out), low, high, None if mask is None else mask.to(out).unsqueeze(1)))
+
+
+@dataclass(frozen=True)
+class PolicyEnd(End):
+    """A `policy_layer` that a layer may end with; out, eps, low, high and mask as there."""
+
+    out: Tensor
+    eps: Tensor
+    low: float
+    high: float
+    mask: Tensor | None
+
+    @override
+    def alone(self, x: Rows, how: How) -> None:
+        given = dict(low=self.low, high=self.high, mask=self.mask)
+        policy_layer(x, self.layer, self.eps, self.out, how=how, **given)
+
+    @override
+    def given(self) -> tuple[Ending, Ends]:
+        w, out, eps = self._weights(), strided(self.out[None]), strided(self.eps[None])
+        mask = self.eps if self.mask is None else self.mask
+        ending = Ending(w, self.parts, self.layer.width, out, eps, mask, float(self.low), float(self.high))
+        return ending, Ends(ACTIONS, 2 * pow2(self.out.shape[-1], 8), HAS_MASK=self.mask is not None)

@@ -9,66 +9,23 @@ is for the policy loss, which goes through critics that are constants.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ..device.arithmetic import store_rounded, symexp
-from ..device.launch import How, await_producers, jit, launch, tl
-from ..device.pointers import entry_ptrs, flattened, row_ptrs, strided
+from ..device.arithmetic import store_rounded
+from ..device.launch import How, await_producers, jit, launch, pow2, tl
+from ..device.pointers import entry_ptrs, flattened, strided
 from ..device.reference import reference_of
+from .ending import End, Ending, Ends
+from .head_tile import SCALARS, store_scalars
 from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
 from .rows import EACH, Layer, Rows, Slabs
 from .tiles import Tile
 from .two_hot import Code, two_hot_inv
-
-
-@jit
-def bin_values(cols, K, vmin, vmax):
-    """Return the centres of the K bins in columns `cols`, 0 beyond."""
-    width = (vmax - vmin) / (K - 1)
-    # From the nearer end, as torch.linspace: both ends and the middle are exact.
-    bins = tl.where(cols < K // 2, vmin + width * cols, vmax - width * (K - 1 - cols))
-    return tl.where(cols < K, bins, 0.0)
-
-
-@jit
-def scalar_of(logits, cols, K, vmin, vmax, BINS: tl.constexpr):
-    """Return the scalar that each row of logits [BM, BK] stands for: [BM], and its gradient [BM, BK].
-
-    BINS as `num_bins` in two_hot.py. A gradient that is not used is not computed.
-    """
-    if BINS > 1:
-        logits = tl.where((cols < K)[None, :], logits, float("-inf"))
-        p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-        bins = bin_values(cols, K, vmin, vmax)
-        total = tl.sum(p, axis=1)
-        v = tl.sum(p * bins[None, :], axis=1) / total
-        d = tl.exp(tl.abs(v))[:, None] * (p / total[:, None]) * (bins[None, :] - v[:, None])
-        return symexp(v), d
-    x = tl.sum(tl.where((cols < 1)[None, :], logits, 0.0), axis=1)
-    slope = tl.zeros_like(x) + 1.0
-    if BINS == 1:
-        slope = tl.exp(tl.abs(x))
-        x = symexp(x)
-    return x, tl.broadcast_to(slope[:, None], (logits.shape[0], logits.shape[1]))
-
-
-@jit
-def scalars_on_tile(
-    tile_m, g, x, w, y, M, n, D, K, vmin, vmax, d,
-    DUE: tl.constexpr, MEMBERS: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
-    GRADIENT: tl.constexpr = False,
-):  # fmt: skip
-    """Reduce BM rows of group g, all D <= BN columns, to a scalar each, with its gradient in `d` if GRADIENT."""
-    rows, cols = tile_m * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
-    row_ok = rows < M
-    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS=MEMBERS)
-    scalar, gradient = scalar_of(logits, cols, D, vmin, vmax, BINS)
-    tl.store(row_ptrs(y, g, rows, n), scalar, mask=row_ok)
-    if GRADIENT:
-        ok = row_ok[:, None] & (cols < D)[None, :]
-        store_rounded(entry_ptrs(d, g, rows, n, cols), gradient, ok, TILE.INTERPRETED)
 
 
 @jit
@@ -78,12 +35,15 @@ def scalar_head_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Reduce BM rows of one group, all D <= BN columns; grid (row tiles, groups)."""
+    g = tl.program_id(1).to(tl.int64)
+    rows, cols = tl.program_id(0) * TILE.BM + tl.arange(0, TILE.BM), tl.arange(0, TILE.BN)
+    row_ok = rows < M
     await_producers(PDL)
-    tile_m, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    scalars_on_tile(
-        tile_m, g, x, w, y, M, n, D, K, vmin, vmax, d,
-        DUE=DUE, MEMBERS=MEMBERS, BINS=BINS, TILE=TILE, GRADIENT=GRADIENT,
-    )  # fmt: skip
+    logits = logits_on_tile(rows, cols, g, x, w, row_ok, n, D, K, DUE, TILE, MEMBERS=MEMBERS)
+    gradient = store_scalars(logits, cols, D, y, g, rows, row_ok, n, vmin, vmax, BINS)
+    if GRADIENT:
+        ok = row_ok[:, None] & (cols < D)[None, :]
+        store_rounded(entry_ptrs(d, g, rows, n, cols), gradient, ok, TILE.INTERPRETED)
 
 
 def scalar_head(
@@ -135,3 +95,22 @@ def scalar_head_reference(
     out.copy_(value.detach().squeeze(-1))
     if gradient is not None:
         gradient.copy_(torch.autograd.grad(value.sum(), logits)[0])
+
+
+@dataclass(frozen=True)
+class ScalarEnd(End):
+    """A `scalar_head` that a layer may end with; out and code as there."""
+
+    out: Tensor
+    code: Code
+
+    @override
+    def alone(self, x: Rows, how: How) -> None:
+        scalar_head(x, self.layer, self.out, how=how, code=self.code, slabs=self.slabs)
+
+    @override
+    def given(self) -> tuple[Ending, Ends]:
+        w, out, outputs = self._weights(), strided(self.out), self.layer.width
+        ending = Ending(w, self.parts, outputs, out, out, self.out, float(self.code.vmin), float(self.code.vmax))
+        members = self.slabs.members is not None
+        return ending, Ends(SCALARS, pow2(outputs, 16), OF_BINS=min(self.code.num_bins, 2), OF_MEMBERS=members)

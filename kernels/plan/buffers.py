@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..device.launch import Precision
+from ..layers.ending import room_for_parts
 from ..layers.rows import Layer, Rows
 from ..layers.sizes import ModelSizes
 from .mppi import Elites, Rule, Samples
@@ -169,15 +170,18 @@ class PlanState:
         self.encoded = [rows(1, 1, width) for width in s.encoder_widths[1:]]
         self.task_share = rows(CRITICS + s.num_q, 1, d, torch.float32) if s.task_dim else None
         self.shared = rows(3, 1, d, torch.float32)  # z0's share of the first layers
-        self.first = rows(2, n, d)
-        # Dynamics, then the reward of each step, then two critics: inputs of the third layer and
-        # of all scalar heads.
+        # Dynamics, or the policy; then the reward of each step; then two critics.
+        self.first = rows(1 + h + 2, n, d)
         self.second = rows(1 + h + 2, n, d)
         self.policy = rows(1, n, d)
         self.z = rows(h, n, s.latent_dim)  # z[t] is the latent after step t
         self.termination_first = rows(h, n, d) if s.episodic else None
         self.termination_second = rows(h, n, d) if s.episodic else None
         self.termination = floats(h, e, n) if s.episodic else None
+        parts = max(
+            room_for_parts(e * n, h + 2, max(s.num_bins, 1), precision), room_for_parts(e * n, 1, 2 * a, precision)
+        )
+        self.parts = floats(parts) if parts else None  # of the sums of last layers
         self.actions = floats(e, h, n, a)
         self.terminal_action = floats(e, n, a)
         self.scalars = floats(h + 2, e, n)

@@ -2,9 +2,9 @@
 
     encode obs                                   one launch a layer
     first layers' share of z0, once a plan       dynamics, policy and reward in one launch
-    each iteration, each step t                  3 launches: first and second layers of dynamics and
-                                                 reward together, then the next latent
-    terminal value                               policy 3, the two drawn critics 2 launches
+    each iteration, each step t                  3 launches: the first layers of dynamics and reward
+                                                 together, then the dynamics to the next latent
+    terminal value                               policy 2 launches, the two drawn critics' first layer 1
     all rewards and both critics to scalars      1 launch
     elites, mean, std, next samples              1 launch
 
@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..device.draw import draw
 from ..device.launch import How, by_sample, native
+from ..layers.ending import End
 from ..layers.grouped_layer import grouped_layer
-from ..layers.policy_layer import policy_layer
+from ..layers.policy_layer import PolicyEnd
 from ..layers.rows import EACH, PLAIN, Layer, Rows, Slabs
-from ..layers.scalar_head import scalar_head
+from ..layers.scalar_head import ScalarEnd
 from ..layers.tiles import Tile, layer_tile
 from ..layers.two_hot import Code
 from .buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanDraws, PlanInputs, PlanSizes, PlanState, PlanWeights
@@ -71,7 +73,7 @@ class PlanChain:
         # Sampled and prior rows of one buffer are written by different launches and read by one. If an activation
         # is still due on them, their tiles must be of one width: that of all rows together.
         d, z = sizes.mlp_dim, sizes.latent_dim
-        self._second_tile = layer_tile(rows, 2, d, d, how.precision.name)
+        self._first_tile = layer_tile(rows, 2, d, z, how.precision.name)
         self._third_tile = layer_tile(rows, 1, z, d, how.precision.name)
         self.z = self._rows(self.state.z, weights.third, _SHARED, self._third_tile)
 
@@ -141,7 +143,7 @@ class PlanChain:
         s, p = self.state, self.sizes.num_pi_trajs
         first = shared[POLICY : POLICY + 1, :]
         x = self._layer(first, None, self.weights.second, s.policy[:, :1], Slabs(POLICY))
-        self._act(x.expand(p), self.draws.pi_eps[:, 0], s.actions[:, 0, :p])
+        self._policy(self.draws.pi_eps[:, 0], s.actions[:, 0, :p]).alone(x.expand(p), self.how)
 
     def begin(self) -> None:
         """Write the warm start and the first samples."""
@@ -149,7 +151,7 @@ class PlanChain:
         mppi_begin(inputs.prev_mean, inputs.t0, noise, inputs.mask, max_std, self.state.samples, pdl=self.how.pdl)
 
     def rollout(self, z0: Rows | None, shared: Rows, start: int = 0, act: bool = False) -> None:
-        """Roll sequences from `start` on out: latents of all steps, and the reward's second layer.
+        """Roll sequences from `start` on out: latents of all steps, and the rewards' first layer.
 
         z0: latents (1, E, N, L) to start from; None: the one of `share`. act: draw the actions
         of the prior sequences on the way, after the first step's.
@@ -161,31 +163,32 @@ class PlanChain:
         for t in range(self.sizes.horizon):
             before = self.z[t - 1 : t, rows] if t else z0
             if act and p and t:
-                self._act(self._policy(self.z[t - 1 : t, :p]), self.draws.pi_eps[:, t], s.actions[:, t, :p])
+                self._act(self.z[t - 1 : t, :p], self.draws.pi_eps[:, t], s.actions[:, t, :p])
             bias = shared.x[:, :, 0] if before is None else self._task_bias
-            h = self._layer(before, s.actions[:, t, rows], w.first, s.first[:, rows], _PAIR, bias)
-            h = self._layer(h, None, w.second, s.second[: 2 + t : 1 + t, rows], _PAIR)
-            self._layer(h[:1, :], None, w.third, s.z[t : t + 1, rows], _SHARED)
+            x = self._layer(before, s.actions[:, t, rows], w.first, s.first[: 2 + t : 1 + t, rows], _PAIR, bias)
+            x = self._layer(x[:1, :], None, w.second, s.second[:1, rows], _SHARED)
+            self._layer(x, None, w.third, s.z[t : t + 1, rows], _SHARED)
 
     def terminal_value(self, iteration: int) -> None:
         """Compute the scalars of all sequences: rewards, and two critics at a policy action after the last step."""
         s, w, h, members = self.state, self.weights, self.sizes.horizon, self.draws.members[iteration]
         last = self.z[h - 1 : h, :]
-        self._act(self._policy(last), self.draws.value_eps[iteration], s.terminal_action)
+        self._act(last, self.draws.value_eps[iteration], s.terminal_action)
         critics = Slabs(CRITICS, members=members)
-        x = self._layer(last, s.terminal_action, w.first, s.first, critics, self._task_bias)
-        x = self._layer(x, None, w.second, s.second[h + 1 :, :], critics)
+        self._layer(last, s.terminal_action, w.first, s.first[h + 1 :, :], critics, self._task_bias)
         # Slab -1 of the draws is the reward, below the critics in every packed layer.
-        slabs = self.draws.slabs[iteration]
-        hidden = self._rows(s.second[1:, :], w.second, Slabs(CRITICS, members=slabs), self._second_tile)
-        self._scalars(hidden, w.scalars, s.scalars, Slabs(1, members=slabs), self.sizes.num_bins)
+        drawn = self.draws.slabs[iteration]
+        slabs = Slabs(CRITICS, members=drawn)
+        x = self._rows(s.first[1:, :], w.first, slabs, self._first_tile)
+        end = self._scalars(w.scalars, s.scalars, Slabs(1, members=drawn), self.sizes.num_bins)
+        self._layer(x, None, w.second, s.second[1:, :], slabs, end=end)
         if w.termination is not None:
             assert s.termination_first is not None
             assert s.termination_second is not None
             assert s.termination is not None
             x = self._layer(self.z, None, w.termination[0], s.termination_first, _SHARED)
-            x = self._layer(x, None, w.termination[1], s.termination_second, _SHARED)
-            self._scalars(x, w.termination[2], s.termination, _SHARED, 0)
+            end = self._scalars(w.termination[2], s.termination, _SHARED, 0)
+            self._layer(x, None, w.termination[1], s.termination_second, _SHARED, end=end)
 
     def refine(self, next_noise: Tensor | None = None, choose: bool = False) -> None:
         """Write values, elites, mean and std; then the next samples, or the choice of the action."""
@@ -214,42 +217,36 @@ class PlanChain:
         )
 
     def _layer(
-        self, x: Rows | None, a: Tensor | None, layer: Layer, out: Rows, slabs: Slabs, bias: Tensor | None = None
+        self,
+        x: Rows | None,
+        a: Tensor | None,
+        layer: Layer,
+        out: Rows,
+        slabs: Slabs,
+        bias: Tensor | None = None,
+        end: End | None = None,
     ) -> Rows:
         # The first layers' share of z0 has neither: more is added to it.
         finish = self.once and layer.activation != PLAIN and out is not self.state.shared
         tile = None
         if not self.once:
-            if layer is self.weights.second and out.x.shape[0] == 2:
-                tile = self._second_tile
+            if layer is self.weights.first and out is not self.state.shared:
+                tile = self._first_tile
             elif layer is self.weights.third:
                 tile = self._third_tile
-        return grouped_layer(x, a, layer, out, how=self.how, slabs=slabs, bias=bias, finish=finish, tile=tile)
+        given: Any = dict(how=self.how, slabs=slabs, bias=bias, finish=finish, end=end, tile=tile)
+        return grouped_layer(x, a, layer, out, **given)
 
-    def _policy(self, z: Rows) -> Rows:
-        """Evaluate the policy's first two layers at latents (1, E, n, L)."""
+    def _act(self, z: Rows, eps: Tensor, out: Tensor) -> None:
+        """Draw the policy's actions at latents (1, E, n, L)."""
         slab, n = Slabs(POLICY), z.x.shape[2]
         x = self._layer(z, None, self.weights.first, self.state.first[:1, :n], slab, self._task_bias)
-        return self._layer(x, None, self.weights.second, self.state.policy[:, :n], slab)
+        self._layer(x, None, self.weights.second, self.state.policy[:, :n], slab, end=self._policy(eps, out))
 
-    def _act(self, x: Rows, eps: Tensor, out: Tensor) -> None:
-        policy_layer(
-            x,
-            self.weights.policy,
-            eps,
-            out,
-            how=self.how,
-            low=self.sizes.log_std_min,
-            high=self.sizes.log_std_max,
-            mask=self.inputs.mask,
-        )
+    def _policy(self, eps: Tensor, out: Tensor) -> PolicyEnd:
+        s, mask = self.sizes, self.inputs.mask
+        return PolicyEnd(self.weights.policy, _SHARED, self.state.parts, out, eps, s.log_std_min, s.log_std_max, mask)
 
-    def _scalars(self, x: Rows, layer: Layer, out: Tensor, slabs: Slabs, num_bins: int) -> None:
-        scalar_head(
-            x,
-            layer,
-            out,
-            how=self.how,
-            code=Code(num_bins, self.sizes.vmin, self.sizes.vmax),
-            slabs=slabs,
-        )
+    def _scalars(self, layer: Layer, out: Tensor, slabs: Slabs, num_bins: int) -> ScalarEnd:
+        code = Code(num_bins, self.sizes.vmin, self.sizes.vmax)
+        return ScalarEnd(layer, slabs, self.state.parts, out, code)

@@ -15,7 +15,7 @@ struct GroupedLayer : Kernel {
 
   GroupedLayer(const Grid& grid, Reader& in) {
     x = source(in), w = weights(in), a = strided(in), y = strided(in), stats = strided(in);
-    strided(in);  // the activation
+    strided(in), in.skip(1);  // the activation, and a last layer behind it
     m = in.integer(), n = rows = in.integer(), d = in.integer(), k = in.integer(), side = in.integer();
     keep = keeping(in);
     has_x = in.integer(), has_side = in.integer(), env_bias = in.integer();
@@ -24,6 +24,9 @@ struct GroupedLayer : Kernel {
     in.tuple(6);
     in.skip(1);
     if (in.integer() != PLAIN) throw std::runtime_error("finish: a layer's readers activate it here");
+    in.skip(4);
+    in.tuple(5);
+    if (in.integer()) throw std::runtime_error("ends: a layer does not end a head here");
     in.skip(4);
     tile = product(in);
     in.skip(2);  // BA, LINES

@@ -1,0 +1,125 @@
+"""The last layer of a head as the end of the layer before it: no launch of its own, no activation in memory.
+
+    y = act(LN(x Wᵀ + b)),    logits = y Vᵀ + c = sum over column tiles t of y[:, t] V[:, t]ᵀ + c
+
+Each program of a cluster multiplies its tile of y, which it has in registers, by its columns of V. The
+parts of the sum pass through L2. After a second wait for its neighbours each program adds up the parts of its
+share of the rows, always in the same order, and makes scalars or actions of them (head_tile.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..device.cluster import LARGEST
+from ..device.launch import How, Precision, await_neighbours, jit, pow2, tl
+from ..device.pointers import Strided, slab_of
+from .head_tile import ACTIONS as _ACTIONS
+from .head_tile import SCALARS as _SCALARS
+from .head_tile import store_actions, store_scalars
+from .rows import Layer, Rows, Slabs, Weights, packed
+
+NO_END = 0
+_MOST_ROWS = 4096  # Of more rows parts are more to move than the activation, and launches are no matter.
+_WIDEST = 128
+
+SCALARS = tl.constexpr(_SCALARS)
+ACTIONS = tl.constexpr(_ACTIONS)
+
+
+class Ending(NamedTuple):
+    """A last layer that a kernel ends with."""
+
+    w: Weights
+    parts_ptr: Any
+    outputs: Any
+    out: Strided
+    eps: Strided  # read for actions
+    mask_ptr: Any  # read with `HAS_MASK`
+    low: Any  # the first bin, or the least log std
+    high: Any
+
+
+class Ends(NamedTuple):
+    """What a layer does with its activation: constants of a kernel."""
+
+    END: int  # NO_END, SCALARS or ACTIONS
+    BO: int = 1  # columns of the last layer
+    OF_BINS: int = 0
+    HAS_MASK: bool = False
+    OF_MEMBERS: bool = False  # whether slabs of the last layer are drawn
+
+
+@dataclass(frozen=True)
+class End(ABC):
+    """A last layer, and where its results go.
+
+    parts: room for parts of its sums (`room_for_parts`); None for a launch of its own.
+    """
+
+    layer: Layer  # packed (S, outputs, D), no LayerNorm
+    slabs: Slabs
+    parts: Tensor | None
+
+    @abstractmethod
+    def alone(self, x: Rows, how: How) -> None:
+        """Launch it alone, on the rows of the layer before."""
+
+    @abstractmethod
+    def given(self) -> tuple[Ending, Ends]:
+        """Return it as a kernel that ends with it takes it."""
+
+    def _weights(self) -> Weights:
+        return packed(self.layer, self.slabs)
+
+
+def room_for_parts(rows: int, groups: int, outputs: int, precision: Precision) -> int:
+    """Return how many float32 numbers the parts of a last layer take; 0 where it gets a launch of its own.
+
+    Without tensor cores its product takes more registers than there are.
+    """
+    small = rows <= _MOST_ROWS and pow2(outputs) <= _WIDEST
+    return groups * LARGEST * rows * outputs if small and precision.name != "float32" else 0
+
+
+@jit
+def end_on_tile(
+    y, tile_m, tile_n, g, rows, row_ok, cols, col_ok, end, M, n, D,
+    CLUSTER: tl.constexpr, TILES: tl.constexpr, ENDS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """End a layer of group g: a tile y [BM, BN] of its activation, as products take it, to results of BM rows."""
+    outs = tl.arange(0, ENDS.BO)
+    out_ok = outs < end.outputs
+    slab = slab_of(end.w.slab, g, ENDS.OF_MEMBERS)
+    v_ptrs = end.w.ptr + slab * end.outputs * D + outs[None, :] * D + cols[:, None]
+    v = tl.load(v_ptrs, mask=col_ok[:, None] & out_ok[None, :], other=0.0)  # [BN, BO]
+    if TILE.INTERPRETED:
+        y, v = y.to(tl.float32), v.to(tl.float32)
+    part = tl.dot(y, v, input_precision=TILE.DOT)
+    parts_ptr = end.parts_ptr + g * CLUSTER * M * end.outputs
+    part_ptrs = parts_ptr + (tile_n * M + rows)[:, None] * end.outputs + outs[None, :]
+    tl.store(part_ptrs, part, mask=row_ok[:, None] & out_ok[None, :])
+    bias = tl.load(end.w.bias_ptr + slab * end.w.bias_s + outs, mask=out_ok, other=0.0)
+    await_neighbours(CLUSTER, TILE.INTERPRETED)
+    SHARE: tl.constexpr = TILE.BM // TILES
+    BO: tl.constexpr = ENDS.BO  # in a shape Triton 3.6 takes names of constants, not fields
+    # Where the programs are no power of two, some have two shares.
+    for i in tl.static_range((TILES + CLUSTER - 1) // CLUSTER):
+        share = tile_n + i * CLUSTER
+        own = tile_m * TILE.BM + share * SHARE + tl.arange(0, SHARE)
+        own_ok = own < tl.minimum(M, (tile_m + 1) * TILE.BM)
+        logits = tl.zeros((SHARE, BO), tl.float32) + bias[None, :]
+        for t in tl.static_range(CLUSTER):
+            ptrs = parts_ptr + (t * M + own)[:, None] * end.outputs + outs[None, :]
+            logits += tl.load(ptrs, mask=own_ok[:, None] & out_ok[None, :], other=0.0, cache_modifier=".cg")
+        if ENDS.END == SCALARS:
+            store_scalars(logits, outs, end.outputs, end.out, g, own, own_ok, n, end.low, end.high, ENDS.OF_BINS)
+        else:
+            store_actions(
+                logits, end.outputs // 2, end.eps, end.mask_ptr, end.out, own, own_ok, n, end.low, end.high,
+                ENDS.HAS_MASK,
+            )  # fmt: skip
