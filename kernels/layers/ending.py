@@ -64,16 +64,27 @@ class End(ABC):
     layer: Layer  # packed (S, outputs, D), no LayerNorm
     slabs: Slabs
     parts: Tensor | None
+    out: Tensor
 
     @abstractmethod
     def alone(self, x: Rows, how: How) -> None:
         """Launch it alone, on the rows of the layer before."""
 
     @abstractmethod
-    def given(self) -> tuple[Ending, Ends]:
-        """Return it as a kernel that ends with it takes it."""
+    def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
+        """Return it as a kernel that ends with it takes it: one of `rows` (G, E, n, D) in so many column tiles."""
 
-    def _weights(self) -> Weights:
+    def _weights(self, rows: tuple[int, int, int, int], tiles: int, out: tuple[int, ...], outputs: int) -> Weights:
+        """Return the last layer, if it is one of these rows; out: the shape of its results."""
+        groups, e, n, d = rows
+        if self.out.shape != out:
+            raise ValueError(f"end: got results {tuple(self.out.shape)}, allowed: {out}")
+        if self.layer.weight.shape[1:] != (outputs, d):
+            raise ValueError(f"end: got a layer {tuple(self.layer.weight.shape[1:])}, allowed: {(outputs, d)}")
+        room = groups * tiles * e * n * outputs
+        if self.parts is None or self.parts.numel() < room:
+            got = 0 if self.parts is None else self.parts.numel()
+            raise ValueError(f"end: got room for {got} parts, allowed: at least {room}")
         return packed(self.layer, self.slabs)
 
 

@@ -12,6 +12,7 @@ Reads `K` = 0 inputs, too: the first step's rows are a shared sum (the bias) and
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,17 +145,16 @@ def grouped_layer(
         TILES=pow2(tiles) if in_one else 1,
         EXACT=exact,
     )
-    ends, ending = Ends(NO_END), 0
-    ended = in_one is not None and end is not None and end.parts is not None
-    if ended:
-        ending, ends = end.given()
+    ended = None if end is None or end.parts is None or in_one is None else end
+    ending: Any
+    ending, ends = (0, Ends(NO_END)) if ended is None else ended.given((groups, e, n, d), tiles)
     side_rows = out.x if a is None else a[None]
     given = reads, *map(strided, (side_rows, out.x, out.stats, active)), ending, keeping(dropout, out.x)
     per_env = bias is not None and e > 1
-    m, (n, (main, *buffers, ending, keep)) = e * n, (n, given) if per_env or ends.HAS_MASK else flattened(e, n, *given)
+    m, (n, (main, *buffers, last, keep)) = e * n, (n, given) if per_env or ends.HAS_MASK else flattened(e, n, *given)
     launch(
         grouped_layer_kernel, (cdiv(m, tile.BM) * cdiv(d, tile.BN), groups),
-        main, packed(layer, slabs, bias), *buffers, ending, m, n, d, k, side, keep,
+        main, packed(layer, slabs, bias), *buffers, last, m, n, d, k, side, keep,
         HAS_X=x is not None, HAS_SIDE=a is not None, ENV_BIAS=per_env, DUE=due,
         MEMBERS=slabs.members is not None, DROPOUT=dropout is not None, BA=min(pow2(max(side, 1), 16), 32),
         FINISH=finished, ENDS=ends, LINES=pow2(cdiv(k * layer.weight.element_size(), 128)) if how.pdl else 1,
@@ -165,7 +165,7 @@ def grouped_layer(
         if not in_one:
             activate_rows(rows, active, how=how, exact=exact)
         rows = Rows(out.x, operand=not exact) if out.active is None else replace(rows, active=out.active)
-    if end is not None and not ended:
+    if end is not None and ended is None:
         end.alone(rows, how)
     return rows
 

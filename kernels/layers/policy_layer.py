@@ -10,6 +10,7 @@ program splits them in registers. Cost: 4 A D FLOP a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,15 @@ def interleave(x: Tensor) -> Tensor:
     return x.view(2, a, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
 
+def _check_draws(eps: Tensor, out: Tensor, mask: Tensor | None) -> None:
+    """Refuse draws or a mask that are none of actions `out` (E, n, A)."""
+    e, _, a = out.shape
+    if eps.shape != out.shape:
+        raise ValueError(f"eps: got shape {tuple(eps.shape)}, allowed: {tuple(out.shape)}")
+    if mask is not None and (mask.shape != (e, a) or not mask.is_contiguous()):
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: contiguous ({e}, {a})")
+
+
 def policy_layer(
     x: Rows,
     layer: Layer,
@@ -73,10 +83,7 @@ def policy_layer(
     e, n, a = out.shape
     lead, width = (1, e, n), 2 * pow2(a, 8)
     grid, inputs, constants = last_layer(x, layer, lead, 2 * a, how=how, slabs=EACH, tile=tile, columns=width)
-    if eps.shape != out.shape:
-        raise ValueError(f"eps: got shape {tuple(eps.shape)}, allowed: {tuple(out.shape)}")
-    if mask is not None and (mask.shape != (e, a) or not mask.is_contiguous()):
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, allowed: contiguous ({e}, {a})")
+    _check_draws(eps, out, mask)
     m, given = e * n, (*inputs, strided(eps[None]), strided(out[None]))
     n, (rows, weights, noise, actions) = (n, given) if mask is not None else flattened(e, n, *given)
     launch(
@@ -99,7 +106,6 @@ def policy_layer_reference(
 class PolicyEnd(End):
     """A `policy_layer` that a layer may end with; out, eps, low, high and mask as there."""
 
-    out: Tensor
     eps: Tensor
     low: float
     high: float
@@ -107,12 +113,16 @@ class PolicyEnd(End):
 
     @override
     def alone(self, x: Rows, how: How) -> None:
-        given = dict(low=self.low, high=self.high, mask=self.mask)
+        given: Any = dict(low=self.low, high=self.high, mask=self.mask)
         policy_layer(x, self.layer, self.eps, self.out, how=how, **given)
 
     @override
-    def given(self) -> tuple[Ending, Ends]:
-        w, out, eps = self._weights(), strided(self.out[None]), strided(self.eps[None])
+    def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
+        _, e, n, _ = rows
+        a = self.out.shape[-1]
+        w = self._weights(rows, tiles, (e, n, a), 2 * a)
+        _check_draws(self.eps, self.out, self.mask)
+        out, eps = strided(self.out[None]), strided(self.eps[None])
         mask = self.eps if self.mask is None else self.mask
-        ending = Ending(w, self.parts, self.layer.width, out, eps, mask, float(self.low), float(self.high))
-        return ending, Ends(ACTIONS, 2 * pow2(self.out.shape[-1], 8), HAS_MASK=self.mask is not None)
+        ending = Ending(w, self.parts, 2 * a, out, eps, mask, float(self.low), float(self.high))
+        return ending, Ends(ACTIONS, 2 * pow2(a, 8), HAS_MASK=self.mask is not None)

@@ -101,7 +101,6 @@ def scalar_head_reference(
 class ScalarEnd(End):
     """A `scalar_head` that a layer may end with; out and code as there."""
 
-    out: Tensor
     code: Code
 
     @override
@@ -109,8 +108,9 @@ class ScalarEnd(End):
         scalar_head(x, self.layer, self.out, how=how, code=self.code, slabs=self.slabs)
 
     @override
-    def given(self) -> tuple[Ending, Ends]:
-        w, out, outputs = self._weights(), strided(self.out), self.layer.width
+    def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
+        outputs, out = max(self.code.num_bins, 1), strided(self.out)
+        w = self._weights(rows, tiles, rows[:3], outputs)
         ending = Ending(w, self.parts, outputs, out, out, self.out, float(self.code.vmin), float(self.code.vmax))
         members = self.slabs.members is not None
         return ending, Ends(SCALARS, pow2(outputs, 16), OF_BINS=min(self.code.num_bins, 2), OF_MEMBERS=members)

@@ -202,3 +202,30 @@ def test_where_the_results_of_two_groups_go_is_their_own() -> None:
         grouped_layer(x, None, layer, rows, how=how, slabs=groups, finish=not native(), end=end)
         found.append(out)
     assert torch.equal(found[0], found[1].flip(0))
+
+
+@pytest.mark.skipif(native(), reason="a head's last layer has a launch of its own here")
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (dict(out=torch.empty(2, 1, 4, device=DEVICE)), "results"),
+        (dict(layer=random_layer(Precision("bfloat16"), 2, 6, 64, act="")), "a layer"),
+        (dict(layer=random_layer(Precision("bfloat16"), 2, 7, 72, act="")), "a layer"),
+        (dict(parts=torch.empty(2 * 5 * 7 - 1, device=DEVICE)), "room for 69 parts"),
+    ],
+)
+def test_an_end_of_other_rows_is_refused(changes: dict[str, Any], what: str) -> None:
+    p = Precision("bfloat16")
+    layer, main = random_layer(p, 2, 64, 40), random_rows(p, 2, 1, 5, 40)
+    given: dict[str, Any] = dict(layer=random_layer(p, 2, 7, 64, act=""), slabs=EACH)
+    given |= dict(parts=torch.empty(2 * 5 * 7, device=DEVICE), out=torch.empty(2, 1, 5, device=DEVICE))
+    rows = Rows.empty(2, 1, 5, 64, torch.bfloat16, DEVICE)
+    code, one = Code(7, -1.0, 1.0), Tile(16, 64, 32)
+
+    def end(**given: Any) -> None:
+        last = ScalarEnd(**given, code=code)
+        grouped_layer(main, None, layer, rows, how=how_of("bfloat16"), finish=True, end=last, tile=one)
+
+    end(**given)
+    with pytest.raises(ValueError, match=rf"^end: got {what}.*allowed: "):
+        end(**given | changes)
