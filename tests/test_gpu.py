@@ -23,6 +23,8 @@ from update_oracle import check_gradients, random_batch
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.errors import NonFiniteError
+from tdmpc2_fast.kernels.device import cluster_check
+from tdmpc2_fast.kernels.device.launch import How, Precision
 from tdmpc2_fast.learn.batch import UpdateTrace
 from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.backend import PlanRequest
@@ -51,6 +53,15 @@ def task_of(cfg: Config, count: int) -> torch.Tensor | None:
 
 def observation(cfg: Config, count: int) -> torch.Tensor:
     return plan_oracle.observation(cfg, count, GPU)
+
+
+@pytest.mark.skipif(REHEARSED, reason="nothing runs at once in a rehearsal")
+def test_neighbours_of_a_cluster_wait_for_each_other() -> None:
+    if torch.cuda.get_device_capability(GPU) < (9, 0):
+        pytest.skip("clusters come with compute capability 9.0")
+    for _ in range(20):
+        assert cluster_check.why_not(GPU) is None
+    assert How.on(GPU, Precision("bfloat16")).clusters
 
 
 @pytest.mark.parametrize("case", gpu_cases.parameters(gpu_cases.VALUES))

@@ -18,7 +18,7 @@ import torch
 
 from ..cpu.build import why_not as why_not_built
 from ..cpu.call import run as run_on_cpu
-from .cluster import can_cluster, check_clustered, clusters_compiled
+from .cluster import check_clustered, clusters_compiled
 
 # What Triton raises for a kernel it cannot compile or a chip too small for it: KERNEL_ERRORS.
 try:
@@ -100,8 +100,10 @@ class How(NamedTuple):
     @classmethod
     def on(cls, device: torch.device, precision: Precision, pdl: bool | None = None) -> "How":
         """Return what a device can; pdl: None for what it can, too."""
+        from .cluster_check import clusters_work  # which launches
+
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        return cls(precision, hopper if pdl is None else pdl, hopper and can_cluster())
+        return cls(precision, hopper if pdl is None else pdl, hopper and clusters_work(device))
 
     @classmethod
     def of_chip(cls, arch: int, precision: Precision) -> "How":

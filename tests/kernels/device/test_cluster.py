@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from tdmpc2_fast.kernels.device import cluster
+from tdmpc2_fast.kernels.device import cluster, cluster_check
 
 PTX = (
     ".visible .entry k(\n)\n.reqntid 128, 1, 1\n{\n\tbarrier.cluster.arrive.release.aligned; // cluster of 6, %r1\n}\n"
@@ -56,3 +60,40 @@ def test_a_kernel_without_its_directive_is_refused() -> None:
     cluster.check_clustered(SimpleNamespace(asm={"ptx": cluster.with_directive(PTX)}))
     with pytest.raises(RuntimeError, match=r"^cluster: Triton compiled the kernel without it"):
         cluster.check_clustered(SimpleNamespace(asm={"ptx": PTX}))
+
+
+def handed_on(kernel: object, grid: tuple[int], scratch: torch.Tensor, out: torch.Tensor, **given: Any) -> None:
+    """Do what the programs of the check do."""
+    x = torch.arange(32 * grid[0], dtype=torch.int32).view(-1, given["CLUSTER"], 32)
+    for _ in range(given["ROUNDS"]):
+        x = x.roll(-1, 1)
+    out.copy_(x.view(out.shape))
+
+
+def early(*given: Any, **options: Any) -> None:
+    """Let one program read before its neighbour wrote."""
+    handed_on(*given, **options)
+    given[3][0, 37] = -1
+
+
+def refused(*given: Any, **options: Any) -> None:
+    raise RuntimeError("CUDA error: invalid cluster size")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("launch", "reason"),
+    [(handed_on, None), (early, r"1 of 512 programs read something else"), (refused, r"RuntimeError: .*cluster size")],
+)
+def test_where_neighbours_do_not_wait_layers_take_a_second_launch(
+    monkeypatch: pytest.MonkeyPatch, launch: Any, reason: str | None
+) -> None:
+    monkeypatch.setattr(cluster_check, "launch", launch)
+    monkeypatch.setattr(cluster_check, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda d: nullcontext())
+    cluster_check.clusters_work.cache_clear()
+    try:
+        with pytest.warns(match=f"clusters do not work on cpu, .*{reason}") if reason else warnings.catch_warnings():
+            assert cluster_check.clusters_work(torch.device("cpu")) == (reason is None)
+    finally:
+        cluster_check.clusters_work.cache_clear()
