@@ -120,7 +120,8 @@ def _forward(
             dropout=_dropout(keep, scale, s),
             tile=layer_tile(s.rows, s.groups, s.width, s.depth, p.name),
         )
-        activate_rows(rows, y.view(before.shape), how=How(p), exact=True)
+        activated = y.view(before.shape)
+        activate_rows(rows, activated, how=How(p), exact=activated)
     return y, before, statistics
 
 

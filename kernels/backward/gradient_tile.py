@@ -16,7 +16,7 @@ So no program needs a complete row, and a layer's backward is two launches: dL/d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from ..device.statistics import LAYER_NORM_EPS, merge_statistics
 from ..layers.linear_tile import MISH
 from ..layers.rows import LEAST_COLUMNS, PLAIN, Keep, Layer, Rows, Source, keeping, source
 
-_CHUNKS = (64, 16)
+_COLUMNS = 16
+
+_CHUNKS = (32, 16)
 """Rows of a step whose shares of db, dγ and dβ are one, where these are computed apart: of few rows, fewer."""
 
 
@@ -50,6 +52,7 @@ class Gradient:
     rows: Rows | None = None  # what it is the gradient of
     tile: int = 0
     vectors: Tensor | None = None  # (G, E, chunks, 3, D) float32: db, dγ and dβ of `chunk_rows` each
+    columns: int = 0  # of its buffer, 0 from D on, that may be loaded at once; 0: D of them
 
     @classmethod
     def empty(
@@ -64,11 +67,19 @@ class Gradient:
         chunks = cdiv(n, _CHUNKS[0] if many else _CHUNKS[1])
         return cls(x, sums, vectors=torch.empty(groups, envs, chunks, 3, width, device=device))
 
+    @classmethod
+    def of_logits(
+        cls, groups: int, envs: int, n: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> Gradient:
+        """Make room for gradients of logits, of any number, in rows that are loaded as those of layers are."""
+        columns = cdiv(width, _COLUMNS) * _COLUMNS
+        return cls(torch.zeros(groups, envs, n, columns, dtype=dtype, device=device)[..., :width], columns=columns)
+
     def steps(self, which: slice) -> Gradient:
         """Return some environments (time steps, in an update)."""
         rows = None if self.rows is None else self.rows.steps(which)
         sums, vectors = (None if x is None else x[:, which] for x in (self.sums, self.vectors))
-        return Gradient(self.x[:, which], sums, rows, self.tile, vectors)
+        return Gradient(self.x[:, which], sums, rows, self.tile, vectors, self.columns)
 
     def products(self) -> Tensor:
         """Compute dL/dy in plain torch, in the type of `x`'s precision: (G, E, n, D)."""
@@ -103,6 +114,7 @@ def check_gradient(gradient: Gradient, layer: Layer) -> None:
 class Upstream(NamedTuple):
     """A `Gradient` that a kernel reads: its rows and sums, the rows it is the gradient of, their dropout."""
 
+    columns: Any  # of x, that may be loaded: D, or more that are 0
     x: Strided
     sums: Strided
     rows: Source
@@ -136,7 +148,8 @@ def upstream(gradient: Gradient) -> tuple[Upstream, UpstreamDue]:
         Y_MEMBERS=due.IN_MEMBERS,
         DROPOUT=dropout is not None,
     )
-    return Upstream(strided(x), strided(sums), reads, keeping(dropout, x)), constants
+    columns = gradient.columns or x.shape[-1]
+    return Upstream(columns, strided(x), strided(sums), reads, keeping(dropout, x)), constants
 
 
 @jit

@@ -53,7 +53,7 @@ def input_gradient_kernel(
         for start in range(0, D, TILE.BK):
             k = start + tl.arange(0, TILE.BK)
             k_ok = k < D
-            ok = row_ok[:, None] if TILE.EVEN_K else row_ok[:, None] & k_ok[None, :]
+            ok = row_ok[:, None] if TILE.EVEN_K else row_ok[:, None] & (k < up.columns)[None, :]
             d = tl.load(x_ptrs[:, None] + k[None, :], mask=ok, other=0.0)  # [BM, BK]
             if UP.NORM:
                 before = tl.load(y_ptrs[:, None] + k[None, :], mask=ok, other=0.0).to(tl.float32)

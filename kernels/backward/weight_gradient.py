@@ -68,7 +68,8 @@ def weight_gradient_kernel(
         rows = start + tl.arange(0, TILE.BK)
         row_ok = rows < M
         ok = out_ok[:, None] & row_ok[None, :]
-        d = tl.load(row_ptrs(up.x, g, rows, n)[None, :] + outs[:, None], mask=ok, other=0.0)  # [BM, BK]
+        there = (outs < up.columns)[:, None] & row_ok[None, :]
+        d = tl.load(row_ptrs(up.x, g, rows, n)[None, :] + outs[:, None], mask=there, other=0.0)  # [BM, BK]
         if UP.NORM:
             d = d.to(tl.float32)
             mean, rstd, s1, s2 = row_factors(up, g, rows, n, row_ok, D, UP)

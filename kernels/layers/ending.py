@@ -34,14 +34,14 @@ ACTIONS = tl.constexpr(_ACTIONS)
 class Ending(NamedTuple):
     """A last layer that a kernel ends with."""
 
-    w: Weights
     parts_ptr: Any
-    outputs: Any
-    out: Strided
-    eps: Strided  # read for actions
     mask_ptr: Any  # read with `HAS_MASK`
+    outputs: Any
     low: Any  # the first bin, or the least log std
     high: Any
+    w: Weights
+    out: Strided
+    eps: Strided  # read for actions
 
 
 class Ends(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..device.arithmetic import operand, store_rounded
-from ..device.launch import How, Precision, await_producers, cdiv, interpreting, jit, launch, pow2, tl
+from ..device.launch import How, await_producers, cdiv, interpreting, jit, launch, pow2, tl
 from ..device.pointers import entry_ptrs, flattened, row_ptrs, slab_of, strided
 from ..device.reference import reference_of
 from ..device.statistics import merge_statistics
@@ -30,7 +30,7 @@ from .tiles import STATISTICS, Tile, finishes, finishing_tile, layer_tile, ready
 
 @jit
 def grouped_layer_kernel(
-    x, w, a, y, stats, active, end, M, n, D, K, A, keep,
+    x, w, a, y, stats, active, exact, end, M, n, D, K, A, keep,
     HAS_X: tl.constexpr, HAS_SIDE: tl.constexpr, ENV_BIAS: tl.constexpr, DUE: tl.constexpr, MEMBERS: tl.constexpr,
     DROPOUT: tl.constexpr, FINISH: tl.constexpr, ENDS: tl.constexpr, TILE: tl.constexpr, BA: tl.constexpr,
     LINES: tl.constexpr, PDL: tl.constexpr,
@@ -44,7 +44,7 @@ def grouped_layer_kernel(
         prefetch_weights(w.ptr + slab * D * K, tile_n * TILE.BN + tl.arange(0, TILE.BN), D, K, LINES)
     await_producers(PDL)
     layer_on_tile(
-        tile_m, tile_n, g, x, w, a, y, stats, active, end, M, n, D, K, A, keep,
+        tile_m, tile_n, g, x, w, a, y, stats, active, exact, end, M, n, D, K, A, keep,
         HAS_X=HAS_X, HAS_SIDE=HAS_SIDE, ENV_BIAS=ENV_BIAS, DUE=DUE, MEMBERS=MEMBERS, DROPOUT=DROPOUT, FINISH=FINISH,
         ENDS=ENDS, TILE=TILE, BA=BA,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def grouped_layer(
     bias: Tensor | None = None,
     dropout: Dropout | None = None,
     finish: bool = False,
-    exact: bool = False,
+    exact: Tensor | None = None,
     end: End | None = None,
     tile: Tile | None = None,
 ) -> Rows:
@@ -93,7 +93,8 @@ def grouped_layer(
         dropout: of the pre-activation, before its LayerNorm.
         finish: write the activation, to `out.active` beside the pre-activation where there is one, else to
             `out.x` in its place. In a second launch where the programs of a row are no cluster.
-        exact: write the activation as its buffer holds it, not as products take it.
+        exact: (G, E, n, D), where the activation is written as the buffer holds it, float32, not as products take
+            it; in place of that where it is the same memory.
         end: the last layer of a head, for which alone these rows are: where this launch makes its results, too,
             `out` is not written.
         tile: None takes the table's.
@@ -112,6 +113,8 @@ def grouped_layer(
         raise ValueError(f"a: got shape {tuple(a.shape)}, allowed: {width}")
     if x is None and a is None:
         raise ValueError("x and a: got None for both, allowed: at least one of them")
+    if exact is not None:
+        _check_exact(exact, out.x)
     in_one = None
     if finish:
         if layer.activation == PLAIN:
@@ -143,13 +146,19 @@ def grouped_layer(
         V=max(layer.simnorm_dim, 1),
         CLUSTER=tiles if in_one else 1,
         TILES=pow2(tiles) if in_one else 1,
-        EXACT=exact,
+        STORE=exact is None or not _same(exact, active),
+        EXACT=exact is not None,
     )
     ended = None if end is None or end.parts is None or in_one is None else end
     ending: Any
     ending, ends = (0, Ends(NO_END)) if ended is None else ended.given((groups, e, n, d), tiles)
     side_rows = out.x if a is None else a[None]
-    given = reads, *map(strided, (side_rows, out.x, out.stats, active)), ending, keeping(dropout, out.x)
+    given = (
+        reads,
+        *map(strided, (side_rows, out.x, out.stats, active, active if exact is None else exact)),
+        ending,
+        keeping(dropout, out.x),
+    )
     per_env = bias is not None and e > 1
     m, (n, (main, *buffers, last, keep)) = e * n, (n, given) if per_env or ends.HAS_MASK else flattened(e, n, *given)
     launch(
@@ -164,7 +173,8 @@ def grouped_layer(
     if finish:
         if not in_one:
             activate_rows(rows, active, how=how, exact=exact)
-        rows = Rows(out.x, operand=not exact) if out.active is None else replace(rows, active=out.active)
+        operand = exact is None or not _same(exact, active)
+        rows = Rows(out.x, operand=operand) if out.active is None else replace(rows, active=out.active)
     if end is not None and ended is None:
         end.alone(rows, how)
     return rows
@@ -181,7 +191,7 @@ def grouped_layer_reference(
     bias: Tensor | None,
     dropout: Dropout | None,
     finish: bool,
-    exact: bool,
+    exact: Tensor | None,
 ) -> Rows:
     """Compute `grouped_layer` in plain torch: the same result, statistics left out."""
     dense, rounded = None if x is None else x.activated(), how.precision.operand
@@ -200,13 +210,17 @@ def grouped_layer_reference(
         return rows
     active = out.x if out.active is None else out.active
     active.copy_(rows.activated())
-    return Rows(out.x, operand=not exact) if out.active is None else replace(rows, active=active)
+    if exact is not None:
+        exact.copy_(rows.activated())
+    operand = exact is None or not _same(exact, active)
+    return Rows(out.x, operand=operand) if out.active is None else replace(rows, active=active)
 
 
 @jit
 def activate_kernel(
-    x, y, M, n, D,
-    DUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    x, y, exact, M, n, D,
+    DUE: tl.constexpr, STORE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute act(LN(x)) of one tile [BM, BN]; grid (row tiles, column tiles, groups)."""
     g = tl.program_id(2).to(tl.int64)
@@ -221,15 +235,30 @@ def activate_kernel(
     gamma = tl.load(x.gamma_ptr + slab * D + cols, mask=col_ok, other=0.0)
     beta = tl.load(x.beta_ptr + slab * D + cols, mask=col_ok, other=0.0)
     done = activate(due.to(tl.float32), mean, rstd, gamma, beta, DUE.IN_ACT, DUE.V, TILE.INTERPRETED)
-    if TILE.DOT == "tf32":
-        done = operand(done, False, TILE)
-    store_rounded(entry_ptrs(y, g, rows, n, cols), done, ok, TILE.INTERPRETED)
+    if EXACT:
+        store_rounded(entry_ptrs(exact, g, rows, n, cols), done, ok, TILE.INTERPRETED)
+    if STORE:
+        if TILE.DOT == "tf32":
+            done = operand(done, False, TILE)
+        store_rounded(entry_ptrs(y, g, rows, n, cols), done, ok, TILE.INTERPRETED)
 
 
-def activate_rows(x: Rows, out: Tensor, *, how: How, exact: bool = False) -> Rows:
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Tell whether two outputs are one memory."""
+    return x.data_ptr() == y.data_ptr()
+
+
+def _check_exact(exact: Tensor, out: Tensor) -> None:
+    """Refuse another place for an activation as it is than one beside or in `out`."""
+    if exact.shape != out.shape or exact.dtype not in (torch.float32, out.dtype) or exact.stride(-1) != 1:
+        got = f"{tuple(exact.shape)} {exact.dtype}"
+        raise ValueError(f"exact: got {got}, allowed: {tuple(out.shape)} torch.float32, contiguous in the last dim")
+
+
+def activate_rows(x: Rows, out: Tensor, *, how: How, exact: Tensor | None = None) -> Rows:
     """Write act(LN(x)) to `out` (G, E, n, D), which may be `x.x` itself; nothing is due after.
 
-    exact: write it as the buffer holds it, not as products take it.
+    exact: as of `grouped_layer`.
     """
     if x.layer is None or x.layer.activation == PLAIN:
         raise ValueError("x: nothing is due, allowed: rows a layer with LayerNorm wrote")
@@ -238,12 +267,16 @@ def activate_rows(x: Rows, out: Tensor, *, how: How, exact: bool = False) -> Row
         raise ValueError(f"out: got shape {tuple(out.shape)}, allowed: {tuple(x.x.shape)}")
     reads, due = source(x)
     bm, bn = min(pow2(e * n), 512) if interpreting() else 8, min(pow2(d), 512)
-    tile, precision = Tile(bm, bn, 1), Precision("float32") if exact else how.precision
-    m, (n, (reads, written)) = e * n, flattened(e, n, reads, strided(out))
+    operand = exact is None or not _same(exact, out)
+    if exact is not None:
+        _check_exact(exact, out)
+    m, given = e * n, (reads, *map(strided, (out, out if exact is None else exact)))
+    n, (reads, written, beside) = flattened(e, n, *given)
     launch(
-        activate_kernel, (cdiv(m, bm), cdiv(d, bn), groups), reads, written, m, n, d,
-        DUE=due, BM=bm, BN=bn, TILE=tile.product(True, precision), pdl=how.pdl,
+        activate_kernel, (cdiv(m, bm), cdiv(d, bn), groups), reads, written, beside, m, n, d,
+        DUE=due, STORE=operand, EXACT=exact is not None, BM=bm, BN=bn,
+        TILE=Tile(bm, bn, 1).product(True, how.precision), pdl=how.pdl,
         # In place, no thread may store where another has yet to load: not more of them than entries.
         num_warps=max(1, min(4, bm * bn // 32)),
     )  # fmt: skip
-    return Rows(out, operand=not exact)
+    return Rows(out, operand=operand)

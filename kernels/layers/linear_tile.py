@@ -109,14 +109,14 @@ def prefetch_weights(w_ptr, cols, D, K, LINES: tl.constexpr):
 
 @jit
 def layer_on_tile(
-    tile_m, tile_n, g, x, w, a, y, stats, active, end, M, n, D, K, A, keep,
+    tile_m, tile_n, g, x, w, a, y, stats, active, exact, end, M, n, D, K, A, keep,
     HAS_X: tl.constexpr, HAS_SIDE: tl.constexpr, ENV_BIAS: tl.constexpr, DUE: tl.constexpr, MEMBERS: tl.constexpr,
     DROPOUT: tl.constexpr, FINISH: tl.constexpr, ENDS: tl.constexpr, TILE: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile [BM, BN] of group g of a layer: products, bias, dropout, store, and what FINISH says.
 
-    x: `Source`; w: `Weights`; a, y, stats, active: `Strided`; keep: `Keep`, unread without DROPOUT; end: `Ending`,
-    unread without ENDS.
+    x: `Source`; w: `Weights`; a, y, stats, active, exact: `Strided`; keep: `Keep`, unread without DROPOUT; end:
+    `Ending`, unread without ENDS.
     """
     rows = tile_m * TILE.BM + tl.arange(0, TILE.BM)
     cols = tile_n * TILE.BN + tl.arange(0, TILE.BN)
@@ -155,14 +155,16 @@ def layer_on_tile(
         await_neighbours(FINISH.CLUSTER, TILE.INTERPRETED)
         mean, rstd = merge_statistics(stats_ptrs, row_ok, D, BN, FINISH.TILES, FROM_L2=True)
         done = activate(acc, mean, rstd, gamma, beta, FINISH.ACT, FINISH.V, TILE.INTERPRETED)
-        if not FINISH.EXACT:
+        if FINISH.EXACT:
+            store_rounded(entry_ptrs(exact, g, rows, n, cols), done, ok, TILE.INTERPRETED)
+        if FINISH.STORE:
             done = operand(done, active.ptr.dtype.element_ty == tl.bfloat16, TILE)
         if ENDS.END:
             end_on_tile(
                 done, tile_m, tile_n, g, rows, row_ok, cols, col_ok, end, M, n, D,
                 CLUSTER=FINISH.CLUSTER, TILES=FINISH.TILES, ENDS=ENDS, TILE=TILE,
             )  # fmt: skip
-        else:
+        elif FINISH.STORE:
             store_rounded(entry_ptrs(active, g, rows, n, cols), done, ok, TILE.INTERPRETED)
 
 

@@ -124,5 +124,5 @@ class PolicyEnd(End):
         _check_draws(self.eps, self.out, self.mask)
         out, eps = strided(self.out[None]), strided(self.eps[None])
         mask = self.eps if self.mask is None else self.mask
-        ending = Ending(w, self.parts, 2 * a, out, eps, mask, float(self.low), float(self.high))
+        ending = Ending(self.parts, mask, 2 * a, float(self.low), float(self.high), w, out, eps)
         return ending, Ends(ACTIONS, 2 * pow2(a, 8), HAS_MASK=self.mask is not None)

@@ -1,7 +1,8 @@
 """What passes between fused layers: packed weights, and rows whose activation may still be due.
 
 `source`, `packed` and `keeping` say how a kernel takes them: as a NamedTuple of pointers and strides;
-what is constant about rows, and so compiled in, is a `Due`.
+what is constant about rows, and so compiled in, is a `Due`. In these tuples plain entries come before tuples: behind
+one, Triton 3.6 forgets in loops which entries of that are constants.
 """
 
 from __future__ import annotations
@@ -181,10 +182,10 @@ class Rows:
 class Source(NamedTuple):
     """Rows that a kernel reads, and the statistics and parameters of a LayerNorm that is due before."""
 
-    x: Strided
-    stats: Strided
     gamma_ptr: Any
     beta_ptr: Any
+    x: Strided
+    stats: Strided
     slab: Slab
 
 
@@ -207,7 +208,8 @@ class Finish(NamedTuple):
     V: int  # columns of a SimNorm group
     CLUSTER: int  # programs that have a row between them
     TILES: int  # their number, to a power of two
-    EXACT: bool  # whether the activation is stored as the buffer holds it, not as products take it
+    STORE: bool  # whether the activation is stored as products take it
+    EXACT: bool  # whether it is stored as it is
 
 
 class Weights(NamedTuple):
@@ -226,9 +228,9 @@ class Weights(NamedTuple):
 class Keep(NamedTuple):
     """Dropout: which entries stay (bytes, 0 or 1), their factor, and the group it begins with."""
 
-    rows: Strided
     scale: Any
     first: Any
+    rows: Strided
 
 
 def source(x: Rows) -> tuple[Source, Due]:
@@ -245,7 +247,7 @@ def source(x: Rows) -> tuple[Source, Due]:
         IN_MEMBERS=layer is not None and x.slabs.members is not None,
         READY=x.operand,
     )
-    return Source(strided(x.x), strided(stats), gamma, beta, slab), due
+    return Source(gamma, beta, strided(x.x), strided(stats), slab), due
 
 
 def _slab(slabs: Slabs, unread: Tensor, shared: bool = False) -> Slab:
@@ -266,5 +268,5 @@ def packed(layer: Layer, slabs: Slabs, bias: Tensor | None = None) -> Weights:
 def keeping(dropout: Dropout | None, unread: Tensor) -> Keep:
     """Return dropout as kernels take it; `unread` stands where there is none."""
     if dropout is None:
-        return Keep(strided(unread), 1.0, 0)
-    return Keep(strided(dropout.keep), float(dropout.scale), dropout.first)
+        return Keep(1.0, 0, strided(unread))
+    return Keep(float(dropout.scale), dropout.first, strided(dropout.keep))

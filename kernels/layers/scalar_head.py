@@ -111,6 +111,6 @@ class ScalarEnd(End):
     def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
         outputs, out = max(self.code.num_bins, 1), strided(self.out)
         w = self._weights(rows, tiles, rows[:3], outputs)
-        ending = Ending(w, self.parts, outputs, out, out, self.out, float(self.code.vmin), float(self.code.vmax))
+        ending = Ending(self.parts, self.out, outputs, float(self.code.vmin), float(self.code.vmax), w, out, out)
         members = self.slabs.members is not None
         return ending, Ends(SCALARS, pow2(outputs, 16), OF_BINS=min(self.code.num_bins, 2), OF_MEMBERS=members)

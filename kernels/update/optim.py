@@ -190,14 +190,14 @@ def adam_kernel(
             tl.store(flat.exp_avg_sq + i, v, mask=ok)
             tl.store(flat.param + i, x, mask=ok)
             if SHADOW:
-                store_shadow(flat.shadow + i, x, ok, BITS, INTERPRETED)
+                store_shadow(tl.max_contiguous(flat.shadow + i, 4), x, ok, BITS, INTERPRETED)
             if TARGET:
                 j = i - target.at
                 own = (j >= 0) & (j < target_n)
                 y = lerp(tl.load(target.param + j, mask=own, other=0.0), x, target.tau)
                 tl.store(target.param + j, y, mask=own)
                 if SHADOW:
-                    store_shadow(target.shadow + j, y, own, BITS, INTERPRETED)
+                    store_shadow(tl.max_contiguous(target.shadow + j, 4), y, own, BITS, INTERPRETED)
 
 
 def _check_flat(grad: Tensor, partials: Tensor, step: Tensor) -> None:

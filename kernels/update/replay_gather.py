@@ -60,11 +60,11 @@ class DeviceReplay:
 class Slices(NamedTuple):
     """Where a batch goes; rows of obs and action are contiguous, all other strides are free."""
 
+    task: Tensor | None  # (B,) int64; first, as plain entries are (layers/rows.py): the others come with strides
     obs: Tensor  # (H+1, B, O) float32 or bfloat16, uint8 pixels
     action: Tensor  # (H, B, A) float32 or bfloat16
     reward: Tensor  # (H, B) float32
     terminated: Tensor  # (H, B) float32
-    task: Tensor | None = None  # (B,) int64
 
 
 @jit

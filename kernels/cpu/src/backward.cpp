@@ -13,7 +13,8 @@ struct Upstream {
   long tile;
 
   explicit Upstream(Reader& in) {
-    in.tuple(4);
+    in.tuple(5);
+    in.skip(1);  // columns that may be loaded
     x = strided(in), sums = strided(in), rows = source(in), keep = keeping(in);
   }
   void due(Reader& in) {

@@ -156,8 +156,8 @@ struct DrawSlices : Kernel {
     in.tuple(5);
     obs = in.tensor(), action = in.tensor(), reward = in.tensor(), terminated = in.tensor(), task = in.tensor();
     in.tuple(5);
-    to_obs = strided(in), to_action = strided(in), to_reward = strided(in), to_terminated = strided(in);
     to_task = in.integers();
+    to_obs = strided(in), to_action = strided(in), to_reward = strided(in), to_terminated = strided(in);
     c = in.integer(), r = in.integer(), b = in.integer(), h = in.integer(), width = in.integer(), dims = in.integer();
     drawn = in.integer(), tasks = in.integer();
     in.skip(4);

@@ -15,16 +15,16 @@ struct GroupedLayer : Kernel {
 
   GroupedLayer(const Grid& grid, Reader& in) {
     x = source(in), w = weights(in), a = strided(in), y = strided(in), stats = strided(in);
-    strided(in), in.skip(1);  // the activation, and a last layer behind it
+    strided(in), strided(in), in.skip(1);  // the activation, as it is, and a last layer behind it
     m = in.integer(), n = rows = in.integer(), d = in.integer(), k = in.integer(), side = in.integer();
     keep = keeping(in);
     has_x = in.integer(), has_side = in.integer(), env_bias = in.integer();
     x.due(in);
     members = in.integer(), dropout = in.integer();
-    in.tuple(6);
+    in.tuple(7);
     in.skip(1);
     if (in.integer() != PLAIN) throw std::runtime_error("finish: a layer's readers activate it here");
-    in.skip(4);
+    in.skip(5);
     in.tuple(5);
     if (in.integer()) throw std::runtime_error("ends: a layer does not end a head here");
     in.skip(4);
@@ -78,13 +78,15 @@ struct GroupedLayer : Kernel {
 
 struct Activate : Kernel {
   Source x;
-  Strided y;
+  Strided y, exact;
   long groups, m, n, d;
+  bool stored, stored_exact;
 
   Activate(const Grid& grid, Reader& in) {
-    x = source(in), y = strided(in);
+    x = source(in), y = strided(in), exact = strided(in);
     m = in.integer(), n = rows = in.integer(), d = in.integer();
     x.due(in);
+    stored = in.integer(), stored_exact = in.integer();
     in.skip(2);
     product(in);
     groups = grid[2];
@@ -93,8 +95,11 @@ struct Activate : Kernel {
   void walk(long m0, long m1) override {
     for (long g = 0; g < groups; g++)
       for (long i = m0; i < m1; i++) {
-        Tensor out = row(y, g, Place(i, n));
-        activated(x, g, Place(i, n), d, [&](long j, vf v, auto count) { store(out, j, v, count); });
+        Tensor out = row(y, g, Place(i, n)), beside = row(exact, g, Place(i, n));
+        activated(x, g, Place(i, n), d, [&](long j, vf v, auto count) {
+          if (stored) store(out, j, v, count);
+          if (stored_exact) store(beside, j, v, count);
+        });
       }
   }
 };

@@ -32,9 +32,8 @@ inline bool apart(const Source& s) { return s.x.g || (s.act != PLAIN && s.slab.s
 inline Source source(Reader& in) {
   in.tuple(5);
   Source s{};
-  s.x = strided(in), s.stats = strided(in);
   s.gamma = in.tensor().as<float>(), s.beta = in.tensor().as<float>();
-  s.slab = slab(in);
+  s.x = strided(in), s.stats = strided(in), s.slab = slab(in);
   return s;
 }
 
@@ -138,9 +137,9 @@ struct Keep {
 inline Keep keeping(Reader& in) {
   in.tuple(3);
   Keep k{};
-  k.rows = strided(in);
   k.scale = float(in.number());
   k.first = in.integer();
+  k.rows = strided(in);
   return k;
 }
 

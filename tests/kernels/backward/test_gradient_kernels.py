@@ -9,10 +9,12 @@ import pytest
 import torch
 from gradient_oracle import check_gradients
 from judge import judge, pooled
-from oracle import DEVICE, MARKS, in_precisions, placed, poisoned
+from oracle import DEVICE, MARKS, in_precisions, placed, poisoned, random_layer
 
 from tdmpc2_fast.kernels.backward.activation_gradient import activation_gradient, activation_gradient_reference
 from tdmpc2_fast.kernels.backward.gradient_tile import Gradient
+from tdmpc2_fast.kernels.backward.input_gradient import input_gradient
+from tdmpc2_fast.kernels.backward.weight_gradient import LayerGradient, weight_gradient
 from tdmpc2_fast.kernels.device.launch import How, Precision, cdiv
 from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer, grouped_layer_reference
 from tdmpc2_fast.kernels.layers.rows import LEAST_COLUMNS, Dropout, Rows
@@ -54,6 +56,27 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize(("precision", "options"), in_precisions(SHAPES))
 def test_gradients_of_any_layer(precision: str, options: dict[str, Any]) -> None:
     check_gradients(precision, **options)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d", [1, 16, 37, 101])
+def test_gradients_of_logits_lie_in_wider_rows(precision: str, d: int) -> None:
+    p = Precision(precision)
+    how, layer = How(p), random_layer(p, 2, d, 40, act="")
+    plain = Gradient(torch.randn(2, 3, 11, d, device=DEVICE).to(p.dtype))
+    wide = Gradient.of_logits(2, 3, 11, d, p.dtype, DEVICE)
+    assert (wide.columns, wide.x.shape) == (cdiv(d, 16) * 16, plain.x.shape)
+    wide.x.copy_(plain.x)
+    x = Rows(torch.randn(2, 3, 11, 40, device=DEVICE).to(p.dtype))
+    found = []
+    for gradient in (plain, wide):
+        d_x, d_w = torch.empty(2, 3, 11, 40, device=DEVICE), torch.empty(2, d, 40, device=DEVICE)
+        d_b = torch.empty(2, d, device=DEVICE)
+        input_gradient(gradient, layer, None, Gradient(d_x), how=how)
+        weight_gradient(gradient.steps(slice(0, 3)), x, layer, LayerGradient(d_w, d_b), how=how)
+        found.append((d_x, d_w, d_b))
+    for narrow, of_wide in zip(*found, strict=True):
+        torch.testing.assert_close(narrow, of_wide, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,10 @@ def draw(precision: str, **sizes: Any) -> Gradient:
 
 CASES: list[dict[str, Any]] = [
     dict(),
-    dict(n=130, groups=1, chunk=64),
+    dict(n=130, groups=1, chunk=32),
     dict(n=16, d=136, g_tile=64, y_tile=128),
     dict(e=1, n=1, d=512, groups=1),
-    dict(n=70, dropout=0, chunk=64),
+    dict(n=70, dropout=0, chunk=32),
     dict(n=70, e=1, dropout=1, slabs="members"),
     dict(offset=1000.0, groups=1),
 ]

@@ -271,7 +271,7 @@ def check_layer(
     judge("layer", got.x, exact.x[:, :, :n], plain, exact.x)
     if act:
         read_buffer, read = poisoned(groups, e, n, d)
-        activate_rows(got, read, how=args["how"], exact=True)
+        activate_rows(got, read, how=args["how"], exact=read)
         judge("its reader", read, exact.activated()[:, :, :n], plain_act, exact.activated())
         assert_written(read_buffer, read)
     for keep in (False, True) if act else ():
@@ -348,7 +348,7 @@ def check_activation(
     source = x.expand(n) if expand else x[:, :n]
     if in_place:
         source = replace(source, x=view.copy_(source.x))
-    got = activate_rows(source, view, how=How(p), exact=True)
+    got = activate_rows(source, view, how=How(p), exact=view)
     assert got.x is view
     assert got.layer is None
     judge("activation", view, exact.expand(-1, -1, rows, -1)[:, :, :n], plain, exact)
