@@ -13,11 +13,12 @@ from torch import Tensor
 
 from tdmpc2_fast.kernels.device.draw import draw
 from tdmpc2_fast.kernels.device.launch import How
+from tdmpc2_fast.kernels.layers.ending import room_for_parts
 from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer
 from tdmpc2_fast.kernels.layers.policy_head import policy_action
 from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer
-from tdmpc2_fast.kernels.layers.rows import Layer, Rows
-from tdmpc2_fast.kernels.layers.scalar_head import scalar_head
+from tdmpc2_fast.kernels.layers.rows import EACH, Layer, Rows
+from tdmpc2_fast.kernels.layers.scalar_head import ScalarEnd, scalar_head
 from tdmpc2_fast.kernels.layers.two_hot import Code, two_hot_inv
 from tdmpc2_fast.kernels.plan.buffers import PlanDraws
 from tdmpc2_fast.kernels.plan.mppi import Elites, Rule, Samples, refine, sample_actions, shift_mean
@@ -33,7 +34,9 @@ from ..options import Options
 OPS = (
     "first_layer",
     "layer",
+    "unfinished_layer",
     "activation",
+    "ended_heads",
     "two_hot_head",
     "policy_head",
     "first_samples",
@@ -121,6 +124,58 @@ class _Bench(OpBench):
             gflop=2 * 2 * self._count() * d * d / 1e9,
             mbyte=mbyte(x.x, layer.weight, out.x),
             shape=f"2 x ({self._count()}, {d}) by ({d}, {d})",
+        )
+
+    def unfinished_layer(self) -> Case:
+        """The same layers up to the product: what finishing and its wait cost is the difference."""
+        d = self.cfg.mlp_dim
+        x, layer = self._inputs(2, d), self._layer(2, d, d)
+        out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
+        pairs = list(zip(layer.weight, layer.bias, strict=True))
+        return self.case(
+            "linear, 2 heads",
+            lambda: grouped_layer(x, None, layer, out, how=self.how).x,
+            lambda: torch.stack([F.linear(y, w, b) for y, (w, b) in zip(x.activated(), pairs, strict=True)]),
+            lambda: self._product(self._plain(x), layer.weight, layer.bias),
+            gflop=2 * 2 * self._count() * d * d / 1e9,
+            mbyte=mbyte(x.x, layer.weight, out.x),
+            shape=f"2 x ({self._count()}, {d}) by ({d}, {d})",
+        )
+
+    def ended_heads(self) -> Case:
+        """Second layers of rewards and critics and the last layers behind them, to scalars."""
+        cfg, d, bins, groups = self.cfg, self.cfg.mlp_dim, self.cfg.num_bins, self.cfg.horizon + 2
+        x, layer, last = self._inputs(groups, d), self._layer(groups, d, d), self._layer(groups, bins, d, norm=False)
+        rows = Rows.empty(groups, self.envs, cfg.num_samples, d, self.precision.dtype, self.device)
+        out = torch.empty(groups, self.envs, cfg.num_samples, device=self.device)
+        room = room_for_parts(self._count(), groups, bins, self.precision) if self.once else 0
+        parts = torch.empty(room, device=self.device) if room else None
+        end = ScalarEnd(last, EACH, parts, out, Code(bins, cfg.vmin, cfg.vmax))
+        support = torch.linspace(cfg.vmin, cfg.vmax, bins, device=self.device)
+
+        def fused() -> Tensor:
+            grouped_layer(x, None, layer, rows, how=self.how, finish=self.once, end=end)
+            return out
+
+        def ours() -> Tensor:
+            products = zip(x.activated(), layer.weight, layer.bias, strict=True)
+            hidden = Rows(torch.stack([F.linear(y, w, b) for y, w, b in products]), layer=layer).activated()
+            logits = [F.linear(y, w, b) for y, w, b in zip(hidden, last.weight, last.bias, strict=True)]
+            return two_hot_inv(torch.stack(logits), bins, cfg.vmin, cfg.vmax).squeeze(-1)
+
+        def plain() -> Tensor:
+            hidden = Rows(self._product(self._plain(x), layer.weight, layer.bias).to(self.precision.dtype), layer=layer)
+            y = (self._product(self._plain(hidden), last.weight, last.bias).softmax(-1) * support).sum(-1)
+            return y.sign() * (y.abs().exp() - 1)
+
+        return self.case(
+            "normed linear and two-hot heads",
+            fused,
+            ours,
+            plain,
+            gflop=2 * groups * self._count() * d * (d + bins) / 1e9,
+            mbyte=mbyte(x.x, layer.weight, last.weight, out),
+            shape=f"{groups} x ({self._count()}, {d}) by ({d}, {d}) by ({d}, {bins})",
         )
 
     def first_layer(self) -> Case:

@@ -176,6 +176,7 @@ _NO_PRODUCTS = (
     "consistency_kernel",
     "td_target_kernel",
     "running_scale_kernel",
+    "summary_kernel",
     "squared_norm_kernel",
     "adam_kernel",
 )

@@ -20,7 +20,7 @@ _COLUMNS = 128
 
 @jit
 def consistency_kernel(
-    z, goal, weight_ptr, loss_ptr, d, M, n, L, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr
+    z, goal, weight_ptr, loss_ptr, d, M, added, n, L, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr
 ):
     """Compute BM rows of z[1:], all columns; grid (row tiles,)."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -34,11 +34,15 @@ def consistency_kernel(
         x = tl.load(entry_ptrs(z, 0, rows, n, cols), mask=both, other=0.0).to(tl.float32)
         y = tl.load(entry_ptrs(goal, 0, rows, n, cols), mask=both, other=0.0).to(tl.float32)
         total += tl.sum((x - y) * (x - y), axis=1)
-        tl.store(entry_ptrs(d, 0, rows, n, cols), weight * (x - y), mask=both)
+        at = entry_ptrs(d, 0, rows, n, cols)
+        before = tl.load(at, mask=both & (rows < added)[:, None], other=0.0)
+        tl.store(at, before + weight * (x - y), mask=both)
     tl.store(loss_ptr + rows, total / L, mask=ok)
 
 
-def consistency(z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tensor, *, pdl: bool = False) -> None:
+def consistency(
+    z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tensor, *, added: int = 0, pdl: bool = False
+) -> None:
     """Write the mean squared difference of each row, and its weighted gradient.
 
     Args:
@@ -46,6 +50,7 @@ def consistency(z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tens
         weight: (H,) float32: of one entry's square in the loss.
         loss: out: (H, B) float32, contiguous: mean over L, not weighted.
         d: out: (H, B, L) float32, gradient to z, weighted.
+        added: of so many steps, from the first on, the gradient is added to what `d` holds.
         pdl: programmatic dependent launch.
     """
     h, n, width = z.shape
@@ -58,16 +63,18 @@ def consistency(z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tens
     bm, bn = (min(pow2(h * n), 1024), pow2(width)) if interpreting() else (8, min(pow2(width), _COLUMNS))
     launch(
         consistency_kernel, (cdiv(h * n, bm),), strided(z[None]), strided(next_z[None]), weight, loss, strided(d[None]),
-        h * n, n, width, BM=bm, BN=bn, pdl=pdl, num_warps=4,
+        h * n, added * n, n, width, BM=bm, BN=bn, pdl=pdl, num_warps=4,
     )  # fmt: skip
 
 
 @reference_of(consistency)
-def consistency_reference(z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tensor) -> None:
+def consistency_reference(z: Tensor, next_z: Tensor, weight: Tensor, loss: Tensor, d: Tensor, added: int) -> None:
     """Compute `consistency` in plain torch."""
     difference = z.to(d) - next_z.to(d)
     loss.copy_(difference.square().mean(-1))
-    d.copy_(2 * weight.to(d)[:, None, None] * difference)
+    gradient = 2 * weight.to(d)[:, None, None] * difference
+    gradient[:added] += d[:added]
+    d.copy_(gradient)
 
 
 @jit

@@ -28,9 +28,20 @@ def at_place(q, below, place):
 
 
 @jit
+def mean_of(q_ptr, i, B, q_group, q_stride, other, GROUPS: tl.constexpr):
+    """Return the mean over groups of entries i; `other` beyond B."""
+    at, ok = q_ptr + i.to(tl.int64) * q_stride, i < B
+    q = tl.load(at, mask=ok, other=other)
+    for g in tl.static_range(1, GROUPS):
+        q += tl.load(at + g * q_group, mask=ok, other=0.0)
+    return q / GROUPS
+
+
+@jit
 def running_scale_kernel(
-    q_ptr, value_ptr, q_stride, B, tau, place5, next5, place95, next95, low5, high5, low95, high95,
-    BI: tl.constexpr, BJ: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, value_ptr, out_ptr, q_group, q_stride, B, tau, place5, next5, place95, next95,
+    low5, high5, low95, high95,
+    GROUPS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Read all B entries in one program. low, high: the weights of the entries at a place and at the next."""
     await_producers(PDL)
@@ -40,13 +51,13 @@ def running_scale_kernel(
     nans = tl.zeros((BI,), tl.int32)
     for first in range(0, B, BI):
         i = first + tl.arange(0, BI)  # [BI]
-        q = tl.load(q_ptr + i.to(tl.int64) * q_stride, mask=i < B, other=0.0)
+        q = mean_of(q_ptr, i, B, q_group, q_stride, 0.0, GROUPS)
         nans += (q != q).to(tl.int32)
         # Counted in float32, two instructions a pair; integers take four.
         below = tl.zeros((BI, BJ), tl.float32)
         for start in range(0, B, BJ):
             j = start + tl.arange(0, BJ)  # [BJ]
-            rival = tl.load(q_ptr + j.to(tl.int64) * q_stride, mask=j < B, other=float("inf"))
+            rival = mean_of(q_ptr, j, B, q_group, q_stride, float("inf"), GROUPS)
             below += tl.where(rival[None, :] < q[:, None], 1.0, 0.0)  # [BI, BJ]
         # What lies beyond the batch is at no place.
         rank = tl.where(i < B, tl.sum(below, 1), B)
@@ -55,7 +66,7 @@ def running_scale_kernel(
     scale = (x95 * low95 + y95 * high95) - (x5 * low5 + y5 * high5)
     scale = tl.maximum(scale, 1.0, propagate_nan=tl.PropagateNan.ALL)
     scale = tl.where(tl.sum(nans, 0) > 0, float("nan"), scale)
-    tl.store(value_ptr, lerp(tl.load(value_ptr), scale, tau))
+    tl.store(out_ptr, lerp(tl.load(value_ptr), scale, tau))
 
 
 def scale_tile(b: int) -> tuple[int, int, int]:
@@ -67,9 +78,9 @@ def scale_tile(b: int) -> tuple[int, int, int]:
 
 
 def _check(q: Tensor, value: Tensor, tau: float) -> None:
-    if q.ndim != 1 or not 1 <= q.numel() <= _MAX_BATCH or q.dtype != torch.float32:
+    if q.ndim not in (1, 2) or not 1 <= q.shape[-1] <= _MAX_BATCH or q.shape[0] < 1 or q.dtype != torch.float32:
         got = f"shape {tuple(q.shape)} {q.dtype}"
-        raise ValueError(f"q: got {got}, allowed: (B,) torch.float32, B from 1 to {_MAX_BATCH}")
+        raise ValueError(f"q: got {got}, allowed: (B,) or (G, B) torch.float32, B from 1 to {_MAX_BATCH}")
     if value.shape != (1,) or value.dtype != torch.float32 or value.device != q.device:
         got = f"shape {tuple(value.shape)} {value.dtype} on {value.device}"
         raise ValueError(f"value: got {got}, allowed: (1,) torch.float32 on {q.device}")
@@ -84,32 +95,37 @@ def places(b: int) -> list[tuple[int, int, float]]:
     return [(int(x), min(int(x) + 1, last), x - int(x)) for x in positions]
 
 
-def running_scale(q: Tensor, value: Tensor, *, tau: float, pdl: bool = False) -> None:
-    """Move the scale of Q values towards the range of this batch, in place and in one launch.
+def running_scale(q: Tensor, value: Tensor, *, tau: float, out: Tensor | None = None, pdl: bool = False) -> None:
+    """Move the scale of Q values towards the range of this batch, in one launch.
 
     Args:
-        q: (B,) float32 of any stride, B up to 4096. A NaN gives NaN.
-        value: (1,) float32; out: lerp(value, max(p95 - p5, 1), tau), percentiles interpolated linearly.
+        q: (B,) float32 of any stride, B up to 4096, or (G, B) of which the mean over G counts. A NaN gives NaN.
+        value: (1,) float32.
         tau: 0 to 1.
+        out: (1,) float32: lerp(value, max(p95 - p5, 1), tau), percentiles interpolated linearly. None for `value`.
         pdl: programmatic dependent launch.
 
     Raises:
         ValueError: a tensor of another shape, type or device; tau out of range.
     """
-    _check(q, value, tau)
-    (place5, next5, share5), (place95, next95, share95) = places(q.numel())
-    bi, bj, warps = scale_tile(q.numel())
+    out = value if out is None else out
+    for place in (value, out):
+        _check(q, place, tau)
+    q, b = q[None] if q.ndim == 1 else q, q.shape[-1]
+    (place5, next5, share5), (place95, next95, share95) = places(b)
+    bi, bj, warps = scale_tile(b)
     launch(
-        running_scale_kernel, (1,), q, value, q.stride(0), q.numel(), float(tau), place5, next5, place95, next95,
-        1 - share5, share5, 1 - share95, share95, BI=bi, BJ=bj, pdl=pdl, num_warps=warps,
+        running_scale_kernel, (1,), q, value, out, *q.stride(), b, float(tau), place5, next5, place95,
+        next95, 1 - share5, share5, 1 - share95, share95, GROUPS=q.shape[0], BI=bi, BJ=bj, pdl=pdl, num_warps=warps,
         enable_fp_fusion=False,  # rounded as torch rounds: products first, then their sum
     )  # fmt: skip
 
 
 @reference_of(running_scale)
-def running_scale_reference(q: Tensor, value: Tensor, tau: float) -> None:
+def running_scale_reference(q: Tensor, value: Tensor, tau: float, out: Tensor | None) -> None:
     """Compute `running_scale` in plain torch, in the type of its arguments."""
+    q = q if q.ndim == 1 else q.mean(0)
     ordered = q.sort().values
     low, high = (ordered[i] * (1 - share) + ordered[j] * share for i, j, share in places(q.numel()))
     scale = torch.where(q.isnan().any(), torch.nan, (high - low).clamp(min=1.0))
-    value.lerp_(scale.view(1), tau)
+    (value if out is None else out).copy_(value.lerp(scale.view(1), tau))

@@ -144,11 +144,17 @@ class PolicyLayout:
 
 @dataclass
 class UpdateInputs:
-    """Buffers an update reads; their addresses stay."""
+    """Buffers an update reads; their addresses stay.
+
+    What products take is in the precision's type. The consistency loss takes latents as they are, which in float32
+    are those the products take.
+    """
 
     obs: Tensor  # (1, H+1, B, columns): [obs, e, 0]
     x: Tensor  # (1, H+1, B, columns): [z, e, a, 0]; the actions of the batch, then of the policy
     next_x: Tensor  # (1, H, B, columns): [z of the next observation, e, a of the policy, 0]
+    latent: Tensor  # (H, B, L) float32: z after each step
+    next_latent: Tensor  # (H, B, L) float32: z of the next observation
     target: Tensor  # (2, H, B): rewards, TD targets
     terminated: Tensor  # (1, H, B)
     discount: Tensor  # (B,)
@@ -157,15 +163,20 @@ class UpdateInputs:
     flag: Tensor  # (1,) int64: 0, or which step was not finite
 
     @classmethod
-    def empty(cls, s: UpdateSizes, device: torch.device) -> UpdateInputs:
+    def empty(cls, s: UpdateSizes, precision: Precision, device: torch.device) -> UpdateInputs:
         """Make room for all inputs, with zeros: padding is never written again."""
-        h, b = s.horizon, s.batch
+        h, b, z = s.horizon, s.batch, s.latent_dim
 
         floats = partial(torch.zeros, device=device)
+        operands = partial(floats, dtype=precision.dtype)
+        x, next_x = operands(1, h + 1, b, padded(s.input_dim)), operands(1, h, b, padded(s.input_dim))
+        own = precision.dtype != torch.float32
         return cls(
-            obs=floats(1, h + 1, b, padded(s.obs_dim + s.task_dim) if s.obs_dim else 0),
-            x=floats(1, h + 1, b, padded(s.input_dim)),
-            next_x=floats(1, h, b, padded(s.input_dim)),
+            obs=operands(1, h + 1, b, padded(s.obs_dim + s.task_dim) if s.obs_dim else 0),
+            x=x,
+            next_x=next_x,
+            latent=floats(h, b, z) if own else x[0, 1:, :, :z],
+            next_latent=floats(h, b, z) if own else next_x[0, ..., :z],
             target=floats(2, h, b),
             terminated=floats(1, h, b),
             discount=floats(b),
@@ -238,7 +249,7 @@ class UpdateState:
         def gradients(groups: int, steps: int, out: int, vectors: bool = once) -> list[Gradient]:
             """Make gradients of three layers, the last one without a LayerNorm."""
             hidden = [gradient(groups, steps, d, vectors) for _ in range(2)]
-            return [*hidden, gradient(groups, steps, out, vectors=False)]
+            return [*hidden, Gradient.of_logits(groups, steps, b, out, precision.dtype, device)]
 
         floats = partial(torch.zeros, device=device)
         # Gradients of a layer's rows are named as the rows.
@@ -257,7 +268,6 @@ class UpdateState:
         self.d_policy = gradients(1, h + 1, 2 * s.action_dim)
         self.critics = [rows(2, h + 1, d) for _ in range(2)]
         self.d_critics = gradients(2, h + 1, bins, vectors=False)
-        self.q = floats(2, h + 1, b)
         self.target_q = floats(2, h, b)
         self.d_x = floats(1, h + 1, b, z + s.task_dim)  # of [z, e]
         self.d_obs = floats(1, 1, b, s.task_dim)  # of e in the encoder's input

@@ -31,7 +31,7 @@ from ..backward.input_gradient import input_gradient
 from ..backward.norm_gradient import add_up, norm_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
 from ..device.draw import draw
-from ..device.launch import How, host, native
+from ..device.launch import How, native
 from ..layers import tiles
 from ..layers.grouped_layer import activate_rows, grouped_layer
 from ..layers.rows import EACH, Dropout, Layer, Rows, Slabs
@@ -56,6 +56,7 @@ from .optim import (
     new_shadow,
     squared_norm,
 )
+from .summary import Kept
 
 WORLD, POLICY = 1, 2
 """What `flag` says was not finite first."""
@@ -98,7 +99,7 @@ class UpdateChain:
         average = torch.zeros(layout.heads_end - layout.heads_start, device=device)
         shadow = new_shadow(average, precision)
         self.target = FlatTarget(average, layout.heads_start, sizes.tau, shadow)
-        self.inputs, self.draws = UpdateInputs.empty(sizes, device), UpdateDraws.empty(sizes, device)
+        self.inputs, self.draws = UpdateInputs.empty(sizes, precision, device), UpdateDraws.empty(sizes, device)
         self._once = not native() if once is None else once
         self.state = UpdateState(sizes, precision, device, self._once)
         self._encoder, self._heads = _Net(layout.encoder, self.world), _Net(layout.heads, self.world)
@@ -138,8 +139,9 @@ class UpdateChain:
         encoded, inputs, z = [Rows(self.inputs.obs)], self.inputs, self.sizes.latent_dim
         for layer, out in zip(self._encoder.layers, self.state.encoded, strict=True):
             encoded.append(self._layer(encoded[-1], layer, out))
-        activate_rows(encoded[-1].steps(slice(0, 1)), inputs.x[:, :1, :, :z], how=self.how, exact=True)
-        activate_rows(encoded[-1].steps(slice(1, None)), inputs.next_x[..., :z], how=self.how, exact=True)
+        first, others = encoded[-1].steps(slice(0, 1)), encoded[-1].steps(slice(1, None))
+        activate_rows(first, inputs.x[:, :1, :, :z], how=self.how)
+        activate_rows(others, inputs.next_x[..., :z], how=self.how, exact=inputs.next_latent[None])
         return encoded
 
     def td_target(self) -> None:
@@ -200,12 +202,11 @@ class UpdateChain:
             dropout = None if draws.pi_keep is None else self._dropout(draws.pi_keep, 0)
             first = self._layer(Rows(inputs.x), self._heads.layers[0], state.critics[0], slabs, dropout)
             second = self._layer(first, self._heads.layers[1], state.critics[1], slabs)
-            layer, d = self._heads.layers[2], state.d_critics[2].x
-            scalar_head(second.ready(), layer, state.q, slabs=slabs, gradient=d, **self._code)
-            host(self._mean_value)
-            running_scale(self.losses.q[0], state.new_scale, tau=s.tau, pdl=self.how.pdl)
+            layer, d = self._heads.layers[2], state.d_critics[2]
+            scalar_head(second.ready(), layer, self.losses.q, slabs=slabs, gradient=d.x, **self._code)
+            running_scale(self.losses.q[:, 0], state.scale, tau=s.tau, out=state.new_scale, pdl=self.how.pdl)
             # Critics are constants: only what reaches [e, a] is of interest.
-            back = self._finished(self._inputs(Gradient(d), layer, second, state.d_critics[1], slabs))
+            back = self._finished(self._inputs(d, layer, second, state.d_critics[1], slabs))
             back = self._finished(self._inputs(back, self._heads.layers[1], first, state.d_critics[0], slabs))
             self._inputs(back, self._heads.layers[0], None, Gradient(state.d_action), slabs, first=s.latent_dim)
             self._back_through_policy(policy)
@@ -217,20 +218,10 @@ class UpdateChain:
 
     def summarise(self) -> None:
         """Make the metrics; unless a step failed, keep the new scale and count the update."""
-        host(self._summarise)
+        state, inputs = self.state, self.inputs
+        self.losses.summarise(Kept(inputs.flag, state.scale, state.new_scale, inputs.rng[1:]), self.how.pdl)
 
     # ---- parts of stages
-
-    def _mean_value(self) -> None:
-        torch.mean(self.state.q, 0, out=self.losses.q)
-        self.state.new_scale.copy_(self.state.scale)
-
-    def _summarise(self) -> None:
-        state = self.state
-        self.losses.summarise(state.new_scale)
-        fine = self.inputs.flag == 0
-        torch.where(fine, state.new_scale, state.scale, out=state.scale)
-        self.inputs.rng[1:].add_(fine)
 
     def _roll_out(self) -> list[Rows]:
         """Write the latents of all steps; returns the rows of the layers, of all steps together."""
@@ -242,22 +233,14 @@ class UpdateChain:
             latent = replace(state.dynamics[2].steps(now), active=inputs.x[:, t + 1 : t + 2, :, :z])
             outs = state.dynamics[0].steps(now), state.dynamics[1].steps(now), latent
             for layer, out in zip(self._dynamics.layers, outs, strict=True):
-                rows.append(self._layer(rows[-1], layer, out, exact=out is latent))
+                exact = inputs.latent[None, now] if out is latent else None
+                rows.append(self._layer(rows[-1], layer, out, exact=exact))
         # The tiles of all steps are the same.
         return [replace(out, layer=x.layer, tile=x.tile) for x, out in zip(rows[1:], state.dynamics, strict=True)]
 
     def _losses(self) -> list[Rows]:
-        """Compute consistency, reward and values; returns the hidden rows of reward and critics."""
-        state, inputs, h, z = self.state, self.inputs, self.sizes.horizon, self.sizes.latent_dim
-        host(state.d_x.zero_)
-        consistency(
-            inputs.x[0, 1:, :, :z],
-            inputs.next_x[0, ..., :z],
-            self.losses.consistency_weight,
-            self.losses.consistency_loss,
-            state.d_x[0, 1:, :, :z],
-            pdl=self.how.pdl,
-        )
+        """Compute reward and values; returns the hidden rows of reward and critics."""
+        state, inputs, h = self.state, self.inputs, self.sizes.horizon
         dropout = None if self.draws.value_keep is None else self._dropout(self.draws.value_keep, 1)
         first = self._layer(Rows(inputs.x[:, :h]), self._heads.layers[0], state.heads[0], EACH, dropout)
         second = self._layer(first, self._heads.layers[1], state.heads[1])
@@ -267,9 +250,19 @@ class UpdateChain:
         return [first, second]
 
     def _back_through_heads(self, hidden: list[Rows]) -> None:
-        """Compute the gradients of reward and critics; then the termination's loss and its gradients."""
+        """Compute the gradients of reward and critics; then consistency, and the termination's loss and gradients."""
         state, h, net = self.state, self.sizes.horizon, self._heads
-        self._back_to(state.d_x[:, :h], net, Rows(self.inputs.x[:, :h]), hidden, state.d_heads)
+        back = self._back(net, Rows(self.inputs.x[:, :h]), hidden, state.d_heads)
+        self._inputs(back, net.layers[0], None, Gradient(state.d_x[:, :h]))
+        consistency(
+            self.inputs.latent,
+            self.inputs.next_latent,
+            self.losses.consistency_weight,
+            self.losses.consistency_loss,
+            state.d_x[0, 1:, :, : self.sizes.latent_dim],
+            added=h - 1,
+            pdl=self.how.pdl,
+        )
         if self._termination is None:
             return
         net = self._termination
@@ -280,7 +273,8 @@ class UpdateChain:
         goal, weight = self.inputs.terminated, losses.termination_weight
         code = self._code | dict(code=self._code["code"]._replace(num_bins=BINARY))
         two_hot_loss(rows[1].ready(), net.layers[2], goal, weight, losses.termination_loss, d, **code)
-        self._back_to(state.d_x[:, 1:], net, x, rows, state.d_termination)
+        back, d_x = self._back(net, x, rows, state.d_termination), state.d_x[:, 1:]
+        self._inputs(back, net.layers[0], None, Gradient(d_x), add=d_x)
 
     def _back_through_rollout(self, rolled: list[Rows], encoded: list[Rows]) -> Gradient:
         """Compute the gradients of the dynamics, from the last step to the first; returns as `world_losses`."""
@@ -346,17 +340,13 @@ class UpdateChain:
 
         Returns the gradient of its first rows.
         """
-        gradient = Gradient(outs[2].x)
+        gradient = outs[2]
         for i in (2, 1):
             self._weights(gradient, hidden[i - 1], net.layers[i], net.grads[i])
             gradient = self._inputs(gradient, net.layers[i], hidden[i - 1], outs[i - 1])
             gradient = self._finished(gradient, net.grads[i - 1])
         self._weights(gradient, x, net.layers[0], net.grads[0])
         return gradient
-
-    def _back_to(self, d_x: Tensor, net: _Net, x: Rows, hidden: list[Rows], outs: list[Gradient]) -> None:
-        """Go `_back`, and on to the head's input, whose gradient is added to `d_x`."""
-        self._inputs(self._back(net, x, hidden, outs), net.layers[0], None, Gradient(d_x), add=d_x)
 
     def _act(self, x: Tensor, steps: slice, eps: Tensor, logs: tuple[Tensor, Tensor] | tuple[()] = ()) -> list[Rows]:
         """Evaluate the policy at rows x and write its actions into them; returns the rows of its layers."""
@@ -378,7 +368,7 @@ class UpdateChain:
         out: Rows,
         slabs: Slabs = EACH,
         dropout: Dropout | None = None,
-        exact: bool = False,
+        exact: Tensor | None = None,
     ) -> Rows:
         groups, e, n, d = out.x.shape
         finish = out.active is not None
@@ -413,7 +403,7 @@ class UpdateChain:
             slabs=slabs,
             first=first,
             add=add,
-            tile=tile or self._tile(e * n, written, width, layer.width, widest),
+            tile=tile or self._tile(e * n, written, width, gradient.columns or layer.width, widest),
         )
 
     def _weights(self, gradient: Gradient, x: Rows, layer: Layer, out: LayerGradient) -> None:

@@ -1,7 +1,7 @@
 """The losses of an update: what each counts in the total and in the metrics, and where its rows go.
 
-Every kernel writes the losses of its rows into one buffer, a time step a row; two small products
-make the metrics of them, in a fixed order.
+Every kernel writes the losses of its rows into one buffer, a time step a row; one launch makes the
+metrics of them (summary.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .buffers import UpdateSizes
+from .summary import Kept, summarise
 
 
 class Loss(NamedTuple):
@@ -58,15 +59,16 @@ class UpdateLosses:
         self.head_weight = torch.stack([reward, *[value] * s.num_q])
         self.policy_weight = (rho / ((h + 1) * b)).to(device)
 
-        counts = {x.name: x.groups * h for x in world} | dict(q=h + 1, log_prob=h + 1, entropy=h + 1)
+        counts = {x.name: x.groups * h for x in world} | dict(q=2 * (h + 1), log_prob=h + 1, entropy=h + 1)
         ends = pairwise(accumulate(counts.values(), initial=0))
         at = {name: slice(*end) for name, end in zip(counts, ends, strict=True)}
         rows = self._rows = torch.zeros(sum(counts.values()), b, device=device)
         self.consistency_loss = rows[at["consistency_loss"]]
         self.head_loss = rows[at["reward_loss"].start : at["value_loss"].stop].view(1 + s.num_q, h, b)
         self.termination_loss = rows[at["termination_loss"]].view(-1, h, b)
-        # Of the policy loss: mean of two critics, log-probability, scaled entropy.
+        # Of the policy loss: two critics, log-probability, scaled entropy.
         self.q, self.log_prob, self.entropy = (rows[at[name]] for name in ("q", "log_prob", "entropy"))
+        self.q = self.q.view(2, h + 1, b)
 
         def sum_of(name: str, share: Tensor | float) -> Tensor:
             """Return what each row counts in a metric of some of them."""
@@ -79,11 +81,11 @@ class UpdateLosses:
         mix["pi_entropy"] = sum_of("log_prob", -1 / (h + 1))
         mix["pi_scaled_entropy"] = sum_of("entropy", 1 / (h + 1))
         # Parts of the policy loss.
-        mix["_value"] = sum_of("q", rho / (h + 1))
+        mix["_value"] = sum_of("q", rho.repeat(2) / (2 * (h + 1)))
         mix["_entropy"] = sum_of("entropy", -s.entropy_coef * rho / (h + 1))
         self._mixed, self._mix = list(mix), torch.stack(list(mix.values())).to(device)
         self._means = torch.zeros(len(rows), device=device)
-        self._names = [*mix, "pi_loss", "grad_norm", "pi_grad_norm", "pi_scale"]
+        self._names = [*mix, "pi_loss", "pi_scale", "grad_norm", "pi_grad_norm"]
         self._metrics = torch.zeros(len(self._names), device=device)
 
     def metric(self, name: str) -> Tensor:
@@ -96,13 +98,11 @@ class UpdateLosses:
         found = zip(self._names, self._metrics.clone(), strict=True)
         return {name: x for name, x in found if not name.startswith("_")}
 
-    def summarise(self, scale: Tensor) -> None:
-        """Make the metrics of the losses of rows and the running scale (1,); the optimisers write the norms."""
-        torch.mean(self._rows, 1, out=self._means)
-        torch.mv(self._mix, self._means, out=self._metrics[: len(self._mixed)])
-        value, entropy = self.metric("_value"), self.metric("_entropy")
-        torch.addcdiv(entropy, value, scale, value=-1, out=self.metric("pi_loss"))
-        self.metric("pi_scale").copy_(scale)
+    def summarise(self, kept: Kept, pdl: bool) -> None:
+        """Make the metrics of the losses of rows and the running scale; the optimisers write the norms."""
+        value, entropy = map(self._mixed.index, ("_value", "_entropy"))
+        given = self._rows, self._mix, self._means, self._metrics
+        summarise(*given, kept, value=value, entropy=entropy, pdl=pdl)
 
     def not_finite(self) -> list[str]:
         """Name the metrics whose own rows were not finite at the last `summarise`; waits for the device.

@@ -187,7 +187,7 @@ class KernelUpdate(UpdateBackend):
         assert replay is not None
         obs = inputs.obs[0, ..., : sizes.obs_dim] if self._images is None else self._images.flatten(2)
         task = None if self._tasks is None else self._tasks.index
-        out = Slices(obs, self._actions, inputs.target[0], inputs.terminated[0], task)
+        out = Slices(task, obs, self._actions, inputs.target[0], inputs.terminated[0])
         draw_slices(inputs.rng, replay, out, pdl=self.chain.how.pdl)
         self._run()
 
@@ -244,7 +244,8 @@ class KernelUpdate(UpdateBackend):
         assert self._images is not None
         assert shift is not None
         with annotate("encode"), matmul_precision(self.cfg, self._images.device):
-            chain.inputs.next_x[0, ..., :z] = self.model.encode_parts(self._images[1:], None, shift[1:])
+            latents = self.model.encode_parts(self._images[1:], None, shift[1:])
+            chain.inputs.next_x[0, ..., :z] = chain.inputs.next_latent[:] = latents
             with torch.enable_grad():
                 z0 = self.model.encode_parts(self._images[0], None, shift[0])
         chain.inputs.x[0, 0, :, :z] = z0.detach()
@@ -331,7 +332,7 @@ class KernelUpdate(UpdateBackend):
 
     def _trace_world(self, trace: UpdateTrace) -> None:
         inputs, z = self.chain.inputs, self.cfg.latent_dim
-        trace.tensors.update(td_target=inputs.target[1, ..., None].clone(), zs=inputs.x[0, ..., :z].clone())
+        trace.tensors.update(td_target=inputs.target[1, ..., None].clone(), zs=inputs.x[0, ..., :z].float())
         self._trace_gradients(trace, of_policy=False)
 
     def _trace_gradients(self, trace: UpdateTrace, of_policy: bool) -> None:

@@ -9,11 +9,11 @@ struct Consistency : Kernel {
   Strided z, goal, d;
   const float* weight;
   float* loss;
-  long m, n, width;
+  long m, added, n, width;
 
   Consistency(const Grid&, Reader& in) {
     z = strided(in), goal = strided(in), weight = in.floats(), loss = in.floats(), d = strided(in);
-    m = in.integer(), n = rows = in.integer(), width = in.integer();
+    m = in.integer(), added = in.integer(), n = rows = in.integer(), width = in.integer();
     in.skip(2);
   }
   void run() override { walk_all(*this, m); }
@@ -26,7 +26,8 @@ struct Consistency : Kernel {
       for (long j = 0; j < width; j += W) {
         vf off = load(x, j, width - j) - load(y, j, width - j);
         total += off * off;
-        store(out, j, twice * off, width - j);
+        vf before = i < added ? load(out, j, width - j) : vf{};
+        store(out, j, before + twice * off, width - j);
       }
       loss[i] = sum(total) / float(width);
     }
@@ -203,21 +204,26 @@ struct PolicySampleGradient : Kernel {
 };
 
 struct RunningScale : Kernel {
-  const float* q;
-  float* value;
-  long stride, b, place5, next5, place95, next95;
+  const float *q, *value;
+  float* out;
+  long groups, group, stride, b, place5, next5, place95, next95;
   float tau, low5, high5, low95, high95;
 
   RunningScale(const Grid&, Reader& in) {
-    q = in.floats(), value = in.floats(), stride = in.integer(), b = in.integer(), tau = float(in.number());
+    q = in.floats(), value = in.floats(), out = in.floats(), group = in.integer();
+    stride = in.integer(), b = in.integer(), tau = float(in.number());
     place5 = in.integer(), next5 = in.integer(), place95 = in.integer(), next95 = in.integer();
     low5 = float(in.number()), high5 = float(in.number()), low95 = float(in.number()), high95 = float(in.number());
+    groups = in.integer();
     in.skip(2);
   }
   void run() override {
     std::vector<float> sorted(b);
     bool nan = false;
-    for (long i = 0; i < b; i++) sorted[i] = q[i * stride], nan |= sorted[i] != sorted[i];
+    for (long i = 0; i < b; i++) {
+      for (long g = 0; g < groups; g++) sorted[i] += q[g * group + i * stride];
+      sorted[i] /= float(groups), nan |= sorted[i] != sorted[i];
+    }
     float scale = NAN;
     if (!nan) {
       std::sort(sorted.begin(), sorted.end());
@@ -228,7 +234,38 @@ struct RunningScale : Kernel {
       if (high - low != high - low) scale = NAN;
     }
     volatile float off = scale - *value, part = tau < 0.5f ? tau * off : off * (1.0f - tau);
-    *value = tau < 0.5f ? *value + part : scale - part;
+    *out = tau < 0.5f ? *value + part : scale - part;
+  }
+};
+
+struct Summary : Kernel {
+  const float *losses, *mix, *new_scale;
+  float *means, *metrics, *scale;
+  const int64_t* flag;
+  int64_t* counter;
+  long r, b, mixed, value, entropy;
+
+  Summary(const Grid&, Reader& in) {
+    losses = in.floats(), mix = in.floats(), means = in.floats(), metrics = in.floats();
+    in.tuple(4);
+    flag = in.integers(), scale = in.floats(), new_scale = in.floats(), counter = in.integers();
+    r = in.integer(), b = in.integer(), mixed = in.integer(), value = in.integer(), entropy = in.integer();
+    in.skip(3);
+  }
+  void run() override {
+    for (long i = 0; i < r; i++) {
+      vf total = {};
+      for (long j = 0; j < b; j += W) total += load(losses + i * b + j, b - j);
+      means[i] = sum(total) / float(b);
+    }
+    for (long m = 0; m < mixed; m++) {
+      float metric = 0;
+      for (long i = 0; i < r; i++) metric += mix[m * r + i] * means[i];
+      metrics[m] = metric;
+    }
+    metrics[mixed] = metrics[entropy] - metrics[value] / *new_scale;
+    metrics[mixed + 1] = *new_scale;
+    if (*flag == 0) *scale = *new_scale, *counter += 1;
   }
 };
 
@@ -238,5 +275,6 @@ static Known<PolicySample> policy_sample("policy_sample_kernel");
 static Known<PolicyGradient> policy_gradient("policy_gradient_kernel");
 static Known<PolicySampleGradient> policy_sample_gradient("policy_sample_gradient_kernel");
 static Known<RunningScale> running_scale("running_scale_kernel");
+static Known<Summary> summary("summary_kernel");
 
 }  // namespace cpu

@@ -232,20 +232,24 @@ def test_saturated_policy_has_the_gradient_autograd_gives() -> None:
     torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("added", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_consistency(dtype: torch.dtype) -> None:
+def test_consistency(dtype: torch.dtype, added: int) -> None:
     z, goal = (placed(torch.rand(3, 13, 40, device=DEVICE).to(dtype)) for _ in range(2))
     weight = torch.rand(3, device=DEVICE)
     leaf = z.double().requires_grad_()
     square = (leaf - goal.double()).square()
     (d,) = torch.autograd.grad((square * weight.double()[:, None, None]).sum(), leaf)
     loss, (buffer, got) = torch.full((3, 13), torch.nan, device=DEVICE), poisoned(3, 13, 40)
-    latent_loss.consistency(z, goal, weight, loss, got)
+    before = randn(3, 13, 40)
+    got[:added] = before[:added]
+    d[:added] += before[:added]
+    latent_loss.consistency(z, goal, weight, loss, got, added=added)
     torch.testing.assert_close(loss.double(), square.detach().mean(-1), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(got.double(), d, rtol=1e-6, atol=1e-7)
     oracle.assert_written(buffer, got)
-    want = torch.empty(3, 13, device=DEVICE), torch.empty(3, 13, 40, device=DEVICE)
-    latent_loss.consistency_reference(z, goal, weight, *want)
+    want = torch.empty(3, 13, device=DEVICE), before
+    latent_loss.consistency_reference(z, goal, weight, *want, added=added)
     torch.testing.assert_close(want[0].double(), square.detach().mean(-1), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(want[1].double(), d, rtol=1e-6, atol=1e-7)
 

@@ -102,6 +102,17 @@ def test_a_column_of_a_wider_table(stride: int) -> None:
     assert torch.equal(after(table[:, 1]), after(table[:, 1].clone()))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_of_groups_the_mean_counts(groups: int) -> None:
+    q, value = torch.randn(groups, 7, 100, device=DEVICE) * 4, torch.tensor([2.0], device=DEVICE)
+    out = torch.full((1,), torch.nan, device=DEVICE)
+    running_scale(q[:, 3], value, tau=0.25, out=out)
+    assert value.item() == 2
+    wanted = value.double()
+    running_scale_reference(q[:, 3].double(), wanted, tau=0.25)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("at", [0, 63, 64, 99])
 @pytest.mark.parametrize("op", [running_scale, running_scale_reference])
 def test_one_nan_gives_nan(at: int, op: Any) -> None:
@@ -121,8 +132,9 @@ def test_one_launch_and_the_same_signature() -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("q", dict(q=torch.zeros(4, 1))),
+        ("q", dict(q=torch.zeros(4, 1, 1))),
         ("q", dict(q=torch.zeros(0))),
+        ("q", dict(q=torch.zeros(0, 4))),
         ("q", dict(q=torch.zeros(4097))),
         ("q", dict(q=torch.zeros(4).double())),
         ("value", dict(value=torch.zeros(2))),
