@@ -363,10 +363,11 @@ def test_a_model_changed_under_its_planner_is_named(planner: Planner) -> None:
         planner.plan(torch.randn(3, 5), True)
 
 
-def test_a_plan_of_the_5m_model_is_95_launches() -> None:
+def test_a_plan_of_the_5m_model_is_95_launches_and_on_a_cpu_109() -> None:
     sizes = plan_sizes(5, 1, 6)
     precision, cpu = Precision("bfloat16"), torch.device("cpu")
     plan = PlanChain(sizes, PlanWeights.empty(sizes, precision, cpu), How(precision), cpu)
     with log_launches(dry=True) as log:
         plan.run()
-    assert len(log) == 95
+    # On a CPU last layers have launches of their own.
+    assert len(log) == (109 if native() else 95)

@@ -200,7 +200,8 @@ def test_other_cpus_than_this_get_their_instructions(machine: str, instruction: 
 @needs_kernels
 class TestCalls:
     def args(self, **changes: Any) -> tuple[Any, ...]:
-        given: dict[str, Any] = dict(q=torch.randn(8), value=torch.ones(1), q_stride=1, B=8, tau=0.5)
+        given: dict[str, Any] = dict(q=torch.randn(8), value=torch.ones(1), out=torch.ones(1))
+        given |= dict(q_group=8, q_stride=1, B=8, tau=0.5)
         places = (0, 1, 6, 7, 0.5, 0.5, 0.5, 0.5)
         return (*(given | changes).values(), *places)
 
@@ -209,19 +210,19 @@ class TestCalls:
         [
             (dict(q=torch.randn(8).double()), "tensor: got torch.float64 on cpu, allowed on a CPU: float32"),
             (dict(q=torch.ones(8, dtype=torch.int64)), "value 1 of the arguments .*: a tensor of another type"),
-            (dict(B=8.0), "value 4 of the arguments is not what was expected: an integer"),
-            (dict(tau=1), "value 5 of the arguments is not what was expected: a float"),
+            (dict(B=8.0), "value 6 of the arguments is not what was expected: an integer"),
+            (dict(tau=1), "value 7 of the arguments is not what was expected: a float"),
             (dict(q=(1, 2)), "value 1 of the arguments is not what was expected: a tensor"),
             (dict(q=b"x"), "argument: got bytes"),
         ],
     )
     def test_an_argument_of_another_kind_is_refused(self, changes: dict[str, Any], error: str) -> None:
         with pytest.raises((RuntimeError, ValueError, TypeError), match=error):
-            run(running_scale_kernel, (1,), self.args(**changes), dict(BI=8, BJ=8))
+            run(running_scale_kernel, (1,), self.args(**changes), dict(GROUPS=1, BI=8, BJ=8))
 
     def test_a_constant_too_many_is_refused(self) -> None:
         with pytest.raises(RuntimeError, match="more than the kernel takes"):
-            run(running_scale_kernel, (1,), (*self.args(), 8, 8, 8), {})
+            run(running_scale_kernel, (1,), (*self.args(), 1, 8, 8, 8), {})
 
     def test_a_kernel_without_a_twin_is_named(self) -> None:
         def ours(x):  # type: ignore[no-untyped-def]
