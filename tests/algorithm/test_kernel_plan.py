@@ -23,6 +23,7 @@ from tdmpc2_fast.kernels.device.launch import (
     How,
     Precision,
     log_launches,
+    native,
     why_not,
 )
 from tdmpc2_fast.kernels.inspect.published import plan_sizes
