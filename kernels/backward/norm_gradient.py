@@ -159,7 +159,7 @@ def add_up(vectors: Tensor, out: LayerGradient, *, pdl: bool = False) -> None:
     bm, bn = (min(pow2(e * chunks), 512), min(pow2(d), 512)) if interpreting() else (8, min(pow2(d), 64))
     launch(
         add_up_kernel, (cdiv(d, bn), groups), vectors, *vectors.stride()[:2], *outs, outs[0].stride(0), e, d, chunks,
-        BM=bm, BN=bn, pdl=pdl, num_warps=4,
+        BM=bm, BN=bn, pdl=pdl, num_warps=2,
     )  # fmt: skip
 
 

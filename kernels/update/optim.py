@@ -277,7 +277,7 @@ def squared_norm(grad: Tensor, partials: Tensor, step: Tensor, *, pdl: bool = Fa
         cdiv(cdiv(n, _NORM_BLOCK), p),
         BLOCK=_NORM_BLOCK,
         pdl=pdl,
-        num_warps=8,
+        num_warps=4,
     )
 
 
