@@ -17,8 +17,9 @@ from tdmpc2_fast.kernels.layers.ending import room_for_parts
 from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer
 from tdmpc2_fast.kernels.layers.policy_head import policy_action
 from tdmpc2_fast.kernels.layers.policy_layer import interleave, policy_layer
-from tdmpc2_fast.kernels.layers.rows import EACH, Layer, Rows
+from tdmpc2_fast.kernels.layers.rows import Layer, Rows
 from tdmpc2_fast.kernels.layers.scalar_head import ScalarEnd, scalar_head
+from tdmpc2_fast.kernels.layers.tiles import finishing_tile
 from tdmpc2_fast.kernels.layers.two_hot import Code, two_hot_inv
 from tdmpc2_fast.kernels.plan.buffers import PlanDraws
 from tdmpc2_fast.kernels.plan.mppi import Elites, Rule, Samples, refine, sample_actions, shift_mean
@@ -132,9 +133,10 @@ class _Bench(OpBench):
         x, layer = self._inputs(2, d), self._layer(2, d, d)
         out = Rows.empty(2, self.envs, self.cfg.num_samples, d, self.precision.dtype, self.device)
         pairs = list(zip(layer.weight, layer.bias, strict=True))
+        tile = finishing_tile(self._count(), 2, d, d, self.how) if self.once else None  # or it would be another
         return self.case(
             "linear, 2 heads",
-            lambda: grouped_layer(x, None, layer, out, how=self.how).x,
+            lambda: grouped_layer(x, None, layer, out, how=self.how, tile=tile).x,
             lambda: torch.stack([F.linear(y, w, b) for y, (w, b) in zip(x.activated(), pairs, strict=True)]),
             lambda: self._product(self._plain(x), layer.weight, layer.bias),
             gflop=2 * 2 * self._count() * d * d / 1e9,
@@ -150,7 +152,7 @@ class _Bench(OpBench):
         out = torch.empty(groups, self.envs, cfg.num_samples, device=self.device)
         room = room_for_parts(self._count(), groups, bins, self.precision) if self.once else 0
         parts = torch.empty(room, device=self.device) if room else None
-        end = ScalarEnd(last, EACH, parts, out, Code(bins, cfg.vmin, cfg.vmax))
+        end = ScalarEnd(last, parts, out, Code(bins, cfg.vmin, cfg.vmax))
         support = torch.linspace(cfg.vmin, cfg.vmax, bins, device=self.device)
 
         def fused() -> Tensor:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from .cluster import LARGEST, can_cluster
 from .launch import await_neighbours, interpreting, jit, launch, tl
 
-_CLUSTERS, _ROUNDS = 64, 4
+_CLUSTERS, _ROUNDS, _LANES = 64, 4, 128
 
 
 @jit
-def neighbours_kernel(scratch_ptr, out_ptr, ROUNDS: tl.constexpr, CLUSTER: tl.constexpr):
+def neighbours_kernel(scratch_ptr, out_ptr, ROUNDS: tl.constexpr, LANES: tl.constexpr, CLUSTER: tl.constexpr):
     """Hand numbers on to the next program of the cluster, ROUNDS times; grid (clusters x CLUSTER,)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     first = program // CLUSTER * CLUSTER
-    lane = tl.arange(0, 32)
-    x = program * 32 + lane
+    lane = tl.arange(0, LANES)
+    x = program * LANES + lane
     for i in tl.static_range(ROUNDS):
-        at = scratch_ptr + i * programs * 32
-        tl.store(at + program * 32 + lane, x)
+        at = scratch_ptr + i * programs * LANES
+        tl.store(at + program * LANES + lane, x)
         await_neighbours(CLUSTER, False)
-        x = tl.load(at + (first + (program + 1) % CLUSTER) * 32 + lane, cache_modifier=".cg")
-    tl.store(out_ptr + program * 32 + lane, x)
+        x = tl.load(at + (first + (program + 1) % CLUSTER) * LANES + lane, cache_modifier=".cg")
+    tl.store(out_ptr + program * LANES + lane, x)
 
 
 @lru_cache
@@ -42,13 +43,13 @@ def clusters_work(device: torch.device) -> bool:
 def why_not(device: torch.device) -> str | None:
     """Launch once, and say what was wrong; None where all was right."""
     programs = _CLUSTERS * LARGEST
-    scratch, out = torch.full((_ROUNDS + 1, programs, 32), -1, dtype=torch.int32, device=device).split([_ROUNDS, 1])
+    given: dict[str, Any] = dict(ROUNDS=_ROUNDS, LANES=_LANES, CLUSTER=LARGEST)
     try:
+        room = torch.full((_ROUNDS + 1, programs, _LANES), -1, dtype=torch.int32, device=device)
         with torch.cuda.device(device):
-            launch(neighbours_kernel, (programs,), scratch, out, ROUNDS=_ROUNDS, CLUSTER=LARGEST, num_warps=1)
+            launch(neighbours_kernel, (programs,), room[:-1], room[-1], **given, num_warps=4)
+        home = torch.arange(programs * _LANES, dtype=torch.int32, device=device).view(-1, LARGEST, _LANES)
+        wrong = int((room[-1] != home.roll(-_ROUNDS, 1).view(programs, _LANES)).any(1).sum())
     except Exception as e:  # whatever it is, it is a reason
         return f"{type(e).__name__}: {' '.join(str(e).split())[-300:]}"
-    home = torch.arange(programs, device=device, dtype=torch.int32).view(-1, LARGEST)
-    expected = home.roll(-_ROUNDS, 1).flatten()[:, None] * 32 + torch.arange(32, device=device, dtype=torch.int32)
-    wrong = int((out[0] != expected).any(1).sum())
     return f"{wrong} of {programs} programs read something else than their neighbours wrote" if wrong else None

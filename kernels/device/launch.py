@@ -322,7 +322,7 @@ def await_neighbours(CLUSTER: tl.constexpr, INTERPRETED: tl.constexpr):
     """Wait until the programs of a cluster have come here, and see what they wrote before.
 
     What one wrote, another must load from L2 (`.cg`). The comment is read by cluster.py. The interpreter runs one
-    program after another, so that none can wait: what neighbours wrote is right from the next run on.
+    program after another, so that none can wait: there a launch is right when it was run once more for each wait.
     """
     if CLUSTER == 1 or INTERPRETED:
         tl.debug_barrier()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..device.launch import Launch, cdiv
 from ..device.pointers import Strided
-from ..layers.head_tile import ACTIONS
+from ..layers.head_results import ACTIONS
 from ..layers.rows import Source
 
 Args = dict[str, Any]
@@ -101,7 +101,7 @@ def _grouped_layer(a: Args, grid: Grid) -> LaunchWork:
         moved += row_tiles * outputs * (d * a["w"].ptr.element_size() + 4 * tiles) + 2 * m * tiles * outputs * 4
         moved += m * (4 * outputs if a["END"] == ACTIONS else 4) + a["HAS_MASK"] * _masks(a, outputs // 2)
     elif a["ACT"]:
-        moved += m * d * a["active"].ptr.element_size()
+        moved += m * d * (a["STORE"] * a["active"].ptr.element_size() + 4 * a["EXACT"])
     return LaunchWork(flops, padded, groups * moved)
 
 

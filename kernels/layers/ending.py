@@ -4,7 +4,7 @@
 
 Each program of a cluster multiplies its tile of y, which it has in registers, by its columns of V. The
 parts of the sum pass through L2. After a second wait for its neighbours each program adds up the parts of its
-share of the rows, always in the same order, and makes scalars or actions of them (head_tile.py).
+share of the rows, always in the same order, and makes scalars or actions of them (head_results.py).
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..device.cluster import LARGEST
-from ..device.launch import How, Precision, await_neighbours, jit, pow2, tl
+from ..device.launch import How, Precision, await_neighbours, interpreting, jit, pow2, tl
 from ..device.pointers import Strided, slab_of
-from .head_tile import ACTIONS as _ACTIONS
-from .head_tile import SCALARS as _SCALARS
-from .head_tile import store_actions, store_scalars
+from .head_results import ACTIONS as _ACTIONS
+from .head_results import SCALARS as _SCALARS
+from .head_results import store_actions, store_scalars
 from .rows import Layer, Rows, Slabs, Weights, packed
 
 NO_END = 0
-_MOST_ROWS = 4096  # Of more rows parts are more to move than the activation, and launches are no matter.
+_MOST_ROWS = 4096  # With more rows the parts are more to move than the activation, and a launch matters little.
 _WIDEST = 128
+_MOST_WEIGHTS = 2**16  # bytes of V that a program takes at once
 
 SCALARS = tl.constexpr(_SCALARS)
 ACTIONS = tl.constexpr(_ACTIONS)
@@ -36,7 +37,7 @@ class Ending(NamedTuple):
 
     parts_ptr: Any
     mask_ptr: Any  # read with `HAS_MASK`
-    outputs: Any
+    outputs: Any  # columns of the last layer
     low: Any  # the first bin, or the least log std
     high: Any
     w: Weights
@@ -62,7 +63,6 @@ class End(ABC):
     """
 
     layer: Layer  # packed (S, outputs, D), no LayerNorm
-    slabs: Slabs
     parts: Tensor | None
     out: Tensor
 
@@ -74,7 +74,14 @@ class End(ABC):
     def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
         """Return it as a kernel that ends with it takes it: one of `rows` (G, E, n, D) in so many column tiles."""
 
-    def _weights(self, rows: tuple[int, int, int, int], tiles: int, out: tuple[int, ...], outputs: int) -> Weights:
+    def fits(self, columns: int) -> bool:
+        """Tell whether a layer cut into tiles of so many columns may end with it."""
+        weights = columns * pow2(self.layer.width, 16) * self.layer.weight.element_size()
+        return self.parts is not None and (interpreting() or weights <= _MOST_WEIGHTS)
+
+    def _weights(
+        self, rows: tuple[int, int, int, int], tiles: int, out: tuple[int, ...], outputs: int, slabs: Slabs
+    ) -> Weights:
         """Return the last layer, if it is one of these rows; out: the shape of its results."""
         groups, e, n, d = rows
         if self.out.shape != out:
@@ -85,7 +92,7 @@ class End(ABC):
         if self.parts is None or self.parts.numel() < room:
             got = 0 if self.parts is None else self.parts.numel()
             raise ValueError(f"end: got room for {got} parts, allowed: at least {room}")
-        return packed(self.layer, self.slabs)
+        return packed(self.layer, slabs)
 
 
 def room_for_parts(rows: int, groups: int, outputs: int, precision: Precision) -> int:

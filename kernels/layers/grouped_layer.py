@@ -93,10 +93,10 @@ def grouped_layer(
         dropout: of the pre-activation, before its LayerNorm.
         finish: write the activation, to `out.active` beside the pre-activation where there is one, else to
             `out.x` in its place. In a second launch where the programs of a row are no cluster.
-        exact: (G, E, n, D), where the activation is written as the buffer holds it, float32, not as products take
-            it; in place of that where it is the same memory.
-        end: the last layer of a head, for which alone these rows are: where this launch makes its results, too,
-            `out` is not written.
+        exact: (G, E, n, D) float32 or of the type of `out`, where the activation is written as it is, not as products
+            take it; in place of that where it is the same memory.
+        end: the last layer of a head, for which alone these rows are: where this launch makes its results, too, the
+            activation is not stored, and what is returned is nothing to read.
         tile: None takes the table's.
 
     Returns:
@@ -149,7 +149,7 @@ def grouped_layer(
         STORE=exact is None or not _same(exact, active),
         EXACT=exact is not None,
     )
-    ended = None if end is None or end.parts is None or in_one is None else end
+    ended = end if end is not None and in_one is not None and end.fits(tile.BN) else None
     ending: Any
     ending, ends = (0, Ends(NO_END)) if ended is None else ended.given((groups, e, n, d), tiles)
     side_rows = out.x if a is None else a[None]
@@ -252,7 +252,9 @@ def _check_exact(exact: Tensor, out: Tensor) -> None:
     """Refuse another place for an activation as it is than one beside or in `out`."""
     if exact.shape != out.shape or exact.dtype not in (torch.float32, out.dtype) or exact.stride(-1) != 1:
         got = f"{tuple(exact.shape)} {exact.dtype}"
-        raise ValueError(f"exact: got {got}, allowed: {tuple(out.shape)} torch.float32, contiguous in the last dim")
+        raise ValueError(
+            f"exact: got {got}, allowed: {tuple(out.shape)} torch.float32 or {out.dtype}, contiguous in the last dim"
+        )
 
 
 def activate_rows(x: Rows, out: Tensor, *, how: How, exact: Tensor | None = None) -> Rows:

@@ -20,7 +20,7 @@ from ..device.launch import How, await_producers, jit, launch, pow2, tl
 from ..device.pointers import flattened, strided
 from ..device.reference import reference_of
 from .ending import End, Ending, Ends
-from .head_tile import ACTIONS, store_actions
+from .head_results import ACTIONS, store_actions
 from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
 from .policy_head import policy_action
@@ -120,7 +120,7 @@ class PolicyEnd(End):
     def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
         _, e, n, _ = rows
         a = self.out.shape[-1]
-        w = self._weights(rows, tiles, (e, n, a), 2 * a)
+        w = self._weights(rows, tiles, (e, n, a), 2 * a, EACH)
         _check_draws(self.eps, self.out, self.mask)
         out, eps = strided(self.out[None]), strided(self.eps[None])
         mask = self.eps if self.mask is None else self.mask

@@ -208,7 +208,7 @@ class Finish(NamedTuple):
     V: int  # columns of a SimNorm group
     CLUSTER: int  # programs that have a row between them
     TILES: int  # their number, to a power of two
-    STORE: bool  # whether the activation is stored as products take it
+    STORE: bool  # whether the activation is rounded as products take it, and stored unless it has one reader
     EXACT: bool  # whether it is stored as it is
 
 

@@ -20,7 +20,7 @@ from ..device.launch import How, await_producers, jit, launch, pow2, tl
 from ..device.pointers import entry_ptrs, flattened, strided
 from ..device.reference import reference_of
 from .ending import End, Ending, Ends
-from .head_tile import SCALARS, store_scalars
+from .head_results import SCALARS, store_scalars
 from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
 from .rows import EACH, Layer, Rows, Slabs
@@ -99,9 +99,10 @@ def scalar_head_reference(
 
 @dataclass(frozen=True)
 class ScalarEnd(End):
-    """A `scalar_head` that a layer may end with; out and code as there."""
+    """A `scalar_head` that a layer may end with; out, code and slabs as there."""
 
     code: Code
+    slabs: Slabs = EACH
 
     @override
     def alone(self, x: Rows, how: How) -> None:
@@ -110,7 +111,7 @@ class ScalarEnd(End):
     @override
     def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
         outputs, out = max(self.code.num_bins, 1), strided(self.out)
-        w = self._weights(rows, tiles, rows[:3], outputs)
+        w = self._weights(rows, tiles, rows[:3], outputs, self.slabs)
         ending = Ending(self.parts, self.out, outputs, float(self.code.vmin), float(self.code.vmax), w, out, out)
         members = self.slabs.members is not None
         return ending, Ends(SCALARS, pow2(outputs, 16), OF_BINS=min(self.code.num_bins, 2), OF_MEMBERS=members)

@@ -77,13 +77,14 @@ def scale_tile(b: int) -> tuple[int, int, int]:
     return bi, min(pow2(b, 32), 16 * 32 * warps // bi), warps
 
 
-def _check(q: Tensor, value: Tensor, tau: float) -> None:
+def _check(q: Tensor, tau: float, **places: Tensor) -> None:
     if q.ndim not in (1, 2) or not 1 <= q.shape[-1] <= _MAX_BATCH or q.shape[0] < 1 or q.dtype != torch.float32:
         got = f"shape {tuple(q.shape)} {q.dtype}"
         raise ValueError(f"q: got {got}, allowed: (B,) or (G, B) torch.float32, B from 1 to {_MAX_BATCH}")
-    if value.shape != (1,) or value.dtype != torch.float32 or value.device != q.device:
-        got = f"shape {tuple(value.shape)} {value.dtype} on {value.device}"
-        raise ValueError(f"value: got {got}, allowed: (1,) torch.float32 on {q.device}")
+    for name, x in places.items():
+        if x.shape != (1,) or x.dtype != torch.float32 or x.device != q.device:
+            got = f"shape {tuple(x.shape)} {x.dtype} on {x.device}"
+            raise ValueError(f"{name}: got {got}, allowed: (1,) torch.float32 on {q.device}")
     if not 0 <= tau <= 1:
         raise ValueError(f"tau: got {tau}, allowed: 0 to 1")
 
@@ -109,8 +110,7 @@ def running_scale(q: Tensor, value: Tensor, *, tau: float, out: Tensor | None = 
         ValueError: a tensor of another shape, type or device; tau out of range.
     """
     out = value if out is None else out
-    for place in (value, out):
-        _check(q, place, tau)
+    _check(q, tau, value=value, out=out)
     q, b = q[None] if q.ndim == 1 else q, q.shape[-1]
     (place5, next5, share5), (place95, next95, share95) = places(b)
     bi, bj, warps = scale_tile(b)

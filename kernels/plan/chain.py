@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..device.draw import draw
 from ..device.launch import How, by_sample, native
-from ..layers.ending import End
+from ..layers.ending import End, room_for_parts
 from ..layers.grouped_layer import grouped_layer
 from ..layers.policy_layer import PolicyEnd
 from ..layers.rows import EACH, PLAIN, Layer, Rows, Slabs
@@ -245,8 +245,14 @@ class PlanChain:
 
     def _policy(self, eps: Tensor, out: Tensor) -> PolicyEnd:
         s, mask = self.sizes, self.inputs.mask
-        return PolicyEnd(self.weights.policy, _SHARED, self.state.parts, out, eps, s.log_std_min, s.log_std_max, mask)
+        given = out, eps, s.log_std_min, s.log_std_max, mask
+        return PolicyEnd(self.weights.policy, self._parts(1, 2 * s.action_dim), *given)
 
     def _scalars(self, layer: Layer, out: Tensor, slabs: Slabs, num_bins: int) -> ScalarEnd:
         code = Code(num_bins, self.sizes.vmin, self.sizes.vmax)
-        return ScalarEnd(layer, slabs, self.state.parts, out, code)
+        return ScalarEnd(layer, self._parts(len(out), layer.width), out, code, slabs)
+
+    def _parts(self, groups: int, outputs: int) -> Tensor | None:
+        """Return the room for parts of a last layer's sums, if it may end the layer before."""
+        rows = self.sizes.envs * self.sizes.num_samples
+        return self.state.parts if room_for_parts(rows, groups, outputs, self.how.precision) else None

@@ -8,6 +8,7 @@
     back through the rollout                     3 a step; weights of all steps together, 1 a layer
     norm, clip, Adam, targets' average           2
     policy loss and its gradients                as above, the critics being constants
+    metrics, the scale, the count                1
 
 Where layers are wide, activations and gradients of LayerNorms have launches of their own beside.
 Environments of the layers are time steps here, so that the H steps of a slice are one launch where
@@ -132,7 +133,7 @@ class UpdateChain:
         draw(self.inputs.rng, runs, pdl=self.how.pdl)
 
     def encode(self) -> list[Rows]:
-        """Write latents of all observations, the first into `inputs.x`, the others into `inputs.next_x`.
+        """Write latents of all observations, the first into `inputs.x`, the others into `next_x` and `next_latent`.
 
         Returns the input of the encoder and the rows of its layers.
         """

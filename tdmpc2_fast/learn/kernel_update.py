@@ -332,7 +332,8 @@ class KernelUpdate(UpdateBackend):
 
     def _trace_world(self, trace: UpdateTrace) -> None:
         inputs, z = self.chain.inputs, self.cfg.latent_dim
-        trace.tensors.update(td_target=inputs.target[1, ..., None].clone(), zs=inputs.x[0, ..., :z].float())
+        zs = torch.cat([inputs.x[0, :1, :, :z].float(), inputs.latent])
+        trace.tensors.update(td_target=inputs.target[1, ..., None].clone(), zs=zs)
         self._trace_gradients(trace, of_policy=False)
 
     def _trace_gradients(self, trace: UpdateTrace, of_policy: bool) -> None:

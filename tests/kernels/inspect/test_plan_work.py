@@ -16,7 +16,7 @@ from tdmpc2_fast.kernels.inspect.published import plan_sizes, update_sizes
 from tdmpc2_fast.kernels.inspect.update_work import dry_update
 from tdmpc2_fast.kernels.inspect.work import launch_work
 from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer
-from tdmpc2_fast.kernels.layers.rows import EACH, Layer, Rows
+from tdmpc2_fast.kernels.layers.rows import Layer, Rows
 from tdmpc2_fast.kernels.layers.scalar_head import ScalarEnd
 from tdmpc2_fast.kernels.layers.tiles import Tile
 from tdmpc2_fast.kernels.layers.two_hot import Code
@@ -117,7 +117,7 @@ def test_work_of_a_layer_that_ends_a_head() -> None:
     layer = Layer(torch.empty(groups, d, k), *(torch.empty(groups, d) for _ in range(3)))
     last = Layer(torch.empty(groups, bins, d), torch.empty(groups, bins))
     scalars = torch.empty(groups, 1, rows)
-    end = ScalarEnd(last, EACH, torch.empty(groups * 8 * rows * bins), scalars, Code(bins, -1, 1))
+    end = ScalarEnd(last, torch.empty(groups * 8 * rows * bins), scalars, Code(bins, -1, 1))
     out = Rows.empty(groups, 1, rows, d, torch.float32, cpu)
     x, tile, how = Rows(torch.empty(groups, 1, rows, k)), Tile(32, 64, 16), How.of_chip(90, Precision("tf32"))
     with not_interpreted(), log_launches(dry=True) as log:
@@ -169,6 +169,26 @@ def test_work_scales_with_environments() -> None:
 def test_other_plans_are_counted(changes: dict[str, int]) -> None:
     plain, other = (plan_work(s, BFLOAT16) for s in (SMALL, replace(SMALL, **changes)))  # type: ignore[arg-type]
     assert (other.flops > plain.flops) == (other.bytes > plain.bytes) == ("obs_dim" not in changes)
+
+
+@pytest.mark.parametrize(
+    ("bins", "actions", "size", "precision", "apart"),
+    [
+        (101, 6, 5, "tf32", (0, 1)),
+        (200, 6, 5, "tf32", (6, 1)),  # wider than a program has room for
+        (101, 70, 5, "bfloat16", (0, 11)),
+        (200, 70, 5, "bfloat16", (8, 11)),
+        (101, 6, 48, "bfloat16", (0, 1)),
+        (101, 6, 48, "tf32", (6, 1)),  # the columns of a program times the last layer's
+        (101, 6, 5, "float32", (6, 9)),
+    ],
+)
+def test_each_head_ends_a_layer_if_it_fits(
+    bins: int, actions: int, size: int, precision: str, apart: tuple[int, int]
+) -> None:
+    sizes = replace(plan_sizes(size, 1, actions), num_bins=bins)
+    names = [launch.name for launch in dry_plan(sizes, Precision(precision))[1]]
+    assert (names.count("scalar_head_kernel"), names.count("policy_layer_kernel")) == apart
 
 
 def plain_after_tuple(value: object) -> bool:

@@ -121,9 +121,9 @@ def check_end(
     parts = torch.full((room,), torch.nan, device=DEVICE) if room else None
     buffer, view = poisoned(*((e, n, a) if bins is None else (groups, e, n)))
     end: End = (
-        PolicyEnd(last, last_slabs, parts, view, eps[:, :n], LOW, HIGH, mask)
+        PolicyEnd(last, parts, view, eps[:, :n], LOW, HIGH, mask)
         if bins is None
-        else ScalarEnd(last, last_slabs, parts, view, Code(bins, -10.0, 10.0))
+        else ScalarEnd(last, parts, view, Code(bins, -10.0, 10.0), last_slabs)
     )
     out = Rows.empty(groups, e, n, d, p.dtype, DEVICE)
     out.x.fill_(torch.nan)
@@ -196,7 +196,7 @@ def test_where_the_results_of_two_groups_go_is_their_own() -> None:
     for groups in (Slabs(0, 1), Slabs(1, -1)):
         parts = torch.empty(room_for_parts(5, 2, 7, how.precision), device=DEVICE)
         out = torch.empty(2, 1, 5, device=DEVICE)
-        end = ScalarEnd(last, groups, parts, out, Code(7, -10.0, 10.0))
+        end = ScalarEnd(last, parts, out, Code(7, -10.0, 10.0), groups)
         x = Rows(main.x.flip(0)) if groups.base else Rows(main.x)
         rows = Rows.empty(2, 1, 5, 64, torch.bfloat16, DEVICE)
         grouped_layer(x, None, layer, rows, how=how, slabs=groups, finish=not native(), end=end)
@@ -217,7 +217,7 @@ def test_where_the_results_of_two_groups_go_is_their_own() -> None:
 def test_an_end_of_other_rows_is_refused(changes: dict[str, Any], what: str) -> None:
     p = Precision("bfloat16")
     layer, main = random_layer(p, 2, 64, 40), random_rows(p, 2, 1, 5, 40)
-    given: dict[str, Any] = dict(layer=random_layer(p, 2, 7, 64, act=""), slabs=EACH)
+    given: dict[str, Any] = dict(layer=random_layer(p, 2, 7, 64, act=""))
     given |= dict(parts=torch.empty(2 * 5 * 7, device=DEVICE), out=torch.empty(2, 1, 5, device=DEVICE))
     rows = Rows.empty(2, 1, 5, 64, torch.bfloat16, DEVICE)
     code, one = Code(7, -1.0, 1.0), Tile(16, 64, 32)

@@ -139,6 +139,7 @@ def test_one_launch_and_the_same_signature() -> None:
         ("q", dict(q=torch.zeros(4).double())),
         ("value", dict(value=torch.zeros(2))),
         ("value", dict(value=torch.zeros(1).double())),
+        ("out", dict(out=torch.zeros(2))),
         ("tau", dict(tau=1.5)),
     ],
 )
