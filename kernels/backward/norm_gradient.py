@@ -114,14 +114,15 @@ def norm_gradient(gradient: Gradient, *, pdl: bool = False) -> Gradient:
         check_vectors(vectors, (groups, e, chunks, 3, d))
     reads, due = upstream(gradient)
     bm, bn = _ROWS, min(pow2(d), 512 if interpreting() else 128)
-    if bn == 128 and e * chunks * cdiv(d, bn) * groups >= 2 * PROCESSORS:
-        bm, bn = bm // 2, min(pow2(d), 512)  # what is merged for a row serves more columns
+    if bn == 128 and gradient.x.dtype == torch.bfloat16 and e * chunks * cdiv(d, bn) * groups >= 2 * PROCESSORS:
+        # What is merged for a row serves more columns.
+        bm, bn = bm // 2, min(pow2(d), 512)
     launch(
         norm_gradient_kernel, (e * chunks, cdiv(d, bn), groups), reads, gradient.sums if vectors is None else vectors,
         0 if vectors is None else vectors.stride(0), 0 if vectors is None else vectors.stride(1), n, d, chunks,
         UP=due, VECTORS=vectors is not None, ROWS=chunk, BM=bm, BN=bn, INTERPRETED=interpreting(), pdl=pdl,
         # It writes in place, where no thread may store what another has yet to load: not more of them than entries.
-        num_warps=max(1, min(8 if bn == 512 else 4, bm * bn // 32)),
+        num_warps=max(1, min(8 if bn > 128 else 4, bm * bn // 32)),
     )  # fmt: skip
     return Gradient(gradient.x)
 

@@ -60,6 +60,7 @@ def weight_gradient_kernel(
         in_beta = tl.load(x.beta_ptr + slab * K + cols, mask=col_ok, other=0.0)
     BM: tl.constexpr = TILE.BM  # in a shape Triton 3.6 takes names of constants, not fields
     BN: tl.constexpr = TILE.BN
+    BK: tl.constexpr = TILE.BK
     acc = tl.zeros((BM, BN), tl.float32)
     bias = tl.zeros((BM,), tl.float32)
     gamma = tl.zeros((BM,), tl.float32)
@@ -84,8 +85,8 @@ def weight_gradient_kernel(
             kept = row_ptrs(up.keep.rows, g - up.keep.first, rows, n)[None, :] + outs[:, None]
             kept = tl.load(kept, mask=ok & drops, other=1)
             d = tl.where(kept != 0, d * tl.where(drops, up.keep.scale, 1.0), 0.0)
-        if BIAS:
-            bias += tl.sum(d.to(tl.float32), axis=1)
+        if BIAS and UP.NORM:
+            bias += tl.sum(d, axis=1)
         d = operand(d, BFLOAT16, TILE)
         value_ok = row_ok[:, None] & col_ok[None, :]
         value = tl.load(entry_ptrs(x.x, g, rows, n, cols), mask=value_ok, other=0.0)  # [BK, BN]
@@ -101,6 +102,15 @@ def weight_gradient_kernel(
     at = w_ptr + g * w_g + outs[:, None].to(tl.int64) * K + cols[None, :]
     tl.store(at, acc, mask=out_ok[:, None] & col_ok[None, :])
     if tile_n == 0:
+        if BIAS and not UP.NORM:
+            # By itself: a sum of what is on its way into a product has that wait.
+            total = tl.zeros((BM, BK), tl.float32)
+            for start in range(0, M, TILE.BK):
+                rows = start + tl.arange(0, TILE.BK)
+                there = (outs < up.columns)[:, None] & (rows < M)[None, :]
+                d = tl.load(row_ptrs(up.x, g, rows, n)[None, :] + outs[:, None], mask=there, other=0.0)
+                total += d.to(tl.float32)
+            bias = tl.sum(total, axis=1)
         if BIAS:
             tl.store(bias_ptr + g * vector_g + outs, bias, mask=out_ok)
         if UP.NORM:
