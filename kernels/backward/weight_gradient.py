@@ -62,6 +62,10 @@ def weight_gradient_kernel(
     BN: tl.constexpr = TILE.BN
     BK: tl.constexpr = TILE.BK
     acc = tl.zeros((BM, BN), tl.float32)
+    # A sum of what is on its way into wide products has them wait; in bfloat16 a product with ones is as exact.
+    BY_PRODUCT: tl.constexpr = BFLOAT16 and not UP.NORM and not UP.DROPOUT and TILE.BM >= 64
+    ones = tl.full((BK, 16), 1.0, tl.float32 if TILE.INTERPRETED else tl.bfloat16)
+    sums = tl.zeros((BM, 16), tl.float32)
     bias = tl.zeros((BM,), tl.float32)
     gamma = tl.zeros((BM,), tl.float32)
     beta = tl.zeros((BM,), tl.float32)
@@ -85,8 +89,8 @@ def weight_gradient_kernel(
             kept = row_ptrs(up.keep.rows, g - up.keep.first, rows, n)[None, :] + outs[:, None]
             kept = tl.load(kept, mask=ok & drops, other=1)
             d = tl.where(kept != 0, d * tl.where(drops, up.keep.scale, 1.0), 0.0)
-        if BIAS and UP.NORM:
-            bias += tl.sum(d, axis=1)
+        if BIAS and not BY_PRODUCT:
+            bias += tl.sum(d.to(tl.float32), axis=1)
         d = operand(d, BFLOAT16, TILE)
         value_ok = row_ok[:, None] & col_ok[None, :]
         value = tl.load(entry_ptrs(x.x, g, rows, n, cols), mask=value_ok, other=0.0)  # [BK, BN]
@@ -99,18 +103,13 @@ def weight_gradient_kernel(
         if TILE.INTERPRETED:
             d, value = d.to(tl.float32), value.to(tl.float32)
         acc = tl.dot(d, value, acc, input_precision=TILE.DOT)
+        if BIAS and BY_PRODUCT:
+            sums = tl.dot(d, ones, sums, input_precision=TILE.DOT)
     at = w_ptr + g * w_g + outs[:, None].to(tl.int64) * K + cols[None, :]
     tl.store(at, acc, mask=out_ok[:, None] & col_ok[None, :])
     if tile_n == 0:
-        if BIAS and not UP.NORM:
-            # By itself: a sum of what is on its way into a product has that wait.
-            total = tl.zeros((BM, BK), tl.float32)
-            for start in range(0, M, TILE.BK):
-                rows = start + tl.arange(0, TILE.BK)
-                there = (outs < up.columns)[:, None] & (rows < M)[None, :]
-                d = tl.load(row_ptrs(up.x, g, rows, n)[None, :] + outs[:, None], mask=there, other=0.0)
-                total += d.to(tl.float32)
-            bias = tl.sum(total, axis=1)
+        if BIAS and BY_PRODUCT:
+            bias = tl.sum(sums, axis=1) / 16
         if BIAS:
             tl.store(bias_ptr + g * vector_g + outs, bias, mask=out_ok)
         if UP.NORM:
