@@ -24,7 +24,7 @@ from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.kernels.device import cluster_check
-from tdmpc2_fast.kernels.device.launch import How, Precision
+from tdmpc2_fast.kernels.device.launch import Precision
 from tdmpc2_fast.learn.batch import UpdateTrace
 from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.backend import PlanRequest
@@ -61,7 +61,7 @@ def test_neighbours_of_a_cluster_wait_for_each_other() -> None:
         pytest.skip("clusters come with compute capability 9.0")
     for _ in range(20):
         assert cluster_check.why_not(GPU) is None
-    assert How.on(GPU, Precision("bfloat16")).clusters
+    assert cluster_check.how_on(GPU, Precision("bfloat16")).clusters
 
 
 @pytest.mark.parametrize("case", gpu_cases.parameters(gpu_cases.VALUES))

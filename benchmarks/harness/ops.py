@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast import Config
-from tdmpc2_fast.kernels.device.launch import How, Precision, natively
+from tdmpc2_fast.kernels.device.cluster_check import how_on
+from tdmpc2_fast.kernels.device.launch import Precision, natively
 from tdmpc2_fast.runtime.backend import resolve_backend
 
 from ..options import Options, backend_of, each
@@ -51,7 +52,7 @@ class OpBench:
         self.precision, self.device = Precision(precision), options.torch_device
         self.backend = resolve_backend(Config(backend=backend_of(options)), self.device).name
         self.fused = self.backend != "torch"
-        self.how = How.on(self.device, self.precision)
+        self.how = how_on(self.device, self.precision)
         self._random = torch.Generator(self.device).manual_seed(options.seed)
 
     def randn(self, *size: int) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config
-from tdmpc2_fast.kernels.device.launch import How, Precision
+from tdmpc2_fast.kernels.device.cluster_check import how_on
+from tdmpc2_fast.kernels.device.launch import Precision
 from tdmpc2_fast.kernels.inspect.plan_work import dry_plan
 from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.backend import PlanRequest
@@ -53,7 +54,7 @@ def _check(options: Options) -> None:
 def _regimes(device: torch.device) -> dict[str, dict[str, Any]]:
     """Return the arguments of a backend for each regime."""
     regimes: dict[str, dict[str, Any]] = {"once": dict(once=True), "by readers": dict(once=False)}
-    early = How.on(device, Precision("float32")).pdl
+    early = how_on(device, Precision("float32")).pdl
     return regimes | ({"no early start": dict(pdl=False)} if early else {})
 
 

@@ -1,4 +1,4 @@
-"""Whether clusters work on a GPU: one small launch whose programs read what their neighbours wrote."""
+"""What a device can; whether clusters work on it is tried, by a launch whose programs read what neighbours wrote."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .cluster import LARGEST, can_cluster
-from .launch import await_neighbours, interpreting, jit, launch, tl
+from .launch import How, Precision, await_neighbours, interpreting, jit, launch, tl
 
 _CLUSTERS, _ROUNDS, _LANES = 64, 4, 128
 
@@ -27,6 +27,12 @@ def neighbours_kernel(scratch_ptr, out_ptr, ROUNDS: tl.constexpr, LANES: tl.cons
         await_neighbours(CLUSTER, False)
         x = tl.load(at + (first + (program + 1) % CLUSTER) * LANES + lane, cache_modifier=".cg")
     tl.store(out_ptr + program * LANES + lane, x)
+
+
+def how_on(device: torch.device, precision: Precision, pdl: bool | None = None) -> How:
+    """Return what a device can; pdl: None for what it can, too."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return How(precision, hopper if pdl is None else pdl, hopper and clusters_work(device))
 
 
 @lru_cache

@@ -98,14 +98,6 @@ class How(NamedTuple):
     clusters: bool = False  # whether programs may wait for their neighbours (cluster.py)
 
     @classmethod
-    def on(cls, device: torch.device, precision: Precision, pdl: bool | None = None) -> "How":
-        """Return what a device can; pdl: None for what it can, too."""
-        from .cluster_check import clusters_work  # which launches
-
-        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        return cls(precision, hopper if pdl is None else pdl, hopper and clusters_work(device))
-
-    @classmethod
     def of_chip(cls, arch: int, precision: Precision) -> "How":
         """Return what chips of a compute capability (90 is 9.0) can, which need not be there."""
         return cls(precision, arch >= 90, arch >= 90)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..device.launch import Launch, cdiv
 from ..device.pointers import Strided
-from ..layers.head_results import ACTIONS
+from ..layers.ending import ACTIONS
 from ..layers.rows import Source
 
 Args = dict[str, Any]

@@ -4,7 +4,7 @@
 
 Each program of a cluster multiplies its tile of y, which it has in registers, by its columns of V. The
 parts of the sum pass through L2. After a second wait for its neighbours each program adds up the parts of its
-share of the rows, always in the same order, and makes scalars or actions of them (head_results.py).
+share of the rows, always in the same order, and makes scalars or actions of them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..device.arithmetic import symexp, tanh
 from ..device.cluster import LARGEST
 from ..device.launch import How, Precision, await_neighbours, interpreting, jit, pow2, tl
-from ..device.pointers import Strided, slab_of
-from .head_results import ACTIONS as _ACTIONS
-from .head_results import SCALARS as _SCALARS
-from .head_results import store_actions, store_scalars
+from ..device.pointers import Strided, entry_ptrs, row_offsets, row_ptrs, slab_of
 from .rows import Layer, Rows, Slabs, Weights, packed
 
-NO_END = 0
+NO_END, SCALARS, ACTIONS = 0, 1, 2
+"""What logits become."""
+
 _MOST_ROWS = 4096  # With more rows the parts are more to move than the activation, and a launch matters little.
 _WIDEST = 128
 _MOST_WEIGHTS = 2**16  # bytes of V that a program takes at once
 
-SCALARS = tl.constexpr(_SCALARS)
-ACTIONS = tl.constexpr(_ACTIONS)
+_SCALARS = tl.constexpr(SCALARS)
 
 
 class Ending(NamedTuple):
@@ -105,6 +104,62 @@ def room_for_parts(rows: int, groups: int, outputs: int, precision: Precision) -
 
 
 @jit
+def bin_values(cols, K, vmin, vmax):
+    """Return the centres of the K bins in columns `cols`, 0 beyond."""
+    width = (vmax - vmin) / (K - 1)
+    # From the nearer end, as torch.linspace: both ends and the middle are exact.
+    bins = tl.where(cols < K // 2, vmin + width * cols, vmax - width * (K - 1 - cols))
+    return tl.where(cols < K, bins, 0.0)
+
+
+@jit
+def scalar_of(logits, cols, K, vmin, vmax, BINS: tl.constexpr):
+    """Return the scalar that each row of logits [BM, BK] stands for: [BM], and its gradient [BM, BK].
+
+    BINS as `num_bins` in two_hot.py. A gradient that is not used is not computed.
+    """
+    if BINS > 1:
+        logits = tl.where((cols < K)[None, :], logits, float("-inf"))
+        p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        bins = bin_values(cols, K, vmin, vmax)
+        total = tl.sum(p, axis=1)
+        v = tl.sum(p * bins[None, :], axis=1) / total
+        d = tl.exp(tl.abs(v))[:, None] * (p / total[:, None]) * (bins[None, :] - v[:, None])
+        return symexp(v), d
+    x = tl.sum(tl.where((cols < 1)[None, :], logits, 0.0), axis=1)
+    slope = tl.zeros_like(x) + 1.0
+    if BINS == 1:
+        slope = tl.exp(tl.abs(x))
+        x = symexp(x)
+    return x, tl.broadcast_to(slope[:, None], (logits.shape[0], logits.shape[1]))
+
+
+@jit
+def store_scalars(logits, cols, K, y, g, rows, row_ok, n, vmin, vmax, BINS: tl.constexpr):
+    """Store the scalar of each row of logits [BM, BK]; return their gradients [BM, BK]."""
+    scalar, gradient = scalar_of(logits, cols, K, vmin, vmax, BINS)
+    tl.store(row_ptrs(y, g, rows, n), scalar, mask=row_ok)
+    return gradient
+
+
+@jit
+def store_actions(logits, A, eps, mask_ptr, y, rows, row_ok, n, low, high, HAS_MASK: tl.constexpr):
+    """Store the action of each row of logits [BM, 2 BA], which are mean 0, log std 0, mean 1 and so on."""
+    BM: tl.constexpr = logits.shape[0]
+    BA: tl.constexpr = logits.shape[1] // 2
+    center, log_std = tl.split(tl.reshape(logits, (BM, BA, 2)))  # [BM, BA] each
+    log_std = low + 0.5 * (high - low) * (tanh(log_std) + 1.0)
+    dims = tl.arange(0, BA)
+    ok = row_ok[:, None] & (dims < A)[None, :]
+    noise = tl.load(entry_ptrs(eps, 0, rows, n, dims), mask=ok, other=0.0)
+    if HAS_MASK:
+        live = tl.load(mask_ptr + row_offsets(rows, n, A, 0)[:, None] + dims[None, :], mask=ok, other=0.0)
+        center, log_std, noise = center * live, log_std * live, noise * live
+    action = tanh(center + noise * tl.exp(log_std))
+    tl.store(entry_ptrs(y, 0, rows, n, dims), action, mask=ok)
+
+
+@jit
 def end_on_tile(
     y, tile_m, tile_n, g, rows, row_ok, cols, col_ok, end, M, n, D,
     CLUSTER: tl.constexpr, TILES: tl.constexpr, ENDS: tl.constexpr, TILE: tl.constexpr,
@@ -134,7 +189,7 @@ def end_on_tile(
         for t in tl.static_range(CLUSTER):
             ptrs = parts_ptr + (t * M + own)[:, None] * end.outputs + outs[None, :]
             logits += tl.load(ptrs, mask=own_ok[:, None] & out_ok[None, :], other=0.0, cache_modifier=".cg")
-        if ENDS.END == SCALARS:
+        if ENDS.END == _SCALARS:
             store_scalars(logits, outs, end.outputs, end.out, g, own, own_ok, n, end.low, end.high, ENDS.OF_BINS)
         else:
             store_actions(

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from ..device.launch import How, await_producers, jit, launch, pow2, tl
 from ..device.pointers import flattened, strided
 from ..device.reference import reference_of
-from .ending import End, Ending, Ends
-from .head_results import ACTIONS, store_actions
+from .ending import ACTIONS, End, Ending, Ends, store_actions
 from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
 from .policy_head import policy_action
@@ -111,13 +109,13 @@ class PolicyEnd(End):
     high: float
     mask: Tensor | None
 
-    @override
     def alone(self, x: Rows, how: How) -> None:
+        """Launch it alone."""
         given: Any = dict(low=self.low, high=self.high, mask=self.mask)
         policy_layer(x, self.layer, self.eps, self.out, how=how, **given)
 
-    @override
     def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
+        """Return it as a kernel takes it."""
         _, e, n, _ = rows
         a = self.out.shape[-1]
         w = self._weights(rows, tiles, (e, n, a), 2 * a, EACH)

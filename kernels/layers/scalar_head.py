@@ -13,14 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from ..device.arithmetic import store_rounded
 from ..device.launch import How, await_producers, jit, launch, pow2, tl
 from ..device.pointers import entry_ptrs, flattened, strided
 from ..device.reference import reference_of
-from .ending import End, Ending, Ends
-from .head_results import SCALARS, store_scalars
+from .ending import SCALARS, End, Ending, Ends, store_scalars
 from .last_layer import last_layer, last_layer_reference
 from .linear_tile import logits_on_tile
 from .rows import EACH, Layer, Rows, Slabs
@@ -104,12 +102,12 @@ class ScalarEnd(End):
     code: Code
     slabs: Slabs = EACH
 
-    @override
     def alone(self, x: Rows, how: How) -> None:
+        """Launch it alone."""
         scalar_head(x, self.layer, self.out, how=how, code=self.code, slabs=self.slabs)
 
-    @override
     def given(self, rows: tuple[int, int, int, int], tiles: int) -> tuple[Ending, Ends]:
+        """Return it as a kernel takes it."""
         outputs, out = max(self.code.num_bins, 1), strided(self.out)
         w = self._weights(rows, tiles, rows[:3], outputs, self.slabs)
         ending = Ending(self.parts, self.out, outputs, float(self.code.vmin), float(self.code.vmax), w, out, out)

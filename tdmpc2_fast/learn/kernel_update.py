@@ -12,7 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from tdmpc2_fast.kernels.cpu.tape import TapedFunction
-from tdmpc2_fast.kernels.device.launch import How, host
+from tdmpc2_fast.kernels.device.cluster_check import how_on
+from tdmpc2_fast.kernels.device.launch import host
 from tdmpc2_fast.kernels.update.chain import POLICY, WORLD, UpdateChain
 from tdmpc2_fast.kernels.update.replay_gather import DeviceReplay, Slices, draw_slices
 
@@ -52,7 +53,7 @@ class KernelUpdate(UpdateBackend):
         self.precision = plan_precision(cfg, device)
         self.chain = UpdateChain(
             update_sizes(model),
-            How.on(device, self.precision, pdl),
+            how_on(device, self.precision, pdl),
             device,
             once=once,
             annotate=annotate,

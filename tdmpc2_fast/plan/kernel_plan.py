@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tdmpc2_fast.kernels.device.launch import How, host
+from tdmpc2_fast.kernels.device.cluster_check import how_on
+from tdmpc2_fast.kernels.device.launch import host
 from tdmpc2_fast.kernels.layers.rows import Rows
 from tdmpc2_fast.kernels.plan.chain import PlanChain
 
@@ -52,7 +53,7 @@ class KernelPlan(PlanBackend):
         self.chain = PlanChain(
             sizes,
             self._packed.weights,
-            How.on(device, self.precision, pdl),
+            how_on(device, self.precision, pdl),
             device,
             once=once,
             annotate=annotate,

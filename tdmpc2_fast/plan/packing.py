@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tdmpc2_fast.kernels.device.launch import Precision
-from tdmpc2_fast.kernels.layers.copy_table import CopyTable
 from tdmpc2_fast.kernels.layers.rows import Layer
 from tdmpc2_fast.kernels.plan.buffers import CRITICS, DYNAMICS, POLICY, REWARD, PlanSizes, PlanWeights
+from tdmpc2_fast.kernels.plan.copy_table import CopyTable
 
 from ..model.world_model import WorldModel
 from ..runtime.access import access_to

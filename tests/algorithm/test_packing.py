@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config, WorldModel
 from tdmpc2_fast.kernels.device.launch import Precision
-from tdmpc2_fast.kernels.layers.copy_table import copy_reference
 from tdmpc2_fast.kernels.plan.buffers import POLICY, REWARD
+from tdmpc2_fast.kernels.plan.copy_table import copy_reference
 from tdmpc2_fast.plan.packing import PackedModel
 from tdmpc2_fast.sizes import plan_sizes
 

@@ -1,4 +1,4 @@
-"""A layer that ends in a head's last layer, against both in float64; and layers cut over a cluster."""
+"""What becomes of an activation: the end of a head, of a cluster's row, or kept as it is beside what products take."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from oracle import (
 )
 from torch import Tensor
 
+from tdmpc2_fast.kernels.device.cluster_check import how_on
 from tdmpc2_fast.kernels.device.launch import How, Precision, cdiv, interpreting, log_launches, native
 from tdmpc2_fast.kernels.layers.ending import End, room_for_parts
-from tdmpc2_fast.kernels.layers.grouped_layer import grouped_layer, grouped_layer_reference
+from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer, grouped_layer_reference
 from tdmpc2_fast.kernels.layers.last_layer import last_layer_reference
 from tdmpc2_fast.kernels.layers.policy_head import policy_action
 from tdmpc2_fast.kernels.layers.policy_layer import PolicyEnd
@@ -47,7 +48,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 def how_of(precision: str) -> How:
     """Return how layers are launched: over clusters, where these can be had or need not be."""
-    on_gpu = How.on(DEVICE, Precision(precision))
+    on_gpu = how_on(DEVICE, Precision(precision))
     return on_gpu._replace(clusters=on_gpu.clusters or interpreting())
 
 
@@ -56,6 +57,14 @@ def settled(launch: Any, across: int) -> Any:
     for _ in range(2 if interpreting() and across > 1 else 0):
         launch()
     return launch()
+
+
+def rows_of(groups: int, e: int, n: int, d: int, dtype: torch.dtype, keep: bool = False) -> Rows:
+    """Make room for a layer's rows; what neighbours in the interpreter read too early are numbers."""
+    rows = Rows.empty(groups, e, n, d, dtype, DEVICE, active=keep)
+    assert rows.stats is not None
+    rows.stats.fill_(1.0)
+    return rows
 
 
 def ends_of(d: int, how: How, tile: Tile | None, parts: Tensor | None) -> bool:
@@ -125,7 +134,7 @@ def check_end(
         if bins is None
         else ScalarEnd(last, parts, view, Code(bins, -10.0, 10.0), last_slabs)
     )
-    out = Rows.empty(groups, e, n, d, p.dtype, DEVICE)
+    out = rows_of(groups, e, n, d, p.dtype)
     out.x.fill_(torch.nan)
     with log_launches() as log:
         given: Any = dict(how=how, slabs=which, finish=not native(), end=end, tile=tile)
@@ -180,7 +189,7 @@ def test_the_programs_of_a_row_share_its_statistics(d: int, act: str, keep: bool
     layer, main = random_layer(p, 2, d, 40, act=act), random_rows(p, 2, 3, 11, 40)
     exact = Rows(torch.empty(2, 3, 11, d, dtype=torch.float64, device=DEVICE))
     exact = grouped_layer_reference(double(main), None, double(layer), exact, how=how, finish=True)
-    out = Rows.empty(2, 3, 11, d, p.dtype, DEVICE, active=keep)
+    out = rows_of(2, 3, 11, d, p.dtype, keep)
     tile = Tile(16, 32, 16)
     got = settled(
         lambda: grouped_layer(main, None, layer, out, how=how, finish=True, tile=tile).ready(), cdiv(d, tile.BN)
@@ -229,3 +238,37 @@ def test_an_end_of_other_rows_is_refused(changes: dict[str, Any], what: str) -> 
     end(**given)
     with pytest.raises(ValueError, match=rf"^end: got {what}.*allowed: "):
         end(**given | changes)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "tf32"])
+def test_an_activation_as_it_is_beside_what_products_take(precision: str) -> None:
+    if precision == "tf32" and native():
+        pytest.skip("a CPU has no tf32")
+    p = Precision(precision)
+    x, layer = random_rows(p, 2, 3, 7, 40), random_layer(p, 2, 72, 40, act="simnorm")
+    rows = Rows.empty(2, 3, 7, 72, p.dtype, DEVICE)
+    before = grouped_layer(x, None, layer, rows, how=How(p))
+
+    def from_rows(out: Tensor, exact: Tensor) -> Rows:
+        return activate_rows(before, out, how=How(p), exact=exact)
+
+    def from_layer(out: Tensor, exact: Tensor) -> Rows:
+        given: Any = dict(how=How(p), finish=True, exact=exact)
+        return grouped_layer(x, None, layer, Rows(rows.x, rows.stats, active=out), **given).ready()
+
+    for write in (from_rows, from_layer):
+        buffer, view = poisoned(2, 3, 7, 72, dtype=p.dtype)
+        beside_buffer, beside = poisoned(2, 3, 7, 72)
+        got = write(view, beside)
+        assert got.x is view
+        assert got.operand
+        assert torch.equal(view, p.operand(beside).to(p.dtype)), "not what products take of it"
+        alone = torch.full((2, 3, 7, 72), torch.nan, device=DEVICE)
+        write(alone, alone)
+        assert torch.equal(alone, beside)
+        assert_written(buffer, view)
+        assert_written(beside_buffer, beside)
+    bad = torch.empty(2, 3, 7, 72, dtype=torch.float64, device=DEVICE)
+    for write in (from_rows, from_layer):
+        with pytest.raises(ValueError, match=r"^exact: got .*float64, allowed: "):
+            write(torch.empty_like(rows.x), bad)

@@ -17,18 +17,16 @@ from head_oracle import check_policy, check_scalars
 from judge import judge, pooled
 from oracle import (
     DEVICE,
-    assert_written,
     check_activation,
     check_layer,
     in_precisions,
-    poisoned,
     randn,
     random_layer,
     random_rows,
 )
 from torch import Tensor
 
-from tdmpc2_fast.kernels.device.launch import How, Precision, log_launches, native, pow2
+from tdmpc2_fast.kernels.device.launch import How, Precision, log_launches, pow2
 from tdmpc2_fast.kernels.layers import grouped_layer as layers
 from tdmpc2_fast.kernels.layers.grouped_layer import activate_rows, grouped_layer
 from tdmpc2_fast.kernels.layers.policy_layer import policy_layer
@@ -203,40 +201,6 @@ def test_a_chain_is_as_exact_as_torch(precision: str) -> None:
         plain = oracle.plain_activation(plain, layer, slabs)
     got = activate_rows(x, torch.full((1, e, n, widths[-1]), torch.nan, device=DEVICE, dtype=p.dtype), how=How(p)).x
     judge("chain", got, exact.activated(), plain, exact.activated())
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "tf32"])
-def test_an_activation_as_it_is_beside_what_products_take(precision: str) -> None:
-    if precision == "tf32" and native():
-        pytest.skip("a CPU has no tf32")
-    p = Precision(precision)
-    x, layer = random_rows(p, 2, 3, 7, 40), random_layer(p, 2, 72, 40, act="simnorm")
-    rows = Rows.empty(2, 3, 7, 72, p.dtype, DEVICE)
-    before = grouped_layer(x, None, layer, rows, how=How(p))
-
-    def from_rows(out: Tensor, exact: Tensor) -> Rows:
-        return activate_rows(before, out, how=How(p), exact=exact)
-
-    def from_layer(out: Tensor, exact: Tensor) -> Rows:
-        given: Any = dict(how=How(p), finish=True, exact=exact)
-        return grouped_layer(x, None, layer, Rows(rows.x, rows.stats, active=out), **given).ready()
-
-    for write in (from_rows, from_layer):
-        buffer, view = poisoned(2, 3, 7, 72, dtype=p.dtype)
-        beside_buffer, beside = poisoned(2, 3, 7, 72)
-        got = write(view, beside)
-        assert got.x is view
-        assert got.operand
-        assert torch.equal(view, p.operand(beside).to(p.dtype)), "not what products take of it"
-        alone = torch.full((2, 3, 7, 72), torch.nan, device=DEVICE)
-        write(alone, alone)
-        assert torch.equal(alone, beside)
-        assert_written(buffer, view)
-        assert_written(beside_buffer, beside)
-    bad = torch.empty(2, 3, 7, 72, dtype=torch.float64, device=DEVICE)
-    for write in (from_rows, from_layer):
-        with pytest.raises(ValueError, match=r"^exact: got .*float64, allowed: "):
-            write(torch.empty_like(rows.x), bad)
 
 
 def test_bfloat16_is_rounded_once_and_to_nearest() -> None:

@@ -13,14 +13,14 @@ from oracle import DEVICE, MARKS, placed, poisoned, randn
 from torch import Tensor
 
 from tdmpc2_fast.kernels.device.launch import Precision, log_launches
-from tdmpc2_fast.kernels.layers.copy_table import CopyTable, copy_reference
+from tdmpc2_fast.kernels.plan.copy_table import CopyTable, copy_reference
 
 pytestmark = MARKS
 
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    return oracle.reseed(request.node.name, "tests/kernels/layers/test_copy_kernel.py")
+    return oracle.reseed(request.node.name, "tests/kernels/plan/test_copy_kernel.py")
 
 
 SIZES = [(1,), (3000,), (7, 1), (37, 5), (300, 301), (5, 40, 24), (3, 1, 9)]
@@ -81,7 +81,7 @@ def test_bad_pairs_are_named(pair: tuple[Tensor, Tensor, bool]) -> None:
 COMPILED = """
 import torch
 from tdmpc2_fast.kernels.inspect.compile import compile_specialisation, specialisation
-from tdmpc2_fast.kernels.layers.copy_table import CopyTable
+from tdmpc2_fast.kernels.plan.copy_table import CopyTable
 from tdmpc2_fast.kernels.device.launch import Precision, log_launches
 
 for name in ("float32", "tf32", "bfloat16"):
