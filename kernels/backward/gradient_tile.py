@@ -26,9 +26,7 @@ from ..device.launch import cdiv, jit, pow2, tl
 from ..device.pointers import Strided, entry_ptrs, row_ptrs, slab_of, strided
 from ..device.statistics import LAYER_NORM_EPS, merge_statistics
 from ..layers.linear_tile import MISH
-from ..layers.rows import LEAST_COLUMNS, PLAIN, Keep, Layer, Rows, Source, keeping, source
-
-_COLUMNS = 16
+from ..layers.rows import LEAST_COLUMNS, PLAIN, Keep, Layer, Rows, Source, keeping, padded, source
 
 _CHUNKS = (32, 16)
 """Rows of a step whose shares of db, dγ and dβ are one, where these are computed apart: of few rows, fewer."""
@@ -72,7 +70,7 @@ class Gradient:
         cls, groups: int, envs: int, n: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> Gradient:
         """Make room for gradients of logits, of any number, in rows that are loaded as those of layers are."""
-        columns = cdiv(width, _COLUMNS) * _COLUMNS
+        columns = padded(width)
         return cls(torch.zeros(groups, envs, n, columns, dtype=dtype, device=device)[..., :width], columns=columns)
 
     def steps(self, which: slice) -> Gradient:

@@ -63,7 +63,7 @@ def weight_gradient_kernel(
     BK: tl.constexpr = TILE.BK
     acc = tl.zeros((BM, BN), tl.float32)
     # A sum of what is on its way into wide products has them wait; in bfloat16 a product with ones is as exact.
-    BY_PRODUCT: tl.constexpr = BFLOAT16 and not UP.NORM and not UP.DROPOUT and TILE.BM >= 64
+    BY_PRODUCT: tl.constexpr = BIAS and BFLOAT16 and not UP.NORM and not UP.DROPOUT and TILE.BM >= 64
     ones = tl.full((BK, 16), 1.0, tl.float32 if TILE.INTERPRETED else tl.bfloat16)
     sums = tl.zeros((BM, 16), tl.float32)
     bias = tl.zeros((BM,), tl.float32)
@@ -103,12 +103,12 @@ def weight_gradient_kernel(
         if TILE.INTERPRETED:
             d, value = d.to(tl.float32), value.to(tl.float32)
         acc = tl.dot(d, value, acc, input_precision=TILE.DOT)
-        if BIAS and BY_PRODUCT:
+        if BY_PRODUCT:
             sums = tl.dot(d, ones, sums, input_precision=TILE.DOT)
     at = w_ptr + g * w_g + outs[:, None].to(tl.int64) * K + cols[None, :]
     tl.store(at, acc, mask=out_ok[:, None] & col_ok[None, :])
     if tile_n == 0:
-        if BIAS and BY_PRODUCT:
+        if BY_PRODUCT:
             bias = tl.sum(sums, axis=1) / 16
         if BIAS:
             tl.store(bias_ptr + g * vector_g + outs, bias, mask=out_ok)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .cluster import LARGEST, can_cluster
-from .launch import How, Precision, await_neighbours, interpreting, jit, launch, tl
+from .launch import How, Precision, await_neighbours, interpreting, jit, launch, reason_of, tl
 
 _CLUSTERS, _ROUNDS, _LANES = 64, 4, 128
 
@@ -57,5 +57,5 @@ def why_not(device: torch.device) -> str | None:
         home = torch.arange(programs * _LANES, dtype=torch.int32, device=device).view(-1, LARGEST, _LANES)
         wrong = int((room[-1] != home.roll(-_ROUNDS, 1).view(programs, _LANES)).any(1).sum())
     except Exception as e:  # whatever it is, it is a reason
-        return f"{type(e).__name__}: {' '.join(str(e).split())[-300:]}"
+        return reason_of(e)
     return f"{wrong} of {programs} programs read something else than their neighbours wrote" if wrong else None

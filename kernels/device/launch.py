@@ -156,8 +156,13 @@ def _why_no_driver() -> str | None:
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as e:  # whatever it is, it is a reason
-        return f"Triton cannot launch kernels here: {type(e).__name__}: {' '.join(str(e).split())[-300:]}"
+        return f"Triton cannot launch kernels here: {reason_of(e)}"
     return None
+
+
+def reason_of(e: Exception) -> str:
+    """Return the kind of an error and the end of its text, in a line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[-300:]}"
 
 
 @dataclass(frozen=True)

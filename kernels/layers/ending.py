@@ -88,9 +88,9 @@ class End(ABC):
         if self.layer.weight.shape[1:] != (outputs, d):
             raise ValueError(f"end: got a layer {tuple(self.layer.weight.shape[1:])}, allowed: {(outputs, d)}")
         room = groups * tiles * e * n * outputs
-        if self.parts is None or self.parts.numel() < room:
-            got = 0 if self.parts is None else self.parts.numel()
-            raise ValueError(f"end: got room for {got} parts, allowed: at least {room}")
+        assert self.parts is not None
+        if self.parts.numel() < room:
+            raise ValueError(f"end: got room for {self.parts.numel()} parts, allowed: at least {room}")
         return packed(self.layer, slabs)
 
 

@@ -146,7 +146,7 @@ def grouped_layer(
         V=max(layer.simnorm_dim, 1),
         CLUSTER=tiles if in_one else 1,
         TILES=pow2(tiles) if in_one else 1,
-        STORE=exact is None or not _same(exact, active),
+        STORE=_as_operand(exact, active),
         EXACT=exact is not None,
     )
     ended = end if end is not None and in_one is not None and end.fits(tile.BN) else None
@@ -173,8 +173,8 @@ def grouped_layer(
     if finish:
         if not in_one:
             activate_rows(rows, active, how=how, exact=exact)
-        operand = exact is None or not _same(exact, active)
-        rows = Rows(out.x, operand=operand) if out.active is None else replace(rows, active=out.active)
+        ready = _as_operand(exact, active)
+        rows = Rows(out.x, operand=ready) if out.active is None else replace(rows, active=out.active)
     if end is not None and ended is None:
         end.alone(rows, how)
     return rows
@@ -212,8 +212,7 @@ def grouped_layer_reference(
     active.copy_(rows.activated())
     if exact is not None:
         exact.copy_(rows.activated())
-    operand = exact is None or not _same(exact, active)
-    return Rows(out.x, operand=operand) if out.active is None else replace(rows, active=active)
+    return Rows(out.x, operand=_as_operand(exact, active)) if out.active is None else replace(rows, active=active)
 
 
 @jit
@@ -243,9 +242,9 @@ def activate_kernel(
         store_rounded(entry_ptrs(y, g, rows, n, cols), done, ok, TILE.INTERPRETED)
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
-    """Tell whether two outputs are one memory."""
-    return x.data_ptr() == y.data_ptr()
+def _as_operand(exact: Tensor | None, out: Tensor) -> bool:
+    """Tell whether `out` gets an activation as products take it, and not as it is: then `exact` is the same memory."""
+    return exact is None or exact.data_ptr() != out.data_ptr()
 
 
 def _check_exact(exact: Tensor, out: Tensor) -> None:
@@ -269,16 +268,16 @@ def activate_rows(x: Rows, out: Tensor, *, how: How, exact: Tensor | None = None
         raise ValueError(f"out: got shape {tuple(out.shape)}, allowed: {tuple(x.x.shape)}")
     reads, due = source(x)
     bm, bn = min(pow2(e * n), 512) if interpreting() else 8, min(pow2(d), 512)
-    operand = exact is None or not _same(exact, out)
+    ready = _as_operand(exact, out)
     if exact is not None:
         _check_exact(exact, out)
     m, given = e * n, (reads, *map(strided, (out, out if exact is None else exact)))
     n, (reads, written, beside) = flattened(e, n, *given)
     launch(
         activate_kernel, (cdiv(m, bm), cdiv(d, bn), groups), reads, written, beside, m, n, d,
-        DUE=due, STORE=operand, EXACT=exact is not None, BM=bm, BN=bn,
+        DUE=due, STORE=ready, EXACT=exact is not None, BM=bm, BN=bn,
         TILE=Tile(bm, bn, 1).product(True, how.precision), pdl=how.pdl,
         # In place, no thread may store where another has yet to load: not more of them than entries.
         num_warps=max(1, min(4, bm * bn // 32)),
     )  # fmt: skip
-    return Rows(out, operand=operand)
+    return Rows(out, operand=ready)

@@ -21,8 +21,15 @@ from .activations import mish, simnorm
 # What a reader does to the rows: nothing, or LayerNorm and then Mish or SimNorm.
 PLAIN, MISH, SIMNORM = 0, 1, 2
 
+_COLUMNS = 16  # widths that are padded are multiples of this: rows that are loaded many entries at a time
+
 # Narrowest column tile, which sets the room for statistics.
 LEAST_COLUMNS = 32
+
+
+def padded(width: int) -> int:
+    """Return how many columns rows of any width take, with zeros behind."""
+    return cdiv(width, _COLUMNS) * _COLUMNS
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,10 @@ from torch import Tensor
 from ..backward.gradient_tile import Gradient
 from ..backward.weight_gradient import LayerGradient
 from ..device.launch import Precision, cdiv
-from ..layers.rows import Layer, Rows
+from ..layers.rows import Layer, Rows, padded
 from ..layers.sizes import ModelSizes
 
-_COLUMNS = 16  # widths of first layers are multiples of this
 _ALIGNED = 32  # floats: where a tensor in a flat buffer begins
-
-
-def padded(width: int) -> int:
-    """Return how many columns an input of this width takes."""
-    return cdiv(width, _COLUMNS) * _COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True)
