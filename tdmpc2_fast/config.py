@@ -25,7 +25,7 @@ DEFAULT_DIMS = MODEL_SIZES[5] | dict(num_channels=32)
 """Architecture where neither `model_size` nor the dims themselves are given, as in `config.yaml`."""
 
 _WIDE_TASK_EMBEDDING = (1, 317)
-_LARGE_ACTION_DIM = 20
+LARGE_ACTION_DIM = 20
 _RETIRED = ("compile",)  # keys of older versions
 _OFFICIAL_ONLY = ("task_title", "obs_shapes", "bin_size", *_RETIRED)  # which look like other keys mistyped
 
@@ -249,7 +249,7 @@ class Config:
     @property
     def effective_iterations(self) -> int:
         """MPPI iterations actually run: two more for large action spaces (official heuristic)."""
-        return self.iterations + 2 * int(self.need("action_dim") >= _LARGE_ACTION_DIM)
+        return self.iterations + 2 * int(self.need("action_dim") >= LARGE_ACTION_DIM)
 
     @property
     def discounts(self) -> list[float]:

@@ -15,18 +15,18 @@ import importlib.machinery
 import io
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.compat.draws import given, plan_order, update_order
 from tdmpc2_fast.learn.updater import Batch
-from tdmpc2_fast.rng import PlanNoise, UpdateNoise
+from tdmpc2_fast.rng import PlanNoise
 from tdmpc2_fast.runtime.backend import torch_products
 
 from ..harness.agents import agent_of, numbers, update_draws, within
@@ -120,7 +120,7 @@ def official_plan(checkout: str, agent: TDMPC2, obs: Tensor, noise: PlanNoise) -
         ours = TDMPC2(agent.cfg.replace(precision="float32", backend="torch"), 1)
         ours.load(agent.model.state_dict())
         with torch_products(tf32=False):
-            with _Draws(plan_order(noise)), torch.no_grad():
+            with given(plan_order(noise)), torch.no_grad():
                 wanted = plain.act(obs)
             got = ours.planner.plan(obs.unsqueeze(0), False, False, None, noise)[0].cpu()
         return Gate(float((got - wanted).abs().max()), 1e-3)
@@ -140,45 +140,8 @@ def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
         noise = update_draws(cfg, agent.device)
         with torch_products(tf32=False):
             got = ours.updater.step(batch, noise)
-            with _Draws(update_order(noise)):
+            with given(update_order(noise)):
                 wanted = plain.update(buffer)
         return Gate.of_metrics(numbers(got), numbers(dict(wanted.items())), 1e-3)
 
     return Variant(within(agent.cfg, agent.device, lambda: theirs.update(buffer)), gate=gate)
-
-
-def plan_order(noise: PlanNoise) -> Iterator[Tensor]:
-    """Yield a plan's draws in the order the official code makes them."""
-    yield from noise.pi_eps[0]
-    for i in range(len(noise.samples)):
-        yield noise.samples[i, 0]
-        yield noise.value_eps[i, 0]
-        yield noise.members[i]
-    yield noise.elite[0]
-    yield noise.action[0]
-
-
-def update_order(noise: UpdateNoise) -> Iterator[Tensor]:
-    """Yield an update's draws in the order the official code makes them, dropout off."""
-    yield from (noise.td_eps, noise.td_members, noise.pi_eps, noise.pi_members)
-
-
-class _Draws(TorchFunctionMode):
-    """A context in which torch's random functions give these tensors, one after another."""
-
-    def __init__(self, draws: Iterator[Tensor]) -> None:
-        super().__init__()
-        self._draws = draws
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.randperm:
-            return next(self._draws)
-        if func in (torch.randn, torch.randn_like, Tensor.exponential_):
-            draw = next(self._draws)
-            if func is not torch.randn and draw.shape != args[0].shape:
-                raise RuntimeError(f"the official code draws {tuple(args[0].shape)}, expected {tuple(draw.shape)}")
-            return draw.clone()
-        return func(*args, **kwargs)

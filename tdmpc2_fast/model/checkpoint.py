@@ -41,15 +41,22 @@ def save(model: WorldModel, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     if path.suffix == ".pt":
-        with replacing(path) as tmp:
-            torch.save({"model": state}, tmp)
-        return path
+        return save_official(model, path)
     path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
     tensors = {k: v.detach().cpu() for k, v in tensors_only(state).items()}
     manifest = dict(format=FORMAT, sha256=_digest(tensors), config=model.cfg.to_dict())
     write_tensors(path, tensors, {"manifest": json.dumps(manifest)})
     with replacing(path.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps(manifest, indent=1) + "\n")
+    return path
+
+
+def save_official(model: WorldModel, path: str | Path) -> Path:
+    """Write the weights of `model` in the official format, and return the file."""
+    path = _path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as tmp:
+        torch.save({"model": model.state_dict()}, tmp)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +81,24 @@ class StackedLinear(nn.Module):
                 nn.init.trunc_normal_(member, std=_INIT_STD)
 
 
-def stacked_mlp(members: int, in_dim: int, hidden: Sequence[int], out_dim: int) -> nn.ModuleList:
+class Stack(nn.ModuleList):
+    """The layers of an ensemble; parameters also by their path, `stack["0", "ln", "weight"]`, as in a TensorDict."""
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a layer by its number, or what lies at a path of names."""
+        if isinstance(key, (int, slice)):
+            return super().__getitem__(key)
+        found: Any = self
+        for name in (key,) if isinstance(key, str) else key:
+            found = getattr(found, name)
+        return found
+
+
+def stacked_mlp(members: int, in_dim: int, hidden: Sequence[int], out_dim: int) -> Stack:
     """Return the parameters of an ensemble of MLPs, stacked layer by layer."""
     dims = [in_dim, *hidden, out_dim]
     last = len(dims) - 2
-    return nn.ModuleList(StackedLinear(members, dims[i], dims[i + 1], norm=i < last) for i in range(last + 1))
+    return Stack(StackedLinear(members, dims[i], dims[i + 1], norm=i < last) for i in range(last + 1))
 
 
 def ensemble_members(
@@ -109,6 +123,15 @@ def ensemble_members(
         yield [[p for p, k in zip(member, layer_of, strict=True) if k == i] for i in range(len(layers))]
 
 
+def multipliers(dropout: float, parts: Sequence[Tensor], width: int) -> Tensor | None:
+    """Draw what dropout multiplies a layer of this width with, (..., width): 0 or 1/(1-p); None for no dropout."""
+    if dropout <= 0:
+        return None
+    lead = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
+    keep = torch.empty(*lead, width, device=parts[0].device, dtype=parts[0].dtype)
+    return keep.bernoulli_(1 - dropout).div_(1 - dropout)
+
+
 def member_forward(params: list[list[Tensor]], parts: Sequence[Tensor], dropout: Tensor | None = None) -> Tensor:
     """Run one ensemble member on concat(parts): (..., in_dim) -> (..., out_dim)."""
     first, *rest = params[:-1]
@@ -119,14 +142,26 @@ def member_forward(params: list[list[Tensor]], parts: Sequence[Tensor], dropout:
 
 
 class Ensemble(nn.Module):
-    """Q critics with stacked parameters under `params`, as in the official state dict."""
+    """Q critics with stacked parameters under `params`, as in the official state dict.
 
-    def __init__(self, members: int, in_dim: int, hidden: Sequence[int], out_dim: int) -> None:
+    dropout: in the first layer, in training mode.
+    """
+
+    def __init__(self, members: int, in_dim: int, hidden: Sequence[int], out_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.params = stacked_mlp(members, in_dim, hidden, out_dim)
+        self.params, self.dropout = stacked_mlp(members, in_dim, hidden, out_dim), dropout
         for i, layer in enumerate(self.params):
             assert isinstance(layer, StackedLinear)
             layer.reset(zero=i == len(self.params) - 1)
+
+    def __len__(self) -> int:
+        return len(self.params[0].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of all critics at x (..., in_dim): (Q, ..., K)."""
+        p, width = self.dropout if self.training else 0.0, self.params[0].weight.shape[1]
+        members = ensemble_members(self.params, None)
+        return torch.stack([member_forward(m, (x,), multipliers(p, (x,), width)) for m in members])
 
 
 class PixelEncoder(nn.Sequential):
@@ -154,14 +189,14 @@ class PixelEncoder(nn.Sequential):
         return simnorm(super().forward(x), self.simnorm_dim)
 
 
-def random_shift(obs: Tensor, shift: Tensor) -> Tensor:
+def random_shift(obs: Tensor, shift: Tensor, pad: int = SHIFT_PAD) -> Tensor:
     """Shift images by whole pixels after padding by replication (DrQ-v2's augmentation).
 
     obs: (B, C, S, S); shift: (B, 1, 1, 2), x then y, integers 0..2*pad. Done by bilinear
     resampling as in the official code, whose rounding a plain crop does not have. The
     official agent shifts always: when acting and evaluating, too.
     """
-    x = F.pad(obs.float(), (SHIFT_PAD,) * 4, "replicate")
+    x = F.pad(obs.float(), (pad,) * 4, "replicate")
     size, padded = obs.shape[-1], x.shape[-1]
     eps = 1.0 / padded
     axis = torch.linspace(-1.0 + eps, 1.0 - eps, padded, device=x.device, dtype=x.dtype)[:size]

@@ -24,7 +24,17 @@ from ..config import Config
 from ..errors import InputError, kind_of
 from ..inputs import indices
 from ..runtime.surroundings import undisturbed
-from .layers import MLP, Ensemble, PixelEncoder, draw_shift, ensemble_members, init_weights, member_forward, stacked_mlp
+from .layers import (
+    MLP,
+    Ensemble,
+    PixelEncoder,
+    draw_shift,
+    ensemble_members,
+    init_weights,
+    member_forward,
+    multipliers,
+    stacked_mlp,
+)
 
 
 class WorldModel(nn.Module):
@@ -56,7 +66,7 @@ class WorldModel(nn.Module):
         self._reward = MLP(z + t + a, hidden, cfg.num_logits)
         self._termination = MLP(z + t, hidden, 1) if cfg.episodic else None
         self._pi = MLP(z + t, hidden, 2 * a)
-        self._Qs = Ensemble(cfg.num_q, z + t + a, hidden, cfg.num_logits)
+        self._Qs = Ensemble(cfg.num_q, z + t + a, hidden, cfg.num_logits, cfg.dropout)
         self.apply(init_weights)
         nn.init.zeros_(self._reward[-1].weight)  # type: ignore[arg-type]
         self._target_Qs_params = stacked_mlp(cfg.num_q, z + t + a, hidden, cfg.num_logits)
@@ -294,12 +304,8 @@ class WorldModel(nn.Module):
         for i, params in enumerate(ensemble_members(layers, members, detach)):
             if isinstance(dropout, Tensor):
                 multiplier: Tensor | None = dropout[i]
-            elif dropout > 0:
-                lead = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
-                keep = torch.empty(*lead, self.cfg.mlp_dim, device=parts[0].device, dtype=parts[0].dtype)
-                multiplier = keep.bernoulli_(1 - dropout).div_(1 - dropout)
             else:
-                multiplier = None
+                multiplier = multipliers(dropout, parts, self.cfg.mlp_dim)
             out.append(member_forward(params, parts, multiplier))
         return out
 

@@ -14,7 +14,7 @@ from golden_cases import Case
 CASES = ["math", *golden_runner.cases(GOLDEN)]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("implementation", ["reference", "torch", "compat"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_recorded_array_is_reproduced(case: str, implementation: str) -> None:
     ((_, found),) = golden_runner.check(GOLDEN, implementation, case)

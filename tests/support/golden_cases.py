@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast.agent import TDMPC2
+from tdmpc2_fast.compat import tdmpc2 as compat
+from tdmpc2_fast.compat.common import math
+from tdmpc2_fast.compat.draws import given
 from tdmpc2_fast.compat.state_dict import CRITICS, TARGETS, add_official_entries, tensors_only
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.learn.updater import Batch, UpdateTrace
@@ -208,6 +211,60 @@ class Torch:
         return self.agent.updater.scale.value
 
 
+class Compat(Torch):
+    """The agent with the official face, its model asked as the official code asks: draws come from torch."""
+
+    def __init__(self, case: Case) -> None:
+        agent = compat.TDMPC2(case.cfg.replace(backend="torch"))
+        agent.load(add_official_entries(case.weights, "", case.cfg.num_q, torch.device("cpu")))
+        self.model, self.cfg, self.official = agent.model, case.cfg, agent
+        self.agent = agent.acceleration  # has a planner and an updater
+
+    def pi(self, z: Tensor, task: Tensor | None, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with given(iter([eps])):
+            return self.model.pi(z, task)
+
+    def q_all(self, z: Tensor, a: Tensor, task: Tensor | None, target: bool) -> Tensor:
+        x = z if task is None else self.model.task_emb(z, task)
+        return (self.model._target_Qs if target else self.model._Qs)(torch.cat([x, a], -1))
+
+    def scalar(self, logits: Tensor) -> Tensor:
+        return math.two_hot_inv(logits, self.cfg)
+
+    def q_pair(self, z: Tensor, a: Tensor, task: Tensor | None, how: str, members: Tensor, target: bool) -> Tensor:
+        with given(iter([members])):
+            return self.model.Q(z, a, task, how, target=target, detach=how == "avg" and not target)
+
+    def td_target(self, next_z: Tensor, batch: Batch, eps: Tensor, members: Tensor) -> Tensor:
+        with given(iter([eps, members])):
+            return self.official._td_target(next_z, batch.reward, batch.terminated, batch.task)
+
+    def plan(
+        self,
+        obs: Tensor,
+        t0: bool,
+        eval_mode: bool,
+        task: Tensor | None,
+        noise: PlanNoise,
+        trace: PlanTrace,
+        prev_mean: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        self.official._prev_mean.copy_(prev_mean)
+        action = self.agent.planner.plan(obs, t0, eval_mode, task, noise, trace)
+        return action[0], self.official._prev_mean
+
+    def update(self, batch: Batch, noise: UpdateNoise, trace: UpdateTrace) -> dict[str, Tensor]:
+        return self.agent.learn(batch, noise, trace)
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        return tensors_only(self.official.model.state_dict())
+
+    @property
+    def scale(self) -> Tensor:
+        return self.official.scale.value
+
+
 class Reference:
     """The plain reference."""
 
@@ -274,9 +331,10 @@ class Reference:
         return self.agent.scale
 
 
-Implementation = Torch | Reference
+Implementation = Torch | Compat | Reference
 
 
 def build(name: str, case: Case) -> Implementation:
     """A fresh implementation with the recorded weights."""
-    return Reference(case) if name == "reference" else Torch(case, backend=name)
+    named = {"reference": Reference, "compat": Compat}
+    return named[name](case) if name in named else Torch(case, backend=name)

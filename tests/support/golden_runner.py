@@ -284,12 +284,12 @@ def check(folder: Path, implementation: str, only: str | None = None) -> Iterato
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--implementation", choices=("reference", "torch", "triton", "cpu"), default="torch")
+    parser.add_argument("--implementation", choices=("reference", "torch", "compat", "triton", "cpu"), default="torch")
     parser.add_argument("--case")
     parser.add_argument("--verbose", action="store_true", help="a line per array")
     args = parser.parse_args(argv)
     bad = 0
-    if args.implementation != "reference":
+    if args.implementation not in ("reference", "compat"):
         try:
             resolve_backend(Config(backend=args.implementation), torch.device("cpu"))
         except BackendError as e:

@@ -1,0 +1,359 @@
+"""`accelerate(agent)`: a living official agent plans and learns by our kernels, in place.
+
+Its `plan` and `_update`, which `act` and `update` call, become ours; its parameters, the states of its optimisers,
+its running scale and its previous mean are shared, so that everything else about it works as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..config import LARGE_ACTION_DIM, Config
+from ..errors import ConfigError, InputError, did_you_mean, kind_of
+from ..learn.batch import Batch, Sampler, UpdateTrace
+from ..learn.updater import Updater
+from ..model.world_model import WorldModel
+from ..plan.planner import Planner
+from ..rng import PlanNoise, UpdateNoise
+from ..runtime.backend import Backend
+from ..runtime.by_value import by_value, from_values
+from .judged import Judge
+from .sharing import SharedModel, SharedOptimisers, own_memory
+
+_KEY = "acceleration"
+_OURS = ("backend", "precision", "task_grad_leak")
+_NEEDED = ("cfg", "model", "_prev_mean")
+T = TypeVar("T")
+
+
+def accelerate(agent: T, **keys: Any) -> T:
+    """Have a living official TD-MPC2 agent plan and learn by our kernels, in place, and return it.
+
+    Any commit of the official code of 2025 and 2026 will do, compiled or not, and so will subclasses of its agent.
+    Whether it computes what we do is judged first, draw by draw, by its own code: a part that computes something
+    else, or has an optimiser of another kind, is named in a warning and left alone. `agent.acceleration` says what
+    was taken over. Random numbers come from streams of our own, of the seed `agent.cfg.seed`.
+
+    Copies and pickles of the agent are accelerated, too. To accelerate it again changes nothing.
+
+    Args:
+        agent: an object of the official class `TDMPC2`; `tdmpc2_fast.TDMPC2` and the classes of
+            `tdmpc2_fast.compat` need no acceleration and are returned as they are.
+        keys: `backend`, `precision` or `task_grad_leak`, as in `Config`. What torch is set to decides
+            on a GPU where `precision` is not given: `torch.set_float32_matmul_precision("highest")` is float32.
+
+    Raises:
+        InputError: no such agent, or nothing of it can be taken over.
+        ConfigError: another key.
+    """
+    if _is_ours(agent) or isinstance(getattr(agent, _KEY, None), Acceleration):
+        return agent
+    for key in keys:
+        if key not in _OURS:
+            hint = did_you_mean(key, _OURS) or " Other keys are read from agent.cfg."
+            raise ConfigError(f"accelerate: got the key {key!r}, allowed: {', '.join(_OURS)}.{hint}")
+    for name in _NEEDED:
+        if not hasattr(agent, name):
+            raise InputError(f"agent: got {kind_of(agent)} without {name!r}, allowed: an agent of the official TDMPC2")
+    found = Acceleration(agent, keys)
+    found.judge()
+    found.install()
+    return agent
+
+
+def deaccelerate(agent: T) -> T:
+    """Give an accelerated agent back to its own code, in place, with all it has learned, and return it.
+
+    Every tensor keeps its value, bit for bit, and lies in memory of its own again. An agent that is not
+    accelerated is returned as it is.
+
+    Raises:
+        InputError: an agent of ours, which has no other code.
+    """
+    if _is_ours(agent):
+        raise InputError(f"agent: got {kind_of(agent)}, which is ours, allowed: an agent of the official TDMPC2")
+    found = getattr(agent, _KEY, None)
+    if isinstance(found, Acceleration):
+        found.undo()
+    return agent
+
+
+def _is_ours(agent: Any) -> bool:
+    return isinstance(getattr(agent, "model", None), WorldModel)
+
+
+class Acceleration:
+    """What plans and learns in place of an agent's own code.
+
+    left: what was left alone, and why, by the name of the method.
+    """
+
+    def __init__(self, agent: Any, keys: Mapping[str, Any] | None = None) -> None:
+        self.agent, self._keys = agent, dict(keys or {})
+        self.left: dict[str, str] = {}
+        self._names: dict[str, list[list[str]]] | None = None  # of a copy's parameters, which it has to be given
+        self._kept: dict[str, Any] = {}  # what a copy goes on from
+        self._before: dict[str, Any] = {}  # attributes of the agent that ours have the place of
+        self._asked: tuple[Any, ...] = ()
+        self._planner: Planner | None = None
+        self._updater: Updater | None = None
+
+    @property
+    def planner(self) -> Planner:
+        """The planner of the agent's model; its previous mean is the agent's."""
+        self._take_in()
+        if self._planner is None:
+            self._planner = planner = Planner(self.model.fast, 1)
+            planner.prev_mean[0].copy_(self.agent._prev_mean)
+            if kept := self._kept.pop("planner", None):
+                planner.load_state({**from_values(kept), "prev_mean": planner.prev_mean.clone()})
+        mean = self._planner.prev_mean[0]
+        if self.agent._prev_mean.data_ptr() != mean.data_ptr():
+            mean.copy_(self.agent._prev_mean)
+            self.agent._prev_mean.data = mean
+        return self._planner
+
+    @property
+    def updater(self) -> Updater:
+        """The updater of the agent's model; its optimisers and running scale are the agent's."""
+        self._take_in()
+        if self._updater is None:
+            self._updater = Updater(self.model.fast)
+            state = self.optimisers.state() | dict(scale=own_memory(self.agent.scale.value))
+            state |= from_values(self._kept.pop("updater", {}))
+            self._updater.load_state(state)
+            self._share()
+        elif not self.optimisers.holds():  # somebody loaded others
+            self._updater.load_state(self._updater.state() | self.optimisers.state())
+            self._share()
+        return self._updater
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that plans and learns, and why it is this one."""
+        return self.planner.backend
+
+    def __repr__(self) -> str:
+        parts = [f"{name} by {self.backend.name}" for name in ("plan", "update") if name not in self.left]
+        return "; ".join([*parts, *(f"{name} left alone: {why}" for name, why in self.left.items())])
+
+    # ---- what takes the place of the agent's own
+
+    def plan(
+        self,
+        obs: Tensor,
+        t0: bool = False,
+        eval_mode: bool = False,
+        task: Tensor | None = None,
+        noise: PlanNoise | None = None,
+    ) -> Tensor:
+        """Plan an action as the official `plan` does: obs (1, *obs_shape) -> (A,) on the agent's device.
+
+        noise: the draws to use; fresh ones where not given.
+        """
+        return self.planner.plan(obs, bool(t0), bool(eval_mode), task, noise)[0]
+
+    def update(
+        self, obs: Tensor, action: Tensor, reward: Tensor, *rest: Tensor, task: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Take one training step as the official `_update` does, and return its metrics.
+
+        rest: `terminated`, which older generations do not have.
+        """
+        terminated = rest[0] if rest else torch.zeros_like(reward)
+        return self.learn(Batch(obs, action, reward, terminated, task))
+
+    def learn(
+        self, batch: Batch, noise: UpdateNoise | None = None, trace: UpdateTrace | None = None
+    ) -> dict[str, Tensor]:
+        """Take one training step on a batch; noise and trace as `Updater.step` takes them."""
+        return self._counted(self.updater.step(batch, noise, trace))
+
+    def learn_from(self, buffer: Sampler) -> dict[str, Tensor]:
+        """Take one training step on a batch of a buffer; kernels draw it themselves from one of ours."""
+        return self._counted(self.updater.step_on(buffer))
+
+    def _counted(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert self._updater is not None
+        self.model.align()
+        self.optimisers.count(self._updater.state())
+        return metrics
+
+    # ---- begin and end
+
+    def judge(self) -> None:
+        """Find out what can be taken over; say what cannot.
+
+        Raises:
+            InputError: nothing can.
+        """
+        self._build()
+        found: SharedOptimisers | None = None
+        try:
+            found = self.optimisers
+        except InputError as e:
+            self.left["update"] = str(e)
+        judge = Judge(self.agent, self.model.fast, found, self.cfg)
+        if (why := judge.why_not_plan()) is not None:
+            self.left["plan"] = why
+        if found is not None and (why := judge.why_not_update()) is not None:
+            self.left["update"] = why
+        facts = "; ".join(f"{name}: {why}" for name, why in self.left.items())
+        if len(self.left) == 2:
+            raise InputError(f"agent: nothing of it can be taken over: {facts}")
+        if facts:
+            warnings.warn(f"accelerate: left alone: {facts}", UserWarning, stacklevel=4)
+
+    def install(self) -> None:
+        """Put ours in the place of the agent's own."""
+        own = self.agent.__dict__
+        ours = dict(_plan_val=("plan", self.plan), _update=("update", self.update))
+        for name, (part, function) in ours.items():
+            if part in self.left:
+                continue
+            if name in own:
+                self._before[name] = own[name]
+            own[name] = function
+        own[_KEY] = self
+        for name, part in (("plan", "planner"), ("update", "updater")):
+            if name not in self.left:
+                getattr(self, part)  # errors now, and not in the first step
+
+    def undo(self) -> None:
+        """Give the agent its own code back, and every tensor memory of its own."""
+        self._take_in()
+        own = self.agent.__dict__
+        if self._updater is not None:
+            self._updater.synchronise()
+            self.optimisers.part()
+            self.agent.scale.value.data = own_memory(self.agent.scale.value)
+        self.agent._prev_mean.data = own_memory(self.agent._prev_mean)
+        self.model.part()
+        for name in (_KEY, "_plan_val", "_update"):
+            own.pop(name, None)
+        own.update(self._before)
+
+    # ---- what is the agent's now
+
+    def _take_in(self) -> None:
+        """Build anew, or take tensors anew, where others changed the agent since the last time."""
+        asked = self._read()
+        if asked != self._asked:
+            self._build()
+        elif not self.model.holds():
+            self.model.take()
+        else:
+            self.model.align()
+
+    def _build(self) -> None:
+        kept = self._streams()
+        self._asked = self._read()
+        self.cfg = _config(self.agent, self._keys)
+        self.model = SharedModel(getattr(self.agent.model, "_orig_mod", self.agent.model), self.cfg)
+        self.__dict__.pop("_optimisers", None)
+        self._planner = self._updater = None
+        self._kept = {**kept, **self._kept}
+        if "update" not in self.left and self._has_optimisers():
+            self.cfg = self.cfg.replace(**self.optimisers.rates())
+            self.model.fast.cfg = self.cfg
+
+    @property
+    def optimisers(self) -> SharedOptimisers:
+        """The agent's optimisers.
+
+        Raises:
+            InputError: they are not as the official ones.
+        """
+        if "_optimisers" not in self.__dict__:
+            self._optimisers = SharedOptimisers(self.agent, self.model.fast, self._names)
+            self._names = None
+        return self._optimisers
+
+    def _has_optimisers(self) -> bool:
+        try:
+            return self.optimisers is not None
+        except InputError:
+            return False
+
+    def _read(self) -> tuple[Any, ...]:
+        """Return all settings that a plan or an update depends on, as they are now."""
+        agent = self.agent
+        optims = [optim for name in ("optim", "pi_optim") if (optim := getattr(agent, name, None)) is not None]
+        rates = tuple(group.get("lr") for optim in optims for group in optim.param_groups)
+        discount = agent.discount
+        discount = tuple(discount.tolist()) if isinstance(discount, Tensor) else discount
+        precision = torch.get_float32_matmul_precision() if _device(agent).type == "cuda" else ""
+        values = tuple(getattr(agent.cfg, key, None) for key in _READ)
+        return (values, rates, discount, precision, _device(agent), agent.model)
+
+    def _share(self) -> None:
+        """Have the agent's optimisers and running scale be what the updater works on."""
+        assert self._updater is not None
+        state = self._updater.state()
+        self.optimisers.share(state)
+        self.agent.scale.value.data = state["scale"].view(1)
+        self.model.align()
+
+    # ---- copies
+
+    def _streams(self) -> dict[str, Any]:
+        """Return what another of the same agent goes on from, beside the agent's own tensors."""
+        found = dict(self._kept)
+        if self._planner is not None:
+            found["planner"] = by_value({k: x for k, x in self._planner.state().items() if k != "prev_mean"})
+        if self._updater is not None:
+            state = self._updater.state()
+            found["updater"] = by_value({k: x for k, x in state.items() if k.startswith("rng")})
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        found = self._streams()
+        if self._updater is not None:  # a copy of an optimiser may not know whose its states are
+            state = self._updater.state()
+            found["updater"] = by_value(state)
+        names = self.__dict__.get("_optimisers") and self._optimisers.names
+        return dict(agent=self.agent, keys=self._keys, left=self.left, names=names, kept=found)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        type(self).__init__(self, state["agent"], state["keys"])
+        self.left, self._names, self._kept = state["left"], state["names"], state["kept"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+
+_READ = tuple(
+    key for key in Config.key_names() if key not in ("task", "work_dir", "checkpoint", "exp_name", "data_dir", *_OURS)
+)
+
+
+def _device(agent: Any) -> torch.device:
+    return next(agent.model.parameters()).device  # type: ignore[no-any-return]
+
+
+def _config(agent: Any, keys: Mapping[str, Any]) -> Config:
+    """Return our config of an official agent as it is now."""
+    cfg, device = Config.from_official(agent.cfg), _device(agent)
+    changes: dict[str, Any] = dict(device=str(device), num_envs=1, **keys)
+    if cfg is not agent.cfg and (cfg.action_dim or 0) >= LARGE_ACTION_DIM:
+        changes["iterations"] = cfg.iterations - 2  # which the agent has added, and ours adds again
+    if "precision" not in keys and device.type == "cuda":
+        changes["precision"] = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if cfg.multitask:
+        wanted, got = torch.tensor(cfg.discounts), torch.as_tensor(agent.discount).cpu()
+        if got.shape != wanted.shape or not torch.allclose(got, wanted):
+            raise InputError(f"agent.discount: got {got.tolist()}, allowed: {wanted.tolist()}, of cfg.episode_lengths")
+    elif agent.discount != cfg.discounts[0]:
+        changes |= dict(discount_min=float(agent.discount), discount_max=float(agent.discount))
+    return cfg.replace(**changes)
+
+
+__all__ = ["Acceleration", "accelerate", "deaccelerate"]

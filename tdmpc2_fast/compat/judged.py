@@ -1,0 +1,216 @@
+"""Whether an official agent plans and learns as ours does: judged by its own code, draw by draw.
+
+Forks and subclasses change the algorithm, and no name tells. So its code plans and learns once from random weights
+and given draws, beside our torch backend; whatever it wrote is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..learn.batch import Batch
+from ..learn.updater import Updater
+from ..model.world_model import WorldModel
+from ..plan.planner import Planner
+from ..rng import PlanNoise, UpdateNoise, generator
+from ..runtime.backend import torch_products
+from .draws import given, plan_order, update_order
+from .sharing import MOMENTS, SharedOptimisers, own_memory
+
+_ROWS = 8  # of the batch
+_TRIES = 3  # plans: a near tie of two sequences may fall differently
+# How far results may lie apart: actions absolutely, losses relatively, parameters by a share of their step's norm.
+_ACTION, _LOSS, _STEP = 1e-2, 1e-3, 0.05
+
+
+class Judge:
+    """Compares an official agent with ours.
+
+    Args:
+        agent: the official agent.
+        model: our world model of its tensors, on which random weights are tried.
+        optimisers: its optimisers.
+        cfg: our config of it.
+    """
+
+    def __init__(self, agent: Any, model: WorldModel, optimisers: SharedOptimisers | None, cfg: Config) -> None:
+        self.agent, self.model, self.optimisers = agent, model, optimisers
+        self.cfg = cfg.replace(backend="torch", precision="float32", dropout=0.0, batch_size=_ROWS)
+        self.random = generator(0, "judge", model.device)
+
+    def why_not_plan(self) -> str | None:
+        """Say how its plans differ from ours; None where they do not."""
+        return self._judged(self._plan)
+
+    def why_not_update(self) -> str | None:
+        """Say how its updates differ from ours; None where they do not."""
+        return self._judged(self._update)
+
+    def _judged(self, compare: Callable[[], str | None]) -> str | None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(torch_products(tf32=False))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of official code about itself
+            stack.enter_context(self._restored())
+            stack.enter_context(self._as_written())
+            try:
+                return compare()
+            except Exception as e:  # of somebody's own code
+                return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+    def _plan(self) -> str | None:
+        cfg, agent = self.cfg, self.agent
+        ours = Planner(self._twin(), 1)
+        for _ in range(_TRIES):
+            obs, task = self._observations(1), self._tasks(1)
+            mean = self._normal(1, cfg.horizon, cfg.need("action_dim")).clamp(-1, 1)
+            noise = PlanNoise.draw(cfg, 1, self.random)
+            agent._prev_mean.copy_(mean[0])
+            ours.prev_mean.copy_(mean)
+            with torch.no_grad(), given(plan_order(noise)):
+                wanted = agent._plan(obs, t0=False, eval_mode=False, task=task)
+            got = ours.plan(obs, task=task, noise=noise)[0]
+            apart = max(_apart(got, wanted), _apart(ours.prev_mean[0], agent._prev_mean))
+            if apart <= _ACTION:
+                return None
+        return f"its _plan gives other actions than the official one, by {apart:.2g} from equal draws"
+
+    def _update(self) -> str | None:
+        assert self.optimisers is not None
+        agent, model = self.agent, self.model
+        twin = self._twin()
+        ours = Updater(twin)
+        ours.load_state(self.optimisers.state() | dict(scale=own_memory(agent.scale.value)))
+        before = {n: own_memory(p) for n, p in twin.named_parameters()}
+        batch = self._batch()
+        noise = UpdateNoise.draw(self.cfg, self.random)
+        wanted = self._their_update(batch, noise)
+        got = ours.step(batch, noise)
+        for name, value in got.items():
+            if name in wanted and name.endswith(("_loss", "grad_norm", "_scale")):  # others only tell something
+                theirs = float(torch.as_tensor(wanted[name]))
+                if not abs(float(value) - theirs) <= _LOSS * (abs(theirs) + 1e-2):
+                    return f"its update gives {name}={theirs:.6g}, the official one {float(value):.6g}"
+        stepped = dict(twin.named_parameters())
+        for name, p in model.named_parameters():
+            step = torch.linalg.vector_norm(stepped[name] - before[name])
+            apart = torch.linalg.vector_norm(p - stepped[name])
+            if not apart <= _STEP * step + 1e-6:
+                return f"its update moves {name} otherwise than the official one"
+        return None
+
+    def _their_update(self, batch: Batch, noise: UpdateNoise) -> dict[str, Any]:
+        """Have its own `update` learn from the batch, which older generations take without terminations."""
+        agent, cfg = self.agent, self.agent.cfg
+        rows, cfg.batch_size = cfg.batch_size, _ROWS
+        try:
+            for fields in (batch, (*batch[:3], batch.task)):
+                buffer = SimpleNamespace(sample=lambda fields=fields: tuple(fields))
+                try:
+                    with torch.enable_grad(), given(update_order(noise)):
+                        found = agent.update(buffer)
+                    return dict(found.items())
+                except ValueError as e:
+                    if "too many values to unpack" not in str(e):
+                        raise
+            raise ValueError("it takes neither 4 nor 5 values from buffer.sample()")
+        finally:
+            cfg.batch_size = rows
+
+    # ---- inputs
+
+    def _twin(self) -> WorldModel:
+        """Return our model with the official one's weights of now."""
+        twin = WorldModel(self.cfg).to(self.model.device).eval()
+        twin.load_state_dict(self.model.state_dict())
+        return twin
+
+    def _normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self.random, device=self.random.device)
+
+    def _observations(self, *rows: int) -> Tensor:
+        shape = (*rows, *self.cfg.observation_shape)
+        if self.cfg.obs == "rgb":
+            return torch.randint(0, 256, shape, generator=self.random, device=self.random.device, dtype=torch.uint8)
+        return self._normal(*shape)
+
+    def _tasks(self, rows: int) -> Tensor | None:
+        count = len(self.cfg.tasks)
+        if not self.cfg.multitask:
+            return None
+        return torch.randint(0, count, (rows,), generator=self.random, device=self.random.device)
+
+    def _batch(self) -> Batch:
+        h, b = self.cfg.horizon, _ROWS
+        reward = self._normal(h, b, 1)
+        terminated = (self._normal(h, b, 1) > 0.5).float() if self.cfg.episodic else torch.zeros_like(reward)
+        action = self._normal(h, b, self.cfg.need("action_dim")).clamp(-1, 1)
+        return Batch(self._observations(h + 1, b), action, reward, terminated, self._tasks(b))
+
+    # ---- what is put back
+
+    @contextlib.contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Try random weights within, since those of a new agent make all values equal; put everything back."""
+        agent, model = self.agent, self.model
+        tensors = [*model.parameters(), *model.buffers(), agent.scale.value, agent._prev_mean]
+        grads = [(p, p.grad) for p in agent.model.parameters()]
+        kept = _copies(tensors)
+        states = [] if self.optimisers is None else [agent.optim, agent.pi_optim]
+        moments = [{p: {k: own_memory(x) for k, x in s.items()} for p, s in o.state.items()} for o in states]
+        dropouts = [(m, m.p) for m in agent.model.modules() if isinstance(m, nn.Dropout)]
+        modes = [(m, m.training) for m in agent.modules()]
+        try:
+            for m, _ in dropouts:
+                m.p = 0.0
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.ndim > 1:
+                        p.copy_(self._normal(*p.shape) / p.shape[-1] ** 0.5)
+                for p, g in grads:
+                    p.grad = None if g is None else own_memory(g)
+            yield
+        finally:
+            for m, rate in dropouts:
+                m.p = rate
+            for m, training in modes:
+                m.training = training
+            with torch.no_grad():
+                for x, copy in zip(tensors, kept, strict=True):
+                    x.copy_(copy)
+            for p, g in grads:
+                p.grad = g
+            for optim, before in zip(states, moments, strict=True):
+                for p in list(optim.state):
+                    if p not in before:
+                        del optim.state[p]
+                        continue
+                    for k in (*MOMENTS, "step"):
+                        optim.state[p][k].copy_(before[p][k])
+
+    @contextlib.contextmanager
+    def _as_written(self) -> Iterator[None]:
+        """Run its code as it is written, not as it was compiled."""
+        own = self.agent.__dict__
+        compiled = {k: own.pop(k) for k in list(own) if hasattr(own[k], "_torchdynamo_orig_callable")}
+        try:
+            yield
+        finally:
+            own.update(compiled)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [own_memory(x) for x in tensors]
+
+
+def _apart(x: Tensor, y: Tensor) -> float:
+    return float((x - y).abs().max())
