@@ -28,7 +28,7 @@ def sizes_of(env: Any, obs: str, episode_length: int | None) -> tuple[Mapping[st
     action_dim = getattr(env, "action_dim", None)
     if action_dim is None:
         (action_dim,) = _shape_of(env, "action_space", obs)
-    length = _length_of(env) or episode_length
+    length = length_of(env) or episode_length
     if length is None:
         raise ConfigError(
             f"env: {kind_of(env)} tells no length of its episodes (spec.max_episode_steps is None); allowed: "
@@ -37,19 +37,19 @@ def sizes_of(env: Any, obs: str, episode_length: int | None) -> tuple[Mapping[st
     return shape if isinstance(shape, Mapping) else {obs: shape}, action_dim, length
 
 
-def _length_of(env: Any) -> Any:
-    """Return the decisions per episode of an environment, or of those in it, or None."""
+def length_of(env: Any) -> Any:
+    """Return the decisions per episode of an environment, or of those in it; None where it does not tell."""
     for holder, name in ((getattr(env, "spec", None), ""), (env, ""), (env, "_")):
         if length := getattr(holder, f"{name}max_episode_steps", None):
             return length
     for inner in (getattr(env, "env", None), *(getattr(env, "envs", None) or ())):
         if inner is not None:
-            return _length_of(inner)
+            return length_of(inner)
     if not hasattr(env, "get_attr"):
         return None
     # In processes of their own, which end where they are asked for what they do not have.
     timed = hasattr(env, "call") and all(env.call("has_wrapper_attr", "_max_episode_steps"))
-    return _length_of(SimpleNamespace(**{k: env.get_attr(k)[0] for k in ("spec", *["_max_episode_steps"] * timed)}))
+    return length_of(SimpleNamespace(**{k: env.get_attr(k)[0] for k in ("spec", *["_max_episode_steps"] * timed)}))
 
 
 def _shape_of(env: Any, name: str, obs: str) -> tuple[int, ...]:

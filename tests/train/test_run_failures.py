@@ -303,14 +303,14 @@ def test_weights_of_the_end_that_cannot_be_written_are_no_success(
         return save(model, path)
 
     monkeypatch.setattr(checkpoint, "save", on_a_full_disk)
-    assert runs.start(dict(QUICK, work_dir=str(folder))) == 1
+    assert runs.start(dict(QUICK, work_dir=str(folder))).status == 1
     shown = capsys.readouterr()
     assert "No space left on device" in shown.err
     assert "weights of the end could not be written" in shown.out
     assert checkpoints.trained(folder / "checkpoints" / "best.safetensors").startswith("step 0 ")  # as they are
     assert f"to go on: tdmpc2-fast resume {folder}" in shown.out
     full = False
-    assert runs.resume(folder, {}) == 0
+    assert runs.resume(folder, {}).status == 0
     last = Checkpoints(folder, 1).last()
     assert last is not None
     assert last.name.endswith("-at-30")
@@ -333,7 +333,7 @@ def test_resume_auto_begins_where_a_run_was_killed_in_its_first_checkpoint(tmp_p
         with pytest.raises(Killed):
             runs.start(values)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [".0001-at-0.tmp"]
-    assert runs.start(values) == 0
+    assert runs.start(values).status == 0
     assert len((folder / "eval.csv").read_text().splitlines()) == 3
 
 
@@ -347,9 +347,9 @@ def test_resume_auto_takes_the_words_the_run_was_begun_with(tmp_path: Path, caps
     values = dict(QUICK, task="mujoco-halfcheetah", work_dir=str(tmp_path / "run"), resume="auto")
     values |= dict(seed_steps=510, steps=10, rho=0.6)
     del values["episode_length"]
-    assert runs.start(values) == 1  # nothing was learned
+    assert runs.start(values).status == 1  # nothing was learned
     assert "rho=0.7, fixed by the task mujoco-halfcheetah: the 0.6 asked for has no effect" in capsys.readouterr().err
-    assert runs.start(values) == 1
+    assert runs.start(values).status == 1
     assert "finished, and nothing was learned, at 10 decisions" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"'horizon': got 2, but the run"):
         runs.start(dict(values, horizon=2))
@@ -375,7 +375,7 @@ def test_a_run_of_another_machine_goes_on_with_one_note(tmp_path: Path, capsys: 
     capsys.readouterr()
     with pytest.raises(ConfigError, match="device"):  # what is asked for is not replaced
         runs.resume(tmp_path / "run", dict(steps=80, device="cuda:0"))
-    assert runs.resume(tmp_path / "run", dict(steps=80)) == 0
+    assert runs.resume(tmp_path / "run", dict(steps=80)).status == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot be had here" in line]
     assert len(said) == 1
     for word in ("device=cuda:0", "num_threads=10000", "this machine has 0 CUDA devices", "used: device=cpu"):

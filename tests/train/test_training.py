@@ -232,15 +232,15 @@ def test_the_best_stays_the_best_where_a_run_goes_on(
 ) -> None:
     folder = tmp_path / "run"
     evaluations(monkeypatch, 100, 200, -5)
-    assert runs.start(dict(QUICK, num_threads=1, steps=40, work_dir=str(folder))) == 0
+    assert runs.start(dict(QUICK, num_threads=1, steps=40, work_dir=str(folder))).status == 0
     before = best_of(folder)
     assert before == ("step 40 (40 decisions, 39 updates), return -5.0 ± 0.0 over 2 episodes", 40)
     evaluations(monkeypatch, -6)
-    assert runs.resume(folder, dict(steps=50)) == 0
+    assert runs.resume(folder, dict(steps=50)).status == 0
     assert best_of(folder) == before
     assert f"best.safetensors: {before[0]}" in capsys.readouterr().out
     evaluations(monkeypatch, -4)
-    assert runs.resume(folder, dict(steps=55)) == 0
+    assert runs.resume(folder, dict(steps=55)).status == 0
     assert best_of(folder)[1] == 55
 
 

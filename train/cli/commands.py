@@ -47,9 +47,13 @@ def train(words: Sequence[str]) -> int:
         print("\n".join(run.command for run in each))
         return 0
     if len(each) == 1:
-        from ..run import lifecycle as runs
+        from ..api import Interrupted
+        from ..api import train as run_
 
-        return runs.start(keys.parse(each[0].words), sweep.tell)
+        try:
+            return run_(tell=sweep.tell, **keys.parse(each[0].words)).status
+        except Interrupted as e:
+            return e.status
     several = sweep.Sweep(each)
     status = several.run()
     print(tables.rendered(tables.section("sweep", tables.grid(several.rows(), ("run", "result", "took", "where")))))
@@ -66,7 +70,7 @@ def resume(words: Sequence[str]) -> int:
     path, values = _only(paths, "resume RUN [key=value ...]"), keys.parse(words, presets=False)
     from ..run import lifecycle as runs
 
-    return runs.resume(path, values, sweep.tell)
+    return runs.resume(path, values, runs.Given(sweep.tell)).status
 
 
 def plot(words: Sequence[str]) -> int:
@@ -174,7 +178,7 @@ def tasks(words: Sequence[str]) -> int:
         hint = did_you_mean(text, [*known, *PLANNED]) or " tdmpc2-fast tasks lists all."
         raise ConfigError(f"no task has {text!r} in its name.{hint}")
     if not text:
-        parts.append("\nAny other Gymnasium id with a bounded Box action space works, too.")
+        parts.append("\nAny other Gymnasium id whose actions are a bounded Box or discrete works, too.")
     print(tables.rendered(*parts).lstrip("\n"))
     return 0
 

@@ -83,18 +83,21 @@ def beside(values: Mapping[str, Any], saved: Config) -> dict[str, Any]:
     return {**values, "env_kwargs": {**(saved.env_kwargs or {}), **given}} if given else dict(values)
 
 
-def tried(cfg: Config) -> Config:
+def tried(cfg: Config, make: Callable[[Config], Env] | None = None, steps: bool = True) -> Config:
     """Return the completed config of a run whose environment answered a try with random actions.
 
     The try is at most an episode, 200 decisions and a second long, so that mistakes are told before
     the run begins and not after an hour.
+
+    make: makes the environment; default by `cfg.task`.
+    steps: whether steps are tried; else only what the environment tells of itself is looked at.
 
     Raises:
         ConfigError: as `make_env` and `complete`; the task terminates and `episodic` is not set; a `horizon` longer
             than its episodes; or an answer in no usable form, where failures stop a run.
         Exception: what the environment raised, where failures stop a run.
     """
-    env = make_env(cfg, cfg.seed)
+    env = make_env(cfg, cfg.seed) if make is None else make(cfg)
     try:
         cfg = complete(cfg, env)
         if cfg.horizon > env.max_episode_steps:
@@ -102,7 +105,8 @@ def tried(cfg: Config) -> Config:
                 f"config key 'horizon': got {cfg.horizon}, allowed: at most {env.max_episode_steps}, the decisions of "
                 f"an episode of {cfg.task}"
             )
-        _try(cfg, env)
+        if steps:
+            _try(cfg, env)
     finally:
         close_all([env])
     return cfg
@@ -144,4 +148,4 @@ def _unknown(task: str) -> str:
     text = f"config key 'task': unknown task {task!r}. "
     text += f"Nearest: {', '.join(close)}. " if close else ""
     extras = "; ".join(f"{name} ({len(s.names)} tasks) by the extra [{s.extra}]" for name, s in SUITES.items())
-    return text + f"Installed by extras: {extras}; any Gymnasium id with a Box action space works."
+    return text + f"Installed by extras: {extras}; any Gymnasium id whose actions are a bounded Box or discrete works."

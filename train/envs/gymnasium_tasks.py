@@ -1,4 +1,4 @@
-"""Gymnasium tasks: the official short names, and any id with a Box action space.
+"""Gymnasium tasks: the official short names, and any id whose spaces can be used.
 
 One decision is one environment step. Actions are rescaled from [-1, 1] to the space's
 bounds (for the official tasks these are the same). Tasks that can terminate need
@@ -29,7 +29,7 @@ from .answers import EnvError, unusable
 from .base import FAILURES, Array, Env, RenderError, in_a_line
 from .catalogue import lacks, with_continuous_actions
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
-from .spaces import ActionSpace, ObservationSpace
+from .spaces import ObservationSpace, action_space, facts
 
 # Official name: Gymnasium id, decisions per episode, keyword arguments
 OFFICIAL: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -73,26 +73,26 @@ def _looks_like_id(name: str) -> bool:
 
 
 class GymnasiumTask(Env):
-    """A Gymnasium environment, as `gymnasium.make` makes it, with the project's conventions.
+    """A Gymnasium environment with the project's conventions.
 
     Args:
-        cfg: `task`, `obs`, `episode_length` and `env_kwargs` are read.
+        env: the environment, wrapped as it may be.
+        cfg: `task` and `obs` are read.
         seed: of the first episode; the others follow from it.
+        steps: decisions per episode, after which it truncates.
+        name: of the environment, for messages; default `cfg.task`.
 
     Raises:
-        ConfigError: it cannot be made, or its spaces cannot be used.
+        ConfigError: its spaces cannot be used, or nobody says how long its episodes are.
     """
 
     action_repeat = 1
 
-    def __init__(self, cfg: Config, seed: int) -> None:
-        keep_log_out_of_the_way()
-        name, length, kwargs = OFFICIAL.get(cfg.task, (cfg.task, 0, {}))
-        limit = length or cfg.episode_length
-        self.env = _made(cfg.task, name, {**kwargs, **(cfg.env_kwargs or {})}, limit)
-        self._actions = ActionSpace(_told(self.env, "action_space"), cfg.task)
+    def __init__(self, env: Any, cfg: Config, seed: int | None, steps: int | None, name: str = "") -> None:
+        name = name or cfg.task
+        self.env = env
+        self._actions = action_space(_told(self.env, "action_space"), cfg.task)
         self._observations = ObservationSpace(_told(self.env, "observation_space"), cfg.obs, cfg.task)
-        steps = limit or (self.env.spec and self.env.spec.max_episode_steps)
         if not steps:
             raise ConfigError(f"config key 'episode_length': {name!r} has no time limit; set decisions per episode")
         self.task, self.name = cfg.task, name
@@ -105,13 +105,15 @@ class GymnasiumTask(Env):
     @property
     def notes(self) -> list[str]:
         """What a person should know of how it is trained, one line for each fact."""
-        fixed, shape = self._actions.fixed, self._observations.flattened
-        found = []
-        if fixed:
-            found.append(f"{self.name}: low and high of these actions are equal, so they stay there: {fixed}")
-        if shape is not None:
-            found.append(f"{self.name}: observations {shape} are flattened to {self.obs_shape[0]:,} numbers")
-        return found
+        return facts(self.name, self._actions, self._observations)
+
+    def seen(self, obs: Any, first: bool) -> NDArray[Any]:
+        """Return an observation of the environment as models take it; `first`: it begins an episode."""
+        return self._observations(obs, first)
+
+    def done(self, action: NDArray[np.float32]) -> Any:
+        """Return the environment's action for one of (A,) in [-1, 1]."""
+        return self._actions(action)
 
     @override
     def reset(self) -> Array:
@@ -189,7 +191,11 @@ class GymnasiumTask(Env):
 
 def make(cfg: Config, seed: int) -> Env:
     """Make the environment of an official name or a Gymnasium id."""
-    return GymnasiumTask(cfg, seed)
+    keep_log_out_of_the_way()
+    name, length, kwargs = OFFICIAL.get(cfg.task, (cfg.task, 0, {}))
+    limit = length or cfg.episode_length
+    env = _made(cfg.task, name, {**kwargs, **(cfg.env_kwargs or {})}, limit)
+    return GymnasiumTask(env, cfg, seed, limit or (env.spec and env.spec.max_episode_steps), name)
 
 
 def _made(task: str, name: str, settings: dict[str, Any], limit: int | None) -> Any:

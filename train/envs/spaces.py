@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from tdmpc2_fast.errors import ConfigError
 
@@ -15,28 +16,86 @@ from .answers import EnvError, array, number, unusable
 from .pixels import Images, is_image
 
 _COUNTED = 2**53  # integers up to which float64 tells one from the next
+_MOST_CHOICES = 128
 
 
-class ActionSpace:
-    """How actions (A,) in [-1, 1] become those of a Box: -1, 0 and 1 exactly its low, middle and high.
+def action_space(space: Any, name: str) -> ActionSpace:
+    """Return how actions (A,) in [-1, 1] become those of an environment's space.
+
+    name: of the environment, for errors.
+
+    Raises:
+        ConfigError: a space of another kind, or one that cannot be scaled to.
+    """
+    import gymnasium
+
+    spaces = gymnasium.spaces
+    refuse = functools.partial(_refused, name, "action", space, "task")
+    if isinstance(space, spaces.Box):
+        return _Box(space, refuse)
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        return _Choices(space, refuse)
+    raise refuse("allowed: a Box with finite bounds, Discrete, MultiDiscrete or MultiBinary")
+
+
+def facts(name: str, actions: ActionSpace, observations: ObservationSpace) -> list[str]:
+    """Return what a person should know of how spaces are used, one line for each fact."""
+    found = [f"{name}: {fact}" for fact in actions.facts]
+    if observations.flattened is not None:
+        shape, size = observations.flattened, observations.shape[0]
+        found.append(f"{name}: observations {shape} are flattened to {size:,} numbers")
+    return found
+
+
+class ActionSpace(Protocol):
+    """How actions (A,) in [-1, 1] become those of a space."""
+
+    size: int
+    """A."""
+    facts: list[str]
+    """What a person should know of it."""
+
+    def __call__(self, action: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the space's action for one of (A,)."""
+        ...
+
+
+class _Choices(ActionSpace):
+    """A Discrete, MultiDiscrete or MultiBinary space, relaxed: each choice is the largest of as many numbers.
+
+    A choice of n takes n dimensions of the agent's action; the environment gets the index of the largest (the lowest
+    one of equals), the model learns and plans over the numbers. A MultiBinary's take two each: off and on.
+    """
+
+    def __init__(self, space: Any, refuse: Callable[[str], ConfigError]) -> None:
+        discrete = hasattr(space, "n") and not np.ndim(space.n) and not getattr(space, "shape", None)
+        self._shape, self._dtype = space.shape, space.dtype
+        counts = space.n if discrete else getattr(space, "nvec", np.full(space.shape, 2))
+        self._counts = [int(n) for n in np.ravel(counts)]
+        self._start = np.broadcast_to(np.ravel(getattr(space, "start", 0)), len(self._counts))
+        self.size = sum(self._counts)
+        if not self._counts or max(self._counts) < 2:
+            raise refuse("allowed: something to choose")
+        if self.size > _MOST_CHOICES:
+            raise refuse(f"allowed: at most {_MOST_CHOICES} choices in all, each of which is a dimension to plan over")
+        text = " + ".join(map(str, self._counts)) if len(self._counts) <= 8 else f"{len(self._counts)} groups of"
+        self.facts = [f"discrete actions are relaxed: {text} numbers, the largest of which is chosen"]
+
+    @override
+    def __call__(self, action: NDArray[np.float32]) -> NDArray[Any]:
+        parts = np.split(np.asarray(action), np.cumsum(self._counts)[:-1])
+        chosen = np.array([int(part.argmax()) for part in parts]) + self._start
+        return chosen.astype(self._dtype).reshape(self._shape)[()]  # of Discrete, a number
+
+
+class _Box(ActionSpace):
+    """A Box: -1, 0 and 1 are exactly its low, middle and high.
 
     Every action made is contained in the Box. Integers are rounded to the nearest; a dimension
     whose bounds are equal is that constant. Boxes of several dimensions are filled in C order.
-
-    Args:
-        space: the environment's.
-        name: of the environment, for errors.
-
-    Raises:
-        ConfigError: no Box, or one that cannot be scaled to.
     """
 
-    def __init__(self, space: Any, name: str) -> None:
-        import gymnasium
-
-        refuse = functools.partial(_refused, name, "action", space, "task")
-        if not isinstance(space, gymnasium.spaces.Box):
-            raise refuse("allowed: a Box with finite bounds")
+    def __init__(self, space: Any, refuse: Callable[[str], ConfigError]) -> None:
         self._shape, self._dtype = space.shape, space.dtype
         low, high = (np.ravel(x).astype(np.float64) for x in (space.low, space.high))
         if low.size == 0:
@@ -55,10 +114,11 @@ class ActionSpace:
         self._low, self._high = low, high
         self._middle, self._half = low / 2 + high / 2, high / 2 - low / 2
         self.size = int(low.size)
-        self.fixed = [int(i) for i in np.flatnonzero(low == high)]
+        fixed = [int(i) for i in np.flatnonzero(low == high)]
+        self.facts = [f"low and high of these actions are equal, so they stay there: {fixed}"] if fixed else []
 
+    @override
     def __call__(self, action: NDArray[np.float32]) -> NDArray[Any]:
-        """Return the Box's action for one of (A,)."""
         a = np.asarray(action, np.float64)
         x = np.clip(self._middle + a * self._half, self._low, self._high)
         if self._whole:

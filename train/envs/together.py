@@ -92,7 +92,12 @@ class InProcess(Environments):
 
 
 def environments(
-    cfg: Config, first: Env, note: Callable[[str], None], restarts: int = 0, dropped: int = 0
+    cfg: Config,
+    first: Env,
+    note: Callable[[str], None],
+    restarts: int = 0,
+    dropped: int = 0,
+    make: Callable[[Config, int], Env] | None = None,
 ) -> Environments:
     """Make the `num_envs` environments of a run where `env_workers` says.
 
@@ -103,6 +108,7 @@ def environments(
         note: told in a line when a worker process is started anew or an episode is dropped.
         restarts: times processes of the run were started anew so far.
         dropped: episodes of the run that were dropped so far.
+        make: makes another one of a config and a seed; default by `cfg.task`.
 
     Raises:
         ConfigError: worker processes cannot make what this one could.
@@ -110,7 +116,7 @@ def environments(
     count, failures = cfg.env_workers, Failures(cfg, note, dropped)
     if count is None:
         count = 0 if cfg.num_envs == 1 else cores()
-    make = suite_of(cfg.task).make
+    make = make or suite_of(cfg.task).make
     if count == 0:
         return InProcess(cfg, make, failures, first, restarts)
     close_all([first])

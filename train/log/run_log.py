@@ -59,14 +59,14 @@ class RunLog:
                 tmp.write_text(text)
         self._display = choose(self._status)
         disk = Disk(self.note, self.warn)
-        self._sinks: dict[str, Sink] = {}
+        self.sinks: dict[str, Sink] = {}
         if cfg.enable_wandb:
-            self._sinks["wandb"] = WandB(cfg, folder, saved.get("wandb"), self.note, self.warn)
+            self.sinks["wandb"] = WandB(cfg, folder, saved.get("wandb"), self.note, self.warn)
         if cfg.save_csv:
-            self._sinks["csv"] = Csv(folder, cfg.seed, disk, saved.get("csv"))
+            self.sinks["csv"] = Csv(folder, cfg.seed, disk, saved.get("csv"))
         if cfg.tensorboard:
             try:
-                self._sinks["tensorboard"] = TensorBoard(folder, disk, saved.get("tensorboard"))
+                self.sinks["tensorboard"] = TensorBoard(folder, disk, saved.get("tensorboard"))
             except ImportError:
                 self.note("no TensorBoard files: the package is missing; pip install 'tdmpc2-fast[train]'")
 
@@ -103,7 +103,7 @@ class RunLog:
         )
 
     def _write(self, kind: str, decisions: int, values: Mapping[str, Any]) -> None:
-        for sink in self._sinks.values():
+        for sink in self.sinks.values():
             sink.write(kind, decisions * self.action_repeat, values)
 
     def note(self, text: str) -> None:
@@ -122,14 +122,14 @@ class RunLog:
 
     def state(self) -> dict[str, Any]:
         """Return `resumed` for a later session, JSON-ready; CSV rows so far are on the disk when it returns."""
-        return dict(status=self._status.state(), **{name: sink.state() for name, sink in self._sinks.items()})
+        return dict(status=self._status.state(), **{name: sink.state() for name, sink in self.sinks.items()})
 
     def close(self, summary: Sequence[str] = ()) -> None:
         """End the display and the files, then print the lines of `summary`; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        lost = [text for text in (sink.close() for sink in self._sinks.values()) if text]
+        lost = [text for text in (sink.close() for sink in self.sinks.values()) if text]
         if lost:
             self.warn(f"never written: {', '.join(lost)}")
         self._display.close(summary)

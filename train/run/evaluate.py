@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast.agent import TDMPC2
+from tdmpc2_fast.config import Config
 from tdmpc2_fast.plan.planner import Planner
 from tdmpc2_fast.seeds import stream_seed
 
-from ..envs import make_env
 from ..envs.base import FAILURES, Array, Env, Failures, check_actions, close_all, reset, state_of, step
+from ..envs.given import Source
 from ..pictures.video import Film
 from .stop import Stop
 
@@ -51,12 +52,17 @@ class Evaluator:
     asked for. On the CPU they are played one after another, so that nothing in them does: a plan
     for several environments draws for all of them, and products of more rows round differently.
     On a GPU, where a wider plan takes hardly longer, they are played side by side.
+
+    Args:
+        agent: what acts.
+        source: where the environments come from; default by the agent's task.
+        cfg: with another number of episodes; default the agent's.
     """
 
-    def __init__(self, agent: TDMPC2) -> None:
-        cfg = agent.cfg
-        self.agent, self.cfg = agent, cfg
-        count = min(cfg.eval_episodes, _MOST_ENVS)
+    def __init__(self, agent: TDMPC2, source: Source | None = None, cfg: Config | None = None) -> None:
+        cfg = cfg or agent.cfg
+        self.agent, self.cfg, self._source = agent, cfg, source or Source()
+        count = 1 if self._source.shared else min(cfg.eval_episodes, _MOST_ENVS)
         self.envs: list[Env] = [self._made(i) for i in range(count)]
         width = 1 if agent.device.type == "cpu" else count
         self.planner = Planner(agent.model, width, seed=stream_seed(cfg.seed, "eval"))
@@ -141,7 +147,7 @@ class Evaluator:
         failures.replace(self.envs, i, error, lambda i: self._made(i, f" after {failures.dropped}"))
 
     def _made(self, i: int, after: str = "") -> Env:
-        return make_env(self.cfg, stream_seed(self.cfg.seed, f"eval env {i}{after}") % 2**31)
+        return self._source.make(self.cfg, stream_seed(self.cfg.seed, f"eval env {i}{after}") % 2**31)
 
     def _caption(self, total: float, decisions: int) -> str:
         return f"{self.cfg.task}   return {total:.1f}   decision {decisions}"

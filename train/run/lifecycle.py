@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.runtime.backend import on_this_machine, resolve_device
 
 from ..envs import beside, tried
+from ..envs.given import Source
 from ..envs.workers import leave_if_imported_anew
 from ..log.sinks import wandb_package
 from ..log.status import returned
 from ..pictures.plots import plot_runs
 from .checkpoints import Checkpoints, Saved, trained
+from .evaluate import Evaluation
+from .events import Callback
 from .folder import discard, home, locked, new_folder
 from .stop import Stop, Stopped
 from .threads import choose_threads
@@ -31,18 +36,46 @@ CHANGEABLE = (
 """Keys a run may go on with other values of: how long, where, what fits there, and what is shown. The rest is fixed."""
 
 
-def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
-    """Begin a run, or with `resume=auto` go on with the one in its folder; return the exit status.
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    status: as a command's: 0 fine, 1 nothing was learned or the weights of the end could not be written, 128 and
+        the number of the signal that stopped it.
+    agent, evaluation: None where the run had finished before.
+    """
+
+    status: int
+    folder: Path
+    agent: TDMPC2 | None = None
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a program hands over to a run beside its keys.
 
     tell: told `folder`, and `mean_return` and `std_return` of the last evaluation.
+    source, evaluation: where the environments of training and evaluation come from; default by the task's name.
+    callbacks: told what happens; see `run.events`.
     """
+
+    tell: Callable[..., None] = lambda **facts: None
+    source: Source = field(default_factory=Source)
+    evaluation: Source | None = None
+    callbacks: Sequence[Callback] = ()
+
+
+def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
+    """Begin a run, or with `resume=auto` go on with the one in its folder."""
+    given = given or Given()
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
-    fixed = tried(cfg)  # errors before a folder is made
+    fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
     ReplayBuffer(fixed, resolve_device(cfg.device)).check_memory()
     if cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None:
         as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
-        return resume(home(cfg), as_begun, tell)
+        return resume(home(cfg), as_begun, given)
     if cfg.enable_wandb:
         wandb_package()
     cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
@@ -56,18 +89,18 @@ def start(values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts:
         notes.append("data_dir has no effect: training from data sets is not in this version")
     with locked(folder):
         try:
-            return _run(cfg, folder, None, notes, tell)
+            return _run(cfg, folder, None, notes, given)
         finally:
             discard(folder)  # where nothing came of it
 
 
-def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None] = lambda **facts: None) -> int:
-    """Go on with a run from its newest checkpoint; return the exit status.
+def resume(run: str | Path, values: Mapping[str, Any], given: Given | None = None) -> Outcome:
+    """Go on with a run from its newest checkpoint.
 
     Args:
         run: its folder.
         values: keys to change, of `CHANGEABLE`; others may be given if they are as they were.
-        tell: as for `start`.
+        given: as for `start`.
 
     Raises:
         CheckpointError: no run, or none of its checkpoints is whole.
@@ -77,6 +110,7 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
     if (why := _why_no_run(folder)) is not None:
         raise CheckpointError(f"run {str(folder)!r}: {why}, allowed: the folder of a run")
     notes: list[str] = []
+    given = given or Given()
     with locked(folder):
         saved = Checkpoints(folder, keep=1).newest(notes.append)
         if saved is None:
@@ -90,9 +124,9 @@ def resume(run: str | Path, values: Mapping[str, Any], tell: Callable[..., None]
             learned = "updater/steps" in saved.tensors
             how = "finished" if learned else "finished, and nothing was learned,"
             print(f"{how} at {done:,} decisions; to go on: tdmpc2-fast resume {folder} steps={more}")
-            return int(not learned)
+            return Outcome(int(not learned), folder)
         choose_threads(cfg)
-        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], tell)
+        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], given)
 
 
 def _why_no_run(folder: Path) -> str | None:
@@ -120,11 +154,13 @@ def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
     return saved.replace(**changes)
 
 
-def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], tell: Callable[..., None]) -> int:
+def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], given: Given) -> Outcome:
+    tell = given.tell
     tell(folder=str(folder))
     stop = Stop()
     with stop.listening():
-        trainer = OnlineTrainer(cfg, folder, saved, stop)
+        trainer = OnlineTrainer(cfg, folder, saved, stop, given.source, given.evaluation)
+        trainer.call(given.callbacks)
         summary: list[str] = []
         for note in notes:  # of a new run: what was asked for and has no effect
             (trainer.log.warn if saved is None else trainer.log.note)(note)
@@ -132,10 +168,10 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
             found = trainer.run()
         except Stopped as e:
             summary = [f"stopped by {e}", *_how_to_go_on(trainer)]
-            return 128 + e.signal
+            return Outcome(128 + e.signal, folder, trainer.agent)
         except KeyboardInterrupt:
             summary = ["stopped at once", *_how_to_go_on(trainer)]
-            return 130
+            return Outcome(130, folder, trainer.agent)
         except ConfigError:
             summary = _how_to_go_on(trainer)[:1]  # going on would fail in the same way
             raise
@@ -148,18 +184,19 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], t
             if dropped := trainer.envs.failures.dropped:
                 result += f"; {dropped} training episodes were dropped, since their environment failed"
             if not trainer.agent.updater.steps:
-                why = f"nothing was learned: {trainer.doubts.why_nothing_learned(trainer.buffer)}"
+                why = "a callback ended it" if trainer.ended else trainer.doubts.why_nothing_learned(trainer.buffer)
+                why = f"nothing was learned: {why}"
                 tell(error=why)
                 summary = [f"done, but {why}", result, *_files(folder)]
-                return 1
+                return Outcome(1, folder, trainer.agent, found)
             summary = [f"done: {result}", *_files(folder)]
             last = trainer.checkpoints.last()
-            if cfg.save_agent and (last is None or int(last.name.rpartition("-")[2]) < cfg.steps):
+            if cfg.save_agent and (last is None or int(last.name.rpartition("-")[2]) < trainer.progress.decisions):
                 why = "the weights of the end could not be written"
                 tell(error=why)
                 summary = [f"done, but {why}: {result}", *_how_to_go_on(trainer)]
-                return 1
-            return 0
+                return Outcome(1, folder, trainer.agent, found)
+            return Outcome(0, folder, trainer.agent, found)
         finally:
             trainer.log.close(summary)
 
@@ -181,4 +218,6 @@ def _how_to_go_on(trainer: OnlineTrainer) -> list[str]:
     last = trainer.checkpoints.last()
     if last is None:
         return [f"no checkpoint was written{'' if trainer.cfg.save_agent else ' (save_agent=false)'}"]
-    return [f"last checkpoint: {last}", f"to go on: tdmpc2-fast resume {trainer.folder}"]
+    command = f"tdmpc2-fast resume {trainer.folder}"
+    call = f"train(env, resume='auto', work_dir={str(trainer.folder)!r})"
+    return [f"last checkpoint: {last}", f"to go on: {command if trainer.source.by_name else call}"]

@@ -16,6 +16,7 @@ from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 
 from ..envs.base import Environments, EnvState
+from ..envs.given import Source
 from ..log.run_log import RunLog
 from .checkpoints import Checkpoints, Saved
 from .episode import Episode
@@ -41,6 +42,7 @@ class Resumable(Protocol):
     buffer: ReplayBuffer
     envs: Environments
     evaluator: Evaluator | None
+    evaluation: Source
     checkpoints: Checkpoints
     log: RunLog
     progress: Progress
@@ -133,7 +135,7 @@ def restore(run: Resumable, saved: Saved) -> None:
     run.progress = Progress(**{f.name: values[f.name] for f in fields(Progress)})
     run.random.bit_generator.state = values["random"]
     if values["evaluation"] is not None:
-        run.evaluator = Evaluator(agent)
+        run.evaluator = Evaluator(agent, run.evaluation)
         run.evaluator.restore(values["evaluation"], parts["evaluation"])
     if values["envs"] is None:
         run.log.note("the episodes under way are not in the checkpoint: new ones are begun")

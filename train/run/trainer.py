@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.seeds import stream_seed
 
-from ..envs import check_episodic, complete, make_env
+from ..envs import check_episodic, complete
 from ..envs.base import Actions, check_actions, env_seed
-from ..envs.together import environments
+from ..envs.given import Source
 from ..envs.workers import leave_if_imported_anew
 from ..log.run_log import RunLog
 from . import resume
@@ -39,6 +40,7 @@ from .checkpoints import Checkpoints, Saved
 from .doubts import Doubts
 from .episode import Episode
 from .evaluate import Evaluation, Evaluator
+from .events import Callback, Calls
 from .overlap import updates_on
 from .resume import Progress
 from .stop import Stop, Stopped
@@ -54,15 +56,27 @@ class OnlineTrainer:
         folder: where CSVs and checkpoints go.
         saved: the checkpoint of this run to go on from.
         stop: looked at between steps.
+        source: where its environments come from; default by `cfg.task`.
+        evaluation: where those come from that it is evaluated in; default as `source`.
 
     Raises:
         ConfigError: the task terminates and `episodic` is not set, among others.
     """
 
-    def __init__(self, cfg: Config, folder: Path, saved: Saved | None = None, stop: Stop | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        folder: Path,
+        saved: Saved | None = None,
+        stop: Stop | None = None,
+        source: Source | None = None,
+        evaluation: Source | None = None,
+    ) -> None:
         leave_if_imported_anew()
         restarts, dropped = resume.made_anew(saved)
-        first = make_env(cfg, env_seed(cfg.seed, 0, restarts + dropped))
+        self.source = source or Source()
+        self.evaluation = evaluation or self.source
+        first = self.source.first(cfg, env_seed(cfg.seed, 0, restarts + dropped))
         self.cfg = cfg = complete(cfg, first)
         self.folder, self.stop = folder, stop or Stop()
 
@@ -86,6 +100,8 @@ class OnlineTrainer:
         self.metrics: dict[str, Tensor] = {}
         self.evaluator: Evaluator | None = None  # made when it is first needed
         self.evaluated: dict[str, Any] = {}  # what came of the last evaluation
+        self.ended = False  # because a callback said so
+        self._evaluated_now: Evaluation | None = None  # where that was at an evaluation
         self._evaluating = False
         self._saved_at = time.monotonic()
 
@@ -96,7 +112,7 @@ class OnlineTrainer:
             self.log.note(note)
         self.doubts = Doubts(cfg, self.log.warn_once)
         self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints)
-        self.envs = environments(cfg, first, self.log.warn, restarts, dropped)
+        self.envs = self.source.together(cfg, first, self.log.warn, restarts, dropped)
         if saved is not None:
             resume.restore(self, saved)
 
@@ -109,12 +125,12 @@ class OnlineTrainer:
         try:
             self._launch(pretraining=True)  # what is left over where the run was stopped in it
             self._stop_or_save()
-            while self.progress.decisions < self.cfg.steps:
+            while self.progress.decisions < self.cfg.steps and not self.ended:
                 if self._evaluation_due and any(e is None or e.ended for e in self.episodes):
                     self._evaluate()
                 self.step()
                 self._stop_or_save()
-            found = self._evaluate()
+            found = self._evaluated_now or self._evaluate()
             self._save()
             return found
         except Stopped:
@@ -127,6 +143,11 @@ class OnlineTrainer:
             raise
         finally:
             self.close()
+
+    def call(self, callbacks: Sequence[Callback]) -> None:
+        """Tell callbacks of the episodes and evaluations to come, and end where one of them says so."""
+        if callbacks:
+            self.log.sinks["callbacks"] = Calls(callbacks, self)
 
     def step(self) -> None:
         """Make one decision in every environment, and the updates due with it."""
@@ -258,7 +279,7 @@ class OnlineTrainer:
         saved, now = self._save(), self.progress
         with self.log.clock.part("evaluation"):
             if self.evaluator is None:
-                self.evaluator = Evaluator(self.agent)
+                self.evaluator = Evaluator(self.agent, self.evaluation)
             step = now.decisions * self.log.action_repeat
             video = self.folder / "videos" / f"{step}.mp4" if self.cfg.save_video else None
             busy = functools.partial(self.log.busy, "evaluating")
@@ -266,9 +287,11 @@ class OnlineTrainer:
             found = self.evaluator.run(self.stop, busy, video, self.log.warn_once)
             self._evaluating = False
         now.evaluated_at, episodes = now.decisions, len(found.returns)
+        self._evaluated_now = None
         self.evaluated = {"return": found.mean_return, "return_std": found.std_return, "episodes": episodes}
         success = float(np.mean(found.successes))
         self.log.evaluation(now.decisions, found.mean_return, found.std_return, episodes, success)
+        self._evaluated_now = found if self.ended else None
         if saved and (now.best is None or found.mean_return > now.best):
             try:
                 self.checkpoints.mark_best(resume.about_weights(self))

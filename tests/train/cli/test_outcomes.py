@@ -39,7 +39,7 @@ def told(folder: Path, **changes: Any) -> tuple[int, dict[str, Any]]:
     facts: dict[str, Any] = {}
     keys = dict(task="Pendulum-v1", episode_length=5, seed_steps=5, eval_episodes=1, mpc=False, work_dir=str(folder))
     keys |= dict(device="cpu", num_threads=1, save_csv=False, tensorboard=False)
-    return lifecycle.start({**TINY, **keys, **changes}, tell=facts.update), facts
+    return lifecycle.start({**TINY, **keys, **changes}, lifecycle.Given(facts.update)).status, facts
 
 
 def test_a_run_tells_its_sweep_what_came_of_it(tmp_path: Path) -> None:

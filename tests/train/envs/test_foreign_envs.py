@@ -188,7 +188,7 @@ def test_settings_reach_the_environment_and_stay_with_the_run(train: Any, tmp_pa
     assert kept.env_kwargs == given["env_kwargs"]
     with pytest.raises(ConfigError, match=r"'env_kwargs'.*makes it what it is"):
         runs.resume(tmp_path / "run", {"env_kwargs": {"gain": 3}, "steps": 120})
-    assert runs.resume(tmp_path / "run", {"steps": 120, "env_kwargs": {"gain": 2}}) == 0  # the others stay
+    assert runs.resume(tmp_path / "run", {"steps": 120, "env_kwargs": {"gain": 2}}).status == 0  # the others stay
     assert "config key 'env.gian': 'foreign_envs:ForeignSettings-v0' has no such setting" in refused(
         "Settings", env_kwargs={"gian": 2}
     )
@@ -207,19 +207,19 @@ def test_a_constructor_that_changes_its_settings_changes_no_others(train: Any, t
 
 def test_a_run_whose_environment_has_a_generator_of_its_own_goes_on(train: Any, tmp_path: Path) -> None:
     assert train("OwnGenerator", steps=70)[0] == 0  # in the middle of an episode
-    assert runs.resume(tmp_path / "run", {"steps": 90}) == 0
+    assert runs.resume(tmp_path / "run", {"steps": 90}).status == 0
 
 
 def test_a_finished_run_that_learned_nothing_says_so_when_asked_to_go_on(
     train: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train("Plain", steps=40)[0] == 1
-    assert runs.resume(tmp_path / "run", {}) == 1
+    assert runs.resume(tmp_path / "run", {}).status == 1
     said = (
         f"finished, and nothing was learned, at 40 decisions; to go on: tdmpc2-fast resume {tmp_path / 'run'} steps=80"
     )
     assert said in capfd.readouterr().out.splitlines()
-    assert runs.resume(tmp_path / "run", {"steps": 80}) == 0
+    assert runs.resume(tmp_path / "run", {"steps": 80}).status == 0
 
 
 def test_actions_that_are_none_are_the_agents_fault() -> None:
@@ -256,7 +256,7 @@ def test_a_state_that_no_file_holds_is_none(monkeypatch: pytest.MonkeyPatch, tra
     status, said = train("Plain", steps=70)
     assert status == 0
     assert said.count("random state of its environments cannot be told") == 1
-    assert runs.resume(tmp_path / "run", {"steps": 90}) == 0
+    assert runs.resume(tmp_path / "run", {"steps": 90}).status == 0
 
 
 @pytest.mark.parametrize(

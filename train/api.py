@@ -1,0 +1,179 @@
+"""`train`: one call that trains on an environment, by name or as an object. The command `train` makes it, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tdmpc2_fast.agent import TDMPC2
+from tdmpc2_fast.agent import load as load_agent
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError, InputError, kind_of
+from tdmpc2_fast.plan.planner import Planner
+
+from .envs import complete
+from .envs.base import Env
+from .envs.given import source_of
+from .run.evaluate import Evaluation, Evaluator
+from .run.events import Callback, Event
+
+__all__ = ["Agent", "Callback", "Evaluation", "Event", "Interrupted", "train"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C or another signal; its checkpoint is written, and `resume="auto"` goes on with it.
+
+    status: that of a command stopped by this signal.
+    """
+
+    def __init__(self, status: int, folder: Path) -> None:
+        super().__init__(f"stopped; to go on: resume='auto', work_dir={str(folder)!r}")
+        self.status = status
+
+
+class Agent:
+    """A trained agent in terms of its environment: its observations in, its actions out.
+
+    Args:
+        tdmpc2: the agent that plans and learns.
+        env: its environment, as `train` takes it.
+
+    tdmpc2: that agent, for all else: `model`, `planner`, `update`, batches of observations.
+    folder: where the run left its files; None of an agent that no run made.
+    evaluation: the last one of the run.
+    status: 0, or 1 where nothing was learned or the last weights could not be written.
+    """
+
+    def __init__(self, tdmpc2: TDMPC2, env: Any = None) -> None:
+        self.tdmpc2, self.cfg = tdmpc2, tdmpc2.cfg
+        self._source = source_of(self.cfg.task if env is None else env)
+        self._form = _checked(self._source.form(self.cfg), self.cfg)
+        self._form.close()  # its spaces are all that is wanted
+        self._planner: Planner | None = None
+        self._begun = False
+        self.folder: Path | None = None
+        self.evaluation: Evaluation | None = None
+        self.status = 0
+
+    def reset(self) -> None:
+        """Begin a new episode: the next plan starts from no earlier one, the next image fills its stack of frames."""
+        self._begun = False
+
+    def act(self, obs: Any, t0: bool | None = None, eval_mode: bool = True) -> NDArray[Any] | Any:
+        """Return the environment's action for one observation of its observation space.
+
+        Args:
+            obs: as `reset` and `step` of the environment return it.
+            t0: whether it begins an episode; None: whether it is the first since `reset`, or at all.
+            eval_mode: leave out exploration noise.
+
+        Returns:
+            an action of the environment's action space, in its shape and dtype.
+        """
+        first = not self._begun if t0 is None else t0
+        self._begun = True
+        seen, done = getattr(self._form, "seen", None), getattr(self._form, "done", None)
+        state = np.asarray(obs, np.float32) if seen is None else seen(obs, first)
+        batch = torch.from_numpy(np.ascontiguousarray(state)).unsqueeze(0)
+        if self.cfg.mpc:
+            self._planner = self._planner or Planner(self.tdmpc2.model, 1)
+            action = self._planner.plan(batch, t0=first, eval_mode=eval_mode)[0]
+        else:
+            action = self.tdmpc2.act(batch, eval_mode=eval_mode)[0]
+        found: NDArray[np.float32] = action.cpu().numpy()
+        return found if done is None else done(found)
+
+    def evaluate(self, env: Any = None, episodes: int | None = None, **keys: Any) -> Evaluation:
+        """Play episodes without exploration, and return what came of them.
+
+        Args:
+            env: where, as `train` takes it; None: the environment it was trained in.
+            episodes: how many; None: `eval_episodes` of the config.
+            keys: settings of `Evaluator.run`, such as `video="film.mp4"`.
+
+        Raises:
+            ConfigError: an environment with other observations or actions.
+        """
+        source = self._source if env is None else source_of(env)
+        cfg = self.cfg if episodes is None else self.cfg.replace(eval_episodes=episodes)
+        evaluator = Evaluator(self.tdmpc2, source, cfg)
+        try:
+            for each in evaluator.envs:
+                _checked(each, self.cfg)
+            if "video" in keys:
+                keys["video"] = Path(keys["video"])
+            return evaluator.run(**keys)
+        finally:
+            evaluator.close()
+
+    def save(self, fp: str | Path) -> None:
+        """Save the weights: safetensors with the config, or the official format for a name ending in `.pt`."""
+        self.tdmpc2.save(fp)
+
+    def __repr__(self) -> str:
+        result = "" if self.evaluation is None else f", return {self.evaluation.mean_return:.1f}"
+        return f"Agent({self.cfg.task}{result})"
+
+
+def train(
+    env: Any = None,
+    *,
+    callbacks: Callback | Sequence[Callback] = (),
+    eval_env: Any = None,
+    tell: Callable[..., None] = lambda **facts: None,
+    **keys: Any,
+) -> Agent:
+    """Train an agent on an environment and return it.
+
+        agent = tdmpc2_fast.train("walker-walk", steps=100_000)
+        agent = tdmpc2_fast.train(gymnasium.make("Pendulum-v1"), steps=20_000, model_size=1)
+
+    Files go to a folder of their own, as of the command: `work_dir=`, or runs/TASK/EXP_NAME/SEED.
+
+    Args:
+        env: the name of a task; a Gymnasium id; a `gymnasium.Env`; a function that makes one; or a
+            `gymnasium.vector.VectorEnv`. One environment is trained and evaluated in, an episode after another; a
+            function is called for each environment that is wanted. What is handed over stays open.
+        callbacks: functions that are told of every `Event`; one that returns False ends the run.
+        eval_env: where it is evaluated, as `env`; default the same, or others of its kind.
+        tell: told the folder, and the last evaluation.
+        keys: those of `Config`, by their official names, as on the command line: `steps`, `seed`, `model_size`, ...
+
+    Raises:
+        ConfigError: a key or an environment that cannot be used; nothing was begun.
+        Interrupted: Ctrl-C or another signal stopped it; a checkpoint is written.
+        Exception: what the environment or a callback raised.
+    """
+    from .run import lifecycle
+
+    source = source_of(env)
+    for key, value in source.keys.items():
+        if keys.get(key, value) != value and key != "task":
+            raise ConfigError(f"config key {key!r}: got {keys[key]!r}, allowed: {value!r}, of the environment given")
+    if isinstance(env, str) and keys.get("task", env) != env:
+        raise ConfigError(f"config key 'task': got {keys['task']!r}, allowed: {env!r}, which is the environment given")
+    each = (callbacks,) if callable(callbacks) else tuple(callbacks)
+    if bad := next((c for c in each if not callable(c)), None):
+        raise InputError(f"callbacks: got {kind_of(bad)}, allowed: functions of one event")
+    given = lifecycle.Given(tell, source, None if eval_env is None else source_of(eval_env), each)
+    outcome = lifecycle.start({**source.keys, **keys}, given)
+    if outcome.status >= 128:
+        raise Interrupted(outcome.status, outcome.folder)
+    agent = Agent(outcome.agent or load_agent(outcome.folder), source)
+    agent.folder, agent.evaluation, agent.status = outcome.folder, outcome.evaluation, outcome.status
+    return agent
+
+
+def _checked(env: Env, cfg: Config) -> Env:
+    """Return an environment that the agent of this config can act in."""
+    found = complete(cfg.replace(episode_length=None, seed_steps=None), env)
+    for key in ("obs_shape", "action_dim"):
+        got, wanted = getattr(found, key), getattr(cfg, key)
+        if got != wanted:
+            raise ConfigError(f"env: its {key} is {got}, allowed: {wanted}, which the agent was trained with")
+    return env

@@ -1,0 +1,64 @@
+"""What a program is told of a run as it goes, and how it ends one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from typing_extensions import override
+
+from tdmpc2_fast.agent import TDMPC2
+
+from ..log.sinks import Sink
+
+_KINDS = {"train": "episode", "eval": "evaluation"}
+
+
+class Event(NamedTuple):
+    """Something that happened: an episode of training ended, or an evaluation.
+
+    Values of an episode are those of a row of `train.csv`, `episode_reward` among them; of an evaluation `return`,
+    `return_std` and `success`.
+    """
+
+    kind: str  # episode or evaluation
+    step: int  # environment steps, as in the files
+    values: Mapping[str, Any]
+    agent: TDMPC2
+
+
+class Callback(Protocol):
+    """A function that is told of events. False as its answer ends the run, as if its steps were done."""
+
+    def __call__(self, event: Event) -> bool | None:
+        """Take note of an event."""
+        ...
+
+
+class Told(Protocol):
+    """What of a run callbacks reach."""
+
+    agent: TDMPC2
+    ended: bool
+
+
+class Calls(Sink):
+    """Passes the rows of a log on to callbacks. What one of them raises ends the run."""
+
+    def __init__(self, callbacks: Sequence[Callback], run: Told) -> None:
+        self._callbacks, self._run = callbacks, run
+
+    @override
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        event = Event(_KINDS[kind], step, {k: v for k, v in values.items() if v is not None}, self._run.agent)
+        for callback in self._callbacks:
+            if callback(event) is False:
+                self._run.ended = True
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    @override
+    def close(self) -> None:
+        return None
