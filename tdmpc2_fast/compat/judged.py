@@ -27,6 +27,7 @@ from .sharing import MOMENTS, SharedOptimisers, own_memory
 
 _ROWS = 8  # of the batch
 _TRIES = 3  # plans: a near tie of two sequences may fall differently
+_MAX_STD = 0.3  # of actions: those that are clamped are equal, and so are the values of sequences that end with them
 # How far results may lie apart: actions absolutely, losses relatively, parameters by a share of their step's norm.
 _ACTION, _LOSS, _STEP = 1e-2, 1e-3, 0.05
 
@@ -43,7 +44,8 @@ class Judge:
 
     def __init__(self, agent: Any, model: WorldModel, optimisers: SharedOptimisers | None, cfg: Config) -> None:
         self.agent, self.model, self.optimisers = agent, model, optimisers
-        self.cfg = cfg.replace(backend="torch", precision="float32", dropout=0.0, batch_size=_ROWS)
+        std = dict(max_std=_MAX_STD, min_std=min(cfg.min_std, _MAX_STD))
+        self.cfg = cfg.replace(backend="torch", precision="float32", dropout=0.0, batch_size=_ROWS, **std)
         self.random = generator(0, "judge", model.device)
 
     def why_not_plan(self) -> str | None:
@@ -72,11 +74,11 @@ class Judge:
         ours = Planner(self._twin(), 1)
         for _ in range(_TRIES):
             obs, task = self._observations(1), self._tasks(1)
-            mean = self._normal(1, cfg.horizon, cfg.need("action_dim")).clamp(-1, 1)
+            mean = 0.3 * self._normal(1, cfg.horizon, cfg.need("action_dim"))
             noise = PlanNoise.draw(cfg, 1, self.random)
             agent._prev_mean.copy_(mean[0])
             ours.prev_mean.copy_(mean)
-            with torch.no_grad(), given(plan_order(noise)):
+            with torch.no_grad(), given(plan_order(noise)), _set(agent.cfg, max_std=_MAX_STD):
                 wanted = agent._plan(obs, t0=False, eval_mode=False, task=task)
             got = ours.plan(obs, task=task, noise=noise)[0]
             apart = max(_apart(got, wanted), _apart(ours.prev_mean[0], agent._prev_mean))
@@ -110,9 +112,8 @@ class Judge:
 
     def _their_update(self, batch: Batch, noise: UpdateNoise) -> dict[str, Any]:
         """Have its own `update` learn from the batch, which older generations take without terminations."""
-        agent, cfg = self.agent, self.agent.cfg
-        rows, cfg.batch_size = cfg.batch_size, _ROWS
-        try:
+        agent = self.agent
+        with _set(agent.cfg, batch_size=_ROWS):
             for fields in (batch, (*batch[:3], batch.task)):
                 buffer = SimpleNamespace(sample=lambda fields=fields: tuple(fields))
                 try:
@@ -123,8 +124,6 @@ class Judge:
                     if "too many values to unpack" not in str(e):
                         raise
             raise ValueError("it takes neither 4 nor 5 values from buffer.sample()")
-        finally:
-            cfg.batch_size = rows
 
     # ---- inputs
 
@@ -206,6 +205,19 @@ class Judge:
             yield
         finally:
             own.update(compiled)
+
+
+@contextlib.contextmanager
+def _set(cfg: Any, **values: Any) -> Iterator[None]:
+    """Have a config of somebody's hold these values within."""
+    before = {k: getattr(cfg, k) for k in values}
+    try:
+        for k, value in values.items():
+            setattr(cfg, k, value)
+        yield
+    finally:
+        for k, value in before.items():
+            setattr(cfg, k, value)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

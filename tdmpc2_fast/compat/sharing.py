@@ -194,17 +194,17 @@ class SharedOptimisers:
         return dict(lr=lr, enc_lr_scale=enc / lr)
 
     def _each(self) -> Iterator[tuple[str, Any, str, nn.Parameter]]:
-        """Yield the name and states of an optimiser, and the name and parameter, of every parameter."""
+        """Yield every parameter: the name of its optimiser, this, its own name, and itself."""
         own = self._own
         for name, optim in self._optims.items():
             for n in (n for g in self.names[name] for n in g if n in own):
-                yield name, optim.state, n, own[n]
+                yield name, optim, n, own[n]
 
     def state(self) -> dict[str, Tensor]:
         """Return the states as `Updater.load_state` takes them; zeros where no step was taken."""
         found: dict[str, Tensor] = {step: torch.zeros(()) for step in _STEP.values()}
-        for name, states, n, p in self._each():
-            kept = states.get(p, {})
+        for name, optim, n, p in self._each():
+            kept = optim.state.get(p, {})
             found |= {f"{k}.{n}": own_memory(kept[k]) if k in kept else torch.zeros_like(p) for k in MOMENTS}
             if "step" in kept:
                 found[_STEP[name]] = torch.as_tensor(kept["step"]).detach().float().cpu().reshape(())
@@ -216,13 +216,13 @@ class SharedOptimisers:
     def share(self, state: Mapping[str, Tensor]) -> None:
         """Have the optimisers' states be the tensors that an updater works on, which its `state` returned."""
         each = list(self._each())
-        device = next((x["step"].device for _, s, _, _ in each for x in s.values()), self._step_device())
+        device = next((x["step"].device for _, o, _, _ in each for x in o.state.values()), self._step_device())
         self._steps = torch.zeros(len(each), device=device)  # each has one: of a common one torch would count all
         self._of_world = sum(name == "optim" for name, *_ in each)
         self._held = []
-        for i, (_, states, n, p) in enumerate(each):
-            states[p] = kept = dict(step=self._steps[i], **{k: state[f"{k}.{n}"] for k in MOMENTS})
-            self._held.append((states, p, kept))
+        for i, (_, optim, n, p) in enumerate(each):
+            optim.state[p] = kept = dict(step=self._steps[i], **{k: state[f"{k}.{n}"] for k in MOMENTS})
+            self._held.append((optim, p, kept))
         self.count(state)
 
     def _step_device(self) -> torch.device | str:
@@ -236,10 +236,13 @@ class SharedOptimisers:
 
     def holds(self) -> bool:
         """Tell whether the optimisers' states are those that were shared."""
-        return all(states.get(p) is kept for states, p, kept in self._held)
+        return all(optim.state.get(p) is kept for optim, p, kept in self._held)
 
     def part(self) -> None:
         """Give the states memory of their own."""
-        for states, p, kept in self._held:
-            states[p] = {k: own_memory(x) for k, x in kept.items()}
+        for optim, p, kept in self._held:
+            if kept["step"] == 0:  # as before a first step
+                del optim.state[p]
+            else:
+                optim.state[p] = {k: own_memory(x) for k, x in kept.items()}
         self._held = []

@@ -55,7 +55,7 @@ def train_here(
 
     def run(name: str, **changes: Any) -> tuple[int, str]:
         task = name if ":" in name else task_of(name)
-        status = runs.start({**SMALL, "task": task, "work_dir": str(tmp_path / "run"), **changes})
+        status = runs.start({**SMALL, "task": task, "work_dir": str(tmp_path / "run"), **changes}).status
         said = capfd.readouterr()
         return status, said.out + said.err
 

@@ -330,7 +330,6 @@ def test_without_a_renderer_states_go_on_and_pictures_say_why(variables: dict[st
         ("mw-reach", ["Meta-World", "does not have yet"]),
         ("cheetah-jump", ["custom DMControl"]),
         ("Hoper-v5", ["cannot make 'Hoper-v5'", "Hopper-v5"]),
-        ("CartPole-v1", ["CartPole-v1", "Discrete", "Box"]),
     ],
 )
 def test_wrong_tasks_get_a_straight_answer(task: str, words: list[str]) -> None:

@@ -42,18 +42,18 @@ def test_a_space_of_the_official_bounds_changes_no_action() -> None:
         assert foreign_envs.Plain.seen[-1].tobytes() == action.tobytes()
 
 
-@pytest.mark.parametrize("name", ["Integers", "PartlyFixed", "Grid"])
+@pytest.mark.parametrize("name", ["Integers", "PartlyFixed", "Grid", "Discrete"])
 def test_strange_action_spaces_are_trained(name: str, train: Any) -> None:
     status, said = train(name)
     assert status == 0
     assert ("low and high of these actions are equal, so they stay there: [1]" in said) == (name == "PartlyFixed")
+    assert ("discrete actions are relaxed: 3 numbers, the largest of which is chosen" in said) == (name == "Discrete")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Discrete", "allowed: a Box with finite bounds"),
-        ("ActionsInParts", "allowed: a Box"),
+        ("ActionsInParts", "allowed: a Box with finite bounds, Discrete, MultiDiscrete or MultiBinary"),
         ("Unbounded", "allowed: finite bounds"),
         ("HalfBounded", "allowed: finite bounds"),
         ("Overflowing", "float32"),

@@ -23,7 +23,7 @@ _OF_VECTORS = ("num_envs", "vectorization_mode", "max_episode_steps", "vector_kw
 
 
 class Source:
-    """Makes the environments of a run by their task's name.
+    """Makes the environments of a run by their task's name; default `cfg.task`.
 
     keys: of the config, which follow from what was given.
     shared: whether all are one environment, of which one episode at a time can be played.
@@ -35,8 +35,8 @@ class Source:
     by_name = True
     tried = True
 
-    def __init__(self) -> None:
-        self.keys: dict[str, Any] = {}
+    def __init__(self, task: str | None = None) -> None:
+        self.keys: dict[str, Any] = {} if task is None else dict(task=task)
 
     def make(self, cfg: Config, seed: int) -> Env:
         """Make an environment of a config, seeded.
@@ -44,7 +44,7 @@ class Source:
         Raises:
             ConfigError: it cannot be made or used.
         """
-        return make_env(cfg, seed)
+        return make_env(cfg.replace(**self.keys), seed)
 
     def form(self, cfg: Config) -> Env:
         """Return an environment of which only what it tells of itself is wanted: sizes, spaces, length."""
@@ -207,10 +207,7 @@ def source_of(env: Any) -> Source:
     if isinstance(env, Source):
         return env
     if env is None or isinstance(env, str):
-        found = Source()
-        if env is not None:
-            found.keys = dict(task=env)
-        return found
+        return Source(env)
     import gymnasium
 
     if isinstance(env, gymnasium.vector.VectorEnv):
