@@ -135,6 +135,16 @@ def test_names_and_discrete_actions() -> None:
     assert agent.cfg.action_dim == 2
 
 
+def test_it_is_evaluated_where_asked() -> None:
+    inner = Drift()
+    elsewhere = gym.wrappers.TimeLimit(Drift(), 20)
+    train(gym.wrappers.TimeLimit(inner, 20), eval_env=elsewhere, **KEYS)
+    assert inner.steps == 80
+    assert elsewhere.unwrapped.steps == 60
+    agent = train("Pendulum-v1", eval_env="Pendulum-v1", **{**KEYS, "steps": 210, "eval_freq": 500})
+    assert agent.evaluation is not None
+
+
 def test_callbacks_are_told_and_end_a_run() -> None:
     events: list[Event] = []
 

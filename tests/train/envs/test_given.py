@@ -62,7 +62,7 @@ def test_names_factories_objects_and_vectors_are_told_apart() -> None:
     assert type(source_of("walker-walk")) is type(source_of(None)) is Source
     one, factory, vector = source_of(limited()), source_of(limited), source_of(SyncVectorEnv([limited] * 2))
     assert one.shared
-    assert not (factory.shared or vector.shared)
+    assert [factory.shared, vector.shared] == [False, False]
     assert vector.keys["num_envs"] == 2
     assert source_of(one) is one
     cfg = Config(task="x")
