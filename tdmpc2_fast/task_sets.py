@@ -59,7 +59,7 @@ class OfficialTask:
 
 
 def _dmcontrol() -> dict[str, OfficialTask]:
-    found = {}
+    found: dict[str, OfficialTask] = {}
     for line in _DMCONTROL.split("\n")[1:-1]:
         head, _, names = line.partition(":")
         domain, obs_dim, action_dim = head.split()

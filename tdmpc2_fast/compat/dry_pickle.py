@@ -82,11 +82,11 @@ class _Name:
         return _Called(*args)
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]  # in Python: no op allocates what it only claims
+class _Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only claims
     # Of protocol 5, which torch does not write: they allocate first and read then.
     dispatch = {  # noqa: RUF012
         op: f
-        for op, f in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
+        for op, f in pickle._Unpickler.dispatch.items()
         if op not in (pickle.BYTEARRAY8[0], pickle.NEXT_BUFFER[0], pickle.READONLY_BUFFER[0])
     }
 

@@ -77,7 +77,7 @@ def folder(path: Path) -> str | None:
 
 
 def whose(names: Iterable[str]) -> str:
-    """Return `" (its names are those of LIBRARY: NAME, NAME)"`, or an empty string where no library is known by them."""
+    """Return `" (its names are those of LIBRARY: NAME, NAME)"`, or an empty string where they tell no library."""
     names = list(names)
     for library, pattern in _NAMES.items():
         if found := [n for n in names if re.match(rf"(.*\.)?({pattern})", n)]:

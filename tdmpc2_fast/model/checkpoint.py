@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..compat import foreign
+from ..compat.hub_files import fetch, is_address
 from ..compat.state_dict import dims, from_official_entries, tensors_only, unwrapped
 from ..config import DEFAULT_DIMS, MODEL_SIZES, Config
 from ..errors import CheckpointError, ConfigError, InputError, kind_of, warn
@@ -72,21 +73,29 @@ def _path(fp: object) -> Path:
     if not isinstance(fp, (str, os.PathLike)):
         hint = "; a state dict goes to TDMPC2(cfg).load()" if isinstance(fp, Mapping) else ""
         raise InputError(f"fp: got {kind_of(fp)}, allowed: a path{hint}")
+    if is_address(fp):
+        raise InputError(
+            f"fp: got {str(fp)!r}, allowed: a path; tdmpc2_fast.push(agent, 'OWNER/NAME') writes to the Hub"
+        )
     return Path(fp)
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the file that is meant: a checkpoint, with or without its ending, or a run folder's best or latest.
 
+    Of an address on the Hub (`hf://OWNER/NAME/FILE`) it is the file downloaded from there.
+
     Raises:
-        CheckpointError: a folder without checkpoints.
+        CheckpointError: a folder without checkpoints, or a file of the Hub that cannot be had.
     """
+    if is_address(path):
+        return fetch(path)
     given = _path(path).expanduser()
     if not given.is_dir():
         with_ending = given.with_name(given.name + ".safetensors")
         return with_ending if not given.exists() and with_ending.is_file() else given
     for folder in (given / "checkpoints", given):
-        for name in ("best", "latest", "agent"):
+        for name in ("best", "latest", "agent", "model"):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
     if (what := foreign.folder(given)) is not None:

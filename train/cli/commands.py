@@ -253,6 +253,7 @@ def _machine() -> list[tuple[str, str]]:
 def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     """Load the agent of a checkpoint and say how far it was trained; values given win over those it was made with."""
     from tdmpc2_fast.agent import TDMPC2
+    from tdmpc2_fast.compat.hub_files import is_address
     from tdmpc2_fast.model import checkpoint
     from tdmpc2_fast.model.official import OfficialModel
     from tdmpc2_fast.runtime.backend import on_this_machine
@@ -276,7 +277,9 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     agent = TDMPC2(cfg)
     checkpoint.load_into(agent.model, state, repr(str(path)), keys.to_stderr, saved)
     print(f"{path}: {trained(path)}")
-    return path, agent
+    return (
+        Path(path.name) if is_address(given) else path
+    ), agent  # what is drawn and filmed lies not in the Hub's cache
 
 
 def _free(path: Path) -> Path:
