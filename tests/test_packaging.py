@@ -20,17 +20,8 @@ from conftest import ROOT
 import tdmpc2_fast
 from tdmpc2_fast.version import __version__
 
-OPTIONAL = [
-    "triton",
-    "nvtx",
-    "mujoco",
-    "dm_control",
-    "gymnasium",
-    "pytest",
-    "matplotlib",
-    "safetensors",
-    "huggingface_hub",
-]
+OPTIONAL = ["triton", "nvtx", "mujoco", "dm_control", "gymnasium", "pytest", "matplotlib", "safetensors"]
+OPTIONAL += ["huggingface_hub"]
 
 
 def test_planning_and_learning_need_only_torch_and_numpy() -> None:

@@ -63,8 +63,10 @@ def _of_their_own(state: Mapping[str, Any]) -> dict[str, Any]:
     def own(x: Any) -> Any:
         if not isinstance(x, Tensor) or (x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes):
             return x
-        # An alias stays one: the official loader takes `_detach_Qs_params` and the critics for the same numbers.
-        return copies.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype), x.detach().clone().contiguous())
+        place = (x.data_ptr(), x.shape, x.stride())
+        if place not in copies:  # an alias, as `_detach_Qs_params` of the critics, stays one
+            copies[place] = x.detach().clone(memory_format=torch.contiguous_format)
+        return copies[place]
 
     return {k: own(v) for k, v in state.items()}
 

@@ -143,7 +143,7 @@ def test_without_a_network_the_cache_serves(hub: StandIn, tmp_path: Path, monkey
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again and again
     assert same(load("hf://a/b/x.safetensors"), agent)
     for where in ("hf://a/b/y.safetensors", "hf://a/b"):
-        with pytest.raises(CheckpointError, match="cannot be reached.*check the network"):
+        with pytest.raises(CheckpointError, match=r"cannot be reached.*check the network"):
             load(where)
 
 

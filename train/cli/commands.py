@@ -277,9 +277,8 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     agent = TDMPC2(cfg)
     checkpoint.load_into(agent.model, state, repr(str(path)), keys.to_stderr, saved)
     print(f"{path}: {trained(path)}")
-    return (
-        Path(path.name) if is_address(given) else path
-    ), agent  # what is drawn and filmed lies not in the Hub's cache
+    # What is drawn and filmed lies beside a file, but not in the Hub's cache.
+    return Path(path.name) if is_address(given) else path, agent
 
 
 def _free(path: Path) -> Path:
