@@ -16,6 +16,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 """The number that a file of torch before 1.6 begins with."""
 _LEGACY_HEAD = 3  # pickles before the one with the object: magic number, version, machine
 _HARMLESS = {
+    "_codecs.encode",
     "collections.OrderedDict",
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3",

@@ -42,11 +42,9 @@ _FOLDERS = {
 }
 # Names of tensors that tell whose they are, in the order in which they are tried.
 _NAMES = {
-    "Stable-Baselines3": r"mlp_extractor\.|features_extractor\.|(action|value|q)_net\.\d|log_std$|critic\.qf\d",
+    "Stable-Baselines3": r"mlp_extractor\.|features_extractor\.|(action|value|q)_net\.\d|critic\.qf\d",
     "Diffusers": r"(down|up|mid)_blocks?\.|(unet|vae|text_encoder)\.|add_embedding\.|time_embed",
     "Transformers": r"(encoder|decoder|h|layers|blocks)\.\d+\.|transformer\.|lm_head|embed_tokens|bert\.|roberta\.",
-    "DreamerV3": r"(_wm|_task_behavior|world_model|rssm)\.",
-    "the first TD-MPC": r"(_encoder\.\d|_Q1\.|_Q2\.)",
 }
 _MESSAGE_PACK = {*range(0x81, 0x90), 0xDE, 0xDF}  # maps, which Flax writes; their first key is a text
 _MESSAGE_PACK_TEXT = {*range(0xA0, 0xC0), 0xD9, 0xDA}
@@ -145,8 +143,9 @@ def _archive(path: Path, size: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as z:
             entries = z.infolist()
-            tops = {e.filename.partition("/")[0] for e in entries}
-            inner = {e.filename.partition("/")[2] if len(tops) == 1 else e.filename: e for e in entries}
+            top = entries[0].filename.partition("/")[0] + "/" if entries else ""  # torch puts all into one folder
+            top = top if all(e.filename.startswith(top) for e in entries) else ""
+            inner = {e.filename.removeprefix(top): e for e in entries}
             if (what := _other_archive(inner)) is not None:
                 return what
             if (wrong := _wrong_sizes(entries, size)) is not None:
