@@ -64,7 +64,7 @@ class OfficialModel:
             ConfigError: a bad value.
         """
         Config.from_dict({k: v for k, v in given.items() if k not in Config.key_names()})  # mistyped ones come first
-        values = self._architecture() | (self._several(given) if self.tasks else self._one(given))
+        values = self._architecture() | (self._several(given) if self.tasks else self._one(given, partial))
         values |= {k: v for k, v in given.items() if k not in _ARCHITECTURE}
         if self.dims["num_bins"] <= 1 and "num_bins" not in given:
             self._ask(["num_bins"], "num_bins=1 where it regresses symlog values, 0 where plain ones")
@@ -106,7 +106,7 @@ class OfficialModel:
             found["num_bins"] = self.dims["num_bins"]
         return found | self.log_std | dict(model_size=self.model_size)
 
-    def _one(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _one(self, given: Mapping[str, Any], partial: bool) -> dict[str, Any]:
         """Return what is known of the one task of this model."""
         task = given.get("task")
         if task in TASK_SETS:
@@ -114,7 +114,7 @@ class OfficialModel:
                 f"checkpoint {self.name}: got task={task!r}, allowed: one task, the model has no more"
             )
         known = TASKS.get(str(task))
-        if known is None:
+        if known is None or partial:
             return {}
         own = (self.dims["observation"], self.dims["action_dim"])
         widths = (known.obs_dim, known.action_dim)
