@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..compat.state_dict import dims, from_official_entries, of_older_generation, unwrapped
 from ..config import DEFAULT_DIMS, MODEL_SIZES, Config
+from ..config_values import checked
 from ..errors import CheckpointError
 from ..task_sets import TASK_SETS, TASKS, set_dims, set_keys, settings_of
 
@@ -32,12 +35,14 @@ class OfficialModel:
         self.name = name
         self.older = of_older_generation(tensors)
         masks = tensors.get("_action_masks")
-        bounds = [tensors.get(k) for k in ("log_std_min", "log_std_dif")]
         from_official_entries(tensors, "", {})
         self.dims = dims(tensors)
+        _check_whole(tensors, self.dims, name)
         self.tasks: int = self.dims["tasks"]
-        self.action_dims = () if masks is None or not self.tasks else tuple(map(int, masks.sum(-1).tolist()))
-        self.log_std = _range(*bounds)
+        self.action_dims: tuple[int, ...] = ()
+        if masks is not None and self.tasks and masks.shape == (self.tasks, self.dims["action_dim"]):
+            self.action_dims = tuple(int(n) for n in masks.nan_to_num(0, 0, 0).sum(-1).tolist())
+        self.log_std = _range(tensors.get("log_std_min"), tensors.get("log_std_dif"))
 
     @property
     def model_size(self) -> int | None:
@@ -63,7 +68,9 @@ class OfficialModel:
             CheckpointError: keys are missing that neither the tensors nor what is known of the task tell.
             ConfigError: a bad value.
         """
-        Config.from_dict({k: v for k, v in given.items() if k not in Config.key_names()})  # mistyped ones come first
+        fields = {f.name: f for f in dataclasses.fields(Config)}
+        Config.from_dict({k: v for k, v in given.items() if k not in fields})  # mistyped ones come first
+        given = {k: v if v is None else checked(fields[k], v) for k, v in given.items()}
         values = self._architecture() | (self._several(given) if self.tasks else self._one(given, partial))
         values |= {k: v for k, v in given.items() if k not in _ARCHITECTURE}
         if self.dims["num_bins"] <= 1 and "num_bins" not in given:
@@ -174,9 +181,40 @@ def model_size_of(found: Mapping[str, Any], task_set: str | None = None) -> int 
     return None
 
 
+def _check_whole(tensors: Mapping[str, Tensor], found: Mapping[str, Any], name: str) -> None:
+    """Raise `CheckpointError` where weights are missing or fit no dims: no file makes a model larger than itself."""
+    z, d, a, t, q = (found[k] for k in ("latent_dim", "mlp_dim", "action_dim", "task_dim", "num_q"))
+    logits = found["num_bins"]
+    heads: dict[str, tuple[tuple[int, ...], int, int]] = {
+        "_dynamics.": ((), z + t + a, z),
+        "_reward.": ((), z + t + a, logits),
+        "_pi.": ((), z + t, 2 * a),
+        "_Qs.params.": ((q,), z + t + a, logits),
+    }
+    heads |= {"_termination.": ((), z + t, 1)} if found["episodic"] else {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for head, (lead, wide, out) in heads.items():
+        wanted |= {f"{head}0.weight": (*lead, d, wide), f"{head}1.weight": (*lead, d, d)}
+        wanted[f"{head}2.weight"] = (*lead, out, d)
+    if found["obs"] == "state":
+        e, last = found["enc_dim"], found["num_enc_layers"] - 1
+        wanted |= {f"_encoder.state.{i}.weight": (e, e) for i in range(1, last)}
+        wanted[f"_encoder.state.{last}.weight"] = (z, e)
+    else:
+        c = found["num_channels"]
+        wanted |= {f"_encoder.rgb.{i}.weight": (c, c, k, k) for i, k in ((4, 5), (6, 3), (8, 3))}
+    for key, shape in wanted.items():
+        got = tuple(tensors[key].shape) if key in tensors else None
+        if got != shape:
+            what = f"no {key}" if got is None else f"{key} is {got}, allowed beside its other tensors: {shape}"
+            raise CheckpointError(f"checkpoint {name}: no whole TD-MPC2 model: {what}")
+
+
 def _range(low: Tensor | None, width: Tensor | None) -> dict[str, Any]:
     """Return the range of the policy's log std by the config's keys, where a file tells it."""
-    if low is None or width is None:
+    if low is None or width is None or low.numel() != 1 or width.numel() != 1:
+        return {}
+    if not bool(torch.isfinite(low) & torch.isfinite(width)):
         return {}
     if low.dtype.is_floating_point:  # a decimal number, as the file has rounded it
         return dict(log_std_min=round(float(low), _DIGITS), log_std_max=round(float(low) + float(width), _DIGITS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,52 @@ def test_a_mask_of_other_tasks_is_none_of_a_set(tmp_path: Path) -> None:
     checkpoint.save(model, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="do not tell tasks and episode_lengths"):
         load(tmp_path / "a.pt")
+
+
+def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda s: {k: v for k, v in s.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s | {"_pi.0.bias": torch.zeros(10**6)}, "_pi.1.weight is|_dynamics.0.weight is .*1000000"),
+        (lambda s: s | {"_dynamics.2.bias": torch.zeros(10**6)}, r"_dynamics.0.weight is \(24, 18\), allowed beside"),
+        (without("_Qs.params.1.weight"), "no whole TD-MPC2 model: no _Qs.params.1.weight"),
+        (without("_pi.2.bias"), "no whole TD-MPC2 model: '_pi.2.bias'"),
+        (without("_encoder.state.1.weight"), "no whole TD-MPC2 model: _dynamics|_encoder.state.0.weight|latent"),
+        (lambda s: s | {"log_std_min": torch.zeros(3)}, "log_std_min is"),
+        (lambda s: s | {"log_std_dif": torch.tensor(torch.nan)}, "log_std_dif is nan"),
+    ],
+)
+def test_tensors_that_do_not_fit_each_other_make_no_model(change: Any, words: str, tmp_path: Path) -> None:
+    """Otherwise a small file could ask for a model of any size."""
+    state = tensors_only(TDMPC2(tiny_config()).model.state_dict())
+    torch.save({"model": change(state)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=words):
+        load(tmp_path / "a.pt", task="mine", episode_length=50)
+
+
+@pytest.mark.parametrize(("key", "value"), [("task", ["a"]), ("tasks", 3), ("episode_lengths", 3), ("action_dim", "x")])
+def test_values_of_the_wrong_kind_are_named(key: str, value: Any, tmp_path: Path) -> None:
+    TDMPC2(tiny_multitask()).save(tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=f"config key '{key}': got "):
+        load(tmp_path / "a.pt", **{key: value})
+
+
+def test_tensors_of_another_device_come_to_this_one(tmp_path: Path) -> None:
+    agent = TDMPC2(tiny_config())
+    agent.save(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as z, zipfile.ZipFile(tmp_path / "b.pt", "w") as out:
+        for entry in z.infolist():
+            blob = z.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in blob
+                blob = blob.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:3")
+            out.writestr(entry.filename, blob)
+    again = load(tmp_path / "b.pt", task="mine", episode_length=50, device="cpu")
+    assert same(again.model, agent.model)
+    agent.load(tmp_path / "b.pt")
 
 
 def test_the_commands_say_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
