@@ -6,6 +6,7 @@ Nothing is executed, unpacked or imported, and little is read: what a file claim
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from . import dry_pickle
 _ALLOWED = "allowed: a checkpoint of tdmpc2-fast (.safetensors), or what torch.save(model.state_dict(), path) writes"
 _HEAD = 4096
 _LONGEST_HEADER = 100_000_000  # of a safetensors file, which refuses longer ones itself
+_NEWEST_PROTOCOL = 3  # of a pickle, that torch.load(weights_only=True) reads
 _MOST_ENTRIES = 65_535
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -153,7 +155,10 @@ def _archive(path: Path, size: int) -> str | None:
             data, held = z.read(inner["data.pkl"]), {k[5:]: e.file_size for k, e in inner.items() if k[:5] == "data/"}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as e:
         return f"a zip archive that is truncated or damaged ({e})"
-    return _tried(data, lambda: dry_pickle.zipped(data, held))
+    what = _tried(data, lambda: dry_pickle.zipped(data, held))
+    if what is None and data[:1] == pickle.PROTO and data[1] > _NEWEST_PROTOCOL:
+        what = f"a pickle of protocol {data[1]}, which torch opens no weights of: torch.save takes 2 by itself"
+    return what
 
 
 def _other_archive(inner: dict[str, zipfile.ZipInfo]) -> str | None:

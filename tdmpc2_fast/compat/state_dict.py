@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..inputs import as_tensor
 from .foreign import whose
 
@@ -101,7 +101,10 @@ def unwrapped(state: Mapping[Any, Any], name: str) -> tuple[dict[str, Tensor], s
     for where, path, value in others:  # beside the model; what other dicts hold is of the training
         if where == nest and path[: len(place)] == place:
             tensors[".".join(path[len(place) :])] = value
-    tensors = {k: as_tensor(v, k) for k, v in tensors.items() if isinstance(v, (Tensor, np.ndarray))}
+    try:
+        tensors = {k: as_tensor(v, k) for k, v in tensors.items() if isinstance(v, (Tensor, np.ndarray))}
+    except InputError as e:
+        raise CheckpointError(f"checkpoint {name}: {e}") from e
     off = [] if place in ((), ("model",)) and nest == place else [_place(place, nest)]
     off += sorted({f"{part!r} inside names" for p, part in inside if p == place})
     return tensors, ", ".join(off)
