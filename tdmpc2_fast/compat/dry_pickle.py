@@ -162,9 +162,10 @@ def plain(head: bytes, size: int) -> bool:
 
 def _check_depth(made: Any) -> None:
     """Raise `ClaimError` where dicts and lists are in one another deeper than a state dict's."""
-    level, seen = [made], set[int]()
+    level, seen = {id(made): made}, {id(made)}
     for _ in range(_TOO_DEEP):
-        level = [x for held in level for x in _inside(held) if not (id(x) in seen or seen.add(id(x)))]  # type: ignore[func-returns-value]
+        level = {id(x): x for held in level.values() for x in _inside(held) if id(x) not in seen}
+        seen |= level.keys()
         if not level:
             return
     raise ClaimError(f"dicts and lists more than {_TOO_DEEP} deep")

@@ -16,6 +16,7 @@ from ..model import checkpoint
 from .hub_files import Address, explained, fetch, package
 
 _NAME = "model.safetensors"
+_PRIVATE = ("work_dir", "checkpoint", "data_dir", "resume", "wandb_project", "wandb_entity")  # of a machine, an account
 _SHOWN = ("task", "obs", "episodic", "model_size", "latent_dim", "mlp_dim", "num_q", "horizon", "action_dim")
 
 
@@ -30,6 +31,8 @@ def push(
 ) -> str:
     """Write an agent's weights, config and a model card to a repository, which is made if need be; return its commit.
 
+    The config is without its paths and accounts.
+
     Args:
         agent: what to push.
         repo: `OWNER/NAME`.
@@ -42,7 +45,7 @@ def push(
         CheckpointError: no package, permission or network; the message says what to do.
     """
     mixin = _mixin(f"push to {repo!r}")
-    config = agent.cfg.to_dict()
+    config = _public(agent.cfg).to_dict()
     try:
         return str(
             mixin(agent).push_to_hub(
@@ -107,6 +110,11 @@ def card(cfg: Config) -> str:
     )
 
 
+def _public(cfg: Config) -> Config:
+    """Return a config without what it says of a machine's folders and a person's accounts."""
+    return cfg.replace(**dict.fromkeys(_PRIVATE))
+
+
 def _mixin(what: str) -> Any:
     """Return the class that the Hub's methods work on: its package is imported when it is needed."""
     hub = package(what)
@@ -116,7 +124,7 @@ def _mixin(what: str) -> Any:
             self.agent = agent
 
         def _save_pretrained(self, save_directory: Path) -> None:
-            checkpoint.save(self.agent.model, save_directory / _NAME)
+            checkpoint.save(self.agent.model, save_directory / _NAME, _public(self.agent.cfg))
 
         def generate_model_card(self, *_: Any, **__: Any) -> Any:
             return hub.ModelCard(card(self.agent.cfg))

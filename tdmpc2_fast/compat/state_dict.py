@@ -93,7 +93,9 @@ def unwrapped(state: Mapping[Any, Any], name: str) -> tuple[dict[str, Tensor], s
     if len(models) != 1:
         found = " and ".join(_place(p, dicts[p]) or "the file itself" for p in models)
         what = f"more than one model, in {found}; load one of them as a state dict"
-        what = what if models else f"no TD-MPC2 model{whose('.'.join(path) for _, path, _ in others)}"
+        if not models:
+            names = whose(".".join(path) for _, path, _ in others)
+            what = f"no TD-MPC2 model{names}, allowed: the state dict of one, whatever is around it"
         raise CheckpointError(f"checkpoint {name}: holds {what}")
     place = models[0]
     nest = dicts[place]

@@ -35,10 +35,11 @@ from .world_model import WorldModel
 FORMAT = "tdmpc2-fast/1"
 
 
-def save(model: WorldModel, path: str | Path) -> Path:
+def save(model: WorldModel, path: str | Path, cfg: Config | None = None) -> Path:
     """Write the weights of `model` and return the file written.
 
-    A path ending in `.pt` writes the official format, anything else safetensors + JSON.
+    A path ending in `.pt` writes the official format, anything else safetensors + JSON, with the config `cfg`, by
+    default the model's.
     """
     path = _path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def save(model: WorldModel, path: str | Path) -> Path:
         return path
     path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
     tensors = {k: v.detach().cpu() for k, v in tensors_only(state).items()}
-    manifest = dict(format=FORMAT, sha256=_digest(tensors), config=model.cfg.to_dict())
+    manifest = dict(format=FORMAT, sha256=_digest(tensors), config=(cfg or model.cfg).to_dict())
     write_tensors(path, tensors, {"manifest": json.dumps(manifest)})
     with replacing(path.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps(manifest, indent=1) + "\n")

@@ -84,7 +84,7 @@ def test_a_file_is_loaded_by_its_address_everywhere(
     assert len([a for a in hub.asked if a.endswith("x.safetensors")]) == count + 1  # asked whether it has changed
 
 
-def test_a_picture_of_it_lies_in_the_folder_one_is_in(
+def test_commands_take_it_and_a_picture_of_it_lies_in_the_folder_one_is_in(
     hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("dm_control")
@@ -94,6 +94,8 @@ def test_a_picture_of_it_lies_in_the_folder_one_is_in(
     monkeypatch.chdir(tmp_path / "here")
     assert cli.main(["plan", "hf://a/b", "decision=1"]) == 0
     assert [p.name for p in Path().iterdir()] == ["model-plan.png"]
+    keys = ["eval_episodes=1", "num_samples=8", "num_elites=4", "num_pi_trajs=2"]
+    assert cli.main(["eval", "checkpoint=hf://a/b", *keys]) == 0
 
 
 @pytest.mark.parametrize(
@@ -160,14 +162,16 @@ def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("make", [tiny_config, tiny_multitask], ids=["one task", "several"])
 def test_an_agent_is_pushed_and_pulled(hub: StandIn, make: type, tmp_path: Path) -> None:
     agent = TDMPC2(make(horizon=2))
+    agent.cfg = agent.model.cfg = agent.cfg.replace(work_dir="/home/someone/runs", wandb_entity="someone")
     url = push(agent, "a/new", token=TOKEN)
     assert "/a/new/" in url
     files = hub.repos["a/new"]
     assert {*files} == {"README.md", "config.json", "model.json", "model.safetensors"}
     assert json.loads(files["config.json"])["horizon"] == 2
+    assert not [name for name, blob in files.items() if b"someone" in blob]
     for again in (pull("a/new", token=TOKEN), load("hf://a/new")):
         assert same(again, agent)
-        assert again.cfg == agent.cfg
+        assert again.cfg == agent.cfg.replace(work_dir=None, wandb_entity=None)
     assert pull("a/new", revision="v1", seed=7).cfg.seed == 7
     for name, blob in files.items():
         (tmp_path / name).write_bytes(blob)
