@@ -20,6 +20,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from .agent import TDMPC2, load
+    from .compat.hub import pull, push
     from .config import Config
     from .learn.replay import ReplayBuffer
     from .model.world_model import WorldModel
@@ -41,6 +42,8 @@ else:
 _HOMES = dict(
     TDMPC2="agent",
     load="agent",
+    pull="compat.hub",
+    push="compat.hub",
     Config="config",
     Planner="plan.planner",
     ReplayBuffer="learn.replay",
@@ -55,7 +58,7 @@ _MOVED = dict(
     world_model="model.world_model",
 )
 
-__all__ = ["TDMPC2", "Config", "Planner", "ReplayBuffer", "WorldModel", "__version__", "load"]
+__all__ = ["TDMPC2", "Config", "Planner", "ReplayBuffer", "WorldModel", "__version__", "load", "pull", "push"]
 
 
 def __dir__() -> list[str]:

@@ -103,7 +103,7 @@ class TDMPC2:
 
     @undisturbed
     def load(self, fp: str | Path | Mapping[str, Any]) -> None:
-        """Load weights: a file of ours, a run's folder, an official file of either generation, or a state dict.
+        """Load weights: a file of ours, a run's folder, an official file, one on the Hub, or a state dict.
 
         Whatever is wrapped around them is taken off, and a warning says so.
 
@@ -122,11 +122,17 @@ class TDMPC2:
 
 @undisturbed
 def load(fp: str | Path, **changes: Any) -> TDMPC2:
-    """Return the agent of a checkpoint that has a manifest, ready to plan or to train on.
+    """Return the agent of a checkpoint, ready to plan or to train on.
 
-    fp: a file, or the folder of a run, whose best weights it takes.
+    fp: a file, the folder of a run, whose best weights it takes, or an address on the Hub, `hf://OWNER/NAME/FILE`.
     changes: config keys to change, e.g. `device="cuda"`. Others that belong to the machine of the
         checkpoint, such as its device, fall back where this one cannot serve them, with a warning.
+        An official file has no config: its tensors tell most of it, and `task="dog-run"` the rest; a task that is
+        none of the official ones needs `episode_length`, too, and mt30 and mt80 need nothing.
+
+    Raises:
+        CheckpointError: no such file, one that is not opened, or keys are missing that the file does not tell.
+        ConfigError: a key that does not exist or a value that it may not have.
     """
     state, saved, cfg = checkpoint.read_with_config(fp, changes)
     agent = TDMPC2(cfg)

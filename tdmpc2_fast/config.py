@@ -18,14 +18,16 @@ from tdmpc2_fast.kernels.layers.sizes import MODEL_SIZES as MODEL_SIZES
 from .config_values import checked, plain
 from .environment import sizes_of
 from .errors import ConfigError, did_you_mean, kind_of
+from .task_sets import TASK_SETS, set_dims, set_keys
+from .task_sets import task_embedding_dim as task_embedding_dim
 
 _CHANNEL_LATENTS = 16  # of the pixel encoder's latent, per channel
 
 DEFAULT_DIMS = MODEL_SIZES[5] | dict(num_channels=32)
 """Architecture where neither `model_size` nor the dims themselves are given, as in `config.yaml`."""
 
-_WIDE_TASK_EMBEDDING = (1, 317)
 LARGE_ACTION_DIM = 20
+_NOT_GIVEN: tuple[Any, ...] = (None, False, 0, ())
 _RETIRED = ("compile",)  # keys of older versions
 _OFFICIAL_ONLY = ("task_title", "obs_shapes", "bin_size", *_RETIRED)  # which look like other keys mistyped
 
@@ -51,7 +53,8 @@ class Config:
 
     Build one with keyword arguments, `Config.from_dict` or `Config.from_official`; every
     value is checked on construction and a bad one raises `ConfigError`. `obs_shape`,
-    `action_dim` and `episode_length` come from the environment (`with_env`).
+    `action_dim` and `episode_length` come from the environment (`with_env`); of `task="mt30"`
+    and `"mt80"` they are known, and so is everything else of a multi-task model.
     """
 
     key = partial(_key, "environment")
@@ -188,10 +191,14 @@ class Config:
         fields = {f.name: f for f in dataclasses.fields(self)}
         size = checked(fields["model_size"], self.model_size)
         dims: dict[str, Any] = DEFAULT_DIMS if size is None else DEFAULT_DIMS | MODEL_SIZES[size]
+        known: dict[str, Any] = {}
+        if isinstance(self.task, str) and self.task in TASK_SETS:
+            dims = dims | set_dims(self.task, size)
+            known = {k: v for k, v in set_keys(self.task, size).items() if getattr(self, k) in _NOT_GIVEN}
         if self.obs == "rgb":
             dims = dims | self._pixel_dims(dims["latent_dim"])
         for name, f in fields.items():
-            value = getattr(self, name)
+            value = known.get(name, getattr(self, name))
             object.__setattr__(self, name, checked(f, dims.get(name) if value is None else value))
         self._check_relations()
 
@@ -310,12 +317,18 @@ class Config:
     def replace(self, **changes: Any) -> Config:
         """Return a copy with some keys changed, validated again.
 
-        Other keys keep their values, except that another `model_size` brings its own dims, and that
-        `latent_dim` and `num_channels` follow each other where obs=rgb.
+        Other keys keep their values, except that another `model_size` brings its own dims, that a set of tasks
+        (mt30, mt80) brings its own keys, and that `latent_dim` and `num_channels` follow each other where obs=rgb.
         """
         _check_known(changes)
-        if changes.get("model_size", self.model_size) != self.model_size:
+        task, resized = changes.get("task", self.task), changes.get("model_size", self.model_size) != self.model_size
+        if resized:
             changes = {**dict.fromkeys(DEFAULT_DIMS), **changes}
+        if task != self.task and self.multitask and self.task in TASK_SETS:
+            left = {f.name: f.default for f in dataclasses.fields(self) if f.name in set_keys(self.task, None)}
+            changes = {**left, **changes}
+        elif resized and task in TASK_SETS and self.tasks == TASK_SETS[task]:
+            changes = {"task_dim": 0, **changes}
         pixels, given = changes.get("obs", self.obs) == "rgb", {"latent_dim", "num_channels"} & changes.keys()
         if pixels and len(given) == 1:
             changes = {"latent_dim": None, "num_channels": None, **changes}
@@ -384,8 +397,3 @@ def _check_known(keys: Iterable[Any]) -> None:
     for key in keys:
         if key not in known:
             raise ConfigError(f"unknown config key {key!r}.{did_you_mean(str(key), known)}")
-
-
-def task_embedding_dim(task_set: str, model_size: int | None) -> int:
-    """Return the width of the task embedding that the official code uses for a task set and size."""
-    return 96 if task_set == "mt80" or model_size in _WIDE_TASK_EMBEDDING else 64

@@ -244,9 +244,11 @@ def presupposed(page: str) -> dict[str, Any]:
             Path(checkout).touch()
     if page == "README.md":
         return dict(obs=torch.zeros(16, 24), first_step=True)
-    if page == "commands.md":
+    if page in ("commands.md", "checkpoints.md"):
         TDMPC2(tiny_config(223, 38)).save("dog-1.pt")
-        TDMPC2(tiny_config(3, 1)).save("mine.pt")
+        TDMPC2(Config(model_size=5).with_env({"state": (24,)}, 6, 500)).save("mine.pt")
+    if page == "checkpoints.md":
+        TDMPC2(Config(task="mt30", model_size=1)).save("mt30-1M.pt")
     if page == "environments.md":
         Path("my_environments.py").write_text(blocks(ROOT / "docs" / page, "python")[0].replace("Cart-v0", "Mine-v0"))
     if page == "runs.md":

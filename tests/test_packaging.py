@@ -21,6 +21,7 @@ import tdmpc2_fast
 from tdmpc2_fast.version import __version__
 
 OPTIONAL = ["triton", "nvtx", "mujoco", "dm_control", "gymnasium", "pytest", "matplotlib", "safetensors"]
+OPTIONAL += ["huggingface_hub"]
 
 
 def test_planning_and_learning_need_only_torch_and_numpy() -> None:
@@ -139,7 +140,9 @@ FLOORS = {
 """Folders, and the names they are imported by."""
 ALLOWED = {
     "kernels": {"torch", "triton", "tdmpc2_fast.kernels"},
-    "tdmpc2_fast": {"torch", "triton", "numpy", "safetensors", "nvtx", "typing_extensions", "tdmpc2_fast"},
+    "tdmpc2_fast": {
+        *("torch", "triton", "numpy", "safetensors", "nvtx", "typing_extensions", "huggingface_hub", "tdmpc2_fast")
+    },
 }
 
 

@@ -9,6 +9,7 @@ put it in, is taken off by `unwrapped`.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..inputs import as_tensor
+from .foreign import whose
 
 CRITICS, ALIAS, TARGETS = "_Qs.params.", "_detach_Qs_params.", "_target_Qs_params."
 _LEAVES = ("weight", "bias", "ln.weight", "ln.bias")
@@ -29,6 +31,7 @@ _OURS = {*_HEADS, "_target_Qs", "_target_Qs_params", "_detach_Qs", "_detach_Qs_p
 _OURS |= {"_termination", "_task_emb", "_action_masks", "log_std_min", "log_std_dif"}
 # Segments that torch.compile, DataParallel, FSDP and activation checkpointing put into names.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_DEEPEST, _MOST_NAMES = 64, 1_000_000
 _LEFTOVER = re.compile(r"\.__(batch_size|device)$")
 
 
@@ -70,8 +73,8 @@ def unwrapped(state: Mapping[Any, Any], name: str) -> tuple[dict[str, Tensor], s
     """
     places: dict[tuple[str, ...], dict[str, Tensor]] = {}
     dicts: dict[tuple[str, ...], tuple[str, ...]] = {}
-    others, inside = [], set()
-    for nest, key, value in _leaves(state):
+    others, inside = list[tuple[tuple[str, ...], tuple[str, ...], Any]](), set[tuple[tuple[str, ...], str]]()
+    for nest, key, value in _leaves(state, name):
         path = (*nest, *key.split("."))
         at = next((i for i, part in enumerate(path) if part in _OURS), None)
         if at is None:
@@ -89,7 +92,10 @@ def unwrapped(state: Mapping[Any, Any], name: str) -> tuple[dict[str, Tensor], s
     models = models or [p for p, held in places.items() if any(k.startswith(_HEADS) for k in held)]
     if len(models) != 1:
         found = " and ".join(_place(p, dicts[p]) or "the file itself" for p in models)
-        what = f"more than one model, in {found}; load one of them as a state dict" if models else "no TD-MPC2 model"
+        what = f"more than one model, in {found}; load one of them as a state dict"
+        if not models:
+            names = whose(".".join(path) for _, path, _ in others)
+            what = f"no TD-MPC2 model{names}, allowed: the state dict of one, whatever is around it"
         raise CheckpointError(f"checkpoint {name}: holds {what}")
     place = models[0]
     nest = dicts[place]
@@ -97,18 +103,27 @@ def unwrapped(state: Mapping[Any, Any], name: str) -> tuple[dict[str, Tensor], s
     for where, path, value in others:  # beside the model; what other dicts hold is of the training
         if where == nest and path[: len(place)] == place:
             tensors[".".join(path[len(place) :])] = value
-    tensors = {k: as_tensor(v, k) for k, v in tensors.items() if isinstance(v, (Tensor, np.ndarray))}
+    try:
+        tensors = {k: as_tensor(v, k) for k, v in tensors.items() if isinstance(v, (Tensor, np.ndarray))}
+    except InputError as e:
+        raise CheckpointError(f"checkpoint {name}: {e}") from e
     off = [] if place in ((), ("model",)) and nest == place else [_place(place, nest)]
     off += sorted({f"{part!r} inside names" for p, part in inside if p == place})
     return tensors, ", ".join(off)
 
 
-def _leaves(state: Mapping[Any, Any], nest: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+def _leaves(
+    state: Mapping[Any, Any], name: str, nest: tuple[str, ...] = (), count: Iterator[int] | None = None
+) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """Yield, for each entry that has a name, the names of the dicts around it, its own, and its value."""
+    count = itertools.count() if count is None else count
     for key, value in state.items():
+        if len(nest) > _DEEPEST or next(count) > _MOST_NAMES:  # as of dicts in themselves, or many times in others
+            where = f"dicts more than {_DEEPEST} deep" if len(nest) > _DEEPEST else f"more than {_MOST_NAMES:,} names"
+            raise CheckpointError(f"checkpoint {name}: holds {where}, allowed: a state dict")
         if isinstance(key, str):
             if isinstance(value, Mapping):
-                yield from _leaves(value, (*nest, key))
+                yield from _leaves(value, name, (*nest, key), count)
             else:
                 yield nest, key, value
 
@@ -154,6 +169,11 @@ def _dims(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if kind == "rgb":
         return found | dict(num_channels=len(first))
     return found | dict(num_enc_layers=len(encoder), enc_dim=len(first))
+
+
+def of_older_generation(tensors: Mapping[str, Any]) -> bool:
+    """Tell whether names are those of the official code's older generation, which numbers the critics' parameters."""
+    return any(_OLD_KEY.match(k) for k in tensors)
 
 
 def from_official_entries(state: MutableMapping[str, Any], prefix: str, own: Mapping[str, Tensor]) -> None:

@@ -21,21 +21,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import foreign
+from ..compat.hub_files import fetch, is_address
 from ..compat.state_dict import dims, from_official_entries, tensors_only, unwrapped
 from ..config import DEFAULT_DIMS, MODEL_SIZES, Config
 from ..errors import CheckpointError, ConfigError, InputError, kind_of, warn
 from ..runtime.access import access_to
 from ..runtime.backend import on_this_machine
 from .files import as_bytes, read_tensors, replacing, write_tensors
+from .official import OfficialModel, model_size_of
 from .world_model import WorldModel
 
 FORMAT = "tdmpc2-fast/1"
 
 
-def save(model: WorldModel, path: str | Path) -> Path:
+def save(model: WorldModel, path: str | Path, cfg: Config | None = None) -> Path:
     """Write the weights of `model` and return the file written.
 
-    A path ending in `.pt` writes the official format, anything else safetensors + JSON.
+    A path ending in `.pt` writes the official format, anything else safetensors + JSON, with the config `cfg`, by
+    default the model's.
     """
     path = _path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +48,7 @@ def save(model: WorldModel, path: str | Path) -> Path:
         return save_official(model, path)
     path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
     tensors = {k: v.detach().cpu() for k, v in tensors_only(state).items()}
-    manifest = dict(format=FORMAT, sha256=_digest(tensors), config=model.cfg.to_dict())
+    manifest = dict(format=FORMAT, sha256=_digest(tensors), config=(cfg or model.cfg).to_dict())
     write_tensors(path, tensors, {"manifest": json.dumps(manifest)})
     with replacing(path.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps(manifest, indent=1) + "\n")
@@ -56,31 +60,56 @@ def save_official(model: WorldModel, path: str | Path) -> Path:
     path = _path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as tmp:
-        torch.save({"model": model.state_dict()}, tmp)
+        torch.save({"model": _of_their_own(model.state_dict())}, tmp)
     return path
+
+
+def _of_their_own(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose tensors are no views into a buffer, all of which a pickle would take along."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, Tensor) or (x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes):
+            return x
+        place = (x.data_ptr(), x.shape, x.stride())
+        if place not in copies:  # an alias, as `_detach_Qs_params` of the critics, stays one
+            copies[place] = x.detach().clone(memory_format=torch.contiguous_format)
+        return copies[place]
+
+    return {k: own(v) for k, v in state.items()}
 
 
 def _path(fp: object) -> Path:
     if not isinstance(fp, (str, os.PathLike)):
         hint = "; a state dict goes to TDMPC2(cfg).load()" if isinstance(fp, Mapping) else ""
         raise InputError(f"fp: got {kind_of(fp)}, allowed: a path{hint}")
+    if is_address(fp):
+        raise InputError(
+            f"fp: got {str(fp)!r}, allowed: a path; tdmpc2_fast.push(agent, 'OWNER/NAME') writes to the Hub"
+        )
     return Path(fp)
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the file that is meant: a checkpoint, with or without its ending, or a run folder's best or latest.
 
+    Of an address on the Hub (`hf://OWNER/NAME/FILE`) it is the file downloaded from there.
+
     Raises:
-        CheckpointError: a folder without checkpoints.
+        CheckpointError: a folder without checkpoints, or a file of the Hub that cannot be had.
     """
+    if is_address(path):
+        return fetch(path)
     given = _path(path).expanduser()
     if not given.is_dir():
         with_ending = given.with_name(given.name + ".safetensors")
         return with_ending if not given.exists() and with_ending.is_file() else given
     for folder in (given / "checkpoints", given):
-        for name in ("best", "latest", "agent"):
+        for name in ("best", "latest", "agent", "model"):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
+    if (what := foreign.folder(given)) is not None:
+        raise CheckpointError(f"checkpoint {str(path)!r}: {what}, allowed: a run folder, or a file with weights")
     raise CheckpointError(f"checkpoint {str(path)!r}: a folder without checkpoints/best or checkpoints/latest in it")
 
 
@@ -97,24 +126,27 @@ def read(path: str | Path, map_location: torch.device | str = "cpu") -> tuple[di
         beside = path.with_suffix(".safetensors")
         beside = beside if beside.is_file() else find_checkpoint(path.parent)
         raise CheckpointError(f"checkpoint {str(path)!r}: holds no weights, allowed: {str(beside)!r}, which has them")
-    if path.suffix == ".safetensors":
+    try:
+        safetensors = foreign.check(path)
+    except OSError as e:
+        raise CheckpointError(f"checkpoint {str(path)!r}: cannot be read: {e.strerror or e}") from e
+    if safetensors:
         return _read_safetensors(path, map_location)
     return _read_pickle(path, map_location), None
 
 
-def read_with_config(path: str | Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Config, Config]:
-    """Return state dict and config of a checkpoint that has one, and that config with `changes` for this machine.
+def read_with_config(path: str | Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Config | None, Config]:
+    """Return state dict and config of a checkpoint, and that config with `changes` for this machine.
+
+    The config of a file that has none, as official ones, is what its tensors and `changes` say; it is not returned
+    as the file's.
 
     Raises:
-        CheckpointError: as `read`, or the file has no config.
+        CheckpointError: as `read`, or the file has no config and `changes` lack what its tensors do not tell.
     """
     state, cfg = read(path)
-    if cfg is None:
-        raise CheckpointError(
-            f"checkpoint {str(path)!r}: official files carry no config; build TDMPC2(cfg) and call its load(), "
-            "and for a Planner give it the model of that"
-        )
-    return state, cfg, on_this_machine(cfg.replace(**changes), changes)
+    whole = OfficialModel(state, repr(str(path))).config(changes) if cfg is None else cfg
+    return state, cfg, on_this_machine(whole.replace(**changes), changes)
 
 
 def load_into(
@@ -209,7 +241,7 @@ def _difference(theirs: dict[str, Any], mine: dict[str, Any], cfg: Config) -> st
         return ""
     facts = ", ".join(f"{k} is {theirs[k]} in it and {mine.get(k, 'none')} here" for k in keys)
     sized = [k for k in keys if k in DEFAULT_DIMS]
-    size = next((n for n, own in MODEL_SIZES.items() if all(theirs[k] == own[k] for k in own if k in theirs)), None)
+    size = model_size_of(theirs)
     if sized and size not in (None, cfg.model_size):  # which leaves dims that were given as they are
         usual = DEFAULT_DIMS | MODEL_SIZES.get(cfg.model_size or 0, {})
         set_ = [f"model_size={size}", *(f"{k}={theirs[k]}" for k in sized if mine.get(k) != usual[k])]

@@ -79,10 +79,9 @@ class Planner:
     @classmethod
     @undisturbed
     def from_checkpoint(cls, fp: str | Path, num_envs: int = 1, seed: int | None = None, **changes: object) -> Planner:
-        """Return a planner for the model of a checkpoint that has a manifest.
+        """Return a planner for the model of a checkpoint.
 
-        fp: a file, or the folder of a run, whose best weights it takes.
-        changes: config keys to change, e.g. `device="cuda"`.
+        fp, changes: as for `load`.
         """
         state, saved, cfg = checkpoint.read_with_config(fp, changes)
         model = WorldModel(cfg)

@@ -186,7 +186,8 @@ def tasks(words: Sequence[str]) -> int:
 def info(words: Sequence[str]) -> int:
     """Say what a checkpoint holds, or without one what this machine plans and learns with.
 
-    Of a checkpoint: its format, size, parameters, tensors and config; official .pt files have no config.
+    Of a checkpoint: its format, size, parameters, tensors and config; official .pt files have no config, but it says
+    which published model they are and what has to be given to load them.
     """
     if not words:
         print(tables.rendered(tables.grid(_machine())))
@@ -194,6 +195,7 @@ def info(words: Sequence[str]) -> int:
     given = _only(words, "info [CHECKPOINT]")
     from tdmpc2_fast.compat.state_dict import TARGETS, from_official_entries, tensors_only, unwrapped
     from tdmpc2_fast.model import checkpoint
+    from tdmpc2_fast.model.official import OfficialModel
 
     from ..run.checkpoints import trained
 
@@ -201,8 +203,9 @@ def info(words: Sequence[str]) -> int:
     found, cfg = checkpoint.read(path)
     state, taken_off = unwrapped(found, repr(str(path)))
     kind = f"{checkpoint.FORMAT}, the checksum of its tensors is right"
-    if cfg is None:
-        kind = f"official, {'older' if '_Qs.params.0' in state else 'current'} generation (weights only, no config)"
+    official = OfficialModel(found, repr(str(path))) if cfg is None else None
+    if official is not None:
+        kind = f"official, {'older' if official.older else 'current'} generation (weights only, no config)"
     from_official_entries(state, "", {k: v for k, v in state.items() if k == "_action_masks"})
     tensors = tensors_only(state)
     modules: dict[str, list[Tensor]] = {}
@@ -212,6 +215,8 @@ def info(words: Sequence[str]) -> int:
     learnable = sum(x.numel() for k, x in tensors.items() if "." in k and not k.startswith(TARGETS))
     facts = [("file", str(path)), ("format", kind), ("size", f"{path.stat().st_size / 1e6:,.1f} MB")]
     facts += [("trained", trained(path)), ("parameters", f"{learnable:,} learnable"), ("model", _model(tensors))]
+    if official is not None:
+        facts += [("published as", official.published()), ("load needs", official.needs())]
     facts += [("wrapped in", taken_off)] if taken_off else []
     print(tables.rendered(tables.grid(facts)))
     if cfg is not None:
@@ -252,7 +257,9 @@ def _machine() -> list[tuple[str, str]]:
 def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     """Load the agent of a checkpoint and say how far it was trained; values given win over those it was made with."""
     from tdmpc2_fast.agent import TDMPC2
+    from tdmpc2_fast.compat.hub_files import is_address
     from tdmpc2_fast.model import checkpoint
+    from tdmpc2_fast.model.official import OfficialModel
     from tdmpc2_fast.runtime.backend import on_this_machine
 
     from ..envs import beside, complete, make_env
@@ -261,10 +268,10 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
 
     path = checkpoint.find_checkpoint(given)
     state, saved = checkpoint.read(path)
-    if saved is None and "task" not in values:
-        raise ConfigError("config key 'task': an official checkpoint does not name its task; give task=NAME")
-    kept = {} if saved is None else {k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN}
-    cfg = Config.from_dict(kept)
+    if saved is None:
+        cfg = OfficialModel(state, repr(str(path))).config(values, partial=True)
+    else:
+        cfg = Config.from_dict({k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN})
     cfg = cfg.replace(**{**beside(values, cfg), "checkpoint": str(path)})
     cfg = on_this_machine(cfg, values, note=keys.to_stderr)
     env = make_env(cfg, cfg.seed)
@@ -274,7 +281,8 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     agent = TDMPC2(cfg)
     checkpoint.load_into(agent.model, state, repr(str(path)), keys.to_stderr, saved)
     print(f"{path}: {trained(path)}")
-    return path, agent
+    # What is drawn and filmed lies beside a file, but not in the Hub's cache.
+    return Path(path.name) if is_address(given) else path, agent
 
 
 def _free(path: Path) -> Path:

@@ -1,0 +1,176 @@
+"""What a pickle of torch would build, found without building it: which names it calls for, what its tensors claim.
+
+`torch.load(weights_only=True)` runs no code either, but allocates what a file claims, and its messages say how to run
+the file all the same. Here nothing is imported, called or allocated: each name stands for an object without a body.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+MAGIC = 0x1950A86A20F9469CFC6C
+"""The number that a file of torch before 1.6 begins with."""
+_LEGACY_HEAD = 3  # pickles before the one with the object: magic number, version, machine
+_HARMLESS = {
+    "_codecs.encode",
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch.Size",
+    "torch.device",
+    "torch.serialization._get_layout",
+    "torch.storage.UntypedStorage",
+}
+_DTYPE = re.compile(r"torch\.(u?int\d+|float\w+|bfloat16|bool|half|double|long|short)$")
+_STORAGE = re.compile(r"torch\.(?:cuda\.)?(\w+)Storage$")
+_BYTES = dict(Double=8, Float=4, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1, Untyped=1)
+_BYTES |= dict(ComplexFloat=8, ComplexDouble=16)
+MOST_BYTES = 8 << 20
+"""The longest pickle that is looked at, of which each byte may make a list; a state dict's has a hundredth of it."""
+_TOO_DEEP = 64  # dicts and lists in one another
+
+
+class RefusedError(Exception):
+    """A pickle calls for something that is no weight; the message is its full name."""
+
+
+class ClaimError(Exception):
+    """A pickle claims more than its file holds; the message says what."""
+
+
+class Storage(NamedTuple):
+    """A piece of memory that a pickle asks for: its name in the file, the bytes it claims, and of a number."""
+
+    key: str
+    nbytes: int
+    itemsize: int
+
+
+class _Called:
+    """What came of calling a name: nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _Dict(dict[Any, Any]):
+    """An ordered dict, which may have attributes."""
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _Name:
+    """A class or function that a pickle names; calling it checks what it would make."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any) -> Any:
+        if self.name == "collections.OrderedDict":
+            return _Dict(*args)
+        if self.name == "torch.Size":
+            return tuple(*args)
+        if self.name.startswith("torch._utils._rebuild_tensor"):
+            _check_tensor(*args[:4])
+        return _Called(*args)
+
+
+class _Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only claims
+    # Of protocol 5, which torch does not write: they allocate first and read then.
+    dispatch = {  # noqa: RUF012
+        op: f
+        for op, f in pickle._Unpickler.dispatch.items()
+        if op not in (pickle.BYTEARRAY8[0], pickle.NEXT_BUFFER[0], pickle.READONLY_BUFFER[0])
+    }
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.storages: dict[str, Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in _HARMLESS or _DTYPE.match(full) or _STORAGE.match(full):
+            return _Name(full)
+        raise RefusedError(full)
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, storage, key, _, numel = pid[:5]
+        of = _STORAGE.match(getattr(storage, "name", "").replace("torch.storage.", "torch."))
+        if kind != "storage" or of is None or type(numel) is not int or numel < 0:
+            raise ClaimError(f"a storage of the kind {kind!r}")
+        itemsize = _BYTES.get(of[1], 1)
+        found = Storage(str(key), numel * itemsize, itemsize)
+        if self.storages.setdefault(found.key, found).nbytes != found.nbytes:
+            raise ClaimError(f"storage {found.key} of two sizes")
+        return found
+
+
+def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> None:
+    """Raise `ClaimError` where a tensor has more numbers than its storage, or some that are not in it."""
+    numbers = 1
+    for n in size:
+        numbers *= n
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if numbers else 0
+    held = storage.nbytes // storage.itemsize
+    # Bytes of an untyped storage are numbers of one byte at least, which is all that can be said of them.
+    if min([*size, *stride, offset, 0]) < 0 or max(numbers, last) > held:
+        raise ClaimError(f"a tensor of {numbers:,} numbers in a storage of {held:,}")
+
+
+def zipped(data: bytes, held: Mapping[str, int]) -> None:
+    """Check the pickle of an archive; `held` has the bytes of each storage in it.
+
+    Raises:
+        RefusedError: it names what is no weight.
+        ClaimError: a storage or tensor is larger than what is held.
+        Exception: it is damaged.
+    """
+    unpickler = _Unpickler(io.BytesIO(data))
+    _check_depth(unpickler.load())
+    for key, storage in unpickler.storages.items():
+        if held.get(key, -1) < storage.nbytes:
+            there = max(held.get(key, 0), 0)
+            raise ClaimError(f"storage {key} of {storage.nbytes:,} bytes, of which {there:,} are there")
+
+
+def plain(head: bytes, size: int) -> bool:
+    """Check a file of `size` bytes that begins with a pickle; tell whether it is one of torch before 1.6.
+
+    head: its first `MOST_BYTES`. Raises as `zipped`.
+    """
+    file = io.BytesIO(head)
+    first = _Unpickler(file).load()
+    if first != MAGIC:
+        _check_depth(first)
+        return False
+    for _ in range(_LEGACY_HEAD - 1):
+        _Unpickler(file).load()
+    unpickler = _Unpickler(file)
+    _check_depth(unpickler.load())
+    if (claimed := sum(s.nbytes for s in unpickler.storages.values())) > size:
+        raise ClaimError(f"storages of {claimed:,} bytes in a file of {size:,}")
+    return True
+
+
+def _check_depth(made: Any) -> None:
+    """Raise `ClaimError` where dicts and lists are in one another deeper than a state dict's."""
+    level, seen = {id(made): made}, {id(made)}
+    for _ in range(_TOO_DEEP):
+        level = {id(x): x for held in level.values() for x in _inside(held) if id(x) not in seen}
+        seen |= level.keys()
+        if not level:
+            return
+    raise ClaimError(f"dicts and lists more than {_TOO_DEEP} deep")
+
+
+def _inside(x: Any) -> Iterator[Any]:
+    values = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple, set)) else ()
+    yield from (v for v in values if isinstance(v, (dict, list, tuple, set)))
