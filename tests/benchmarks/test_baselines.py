@@ -13,6 +13,7 @@ from conftest import tiny_config
 from tdmpc2_fast.benchmarks.baselines import jax_port, official
 from tdmpc2_fast.benchmarks.harness.agents import agent_of, batch_of
 from tdmpc2_fast.benchmarks.harness.measure import CannotMeasureError
+from tdmpc2_fast.compat.draws import given, plan_order
 from tdmpc2_fast.rng import PlanNoise, generator
 
 CPU = torch.device("cpu")
@@ -44,15 +45,15 @@ def test_official_sources_are_loaded_for_the_device_and_leave_nothing_behind(tmp
 
 def test_draws_are_handed_out_in_order_and_checked() -> None:
     draws = [torch.full((2,), float(i)) for i in range(3)]
-    with official._Draws(iter(draws)):
+    with given(iter(draws)):
         assert torch.randn_like(torch.zeros(2))[0] == 0
         assert torch.empty(2).exponential_()[0] == 1
-        with pytest.raises(RuntimeError, match=r"draws \(3,\), expected \(2,\)"):
+        with pytest.raises(RuntimeError, match=r"random numbers of \(3,\), the official code of \(2,\)"):
             torch.randn_like(torch.zeros(3))
     cfg = tiny_config()
     noise = PlanNoise.draw(cfg, 1, generator(0, "x", CPU))
     count = cfg.horizon + 3 * cfg.effective_iterations + 2
-    assert len(list(official.plan_order(noise))) == count
+    assert len(list(plan_order(noise))) == count
 
 
 CALLED = {

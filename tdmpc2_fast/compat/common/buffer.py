@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ...config import Config
 from ...learn.replay import ReplayBuffer
 
@@ -16,11 +18,12 @@ class Buffer(ReplayBuffer):
 
     Args:
         cfg: the official `cfg`, completed by the environment, or a `Config`.
+        device: where samples are wanted; default `cfg.device`, or the GPU where there is one.
     """
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, device: torch.device | str | None = None) -> None:
         ours = Config.from_official(cfg)
-        super().__init__(ours, ours.device)
+        super().__init__(ours, device or ours.device)
 
     def load(self, td: Any) -> int:
         """Add episodes of one length, each field (episodes, T, ...), and return the number of episodes so far."""
@@ -28,6 +31,3 @@ class Buffer(ReplayBuffer):
         for i in range(count):
             self.add({k: td[k][i] for k in td.keys() if k != "episode"})  # noqa: SIM118 (a TensorDict is no dict)
         return self.num_eps
-
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        ReplayBuffer.__setstate__(self, kept)

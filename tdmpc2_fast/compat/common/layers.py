@@ -201,7 +201,9 @@ def api_model_conversion(target_state_dict: Mapping[str, Any], source_state_dict
     from_official_entries(source_state_dict, "", own)
     for key, value in target_state_dict.items():
         if key not in source_state_dict and key.startswith("_detach_Qs_params.") and isinstance(value, Tensor):
-            source_state_dict[key] = source_state_dict[key.replace("_detach_Qs_params.", "_Qs.params.")]
+            critics = key.replace("_detach_Qs_params.", "_Qs.params.")
+            if critics in source_state_dict:
+                source_state_dict[key] = source_state_dict[critics]
         elif key not in source_state_dict and "Qs" in key and not isinstance(value, Tensor):
             source_state_dict[key] = value
     unknown = [k for k in source_state_dict if k not in target_state_dict]
