@@ -1,6 +1,8 @@
 """TD-MPC2 at the speed the hardware allows: same algorithm, same numbers.
 
-from tdmpc2_fast import TDMPC2, WorldModel, Planner, ReplayBuffer, Config, load
+from tdmpc2_fast import TDMPC2, WorldModel, Planner, ReplayBuffer, Config, accelerate, load
+
+`tdmpc2_fast.train(env, steps=...)` trains on an environment.
 
 What needs torch is imported when it is first asked for: a command line that prints its help does without.
 """
@@ -20,6 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from .agent import TDMPC2, load
+    from .compat.accelerate import accelerate, deaccelerate
     from .compat.hub import pull, push
     from .config import Config
     from .learn.replay import ReplayBuffer
@@ -42,6 +45,8 @@ else:
 _HOMES = dict(
     TDMPC2="agent",
     load="agent",
+    accelerate="compat.accelerate",
+    deaccelerate="compat.accelerate",
     pull="compat.hub",
     push="compat.hub",
     Config="config",
@@ -58,7 +63,19 @@ _MOVED = dict(
     world_model="model.world_model",
 )
 
-__all__ = ["TDMPC2", "Config", "Planner", "ReplayBuffer", "WorldModel", "__version__", "load", "pull", "push"]
+__all__ = [
+    "TDMPC2",
+    "Config",
+    "Planner",
+    "ReplayBuffer",
+    "WorldModel",
+    "__version__",
+    "accelerate",
+    "deaccelerate",
+    "load",
+    "pull",
+    "push",
+]
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +20,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY, tiny_config
 from loop_oracle import csvs
+from official_like import OfficialLike
 
 pytest.importorskip("dm_control")
 pytest.importorskip("click")
 pytest.importorskip("rich")
-from tdmpc2_fast import TDMPC2, Config, Planner
-from tdmpc2_fast.train import cli
+from tdmpc2_fast import TDMPC2, Config, Planner, train
+from tdmpc2_fast.train import api, cli
 from tdmpc2_fast.train.cli import app, sweep
 from tdmpc2_fast.train.envs import SUITES, make_env
 from tdmpc2_fast.train.envs.base import RenderError
@@ -210,6 +211,12 @@ def fits(shown: str, real: str) -> bool:
     return re.fullmatch(pattern, " ".join(real.split())) is not None
 
 
+def trained_in_small(module: Any, env: Any, **keys: Any) -> api.Agent:
+    """What calling the module does, with a model that takes a second, for little more than an episode."""
+    few = dict(TINY, iterations=1, num_threads=1, steps=230, seed_steps=10, eval_freq=1000, eval_episodes=1)
+    return api.train(env, **{**keys, "model_size": None, **few})
+
+
 @pytest.fixture
 def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What pages make and register is gone afterwards; interpreted, the kernels would run for days."""
@@ -222,6 +229,7 @@ def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr("tdmpc2_fast.train.envs.SUITES", {**SUITES})
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
     monkeypatch.setattr(sweep, "Sweep", Ends)
+    monkeypatch.setattr(type(train), "__call__", trained_in_small)
     monkeypatch.setattr("tdmpc2_fast.benchmarks.run.bench", lambda options, suites: 0)  # what it does has tests
     for name in ("display._FIRST_LINE", "display._BETWEEN_LINES", "status._PACE_SECONDS", "status._WORTH_A_LINE"):
         monkeypatch.setattr(f"tdmpc2_fast.train.log.{name}", 0.0)
@@ -236,14 +244,19 @@ FILES = {"environments.md": ("carts.py", "mine.py", "dot.py")}
 """Names under which pages save their first pieces of Python."""
 
 
+MADE: dict[str, Callable[[], dict[str, Any]]] = {
+    "\naccelerate(agent)": lambda: dict(agent=OfficialLike(tiny_config())),
+    "actions = planner.plan(obs, t0=first_step": lambda: dict(obs=torch.zeros(16, 24), first_step=True),
+}
+"""What the reader of a piece of Python has, by words in it."""
+
+
 def presupposed(page: str) -> dict[str, Any]:
     """Puts what a page has not made itself into the folder; the names its Python uses without making them."""
     if page == "benchmarks.md":
         for checkout in ("tdmpc2/tdmpc2/tdmpc2.py", "tdmpc2-jax/tdmpc2_jax/tdmpc2.py"):
             Path(checkout).parent.mkdir(parents=True)
             Path(checkout).touch()
-    if page == "README.md":
-        return dict(obs=torch.zeros(16, 24), first_step=True)
     if page in ("commands.md", "checkpoints.md"):
         TDMPC2(tiny_config(223, 38)).save("dog-1.pt")
         TDMPC2(Config(model_size=5).with_env({"state": (24,)}, 6, 500)).save("mine.pt")
@@ -278,6 +291,8 @@ def test_what_a_page_shows_is_so(page: Path, a_folder_of_its_own: Path, capfd: p
             if file := next(files, None):
                 Path(file).write_text(step.text)
             else:
+                for words, made in MADE.items():
+                    names.update(made() if words in step.text else {})
                 exec(compile(step.text.replace("decision=60", "decision=2"), page.name, "exec"), names)
             continue
         if any(re.match(pattern, step.text) for pattern in NOT_HERE):

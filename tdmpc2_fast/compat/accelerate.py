@@ -61,7 +61,7 @@ def accelerate(agent: T, **keys: Any) -> T:
     for name in _NEEDED:
         if not hasattr(agent, name):
             raise InputError(f"agent: got {kind_of(agent)} without {name!r}, allowed: an agent of the official TDMPC2")
-    if hasattr(getattr(agent.model, "_Qs", None), "online"):
+    if hasattr(getattr(getattr(agent, "model", None), "_Qs", None), "online"):
         raise InputError(
             "agent: got an agent of Newt, which plans and learns otherwise (docs/drop-in.md), allowed: one of TD-MPC2"
         )

@@ -85,7 +85,8 @@ class _Choices(ActionSpace):
     def __call__(self, action: NDArray[np.float32]) -> NDArray[Any]:
         parts = np.split(np.asarray(action), np.cumsum(self._counts)[:-1])
         chosen = np.array([int(part.argmax()) for part in parts]) + self._start
-        return chosen.astype(self._dtype).reshape(self._shape)[()]  # of Discrete, a number
+        found: NDArray[Any] = chosen.astype(self._dtype).reshape(self._shape)[()]  # of Discrete, a number
+        return found
 
 
 class _Box(ActionSpace):

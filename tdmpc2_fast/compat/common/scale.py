@@ -36,7 +36,7 @@ class RunningScale(nn.Module):
         """Return `value` and `percentiles`."""
         return dict(value=self.value, percentiles=self._percentiles)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **keys: Any) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **keys: Any) -> None:
         """Take what `state_dict` returned."""
         self.value.copy_(state_dict["value"])
         self._percentiles.copy_(state_dict["percentiles"])
