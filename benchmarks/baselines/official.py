@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.compat.accelerate import accelerate
 from tdmpc2_fast.compat.draws import given, plan_order, update_order
 from tdmpc2_fast.learn.updater import Batch
 from tdmpc2_fast.rng import PlanNoise
@@ -126,6 +127,39 @@ def official_plan(checkout: str, agent: TDMPC2, obs: Tensor, noise: PlanNoise) -
         return Gate(float((got - wanted).abs().max()), 1e-3)
 
     return Variant(within(agent.cfg, agent.device, lambda: theirs.act(obs)), gate=gate)
+
+
+def accelerated_plan(checkout: str, agent: TDMPC2, obs: Tensor, noise: PlanNoise) -> Variant:
+    """Return the `act` of an official agent that was accelerated; compared is one plan from the draws of ours."""
+    theirs = _accelerated(checkout, agent)
+
+    def gate() -> Gate:
+        theirs._prev_mean.zero_()
+        agent.planner.prev_mean.zero_()
+        got = theirs.acceleration.plan(obs.unsqueeze(0), noise=noise)
+        wanted = agent.planner.plan(obs.unsqueeze(0).expand(agent.planner.num_envs, -1), noise=noise)[0]
+        return Gate(float((got - wanted).abs().max()), 1e-3)
+
+    return Variant(lambda: theirs.act(obs), gate=gate)
+
+
+def accelerated_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
+    """Return the `update` of an official agent that was accelerated; compared are its metrics, from equal draws."""
+    theirs = _accelerated(checkout, agent)
+    buffer = SimpleNamespace(sample=lambda: tuple(batch))
+
+    def gate() -> Gate:
+        other, ours = _accelerated(checkout, agent), agent_of(agent.cfg)
+        noise = update_draws(agent.cfg, agent.device)
+        got, wanted = other.acceleration.learn(batch, noise), ours.updater.step(batch, noise)
+        return Gate.of_metrics(numbers(wanted), numbers(got), 1e-3)
+
+    return Variant(lambda: theirs.update(buffer), gate=gate)
+
+
+def _accelerated(checkout: str, agent: TDMPC2) -> Any:
+    theirs = official_agent(checkout, agent, compiled=False)
+    return accelerate(theirs, backend=agent.cfg.backend, precision=agent.cfg.precision)
 
 
 def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:

@@ -20,7 +20,7 @@ from tdmpc2_fast.rng import PlanNoise
 from tdmpc2_fast.sizes import plan_sizes
 
 from ..baselines.jax_port import plan_variant
-from ..baselines.official import official_plan
+from ..baselines.official import accelerated_plan, official_plan
 from ..harness.agents import (
     CompiledReference,
     agent_of,
@@ -113,6 +113,8 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
         lineup.attempt("compiled reference", lambda: planning(CompiledReference(agent)))
     if official := options.official:
         lineup.attempt("official", lambda: judged(replace(official_plan(official, agent, first[0], one), calls=envs)))
+        if envs == 1:
+            lineup.attempt("official, accelerated", lambda: accelerated_plan(official, agent, first[0], one))
     if jax := options.jax:
         lineup.attempt("JAX port", lambda: judged(plan_variant(jax, agent, obs)))
     return Case("planner", "plan", lineup.variants, lineup.missing, **at.facts)

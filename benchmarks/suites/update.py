@@ -18,7 +18,7 @@ from tdmpc2_fast.rng import UpdateNoise
 from tdmpc2_fast.runtime.backend import resolve_backend
 
 from ..baselines.jax_port import update_variant
-from ..baselines.official import official_update
+from ..baselines.official import accelerated_update, official_update
 from ..harness.agents import (
     CompiledReference,
     agent_of,
@@ -90,6 +90,7 @@ def case(options: Options, size: int, actions: int, batch_size: int, precision: 
         lineup.attempt("compiled reference", lambda: learning(CompiledReference(agent)))
     if official := options.official:
         lineup.attempt("official", lambda: official_update(official, agent, batch))
+        lineup.attempt("official, accelerated", lambda: accelerated_update(official, agent, batch))
     if jax := options.jax:
         lineup.attempt("JAX port", lambda: update_variant(jax, agent, batch, wanted))
     needed = dict(gflop=counter.get_total_flops() / 1e9, mbyte=_least_bytes(agent, batch) / 1e6)

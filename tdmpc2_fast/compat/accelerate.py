@@ -186,7 +186,10 @@ class Acceleration:
     def _counted(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self._updater is not None
         self.model.align()
-        self.optimisers.count(self._updater.state())
+        state = self._updater.state()
+        if state["scale"].data_ptr() != self.agent.scale.value.data_ptr():  # torch has taken over from kernels
+            self._share()
+        self.optimisers.count(state)
         return metrics
 
     # ---- begin and end
@@ -197,22 +200,37 @@ class Acceleration:
         Raises:
             InputError: nothing can.
         """
-        self._build()
-        found: SharedOptimisers | None = None
-        try:
-            found = self.optimisers
-        except InputError as e:
-            self.left["update"] = str(e)
-        judge = Judge(self.agent, self.model.fast, found, self.cfg)
-        if (why := judge.why_not_plan()) is not None:
-            self.left["plan"] = why
-        if found is not None and (why := judge.why_not_update()) is not None:
-            self.left["update"] = why
+        self.left = self._judged()
+        has_head = getattr(self.model.official, "_termination", None) is not None
+        if self.left and has_head and not self.cfg.episodic:  # it may use the head all the same (April 2025)
+            self._keys["episodic"] = True
+            left = self._judged()
+            if len(left) < len(self.left):
+                self.left = left
+            else:
+                del self._keys["episodic"]
+                self._build()
         facts = "; ".join(f"{name}: {why}" for name, why in self.left.items())
         if len(self.left) == 2:
             raise InputError(f"agent: nothing of it can be taken over: {facts}")
         if facts:
             warnings.warn(f"accelerate: left alone: {facts}", UserWarning, stacklevel=4)
+
+    def _judged(self) -> dict[str, str]:
+        """Return what the agent's code computes otherwise than ours, or is trained by otherwise, and how."""
+        self._build()
+        left: dict[str, str] = {}
+        found: SharedOptimisers | None = None
+        try:
+            found = self.optimisers
+        except InputError as e:
+            left["update"] = str(e)
+        judge = Judge(self.agent, self.model.fast, found, self.cfg)
+        if (why := judge.why_not_plan()) is not None:
+            left["plan"] = why
+        if found is not None and (why := judge.why_not_update()) is not None:
+            left["update"] = why
+        return left
 
     def install(self) -> None:
         """Put ours in the place of the agent's own."""
@@ -256,13 +274,12 @@ class Acceleration:
             self.model.align()
 
     def _build(self) -> None:
-        kept = self._streams()
+        self._kept = self._streams()
         self._asked = self._read()
         self.cfg = _config(self.agent, self._keys)
         self.model = SharedModel(getattr(self.agent.model, "_orig_mod", self.agent.model), self.cfg)
         self.__dict__.pop("_optimisers", None)
         self._planner = self._updater = None
-        self._kept = {**kept, **self._kept}
         if "update" not in self.left and self._has_optimisers():
             self.cfg = self.cfg.replace(**self.optimisers.rates())
             self.model.fast.cfg = self.cfg

@@ -25,6 +25,11 @@ from .torch_update import TorchUpdate
 __all__ = ["Batch", "UpdateTrace", "Updater"]
 
 
+def _carry(before: UpdateBackend, after: UpdateBackend) -> None:
+    after.load_state(before.state())
+    after.steps = before.steps
+
+
 class Updater:
     """The optimisers, running scale and losses around one world model.
 
@@ -39,7 +44,7 @@ class Updater:
     def __init__(self, model: WorldModel) -> None:
         self.model, self.cfg = model, model_checked(model).cfg
         by_torch = partial(TorchUpdate, model)
-        self._chosen = Chosen[UpdateBackend](model, "Updater: learning", by_torch, self._by_kernels)
+        self._chosen = Chosen[UpdateBackend](model, "Updater: learning", by_torch, self._by_kernels, _carry)
 
     def _by_kernels(self) -> UpdateBackend:
         from .kernel_update import KernelUpdate

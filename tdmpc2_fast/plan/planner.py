@@ -29,6 +29,10 @@ from .trace import PlanTrace
 _KEPT_TIMES = 10_000
 
 
+def _carry(before: PlanBackend, after: PlanBackend) -> None:
+    after.prev_mean.copy_(before.prev_mean)
+
+
 class PlanStats(NamedTuple):
     """Wall-clock of the last calls of `plan`, in milliseconds; NaN before the first."""
 
@@ -67,7 +71,7 @@ class Planner:
         self._times: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._calls = 0
         by_torch = partial(TorchPlan, model, num_envs, self.generator)
-        chosen = Chosen[PlanBackend](model, "Planner: planning", by_torch, self._by_kernels)
+        chosen = Chosen[PlanBackend](model, "Planner: planning", by_torch, self._by_kernels, _carry)
         self._plan = chosen.run(lambda plan: plan)
         self.backend = chosen.backend
 

@@ -24,12 +24,21 @@ class Chosen(Generic[T]):
 
     what: who does what, for messages, as in "Planner: planning".
     by_torch, by_kernels: make the implementation.
+    carry: has the second go on from where the first is.
     """
 
-    def __init__(self, model: WorldModel, what: str, by_torch: Callable[[], T], by_kernels: Callable[[], T]) -> None:
+    def __init__(
+        self,
+        model: WorldModel,
+        what: str,
+        by_torch: Callable[[], T],
+        by_kernels: Callable[[], T],
+        carry: Callable[[T, T], None],
+    ) -> None:
         self.backend: Backend = resolve_backend(model.cfg, model.device, model.dtype)
         self.made: T | None = None
         self._cfg, self._what, self._by_torch, self._by_kernels = model.cfg, what, by_torch, by_kernels
+        self._carry = carry
 
     @undisturbed
     def get(self) -> T:
@@ -54,5 +63,7 @@ class Chosen(Generic[T]):
                 raise BackendError(f"backend='triton' cannot run: {why}") from e
             who, doing = self._what.split(": ")
             warnings.warn(f"{who}: {why}; {doing} with torch", RuntimeWarning, stacklevel=3)
-            self.backend, self.made = Backend("torch", why), None
+            before, self.backend, self.made = self.made, Backend("torch", why), None
+            if before is not None:
+                self._carry(before, self.get())
         return work(self.get())

@@ -307,6 +307,30 @@ def test_auto_learns_with_torch_where_a_kernel_does_not_fit(from_replay: bool, m
         TDMPC2(fused()).updater.step_on(other if from_replay else Sampled(other))
 
 
+@pytest.mark.triton
+def test_what_kernels_have_learned_goes_on_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    (error,) = KERNEL_ERRORS
+    agent, plain = TDMPC2(tiny_config()), TDMPC2(tiny_config(backend="torch"))
+    agent.updater._chosen.backend = Backend("triton", "there is a GPU")
+    noises = [UpdateNoise.draw(agent.cfg, generator(i, "test", torch.device("cpu"))) for i in range(2)]
+    batch = filled_buffer(agent.cfg).sample()
+    agent.updater.step(batch, noises[0])
+
+    def too_large(*args: Any) -> None:
+        raise error("out of resource: shared memory")
+
+    monkeypatch.setattr(KernelUpdate, "step", too_large)
+    with pytest.warns(RuntimeWarning, match="learning with torch"):
+        agent.updater.step(batch, noises[1])
+    for noise in noises:
+        plain.updater.step(batch, noise)
+    assert agent.updater.steps == 2
+    got, want = agent.updater.state(), plain.updater.state()
+    for name in want:
+        if not name.startswith("rng"):
+            torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-5)
+
+
 class Sampled:
     """A buffer that is not known to lie on the device."""
 

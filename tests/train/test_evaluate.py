@@ -84,7 +84,7 @@ def test_an_episode_that_fails_is_played_again_in_another_environment(
     evaluation = evaluator(6, width, on_env_error="drop")
     before, notes = list(evaluation.envs), []
     monkeypatch.setattr(before[3], "step", lambda action: 1 / 0)
-    monkeypatch.setattr("tdmpc2_fast.train.run.evaluate.make_env", lambda cfg, seed: Known(0))
+    monkeypatch.setattr(evaluation._source, "make", lambda cfg, seed: Known(0))
     found = evaluation.run(warn=notes.append)
     # Two side by side: the fourth is missing, and the first two are played again to make up for it.
     assert found.lengths == [1, 2, 3, 5, 5, 1]
