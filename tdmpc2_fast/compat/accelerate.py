@@ -202,7 +202,7 @@ class Acceleration:
         """
         self.left = self._judged()
         has_head = getattr(self.model.official, "_termination", None) is not None
-        if self.left and has_head and not self.cfg.episodic:  # it may use the head all the same (April 2025)
+        if self.left and has_head and not (self.cfg.episodic or self.cfg.multitask):  # used all the same (April 2025)
             self._keys["episodic"] = True
             left = self._judged()
             if len(left) < len(self.left):
