@@ -139,7 +139,16 @@ FLOORS = {
 """Folders, and the names they are imported by."""
 ALLOWED = {
     "kernels": {"torch", "triton", "tdmpc2_fast.kernels"},
-    "tdmpc2_fast": {"torch", "triton", "numpy", "safetensors", "nvtx", "typing_extensions", "tdmpc2_fast"},
+    "tdmpc2_fast": {
+        "torch",
+        "triton",
+        "numpy",
+        "safetensors",
+        "nvtx",
+        "typing_extensions",
+        "onnxscript",
+        "tdmpc2_fast",
+    },
 }
 
 
