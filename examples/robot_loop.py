@@ -1,7 +1,7 @@
 """Runs an exported plan at a fixed rate, with numpy and onnxruntime alone, and reports missed deadlines.
 
     tdmpc2-fast export runs/walker-walk/default/1 out=plan.onnx
-    python robot_loop.py plan.onnx 20 200      # decisions a second, decisions
+    python robot_loop.py plan.onnx 5 100      # decisions a second, how many
 
 The functions `read` and `act` are yours to fill in; here a stand-in takes their place.
 """
@@ -42,7 +42,7 @@ def draw(law, shape, dtype):
     return rng.random((shape[0], int(numbers[0]))).argsort(-1)[:, :2].astype(dtype)
 
 
-def main(path, rate=20.0, decisions=200, task=0, evaluate=True):
+def main(path, rate=10.0, decisions=100, task=0, evaluate=True):
     """Plan `rate` times a second, and print how long plans took and how many came too late."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between plans the cores are the robot's

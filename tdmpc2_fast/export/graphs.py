@@ -91,9 +91,6 @@ class Graph(nn.Module):
             **multitask,
         )
 
-    def _encode(self, obs: Tensor, shift: Tensor | None, task: Tensor | None) -> Tensor:
-        return self.model.encode_parts(obs, self.model.embed(task), shift)
-
 
 class PlanGraph(Graph):
     """The whole plan: observation, previous mean and noise in, action and mean out.
