@@ -64,7 +64,7 @@ def write_onnx(graph: Graph, path: Path, opset: int = DEFAULT_OPSET) -> list[Pat
         node.metadata_props.clear()
     program.model.metadata_props.update(graph.metadata())
     program.model.producer_name = "tdmpc2-fast"
-    weights = sum(x.nbytes for x in graph.state_dict(keep_vars=True).values() if isinstance(x, torch.Tensor))
+    weights = sum(p.nbytes for p in graph.parameters())
     with moved_into(path.parent) as folder:
         program.save(folder / path.name, external_data=weights > _ONE_FILE)
     return [p for p in (path, path.with_name(f"{path.name}.data")) if p.exists()]

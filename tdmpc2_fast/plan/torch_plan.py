@@ -157,7 +157,7 @@ class TorchPlan(PlanBackend):
         weight = weight * task.discount
         if self.cfg.episodic:
             # Terminated is sticky: a zero weight stays zero.
-            weight = weight * (model.termination(z) <= 0.5)
+            weight = weight * (model.termination(z) <= 0.5).to(z.dtype)
         return _Rollout(G, weight, z)
 
     def _value(self, rollout: _Rollout, task: _Task, eps: Tensor, members: Tensor) -> Tensor:
