@@ -20,7 +20,7 @@ from .harness.measure import CannotMeasureError, Case, Ceilings, Row, measure, p
 from .options import Options, describe, parse
 from .plots import draw
 from .report import machine_of, splits, text_table, write
-from .suites import ceilings, environments, kernels, loop, planner, regimes, replay, update, update_kernels
+from .suites import ceilings, environments, export, kernels, loop, planner, regimes, replay, update, update_kernels
 
 SUITES: dict[str, Callable[[Options], Iterator[Callable[[], Case]]]] = {
     "planner": planner.cases,
@@ -29,6 +29,7 @@ SUITES: dict[str, Callable[[Options], Iterator[Callable[[], Case]]]] = {
     "update-kernels": update_kernels.cases,
     "plan-regimes": regimes.plan_cases,
     "update-regimes": regimes.update_cases,
+    "export": export.cases,
     "replay": replay.cases,
     "environment": environments.cases,
     "loop": loop.cases,

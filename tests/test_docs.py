@@ -104,6 +104,7 @@ NOT_HERE = {
     r"python tests/golden_check|python benchmarks/|python -m tdmpc2_fast\.benchmarks": "have tests of their own",
     r"python tests/mutation/": "takes hours",
     r"python train\.py": "the official code",
+    r"python robot_loop\.py": "tests/train/cli/test_export_command.py runs it",
     r".*\[.+\.\.\.\]": "says what may stand there",
 }
 """Commands that no test runs as they are shown, and why."""
@@ -266,7 +267,7 @@ def presupposed(page: str) -> dict[str, Any]:
         Path("my_environments.py").write_text(blocks(ROOT / "docs" / page, "python")[0].replace("Cart-v0", "Mine-v0"))
     if page == "runs.md":
         return dict(obs=torch.zeros(24))
-    if page in ("curves.md", "rendering.md"):
+    if page in ("curves.md", "rendering.md", "export.md"):
         assert cli.main(small(["train", "task=cheetah-run"])) == 0
         Path("results/tdmpc2").mkdir(parents=True)
         Path("results/tdmpc2/cheetah-run.csv").write_text("step,reward,seed\n0,1,1\n60,2,1\n")

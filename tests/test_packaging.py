@@ -141,7 +141,8 @@ FLOORS = {
 ALLOWED = {
     "kernels": {"torch", "triton", "tdmpc2_fast.kernels"},
     "tdmpc2_fast": {
-        *("torch", "triton", "numpy", "safetensors", "nvtx", "typing_extensions", "huggingface_hub", "tdmpc2_fast")
+        *("torch", "triton", "numpy", "safetensors", "nvtx", "typing_extensions", "huggingface_hub", "onnxscript"),
+        "tdmpc2_fast",
     },
 }
 

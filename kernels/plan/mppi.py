@@ -50,8 +50,7 @@ def shift_mean(prev_mean: Tensor, t0: Tensor) -> Tensor:
 
     prev_mean: (E, H, A); t0: (E,) bool. Returns a new (E, H, A).
     """
-    mean = torch.zeros_like(prev_mean)
-    mean[:, :-1] = prev_mean[:, 1:]
+    mean = torch.cat([prev_mean[:, 1:], torch.zeros_like(prev_mean[:, :1])], 1)
     return mean.masked_fill_(t0.view(-1, 1, 1), 0.0)
 
 

@@ -65,7 +65,7 @@ class TorchPlan(PlanBackend):
         noise = request.noise or PlanNoise.draw(self.cfg, self.num_envs, self.generator, self.model.dtype)
         obs = request.obs.to(device, non_blocking=True)
         with access_to(self.model).reading(), matmul_precision(self.cfg, device):
-            action, mean = self._plan(obs, t0, evaluate, self._task(request.task), noise, request.trace)
+            action, mean = self.step(self.prev_mean, obs, t0, evaluate, request.task, noise, request.trace)
         self.prev_mean.copy_(mean)
         return action
 
@@ -81,32 +81,39 @@ class TorchPlan(PlanBackend):
         e, discount = self.model.embed(index), self._discounts[index].view(-1, 1, 1)
         return _Task(None if e is None else e.unsqueeze(1), self.model.action_mask(index), discount)
 
-    def _plan(
-        self, obs: Tensor, t0: Tensor, eval_mode: Tensor, task: _Task, noise: PlanNoise, trace: PlanTrace | None
+    def step(
+        self,
+        prev_mean: Tensor,
+        obs: Tensor,
+        t0: Tensor,
+        eval_mode: Tensor,
+        index: Tensor | None,
+        noise: PlanNoise,
+        trace: PlanTrace | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the actions (E, A) and the last mean (E, H, A)."""
-        cfg, p = self.cfg, self.cfg.num_pi_trajs
+        """Return the actions (E, A) and the last mean (E, H, A) of a plan that starts from `prev_mean` (E, H, A).
+
+        Everything it needs is an argument and nothing is written, so that it can be exported; index: (E,) tasks.
+        """
+        cfg, p, task = self.cfg, self.cfg.num_pi_trajs, self._task(index)
         with annotate("encode"):
             z = self.model.encode_parts(obs, None if task.e is None else task.e.squeeze(1), noise.shift)
         z0 = z.unsqueeze(1)
 
-        actions = torch.empty(
-            self.num_envs, cfg.horizon, cfg.num_samples, self.prev_mean.shape[-1], device=z.device, dtype=z.dtype
-        )
         with annotate("prior"):
-            prior = self._prior(z0, task, noise.pi_eps, actions[:, :, :p]) if p else None
+            prior = self._prior(z0, task, noise.pi_eps) if p else None
         if trace is not None:
-            trace.record(z=z, pi_actions=actions[:, :, :p])
+            trace.record(z=z, pi_actions=noise.pi_eps if prior is None else prior[0])
 
-        mean = shift_mean(self.prev_mean, t0)
+        mean = shift_mean(prev_mean, t0)
         std, rule = torch.full_like(mean, cfg.max_std), Rule.of(cfg)
         for i in range(cfg.effective_iterations):
             with annotate("iteration"):
-                samples = sample_actions(mean, std, noise.samples[i], task.mask)
-                actions[:, :, p:] = samples
-                rollout = self._rollout(z0, samples, task)
+                actions = sample_actions(mean, std, noise.samples[i], task.mask)
+                rollout = self._rollout(z0, actions, task)
                 if prior is not None:
-                    rollout = _concat(prior, rollout, per_sample_weight=cfg.episodic)
+                    actions = torch.cat([prior[0], actions], 2)
+                    rollout = _concat(prior[1], rollout, per_sample_weight=cfg.episodic)
                 values = self._value(rollout, task, noise.value_eps[i], noise.members[i])
                 elites, score, mean, std = refine(values, actions, rule, task.mask)
             if trace is not None:
@@ -120,15 +127,15 @@ class TorchPlan(PlanBackend):
             trace.record(chosen=chosen, picked=pick)
         return action, mean
 
-    def _prior(self, z: Tensor, task: _Task, eps: Tensor, actions: Tensor) -> _Rollout:
-        """Draw policy sequences from z (E, 1, L) into `actions` (E, H, P, A) and roll them out."""
-        out = None
-        for t in range(self.cfg.horizon):
-            actions[:, t] = self._policy(z, task, eps[:, t])
-            out = self._step(out, z, actions[:, t], task)
+    def _prior(self, z: Tensor, task: _Task, eps: Tensor) -> tuple[Tensor, _Rollout]:
+        """Draw policy sequences (E, H, P, A) from z (E, 1, L) and roll them out."""
+        out, actions = None, []
+        for e in eps.unbind(1):
+            actions.append(self._policy(z, task, e))
+            out = self._step(out, z, actions[-1], task)
             z = out.z
         assert out is not None
-        return out
+        return torch.stack(actions, 1), out
 
     def _rollout(self, z: Tensor, actions: Tensor, task: _Task) -> _Rollout:
         """Roll out given sequences (E, H, n, A) from z (E, 1, L)."""
@@ -150,7 +157,7 @@ class TorchPlan(PlanBackend):
         weight = weight * task.discount
         if self.cfg.episodic:
             # Terminated is sticky: a zero weight stays zero.
-            weight = weight * (model.termination(z) <= 0.5)
+            weight = weight * (model.termination(z) <= 0.5).to(z.dtype)
         return _Rollout(G, weight, z)
 
     def _value(self, rollout: _Rollout, task: _Task, eps: Tensor, members: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.benchmarks.harness.agents import agent_of
 from tdmpc2_fast.benchmarks.harness.measure import CannotMeasureError
 from tdmpc2_fast.benchmarks.options import Options
-from tdmpc2_fast.benchmarks.suites import kernels, loop, planner, regimes, replay, update, update_kernels
+from tdmpc2_fast.benchmarks.suites import export, kernels, loop, planner, regimes, replay, update, update_kernels
 from tdmpc2_fast.rng import PlanNoise, generator
 
 
@@ -76,6 +76,28 @@ def test_the_loop_is_measured_and_split(small: Options, monkeypatch: pytest.Monk
     for found in rows.values():
         assert set(found.split) == {"plan", "update", "environment", "copy", "other"}
         assert found.split["plan"] > 0 < found.split["update"]
+
+
+def test_exported_plans_agree_and_a_wrong_one_is_seen(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(planner, "backend_of", lambda options: "torch")
+    set_keys(monkeypatch, iterations=1)
+    monkeypatch.setitem(export.RUNTIMES, "wrong", lambda *_: lambda given: [torch.zeros(1, 2), given["prev_mean"] + 1])
+    monkeypatch.setitem(export.RUNTIMES, "absent", lambda *_: __import__("no_such_package"))
+    case = export.case(small, 1, 2)
+    assert case.missing == {"absent": "No module named 'no_such_package'"}
+    rows = rows_of(case)
+    assert [(name, row.gate) for name, row in rows.items() if not row.missing] == [
+        ("torch", ""),
+        ("onnxruntime", "passed"),
+        ("openvino", "passed"),
+        ("torch.export", "passed"),
+        ("wrong", "failed"),
+    ]
+    monkeypatch.setattr(Options, "torch_device", torch.device("cuda"))
+    with pytest.raises(CannotMeasureError, match="device=cpu names"):
+        export.case(small, 1, 2)
 
 
 @QUIET

@@ -20,7 +20,7 @@ from typing_extensions import override
 from tdmpc2_fast import __version__
 from tdmpc2_fast.errors import did_you_mean
 
-from . import commands, completion, keys, tables
+from . import commands, completion, export, keys, tables
 
 Body = Callable[[Sequence[str]], int]
 _EXAMPLES = """\b
@@ -149,6 +149,7 @@ COMMANDS = (
     Words("eval", commands.evaluate, "CHECKPOINT [key=value ...]", config=True),
     Words("plot", commands.plot, "RUN ... [key=value ...]", own=keys.PlotOptions),
     Words("plan", commands.plan, "CHECKPOINT [key=value ...]", config=True, own=keys.PlanOptions),
+    Words("export", export.export, "RUN [key=value ...]", own=keys.ExportOptions),
     Words("tasks", commands.tasks, "[TEXT]"),
     Words("info", commands.info, "[CHECKPOINT]"),
 )

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from tdmpc2_fast.config import DEFAULT_DIMS, MODEL_SIZES, Config
 from tdmpc2_fast.config_values import checked, describe_range
 from tdmpc2_fast.errors import ConfigError, did_you_mean, nearest
+from tdmpc2_fast.export import DEFAULT_OPSET, OPSETS
 
 _MULTI_TASK_BATCH = 1024
 PRESETS: dict[str, dict[str, Any]] = {
@@ -76,8 +77,10 @@ _SUMS: dict[str, Callable[[Any, Any], Any]]
 _SUMS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
-def _option(default: Any, help: str, low: int | None = None, choices: tuple[Any, ...] | None = None) -> Any:
-    meta = dict(group="command line", help=help, low=low, high=None, open_low=False, choices=choices)
+def _option(
+    default: Any, help: str, low: int | None = None, high: int | None = None, choices: tuple[Any, ...] | None = None
+) -> Any:
+    meta = dict(group="command line", help=help, low=low, high=high, open_low=False, choices=choices)
     return field(default=default, metadata=meta)
 
 
@@ -108,6 +111,18 @@ class PlanOptions:
         None, "decisions of the episode that come before the one drawn; none: 50, or what a shorter episode has", low=0
     )
     out: str | None = _option(None, "the picture, .png or .svg; none writes CHECKPOINT-plan.png")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Keys of the command `export`."""
+
+    format: str = _option(
+        "onnx", "ONNX, torch.export's .pt2, or official weights", choices=("onnx", "torch", "official")
+    )
+    out: str | None = _option(None, "a folder, or the file of the plan; none writes beside the checkpoint")
+    opset: int | None = _option(None, f"of ONNX; none: {DEFAULT_OPSET}", low=OPSETS[0], high=OPSETS[1])
+    compiled: bool = _option(False, "with format=torch: compiled for this machine by AOTInductor, which takes minutes")
 
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in FILLED_IN}
@@ -210,13 +225,13 @@ def _setting(key: str, text: str) -> Any:
     return text
 
 
-T = TypeVar("T", Options, PlotOptions, PlanOptions)
+T = TypeVar("T", Options, PlotOptions, PlanOptions, ExportOptions)
 
 
 def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
     """Return a command's options, read from the words, and the words that are left.
 
-    `plot` and `plan` take theirs with dashes, too: `--reference DIR`. `preset` stays among the words, since a
+    `plot`, `plan` and `export` take theirs with dashes, too: `--reference DIR`. `preset` stays among the words, since a
     sweep may go over it. Hydra's `--multirun` is dropped: several values are always a sweep here.
     """
     known = {f.name: f for f in dataclasses.fields(kind) if f.name != "preset"}
