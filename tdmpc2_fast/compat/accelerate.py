@@ -7,6 +7,7 @@ its running scale and its previous mean are shared, so that everything else abou
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -186,10 +187,9 @@ class Acceleration:
     def _counted(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self._updater is not None
         self.model.align()
-        state = self._updater.state()
-        if state["scale"].data_ptr() != self.agent.scale.value.data_ptr():  # torch has taken over from kernels
+        if self._updater.scale.value.data_ptr() != self.agent.scale.value.data_ptr():  # torch took over from kernels
             self._share()
-        self.optimisers.count(state)
+        self.optimisers.count()
         return metrics
 
     # ---- begin and end
@@ -309,9 +309,10 @@ class Acceleration:
         rates = tuple(group.get("lr") for optim in optims for group in optim.param_groups)
         discount = agent.discount
         discount = tuple(discount.tolist()) if isinstance(discount, Tensor) else discount
-        precision = torch.get_float32_matmul_precision() if _device(agent).type == "cuda" else ""
+        device = _device(agent)
+        precision = torch.get_float32_matmul_precision() if device.type == "cuda" else ""
         values = tuple(getattr(agent.cfg, key, None) for key in _READ)
-        return (values, rates, discount, precision, _device(agent), agent.model)
+        return (values, rates, discount, precision, device, agent.model)
 
     def _share(self) -> None:
         """Have the agent's optimisers and running scale be what the updater works on."""
@@ -352,8 +353,11 @@ class Acceleration:
 
 
 _READ = tuple(
-    key for key in Config.key_names() if key not in ("task", "work_dir", "checkpoint", "exp_name", "data_dir", *_OURS)
+    f.name
+    for f in dataclasses.fields(Config)
+    if f.metadata["group"] not in ("evaluation", "logging", "misc", "of this project") or f.name == "seed"
 )
+"""Keys of the official config that a plan or an update depends on."""
 
 
 def _device(agent: Any) -> torch.device:

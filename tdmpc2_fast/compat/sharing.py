@@ -219,20 +219,22 @@ class SharedOptimisers:
         device = next((x["step"].device for _, o, _, _ in each for x in o.state.values()), self._step_device())
         self._steps = torch.zeros(len(each), device=device)  # each has one: of a common one torch would count all
         self._of_world = sum(name == "optim" for name, *_ in each)
+        self._taken = state["world.step"].reshape(()), state["policy.step"].reshape(())
         self._held = []
         for i, (_, optim, n, p) in enumerate(each):
             optim.state[p] = kept = dict(step=self._steps[i], **{k: state[f"{k}.{n}"] for k in MOMENTS})
             self._held.append((optim, p, kept))
-        self.count(state)
+        self.count()
 
     def _step_device(self) -> torch.device | str:
         group = self._optims["optim"].param_groups[0]
         return self.model.device if group.get("capturable") or group.get("fused") else "cpu"
 
-    def count(self, state: Mapping[str, Tensor]) -> None:
+    def count(self) -> None:
         """Have the optimisers' states tell the steps that were taken."""
-        self._steps[: self._of_world] = state["world.step"].reshape(()).to(self._steps.dtype)
-        self._steps[self._of_world :] = state["policy.step"].reshape(()).to(self._steps.dtype)
+        world, policy = self._taken
+        self._steps[: self._of_world] = world
+        self._steps[self._of_world :] = policy
 
     def holds(self) -> bool:
         """Tell whether the optimisers' states are those that were shared."""
