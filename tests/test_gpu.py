@@ -18,10 +18,13 @@ from conftest import ON_GPU, REHEARSED, TINY, random_episode
 from going_on import check_goes_on
 from gpu_cases import CONFIGS, SEVERAL, Case
 from loop_oracle import everything
+from official_like import OfficialLike
 from update_oracle import check_gradients, random_batch
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.benchmarks.harness import stand_in
+from tdmpc2_fast.compat.accelerate import accelerate, deaccelerate
+from tdmpc2_fast.compat.draws import given, plan_order, update_order
 from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.kernels.device import cluster_check
 from tdmpc2_fast.kernels.device.launch import Precision
@@ -30,7 +33,7 @@ from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.trace import PlanTrace
-from tdmpc2_fast.rng import PlanNoise
+from tdmpc2_fast.rng import PlanNoise, UpdateNoise
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: pytest -m gpu")]
@@ -331,6 +334,30 @@ def test_an_agent_goes_on_as_if_it_had_not_been_kept(name: str, backend: str) ->
     """Its generators, moments and warm start live on the device; they are kept on the host."""
     cfg = CONFIGS[name](device="cuda", backend=backend, seed=int(np.random.default_rng().integers(2**31)))
     check_goes_on(cfg, lambda tensors: {k: v.detach().cpu().clone() for k, v in tensors.items()})
+
+
+@pytest.mark.later
+@pytest.mark.parametrize("name", ["odd", "episodic", "multitask"])
+def test_an_official_agent_is_made_fast_in_place_and_given_back(name: str) -> None:
+    cfg = CONFIGS[name](device="cuda", dropout=0.0, max_std=0.3)
+    agent, plain = OfficialLike(cfg), OfficialLike(cfg)
+    accelerate(agent, backend="triton", precision="float32")
+    assert not agent.acceleration.left
+    for seed in range(3):
+        noise, update_noise = draw(cfg, 1), UpdateNoise.draw(cfg, torch.Generator(GPU).manual_seed(seed))
+        obs, task, batch = observation(cfg, 1).to(GPU), task_of(cfg, 1), random_batch(cfg, GPU, seed)
+        with given(plan_order(noise)):
+            wanted = plain.plan(obs, t0=seed == 0, eval_mode=False, task=task)
+        got = agent.acceleration.plan(obs, seed == 0, False, task, noise)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-2)
+        agent.acceleration.learn(batch, update_noise)
+        with given(update_order(update_noise)):
+            plain._update(*batch[:4], task=batch.task)
+    now = {k: x.clone() for k, x in agent.model.state_dict().items()}
+    for k, x in plain.model.state_dict().items():
+        torch.testing.assert_close(now[k], x, rtol=1e-3, atol=1e-4)
+    deaccelerate(agent)
+    assert all(torch.equal(x, now[k]) for k, x in agent.model.state_dict().items())
 
 
 def test_a_failure_on_the_device_is_raised_by_a_later_call(livened: Liven) -> None:

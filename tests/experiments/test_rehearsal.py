@@ -304,6 +304,7 @@ GPU_TESTS = [
     "test_a_replay_is_bitwise_an_eager_plan[multitask-tf32-E7]",
     "test_a_replayed_update_is_bitwise_an_eager_one[pixels-tf32]",
     "test_a_failure_on_the_device_is_raised_by_a_later_call",
+    "test_an_official_agent_is_made_fast_in_place_and_given_back[multitask]",
 ]
 
 

@@ -81,8 +81,8 @@ class OfficialLike(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = OfficialConfig(**cfg.to_dict(), compile=False, bin_size=cfg.bin_size)
-        self.made_of, self.device = cfg, torch.device("cpu")
-        self.model = Model(cfg)
+        self.made_of, self.device = cfg, torch.device(cfg.device)
+        self.model = Model(cfg).to(self.device)
         named = dict(self.model.named_parameters())
         groups: list[dict[str, Any]] = [dict(params=[p for n, p in named.items() if n.startswith(k)]) for k in _GROUPS]
         groups[0]["lr"] = cfg.lr * cfg.enc_lr_scale
@@ -90,11 +90,12 @@ class OfficialLike(nn.Module):
         pi = [p for n, p in named.items() if n.startswith("_pi.")]
         self.pi_optim = torch.optim.Adam(pi, lr=cfg.lr, eps=1e-5)
         self.scale = nn.Module()
-        self.scale.register_buffer("value", torch.ones(1))
+        self.scale.register_buffer("value", torch.ones(1, device=self.device))
         self.cfg.iterations += 2 * int(self.cfg.action_dim >= 20)
-        self.discount = torch.tensor(cfg.discounts) if cfg.multitask else cfg.discounts[0]
-        self.register_buffer("_prev_mean", torch.zeros(cfg.horizon, cfg.need("action_dim")))
+        self.discount = torch.tensor(cfg.discounts).to(self.device) if cfg.multitask else cfg.discounts[0]
+        self.register_buffer("_prev_mean", torch.zeros(cfg.horizon, cfg.need("action_dim"), device=self.device))
         self.model.eval()
+        self.model.init()
 
     @property
     def plan(self) -> Any:
@@ -114,17 +115,17 @@ class OfficialLike(nn.Module):
 
     @torch.no_grad()
     def _plan(self, obs: Tensor, t0: bool = False, eval_mode: bool = False, task: Tensor | None = None) -> Tensor:
-        c, a = self.cfg, self.cfg.action_dim
-        of_prior, of_samples = torch.empty(c.num_pi_trajs, a), torch.empty(c.num_samples, a)
+        c, a, on = self.cfg, self.cfg.action_dim, self.device
+        of_prior, of_samples = torch.empty(c.num_pi_trajs, a, device=on), torch.empty(c.num_samples, a, device=on)
         pi_eps = torch.stack([torch.randn_like(of_prior) for _ in range(c.horizon)])
         draws: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         for _ in range(c.iterations):
-            draws[0].append(torch.randn(c.horizon, c.num_samples - c.num_pi_trajs, a))
+            draws[0].append(torch.randn(c.horizon, c.num_samples - c.num_pi_trajs, a, device=on))
             draws[1].append(torch.randn_like(of_samples))
             draws[2].append(torch.randperm(c.num_q)[:2])
         samples, value_eps, members = (torch.stack(x) for x in draws)
-        elite = torch.empty(c.num_elites).exponential_()
-        action = torch.zeros(a) if eval_mode else torch.randn(a)
+        elite = torch.empty(c.num_elites, device=on).exponential_()
+        action = torch.zeros(a, device=on) if eval_mode else torch.randn(a, device=on)
         noise = PlanNoise(pi_eps[None], samples[:, None], value_eps[:, None], members, elite[None], action[None])
         return self._reference().plan(obs, t0, eval_mode, task, noise)
 
@@ -136,10 +137,11 @@ class OfficialLike(nn.Module):
         self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, task: Tensor | None = None
     ) -> dict[str, Tensor]:
         c = self.cfg
+        like = torch.empty(c.horizon + 1, c.batch_size, c.action_dim, device=self.device)
         noise = UpdateNoise(
-            td_eps=torch.randn_like(torch.empty(c.horizon, c.batch_size, c.action_dim)),
+            td_eps=torch.randn_like(like[1:]),
             td_members=torch.randperm(c.num_q)[:2],
-            pi_eps=torch.randn_like(torch.empty(c.horizon + 1, c.batch_size, c.action_dim)),
+            pi_eps=torch.randn_like(like),
             pi_members=torch.randperm(c.num_q)[:2],
         )
         return self._reference().update(Batch(obs, action, reward, terminated, task), noise)
