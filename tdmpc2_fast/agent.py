@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .errors import InputError, kind_of
 from .inputs import check_obs, flags, observation
 from .learn.batch import Sampler
 from .learn.updater import Updater
@@ -111,13 +109,7 @@ class TDMPC2:
             CheckpointError: of another model (the message says what differs), not finite, or no model at all.
             InputError: neither a path nor a state dict.
         """
-        if isinstance(fp, Mapping):
-            checkpoint.load_into(self.model, fp)
-        elif isinstance(fp, (str, os.PathLike)):
-            state, saved = checkpoint.read(fp, self.device)
-            checkpoint.load_into(self.model, state, repr(str(fp)), saved=saved)
-        else:
-            raise InputError(f"fp: got {kind_of(fp)}, allowed: a path or a state dict")
+        checkpoint.load(self.model, fp)
 
 
 @undisturbed

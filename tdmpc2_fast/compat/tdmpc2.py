@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from tdmpc2_fast.kernels.update.optim import POLICY_EPS
 
 from ..config import LARGE_ACTION_DIM, Config
-from ..errors import InputError, kind_of
 from ..learn.batch import Batch, Sampler
 from ..model import checkpoint
 from ..runtime.backend import resolve_device
@@ -85,13 +83,7 @@ class TDMPC2(nn.Module):
                 weights only.
             InputError: neither a path nor a state dict.
         """
-        if isinstance(fp, Mapping):
-            checkpoint.load_into(self.model, fp)
-        elif isinstance(fp, (str, os.PathLike)):
-            state, saved = checkpoint.read(fp, self.device)
-            checkpoint.load_into(self.model, state, repr(str(fp)), saved=saved)
-        else:
-            raise InputError(f"fp: got {kind_of(fp)}, allowed: a path or a state dict")
+        checkpoint.load(self.model, fp)
 
     @torch.no_grad()
     def act(self, obs: Tensor, t0: bool = False, eval_mode: bool = False, task: int | None = None) -> Tensor:

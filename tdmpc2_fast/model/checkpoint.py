@@ -149,6 +149,22 @@ def read_with_config(path: str | Path, changes: Mapping[str, Any]) -> tuple[dict
     return state, cfg, on_this_machine(whole.replace(**changes), changes)
 
 
+def load(model: WorldModel, fp: str | Path | Mapping[str, Any]) -> None:
+    """Load a file, or a state dict, as `load_into` does.
+
+    Raises:
+        CheckpointError: as `read` and `load_into`.
+        InputError: neither a path nor a state dict.
+    """
+    if isinstance(fp, Mapping):
+        load_into(model, fp)
+    elif isinstance(fp, (str, os.PathLike)):
+        state, saved = read(fp, model.device)
+        load_into(model, state, repr(str(fp)), saved=saved)
+    else:
+        raise InputError(f"fp: got {kind_of(fp)}, allowed: a path or a state dict")
+
+
 def load_into(
     model: WorldModel,
     state: Mapping[str, Any],
