@@ -309,6 +309,37 @@ def test_what_is_no_official_agent_is_refused() -> None:
     assert deaccelerate(plain) is plain
 
 
+def test_what_was_compiled_is_judged_as_written_and_comes_back() -> None:
+    def compiled(*args: Any, **keys: Any) -> Any:
+        raise AssertionError("it would be compiled now")
+
+    agent, _, cfg = pair("state")
+    compiled._torchdynamo_orig_callable = agent._update  # type: ignore[attr-defined]
+    agent._update = compiled
+    agent.__dict__["_plan_val"] = compiled
+    accelerate(agent, backend="torch")
+    assert not agent.acceleration.left
+    agent.act(torch.zeros(cfg.observation_shape))
+    agent.update(SimpleNamespace(sample=lambda: tuple(batch_of(cfg, 1))))
+    deaccelerate(agent)
+    assert agent._update is compiled
+    assert agent.__dict__["_plan_val"] is compiled
+
+
+def test_judging_disturbs_nothing() -> None:
+    agent = OfficialLike(KINDS["state"])
+    agent.model.train()
+    before, kept = numbers(agent), torch.get_rng_state()
+    accelerate(agent, backend="torch")
+    assert torch.equal(kept, torch.get_rng_state())
+    assert agent.model.training
+    assert agent.cfg.batch_size == KINDS["state"].batch_size
+    assert agent.cfg.max_std == KINDS["state"].max_std
+    deaccelerate(agent)
+    assert equal(before, numbers(agent))
+    assert not agent.optim.state
+
+
 def test_newt_is_named() -> None:
     agent = OfficialLike(KINDS["state"])
     agent.model._Qs.online = torch.nn.Module()
