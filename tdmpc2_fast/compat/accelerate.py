@@ -243,14 +243,15 @@ class Acceleration:
                 self._before[name] = own[name]
             own[name] = function
         own[_KEY] = self
-        for name, part in (("plan", "planner"), ("update", "updater")):
-            if name not in self.left:
-                getattr(self, part)  # errors now, and not in the first step
+        if "plan" not in self.left:
+            assert self.planner is not None  # errors now; an updater is made when the first update comes
 
     def undo(self) -> None:
         """Give the agent its own code back, and every tensor memory of its own."""
         self._take_in()
         own = self.agent.__dict__
+        if "updater" in self._kept and "update" not in self.left:  # of a copy: its optimisers are given what is theirs
+            assert self.updater is not None
         if self._updater is not None:
             self._updater.synchronise()
             self.optimisers.part()
@@ -335,11 +336,11 @@ class Acceleration:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        found = self._streams()
-        if self._updater is not None:  # a copy of an optimiser may not know whose its states are
-            state = self._updater.state()
-            found["updater"] = by_value(state)
-        names = self.__dict__.get("_optimisers") and self._optimisers.names
+        found, names = self._streams(), self._names
+        if "_optimisers" in self.__dict__:  # of which a copy may not know whose its states are
+            names = self._optimisers.names
+            state = self._optimisers.state() if self._updater is None else self._updater.state()
+            found["updater"] = {**found.get("updater", {}), **by_value(state)}
         return dict(agent=self.agent, keys=self._keys, left=self.left, names=names, kept=found)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

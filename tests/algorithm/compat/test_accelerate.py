@@ -150,7 +150,7 @@ def test_a_copy_goes_on_as_the_agent_does(kind: str, how: str, backend: str) -> 
     accelerate(agent, backend=backend)
     plan(agent, cfg, 1)
     learn(agent, cfg, 1)
-    other = copy.deepcopy(agent) if how == "copy.deepcopy" else pickle.loads(pickle.dumps(agent))
+    other = copied(agent, how)
     obs, task = torch.zeros(cfg.observation_shape), 1 if cfg.multitask else None
     assert torch.equal(agent.act(obs, task=task), other.act(obs, task=task))  # from the random streams of their own
     batch = batch_of(cfg, 2)
@@ -161,6 +161,28 @@ def test_a_copy_goes_on_as_the_agent_does(kind: str, how: str, backend: str) -> 
     learn(agent, cfg, 3)
     learn(other, cfg, 3)
     assert close(agent, other)
+
+
+def copied(agent: Any, how: str) -> Any:
+    return copy.deepcopy(agent) if how == "copy.deepcopy" else pickle.loads(pickle.dumps(agent))
+
+
+@pytest.mark.parametrize("how", ["copy.deepcopy", "pickle"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_copy_of_a_copy_that_did_nothing_has_everything(how: str, learned: bool) -> None:
+    agent, plain, cfg = pair("state")
+    accelerate(agent, backend="torch")
+    if learned:
+        learn(agent, cfg, 5)
+        learn(plain, cfg, 5)
+    other = copied(copied(agent, how), how)
+    given_back = deaccelerate(copied(other, how))
+    assert not hasattr(given_back, "acceleration")
+    for each in (agent, other, given_back, plain):
+        learn(each, cfg, 6)
+    assert equal(numbers(agent), numbers(other))
+    assert close(given_back, plain)
+    assert close(agent, plain)
 
 
 def test_files_are_as_before(tmp_path: Path, backend: str) -> None:
