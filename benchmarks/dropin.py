@@ -200,7 +200,7 @@ def agents(module: Any, name: str) -> Iterator[tuple[str, bool, str]]:
     kept = _numbers(agent)
     deaccelerate(agent)
     yield "given back bit for bit", all(map(torch.equal, kept, _numbers(agent))), ""
-    yield "with its own code", not {"acceleration", "_plan_val", "_update"} & agent.__dict__.keys(), ""
+    yield "with its own code", not {"acceleration", "_plan_val", "_plan", "_update"} & agent.__dict__.keys(), ""
     trial.plain, trial.agent = agent, others[0]
     apart = trial.updates_apart()
     yield "and learns on as its copy does", apart <= LIMIT, f"{apart:.1e}"

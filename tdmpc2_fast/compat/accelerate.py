@@ -7,7 +7,6 @@ its running scale and its previous mean are shared, so that everything else abou
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import LARGE_ACTION_DIM, Config
 from ..errors import ConfigError, InputError, did_you_mean, kind_of
 from ..learn.batch import Batch, Sampler, UpdateTrace
 from ..learn.updater import Updater
@@ -24,15 +22,19 @@ from ..plan.planner import Planner
 from ..rng import PlanNoise, UpdateNoise
 from ..runtime.backend import Backend
 from ..runtime.by_value import by_value, from_values
+from ..runtime.surroundings import undisturbed
 from .judged import Judge
+from .readings import Readings, plain_model
 from .sharing import SharedModel, SharedOptimisers, own_memory
 
 _KEY = "acceleration"
 _OURS = ("backend", "precision", "task_grad_leak")
 _NEEDED = ("cfg", "model", "_prev_mean")
+_TAKEN = dict(_plan_val="plan", _plan="plan", _update="update")
 T = TypeVar("T")
 
 
+@undisturbed
 def accelerate(agent: T, **keys: Any) -> T:
     """Have a living official TD-MPC2 agent plan and learn by our kernels, in place, and return it.
 
@@ -72,6 +74,7 @@ def accelerate(agent: T, **keys: Any) -> T:
     return agent
 
 
+@undisturbed
 def deaccelerate(agent: T) -> T:
     """Give an accelerated agent back to its own code, in place, with all it has learned, and return it.
 
@@ -100,7 +103,7 @@ class Acceleration:
     """
 
     def __init__(self, agent: Any, keys: Mapping[str, Any] | None = None) -> None:
-        self.agent, self._keys = agent, dict(keys or {})
+        self.agent, self._readings = agent, Readings(agent, keys or {})
         self.left: dict[str, str] = {}
         self._names: dict[str, list[list[str]]] | None = None  # of a copy's parameters, which it has to be given
         self._kept: dict[str, Any] = {}  # what a copy goes on from
@@ -129,9 +132,9 @@ class Acceleration:
         """The updater of the agent's model; its optimisers and running scale are the agent's."""
         self._take_in()
         if self._updater is None:
-            self._updater = Updater(self.model.fast)
             state = self.optimisers.state() | dict(scale=own_memory(self.agent.scale.value))
             state |= from_values(self._kept.pop("updater", {}))
+            self._updater = Updater(self.model.fast)
             self._updater.load_state(state)
             self._share()
         elif not self.optimisers.holds():  # somebody loaded others
@@ -171,6 +174,12 @@ class Acceleration:
 
         rest: `terminated`, which older generations do not have.
         """
+        self._take_in()
+        if "update" in self.left:  # it was given back just now
+            found: dict[str, Tensor] = self.agent._update(
+                obs, action, reward, *rest, **({} if task is None else {"task": task})
+            )
+            return found
         terminated = rest[0] if rest else torch.zeros_like(reward)
         return self.learn(Batch(obs, action, reward, terminated, task))
 
@@ -203,12 +212,12 @@ class Acceleration:
         self.left = self._judged()
         has_head = getattr(self.model.official, "_termination", None) is not None
         if self.left and has_head and not (self.cfg.episodic or self.cfg.multitask):  # used all the same (April 2025)
-            self._keys["episodic"] = True
+            self._readings.keys["episodic"] = True
             left = self._judged()
             if len(left) < len(self.left):
                 self.left = left
             else:
-                del self._keys["episodic"]
+                del self._readings.keys["episodic"]
                 self._build()
         facts = "; ".join(f"{name}: {why}" for name, why in self.left.items())
         if len(self.left) == 2:
@@ -235,39 +244,53 @@ class Acceleration:
     def install(self) -> None:
         """Put ours in the place of the agent's own."""
         own = self.agent.__dict__
-        ours = dict(_plan_val=("plan", self.plan), _update=("update", self.update))
-        for name, (part, function) in ours.items():
+        for name, part in _TAKEN.items():
             if part in self.left:
                 continue
             if name in own:
                 self._before[name] = own[name]
-            own[name] = function
+            own[name] = getattr(self, part)
         own[_KEY] = self
         if "plan" not in self.left:
             assert self.planner is not None  # errors now; an updater is made when the first update comes
 
     def undo(self) -> None:
         """Give the agent its own code back, and every tensor memory of its own."""
-        self._take_in()
-        own = self.agent.__dict__
-        if "updater" in self._kept and "update" not in self.left:  # of a copy: its optimisers are given what is theirs
-            assert self.updater is not None
-        if self._updater is not None:
-            self._updater.synchronise()
-            self.optimisers.part()
-            self.agent.scale.value.data = own_memory(self.agent.scale.value)
+        if not self._asked:  # a copy that has done nothing: its optimisers are given what is theirs
+            self._build()
+        if not self.model.holds():
+            self.model.take()
+        self._part()
         self.agent._prev_mean.data = own_memory(self.agent._prev_mean)
         self.model.part()
-        for name in (_KEY, "_plan_val", "_update"):
-            own.pop(name, None)
-        own.update(self._before)
+        for name in (_KEY, *_TAKEN):
+            self.agent.__dict__.pop(name, None)
+        self.agent.__dict__.update(self._before)
+
+    def _part(self) -> None:
+        """Give optimisers and running scale memory of their own."""
+        if self._updater is not None:
+            self._updater.synchronise()
+            self.agent.scale.value.data = own_memory(self.agent.scale.value)
+        if "_optimisers" in self.__dict__:
+            self._optimisers.part()
+
+    def _give_back(self, why: str) -> None:
+        """Let the agent learn by its own code, since somebody made its optimisers others than ours can be."""
+        if _is_ours(self.agent):
+            raise InputError(why)
+        self.left["update"] = why
+        own = self.agent.__dict__
+        own.pop("_update", None)
+        if "_update" in self._before:
+            own["_update"] = self._before.pop("_update")
+        warnings.warn(f"accelerate: its own code learns from now on: {why}", UserWarning, stacklevel=2)
 
     # ---- what is the agent's now
 
     def _take_in(self) -> None:
         """Build anew, or take tensors anew, where others changed the agent since the last time."""
-        asked = self._read()
-        if asked != self._asked:
+        if self._readings.now() != self._asked:
             self._build()
         elif not self.model.holds():
             self.model.take()
@@ -275,15 +298,24 @@ class Acceleration:
             self.model.align()
 
     def _build(self) -> None:
-        self._kept = self._streams()
-        self._asked = self._read()
-        self.cfg = _config(self.agent, self._keys)
-        self.model = SharedModel(getattr(self.agent.model, "_orig_mod", self.agent.model), self.cfg)
+        kept, is_copy = self._streams(), self._names is not None
+        asked, cfg = self._readings.now(), self._readings.config()
+        self._part()
+        self._kept, self._asked, self.cfg = kept, asked, cfg
+        self.model = SharedModel(plain_model(self.agent), cfg)
         self.__dict__.pop("_optimisers", None)
         self._planner = self._updater = None
-        if "update" not in self.left and self._has_optimisers():
-            self.cfg = self.cfg.replace(**self.optimisers.rates())
-            self.model.fast.cfg = self.cfg
+        if "update" in self.left:
+            return
+        try:
+            self.cfg = cfg.replace(**self.optimisers.rates())
+        except InputError as e:
+            if self.agent.__dict__.get(_KEY) is self:
+                self._give_back(str(e))
+            return
+        self.model.fast.cfg = self.cfg
+        if is_copy and "updater" in self._kept:
+            assert self.updater is not None  # its optimisers have lost what is kept here
 
     @property
     def optimisers(self) -> SharedOptimisers:
@@ -296,24 +328,6 @@ class Acceleration:
             self._optimisers = SharedOptimisers(self.agent, self.model.fast, self._names)
             self._names = None
         return self._optimisers
-
-    def _has_optimisers(self) -> bool:
-        try:
-            return self.optimisers is not None
-        except InputError:
-            return False
-
-    def _read(self) -> tuple[Any, ...]:
-        """Return all settings that a plan or an update depends on, as they are now."""
-        agent = self.agent
-        optims = [optim for name in ("optim", "pi_optim") if (optim := getattr(agent, name, None)) is not None]
-        rates = tuple(group.get("lr") for optim in optims for group in optim.param_groups)
-        discount = agent.discount
-        discount = tuple(discount.tolist()) if isinstance(discount, Tensor) else discount
-        device = _device(agent)
-        precision = torch.get_float32_matmul_precision() if device.type == "cuda" else ""
-        values = tuple(getattr(agent.cfg, key, None) for key in _READ)
-        return (values, rates, discount, precision, device, agent.model)
 
     def _share(self) -> None:
         """Have the agent's optimisers and running scale be what the updater works on."""
@@ -341,7 +355,7 @@ class Acceleration:
             names = self._optimisers.names
             state = self._optimisers.state() if self._updater is None else self._updater.state()
             found["updater"] = {**found.get("updater", {}), **by_value(state)}
-        return dict(agent=self.agent, keys=self._keys, left=self.left, names=names, kept=found)
+        return dict(agent=self.agent, keys=self._readings.keys, left=self.left, names=names, kept=found)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         type(self).__init__(self, state["agent"], state["keys"])
@@ -351,35 +365,6 @@ class Acceleration:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-
-_READ = tuple(
-    f.name
-    for f in dataclasses.fields(Config)
-    if f.metadata["group"] not in ("evaluation", "logging", "misc", "of this project") or f.name == "seed"
-)
-"""Keys of the official config that a plan or an update depends on."""
-
-
-def _device(agent: Any) -> torch.device:
-    return next(agent.model.parameters()).device  # type: ignore[no-any-return]
-
-
-def _config(agent: Any, keys: Mapping[str, Any]) -> Config:
-    """Return our config of an official agent as it is now."""
-    cfg, device = Config.from_official(agent.cfg), _device(agent)
-    changes: dict[str, Any] = dict(device=str(device), num_envs=1, **keys)
-    if cfg is not agent.cfg and (cfg.action_dim or 0) >= LARGE_ACTION_DIM:
-        changes["iterations"] = cfg.iterations - 2  # which the agent has added, and ours adds again
-    if "precision" not in keys and device.type == "cuda":
-        changes["precision"] = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    if cfg.multitask:
-        wanted, got = torch.tensor(cfg.discounts), torch.as_tensor(agent.discount).cpu()
-        if got.shape != wanted.shape or not torch.allclose(got, wanted):
-            raise InputError(f"agent.discount: got {got.tolist()}, allowed: {wanted.tolist()}, of cfg.episode_lengths")
-    elif agent.discount != cfg.discounts[0]:
-        changes |= dict(discount_min=float(agent.discount), discount_max=float(agent.discount))
-    return cfg.replace(**changes)
 
 
 __all__ = ["Acceleration", "accelerate", "deaccelerate"]

@@ -23,7 +23,7 @@ def plan_order(noise: PlanNoise) -> Iterator[Tensor]:
     """Yield the draws of a plan for one environment."""
     if noise.shift is not None:
         yield noise.shift
-    yield from noise.pi_eps[0]
+    yield from noise.pi_eps[0] if noise.pi_eps.shape[2] else ()
     for i in range(len(noise.samples)):
         yield noise.samples[i, 0]
         yield noise.value_eps[i, 0]

@@ -6,10 +6,11 @@ the file all the same. Here nothing is imported, called or allocated: each name 
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -34,6 +35,10 @@ _BYTES |= dict(ComplexFloat=8, ComplexDouble=16)
 MOST_BYTES = 8 << 20
 """The longest pickle that is looked at, of which each byte may make a list; a state dict's has a hundredth of it."""
 _TOO_DEEP = 64  # dicts and lists in one another
+_MOST_DIMS = 64  # of a tensor, as in torch
+_BITS = 63  # of a number
+_KEYS = (str, int, float, bytes, type(None))
+"""What may be a key. Tuples in tuples are small in a file and take for ever to hash."""
 
 
 class RefusedError(Exception):
@@ -75,7 +80,9 @@ class _Name:
 
     def __call__(self, *args: Any) -> Any:
         if self.name == "collections.OrderedDict":
-            return _Dict(*args)
+            pairs = list(*args)
+            _check_keys(k for k, _ in pairs)
+            return _Dict(pairs)
         if self.name == "torch.Size":
             return tuple(*args)
         if self.name.startswith("torch._utils._rebuild_tensor"):
@@ -95,17 +102,25 @@ class _Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only 
         super().__init__(file)
         self.storages: dict[str, Storage] = {}
 
+    def _checked(self, what: str) -> None:
+        """Do what the base class does for a dict or set, of whose items the keys are looked at first."""
+        items = self.stack if what != "setitem" else self.stack[-2:-1]
+        pairs = what in ("setitems", "dict")
+        _check_keys(items[::2] if pairs else items)
+        getattr(pickle._Unpickler, f"load_{what}")(self)
+
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full in _HARMLESS or _DTYPE.match(full) or _STORAGE.match(full):
             return _Name(full)
-        raise RefusedError(full)
+        raise RefusedError(full[:200])
 
     def persistent_load(self, pid: Any) -> Storage:
-        kind, storage, key, _, numel = pid[:5]
+        kind, storage, key, _, numel = pid[:5] if isinstance(pid, tuple) else ()
         of = _STORAGE.match(getattr(storage, "name", "").replace("torch.storage.", "torch."))
-        if kind != "storage" or of is None or type(numel) is not int or numel < 0:
-            raise ClaimError(f"a storage of the kind {kind!r}")
+        plain = kind == "storage" and isinstance(key, (str, int)) and type(numel) is int
+        if not plain or of is None or not 0 <= numel < 1 << _BITS:
+            raise ClaimError("a storage of another kind than torch writes")
         itemsize = _BYTES.get(of[1], 1)
         found = Storage(str(key), numel * itemsize, itemsize)
         if self.storages.setdefault(found.key, found).nbytes != found.nbytes:
@@ -113,8 +128,14 @@ class _Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only 
         return found
 
 
+for _what in ("setitem", "setitems", "dict", "additems", "frozenset"):
+    _Unpickler.dispatch[getattr(pickle, _what.upper())[0]] = functools.partial(_Unpickler._checked, what=_what)
+
+
 def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> None:
     """Raise `ClaimError` where a tensor has more numbers than its storage, or some that are not in it."""
+    if any(type(n) is not int or n.bit_length() > _BITS for n in (*size, *stride, offset)) or len(size) > _MOST_DIMS:
+        raise ClaimError("a tensor of sizes that none can have")
     numbers = 1
     for n in size:
         numbers *= n
@@ -123,6 +144,14 @@ def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> None:
     # Bytes of an untyped storage are numbers of one byte at least, which is all that can be said of them.
     if min([*size, *stride, offset, 0]) < 0 or max(numbers, last) > held:
         raise ClaimError(f"a tensor of {numbers:,} numbers in a storage of {held:,}")
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Raise `ClaimError` where one is no name, no number, and no few of those."""
+    for key in keys:
+        parts = key if isinstance(key, tuple) and len(key) <= _MOST_DIMS else (key,)
+        if not all(isinstance(part, _KEYS) for part in parts):
+            raise ClaimError(f"a dict with a key of the type {type(key).__name__}")
 
 
 def zipped(data: bytes, held: Mapping[str, int]) -> None:

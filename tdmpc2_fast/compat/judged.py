@@ -168,6 +168,7 @@ class Judge:
         moments = [{p: {k: own_memory(x) for k, x in s.items()} for p, s in o.state.items()} for o in states]
         dropouts = [(m, m.p) for m in agent.model.modules() if isinstance(m, nn.Dropout)]
         modes = [(m, m.training) for m in agent.modules()]
+        attributes = [(own, dict(own)) for own in (agent.__dict__, getattr(agent.cfg, "__dict__", {}))]
         try:
             for m, _ in dropouts:
                 m.p = 0.0
@@ -179,6 +180,10 @@ class Judge:
                     p.grad = None if g is None else own_memory(g)
             yield
         finally:
+            for own, before in attributes:
+                for name in own.keys() - before.keys():
+                    del own[name]
+                own.update(before)
             for m, rate in dropouts:
                 m.p = rate
             for m, training in modes:
@@ -188,13 +193,13 @@ class Judge:
                     x.copy_(copy)
             for p, g in grads:
                 p.grad = g
-            for optim, before in zip(states, moments, strict=True):
+            for optim, of_each in zip(states, moments, strict=True):
                 for p in list(optim.state):
-                    if p not in before:
+                    if p not in of_each:
                         del optim.state[p]
                         continue
                     for k in (*MOMENTS, "step"):
-                        optim.state[p][k].copy_(before[p][k])
+                        optim.state[p][k].copy_(of_each[p][k])
 
     @contextlib.contextmanager
     def _as_written(self) -> Iterator[None]:

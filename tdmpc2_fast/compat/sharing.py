@@ -206,8 +206,9 @@ class SharedOptimisers:
         for name, optim, n, p in self._each():
             kept = optim.state.get(p, {})
             found |= {f"{k}.{n}": own_memory(kept[k]) if k in kept else torch.zeros_like(p) for k in MOMENTS}
-            if "step" in kept:
-                found[_STEP[name]] = torch.as_tensor(kept["step"]).detach().float().cpu().reshape(())
+            if "step" in kept:  # of which ours has one; steps of somebody's own may have been of some
+                taken = torch.as_tensor(kept["step"]).detach().float().cpu().reshape(())
+                found[_STEP[name]] = torch.maximum(found[_STEP[name]], taken)
         found["steps"] = found[_STEP["optim"]].long()
         if self.model.cfg.multitask and self.model._task_emb.weight.grad is not None:
             found[TASK_GRADIENT] = own_memory(self.model._task_emb.weight.grad)
@@ -235,10 +236,13 @@ class SharedOptimisers:
         world, policy = self._taken
         self._steps[: self._of_world] = world
         self._steps[self._of_world :] = policy
+        self._counted = self._steps._version
 
     def holds(self) -> bool:
-        """Tell whether the optimisers' states are those that were shared."""
-        return all(optim.state.get(p) is kept for optim, p, kept in self._held)
+        """Tell whether the optimisers' states are those that were shared, with the steps that were counted."""
+        return self._steps._version == self._counted and all(
+            optim.state.get(p) is kept for optim, p, kept in self._held
+        )
 
     def part(self) -> None:
         """Give the states memory of their own."""

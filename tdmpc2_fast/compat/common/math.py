@@ -63,6 +63,7 @@ def two_hot(x: Tensor, cfg: Any) -> Tensor:
     """Return the two-hot code (B, K) of scalars (B, 1); with `num_bins` 0 or 1, x and symlog(x)."""
     if cfg.num_bins == 0:
         return x
+    x = x if x.is_floating_point() else x.float()
     if cfg.num_bins == 1:
         return symlog(x)
     return op.two_hot(x, cfg.num_bins, cfg.vmin, cfg.vmax)

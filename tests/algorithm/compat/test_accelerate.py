@@ -5,103 +5,22 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_multitask
 from official_like import OfficialLike
+from official_pairs import BACKENDS, KINDS, batch_of, close, equal, learn, numbers, pair, plan
 from torch import Tensor
 
-from tdmpc2_fast import TDMPC2, Config
+from tdmpc2_fast import TDMPC2
 from tdmpc2_fast.compat.accelerate import accelerate, deaccelerate
-from tdmpc2_fast.compat.draws import given, plan_order, update_order
 from tdmpc2_fast.errors import ConfigError, InputError
-from tdmpc2_fast.learn.batch import Batch
-from tdmpc2_fast.rng import PlanNoise, UpdateNoise
-
-LIMIT = 1e-5
-KINDS = {
-    "state": tiny_config(dropout=0.0),
-    "many actions": tiny_config(action_dim=21, dropout=0.0),
-    # Where actions are clamped and episodes end, sequences are of exactly equal value, and torch takes any of them.
-    "episodic": tiny_config(episodic=True, dropout=0.0, max_std=0.3),
-    "several tasks": tiny_multitask(dropout=0.0),
-}
 
 
-@pytest.fixture(params=["torch", "cpu"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpu":
-        pytest.importorskip("tdmpc2_fast.kernels.cpu.build")
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    return str(request.param)
-
-
-def batch_of(cfg: Config, seed: int) -> Batch:
-    g = torch.Generator().manual_seed(seed)
-    h, b = cfg.horizon, cfg.batch_size
-    task = torch.randint(0, len(cfg.tasks), (b,), generator=g) if cfg.multitask else None
-    ends = (torch.rand(h, b, 1, generator=g) < 0.3).float() * cfg.episodic
-    action = 2 * torch.rand(h, b, cfg.need("action_dim"), generator=g) - 1
-    obs = torch.randn(h + 1, b, *cfg.observation_shape, generator=g)
-    return Batch(obs, action, torch.randn(h, b, 1, generator=g), ends, task)
-
-
-def draws(cfg: Config, seed: int) -> UpdateNoise:
-    return UpdateNoise.draw(cfg, torch.Generator().manual_seed(seed))
-
-
-def learn(agent: Any, cfg: Config, seed: int) -> dict[str, Tensor]:
-    """One step of an agent, accelerated or not, from draws of this seed."""
-    batch, noise = batch_of(cfg, seed), draws(cfg, seed)
-    if hasattr(agent, "acceleration"):
-        return agent.acceleration.learn(batch, noise)
-    with given(update_order(noise)):
-        return agent.update(SimpleNamespace(sample=lambda: tuple(batch)))
-
-
-def plan(agent: Any, cfg: Config, seed: int, t0: bool = False) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    noise, obs = PlanNoise.draw(cfg, 1, g), torch.randn(1, *cfg.observation_shape, generator=g)
-    task = torch.tensor([seed % len(cfg.tasks)]) if cfg.multitask else None
-    if hasattr(agent, "acceleration"):
-        return agent.acceleration.plan(obs, t0, False, task, noise)
-    with given(plan_order(noise)):
-        return agent.plan(obs, t0=t0, eval_mode=False, task=task)
-
-
-def numbers(agent: Any) -> list[Tensor]:
-    """Everything an agent has learned, and its warm start."""
-    found = [x for x in agent.model.state_dict().values() if isinstance(x, Tensor)]
-    for optim in (agent.optim, agent.pi_optim):
-        kept = optim.state_dict()["state"]
-        found += [kept[i][k] for i in kept for k in ("step", "exp_avg", "exp_avg_sq")]
-    return [x.detach().clone() for x in [*found, agent.scale.value, agent._prev_mean]]
-
-
-def close(a: Any, b: Any) -> bool:
-    return all(torch.allclose(x, y, rtol=0, atol=LIMIT) for x, y in zip(numbers(a), numbers(b), strict=True))
-
-
-def equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
-    return len(xs) == len(ys) and all(map(torch.equal, xs, ys))
-
-
-def pair(kind: str, before: int = 1) -> tuple[OfficialLike, OfficialLike, Config]:
-    """Two equal agents that have taken `before` steps."""
-    cfg = KINDS[kind]
-    agents = OfficialLike(cfg), OfficialLike(cfg)
-    for agent in agents:
-        for i in range(before):
-            learn(agent, cfg, 100 + i)
-    assert equal(*map(numbers, agents))
-    return *agents, cfg
-
-
+@BACKENDS
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_plans_and_learns_as_before_and_is_given_back_bit_for_bit(kind: str, backend: str) -> None:
     agent, plain, cfg = pair(kind)
@@ -121,13 +40,14 @@ def test_it_plans_and_learns_as_before_and_is_given_back_bit_for_bit(kind: str, 
     now = numbers(agent)
     assert deaccelerate(agent) is agent
     assert equal(now, numbers(agent))
-    assert not {"acceleration", "_plan_val", "_update"} & agent.__dict__.keys()
+    assert not {"acceleration", "_plan_val", "_plan", "_update"} & agent.__dict__.keys()
     assert all(p.is_contiguous() and p.untyped_storage().nbytes() == p.nbytes for p in agent.model.parameters())
     learn(agent, cfg, 7)
     learn(plain, cfg, 7)
     assert close(agent, plain)
 
 
+@BACKENDS
 def test_act_and_update_are_those_of_the_agent(backend: str) -> None:
     agent, _, cfg = pair("state")
     accelerate(agent, backend=backend)
@@ -143,6 +63,7 @@ def test_act_and_update_are_those_of_the_agent(backend: str) -> None:
     assert float(agent.optim.state_dict()["state"][0]["step"]) == steps + 1
 
 
+@BACKENDS
 @pytest.mark.parametrize("how", ["copy.deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", ["state", "several tasks"])
 def test_a_copy_goes_on_as_the_agent_does(kind: str, how: str, backend: str) -> None:
@@ -185,6 +106,7 @@ def test_a_copy_of_a_copy_that_did_nothing_has_everything(how: str, learned: boo
     assert close(agent, plain)
 
 
+@BACKENDS
 def test_files_are_as_before(tmp_path: Path, backend: str) -> None:
     agent, plain, cfg = pair("state")
     accelerate(agent, backend=backend)
@@ -198,52 +120,6 @@ def test_files_are_as_before(tmp_path: Path, backend: str) -> None:
     for each in (agent, other):
         each._prev_mean.zero_()
     torch.testing.assert_close(plan(agent, cfg, 5), plan(other, cfg, 5), rtol=0, atol=1e-4)
-
-
-def changes() -> Iterator[tuple[str, Any]]:
-    def config(agent: Any) -> None:
-        agent.cfg.num_samples, agent.cfg.temperature = 12, 0.8
-
-    def learning_rate(agent: Any) -> None:
-        for group in [*agent.optim.param_groups, *agent.pi_optim.param_groups]:
-            group["lr"] *= 0.5
-
-    def moments(agent: Any) -> None:
-        kept = copy.deepcopy(agent.optim.state_dict())
-        for state in kept["state"].values():
-            state["exp_avg"] *= 2
-        agent.optim.load_state_dict(kept)
-
-    def weights(agent: Any) -> None:
-        with torch.no_grad():
-            agent.model._pi.get_parameter("0.weight").mul_(1.1)
-            agent.model._target_Qs_params.get_buffer("0.weight").mul_(1.1)
-
-    def warm_start(agent: Any) -> None:
-        agent._prev_mean.fill_(0.3)
-
-    def parameters(agent: Any) -> None:
-        layer = agent.model._dynamics.get_submodule("1")
-        with torch.no_grad():
-            layer.weight.data = layer.weight.data * 1.1
-
-    for each in (config, learning_rate, moments, weights, warm_start, parameters):
-        yield each.__name__, each
-
-
-@pytest.mark.parametrize("change", [pytest.param(f, id=name) for name, f in changes()])
-def test_what_others_change_is_taken_up(change: Any, backend: str) -> None:
-    agent, plain, cfg = pair("state")
-    accelerate(agent, backend=backend)
-    for each in (agent, plain):
-        plan(each, cfg, 0)
-        learn(each, cfg, 0)
-        change(each)
-    cfg = cfg.replace(num_samples=plain.cfg.num_samples)
-    torch.testing.assert_close(plan(agent, cfg, 1), plan(plain, cfg, 1), rtol=0, atol=1e-4)
-    learn(agent, cfg, 1)
-    learn(plain, cfg, 1)
-    assert close(agent, plain)
 
 
 class OtherPlan(OfficialLike):
@@ -281,6 +157,30 @@ def test_a_part_that_computes_something_else_is_named_and_left_alone() -> None:
 
     with pytest.raises(InputError, match=r"nothing of it can be taken over: plan: .*; update: "):
         accelerate(Both(cfg))
+
+
+class Counts(OfficialLike):
+    """One that keeps a book, and acts by `_plan`."""
+
+    steps = 0
+
+    def _update(self, *args: Any, **keys: Any) -> dict[str, Tensor]:
+        self.steps += 1
+        self.cfg.entropy_coef *= 1.0
+        self.cfg.mine = self.steps
+        return super()._update(*args, **keys)
+
+    def act(self, obs: Tensor, *args: Any, **keys: Any) -> Tensor:
+        return self._plan(obs.unsqueeze(0), *args, **keys)
+
+
+def test_judging_leaves_no_trace_in_a_subclass_and_its_act_is_taken_over() -> None:
+    agent = Counts(KINDS["state"])
+    accelerate(agent, backend="torch")
+    assert agent.steps == 0
+    assert not hasattr(agent.cfg, "mine")
+    agent.act(torch.zeros(KINDS["state"].observation_shape))
+    assert agent.acceleration.planner.stats().calls == 1
 
 
 def test_a_subclass_that_changes_what_goes_in_keeps_it() -> None:

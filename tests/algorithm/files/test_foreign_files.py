@@ -234,6 +234,19 @@ def a_chain_of_archives() -> bytes:
     return blob
 
 
+TWICE = b"K\x01" + b"2\x86" * 60
+"""A pair of the same pair of the same pair ...: small, and as long as the universe is old to hash or to print."""
+LONG = b"\x8b" + struct.pack("<I", 10**6) + b"\x7f" * 10**6
+STORAGE = b"X\x07\x00\x00\x00storage", b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+KEYS_OF_PAIRS = dict(
+    setitem=b"\x80\x02}" + TWICE + b"K\x01s.",
+    setitems=b"\x80\x02}(" + TWICE + b"K\x01u.",
+    dict=b"\x80\x02(" + TWICE + b"K\x01d.",
+    additems=b"\x80\x04\x8f(" + TWICE + b"\x90.",
+    frozenset=b"\x80\x04(" + TWICE + b"\x91.",
+    ordered=b"\x80\x02ccollections\nOrderedDict\n(](" + TWICE + b"K\x01\x86etR.",
+)
+
 BOMBS: dict[str, tuple[Callable[[Path], None], str]] = {
     "compressed": (
         zipped(with_pickle(bytes(GIGABYTE // 64)), zipfile.ZIP_DEFLATED),
@@ -265,6 +278,22 @@ BOMBS: dict[str, tuple[Callable[[Path], None], str]] = {
     "before 1.6": (
         of(legacy(tensor(10**12, (4,), (1,)), ["0"])),
         "storages of 4,000,000,000,000 bytes in a file of",
+    ),
+    **{f"key by {k}": (of(x), "a dict with a key of the type tuple") for k, x in KEYS_OF_PAIRS.items()},
+    **{f"zipped key by {k}": (zipped(with_pickle(x)), "a key of the type tuple") for k, x in KEYS_OF_PAIRS.items()},
+    "kind of a storage": (of(b"\x80\x02(" + TWICE + STORAGE[1] + b"."), "a storage of another kind"),
+    "sizes": (
+        of(
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(("
+            + b"".join(STORAGE)
+            + b"K\x00("
+            + LONG
+            + b"2" * 1999
+            + b"t("
+            + b"K\x01" * 2000
+            + b"t\x89NtR."
+        ),
+        "a tensor of sizes that none can have",
     ),
     "empty pickle": (zipped(with_pickle(b"")), "truncated or damaged"),
     "pickle of one byte": (zipped(with_pickle(b".")), "truncated or damaged"),
