@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.agent import load as load_agent
-from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError, kind_of
 from tdmpc2_fast.plan.planner import Planner
 
-from .envs import complete
-from .envs.base import Env
+from .envs import same_form
 from .envs.given import source_of
 from .run.evaluate import Evaluation, Evaluator
 from .run.events import Callback, Event
@@ -26,13 +24,14 @@ __all__ = ["Agent", "Callback", "Evaluation", "Event", "Interrupted", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C or another signal; its checkpoint is written, and `resume="auto"` goes on with it.
+    """A run was stopped by Ctrl-C or another signal; `resume="auto"` goes on from its checkpoint, if it writes any.
 
     status: that of a command stopped by this signal.
     """
 
     def __init__(self, status: int, folder: Path) -> None:
-        super().__init__(f"stopped; to go on: resume='auto', work_dir={str(folder)!r}")
+        how = f"to go on: resume='auto', work_dir={str(folder)!r}"
+        super().__init__(f"stopped; {how if (folder / 'checkpoints').is_dir() else 'no checkpoint was written'}")
         self.status = status
 
 
@@ -52,7 +51,7 @@ class Agent:
     def __init__(self, tdmpc2: TDMPC2, env: Any = None) -> None:
         self.tdmpc2, self.cfg = tdmpc2, tdmpc2.cfg
         self._source = source_of(self.cfg.task if env is None else env)
-        self._form = _checked(self._source.form(self.cfg), self.cfg)
+        self._form = same_form(self._source.form(self.cfg), self.cfg)
         self._form.close()  # its spaces are all that is wanted
         self._planner: Planner | None = None
         self._begun = False
@@ -88,13 +87,13 @@ class Agent:
         found: NDArray[np.float32] = action.cpu().numpy()
         return found if done is None else done(found)
 
-    def evaluate(self, env: Any = None, episodes: int | None = None, **keys: Any) -> Evaluation:
+    def evaluate(self, env: Any = None, episodes: int | None = None, video: str | Path | None = None) -> Evaluation:
         """Play episodes without exploration, and return what came of them.
 
         Args:
             env: where, as `train` takes it; None: the environment it was trained in.
             episodes: how many; None: `eval_episodes` of the config.
-            keys: settings of `Evaluator.run`, such as `video="film.mp4"`.
+            video: an mp4 of the first one, where given.
 
         Raises:
             ConfigError: an environment with other observations or actions.
@@ -104,10 +103,8 @@ class Agent:
         evaluator = Evaluator(self.tdmpc2, source, cfg)
         try:
             for each in evaluator.envs:
-                _checked(each, self.cfg)
-            if "video" in keys:
-                keys["video"] = Path(keys["video"])
-            return evaluator.run(**keys)
+                same_form(each, self.cfg)
+            return evaluator.run(video=None if video is None else Path(video))
         finally:
             evaluator.close()
 
@@ -123,7 +120,7 @@ class Agent:
 def train(
     env: Any = None,
     *,
-    callbacks: Callback | Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] | None = None,
     eval_env: Any = None,
     tell: Callable[..., None] = lambda **facts: None,
     **keys: Any,
@@ -157,23 +154,14 @@ def train(
             raise ConfigError(f"config key {key!r}: got {keys[key]!r}, allowed: {value!r}, of the environment given")
     if isinstance(env, str) and keys.get("task", env) != env:
         raise ConfigError(f"config key 'task': got {keys['task']!r}, allowed: {env!r}, which is the environment given")
-    each = (callbacks,) if callable(callbacks) else tuple(callbacks)
-    if bad := next((c for c in each if not callable(c)), None):
-        raise InputError(f"callbacks: got {kind_of(bad)}, allowed: functions of one event")
-    given = lifecycle.Given(tell, source, None if eval_env is None else source_of(eval_env), each)
+    each = callbacks if isinstance(callbacks, (list, tuple)) else (callbacks,) if callbacks is not None else ()
+    for callback in each:
+        if not callable(callback):
+            raise InputError(f"callbacks: got {kind_of(callback)}, allowed: functions of one event")
+    given = lifecycle.Given(tell, source, None if eval_env is None else source_of(eval_env), tuple(each))
     outcome = lifecycle.start({**source.keys, **keys}, given)
     if outcome.status >= 128:
         raise Interrupted(outcome.status, outcome.folder)
     agent = Agent(outcome.agent or load_agent(outcome.folder), source)
     agent.folder, agent.evaluation, agent.status = outcome.folder, outcome.evaluation, outcome.status
     return agent
-
-
-def _checked(env: Env, cfg: Config) -> Env:
-    """Return an environment that the agent of this config can act in."""
-    found = complete(cfg.replace(episode_length=None, seed_steps=None), env)
-    for key in ("obs_shape", "action_dim"):
-        got, wanted = getattr(found, key), getattr(cfg, key)
-        if got != wanted:
-            raise ConfigError(f"env: its {key} is {got}, allowed: {wanted}, which the agent was trained with")
-    return env

@@ -80,7 +80,7 @@ class _Name:
 
     def __call__(self, *args: Any) -> Any:
         if self.name == "collections.OrderedDict":
-            pairs = list(*args)
+            pairs: list[Any] = list(*args)
             _check_keys(k for k, _ in pairs)
             return _Dict(pairs)
         if self.name == "torch.Size":
@@ -97,6 +97,8 @@ class _Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only 
         for op, f in pickle._Unpickler.dispatch.items()
         if op not in (pickle.BYTEARRAY8[0], pickle.NEXT_BUFFER[0], pickle.READONLY_BUFFER[0])
     }
+
+    stack: list[Any]
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)

@@ -143,6 +143,9 @@ def test_it_is_evaluated_where_asked() -> None:
     assert elsewhere.unwrapped.steps == 60
     agent = train("Pendulum-v1", eval_env="Pendulum-v1", **{**KEYS, "steps": 210, "eval_freq": 500})
     assert agent.evaluation is not None
+    with pytest.raises(ConfigError, match=r"env: its obs_shape is .*\(3,\).*, allowed: .*\(6,\)"):
+        train(limited, eval_env="Pendulum-v1", work_dir="not made", **KEYS)
+    assert not Path("not made").exists()
 
 
 def test_callbacks_are_told_and_end_a_run() -> None:
@@ -174,11 +177,15 @@ def test_callbacks_are_told_and_end_a_run() -> None:
 
     with pytest.raises(ZeroDivisionError):
         train(limited, callbacks=[fails], **KEYS)
-    with pytest.raises(InputError, match="callbacks: got int, allowed: functions of one event"):
-        train(limited, callbacks=[3], **KEYS)  # type: ignore[list-item]
+    for wrong in ([3], 3):
+        with pytest.raises(InputError, match="callbacks: got int, allowed: functions of one event"):
+            train(limited, callbacks=wrong, **KEYS)  # type: ignore[arg-type]
+    said = train(limited, callbacks=[lambda event: np.bool_(event.kind != "episode")], **{**KEYS, "steps": 4000})
+    assert said.status == 1  # ended by the first episode, in which nothing is learned
+    assert train(limited, callbacks=None, **KEYS).status == 0
 
 
-def test_a_run_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_where_it_was_stopped(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(event: Event) -> None:
         if event.step == 60:
             signal.raise_signal(signal.SIGINT)
@@ -191,7 +198,22 @@ def test_a_run_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> 
     assert agent.status == 0
     finished = train(limited, work_dir="run", resume="auto", **KEYS)  # it is loaded
     assert finished.evaluation is None
+    assert "to go on: train(env, resume='auto', work_dir='run', steps=160)" in capsys.readouterr().out
     assert np.isfinite(finished.act(Drift().reset()[0])).all()
+
+
+def test_a_run_that_keeps_nothing_says_so() -> None:
+    def interrupt(event: Event) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped; no checkpoint was written"):
+        train(limited, callbacks=interrupt, save_agent=False, **KEYS)
+
+
+def test_one_environment_made_twice_is_refused() -> None:
+    one = limited()
+    with pytest.raises(ConfigError, match="the function made the same environment twice"):
+        train(lambda: one, **KEYS)
 
 
 @pytest.mark.parametrize(

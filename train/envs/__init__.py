@@ -77,6 +77,20 @@ def complete(cfg: Config, env: Env) -> Config:
     return env.overrides(cfg).with_env({cfg.obs: env.obs_shape}, env.action_dim, length)
 
 
+def same_form(env: Env, cfg: Config) -> Env:
+    """Return an environment that the agent of this completed config can act in.
+
+    Raises:
+        ConfigError: it observes or does something else; the message says what.
+    """
+    found = complete(cfg.replace(episode_length=None, seed_steps=None), env)
+    for key in ("obs_shape", "action_dim"):
+        got, wanted = getattr(found, key), getattr(cfg, key)
+        if got != wanted:
+            raise ConfigError(f"env: its {key} is {got}, allowed: {wanted}, which the agent is trained with")
+    return env
+
+
 def beside(values: Mapping[str, Any], saved: Config) -> dict[str, Any]:
     """Return the values given for a config that was saved, with the environment's other settings as they were."""
     given = values.get("env_kwargs")

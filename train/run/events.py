@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from typing_extensions import override
 
 from tdmpc2_fast.agent import TDMPC2
@@ -52,7 +53,8 @@ class Calls(Sink):
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         event = Event(_KINDS[kind], step, {k: v for k, v in values.items() if v is not None}, self._run.agent)
         for callback in self._callbacks:
-            if callback(event) is False:
+            answer = callback(event)
+            if isinstance(answer, (bool, np.bool_)) and not answer:
                 self._run.ended = True
 
     @override

@@ -13,7 +13,8 @@ from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.runtime.backend import on_this_machine, resolve_device
 
-from ..envs import beside, tried
+from ..envs import beside, same_form, tried
+from ..envs.base import close_all
 from ..envs.given import Source
 from ..envs.workers import leave_if_imported_anew
 from ..log.sinks import wandb_package
@@ -73,6 +74,8 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     leave_if_imported_anew()
     fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
     ReplayBuffer(fixed, resolve_device(cfg.device)).check_memory()
+    if given.evaluation is not None:
+        close_all([same_form(given.evaluation.form(fixed), fixed)])
     if cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None:
         as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
         return resume(home(cfg), as_begun, given)
@@ -123,7 +126,7 @@ def resume(run: str | Path, values: Mapping[str, Any], given: Given | None = Non
             more = 2 * max(cfg.steps, done)
             learned = "updater/steps" in saved.tensors
             how = "finished" if learned else "finished, and nothing was learned,"
-            print(f"{how} at {done:,} decisions; to go on: tdmpc2-fast resume {folder} steps={more}")
+            print(f"{how} at {done:,} decisions; to go on: {_call(folder, given.source, more)}")
             return Outcome(int(not learned), folder)
         choose_threads(cfg)
         return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], given)
@@ -218,6 +221,11 @@ def _how_to_go_on(trainer: OnlineTrainer) -> list[str]:
     last = trainer.checkpoints.last()
     if last is None:
         return [f"no checkpoint was written{'' if trainer.cfg.save_agent else ' (save_agent=false)'}"]
-    command = f"tdmpc2-fast resume {trainer.folder}"
-    call = f"train(env, resume='auto', work_dir={str(trainer.folder)!r})"
-    return [f"last checkpoint: {last}", f"to go on: {command if trainer.source.by_name else call}"]
+    return [f"last checkpoint: {last}", f"to go on: {_call(trainer.folder, trainer.source)}"]
+
+
+def _call(folder: Path, source: Source, steps: int | None = None) -> str:
+    """Return what goes on with a run: a command, or for environments that were handed over, a call."""
+    if source.by_name:
+        return f"tdmpc2-fast resume {folder}" + (f" steps={steps}" if steps else "")
+    return f"train(env, resume='auto', work_dir={str(folder)!r}{f', steps={steps}' if steps else ''})"

@@ -191,6 +191,25 @@ def test_one_of_a_vector_can_be_cut_alone() -> None:
     assert {*lengths[1]} == {4}
 
 
+class InParts(Counter):
+    observation_space = spaces.Dict(
+        text=spaces.Text(4, charset="ab"), one=spaces.OneOf([spaces.Discrete(2), spaces.Box(0, 1)]),
+        two=spaces.Tuple([spaces.Discrete(3), spaces.Box(0, 9, (2,))]),
+    )  # fmt: skip
+
+    def _see(self) -> Any:
+        return {"text": "ab", "one": (0, 1), "two": (2, np.full(2, self.number, np.float32))}
+
+
+def test_parts_of_a_vector_are_taken_apart_by_their_space() -> None:
+    space = InParts.observation_space
+    vector = SyncVectorEnv([lambda: gym.wrappers.TimeLimit(InParts(3, 99), 5)] * 3)
+    cfg = Config(num_envs=3).with_env({"state": (spaces.flatdim(space),)}, 1, 5)
+    found = VectorEnvironments(vector, cfg, print).reset([0, 1, 2])
+    wanted = spaces.flatten(space, InParts(3).reset()[0])
+    assert all(np.array_equal(found[i], wanted) for i in range(3))
+
+
 class Unmasked(gym.vector.VectorEnv[Any, Any, Any]):
     """A vector of somebody's own, which tells no limit."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,7 @@ class _Factory(Source):
     def __init__(self, function: Callable[[], Any]) -> None:
         super().__init__()
         self.function = function
+        self._made: list[weakref.ref[Any]] = []  # no set: whether two are equal is for their class to say
         self.keys = dict(task=getattr(function, "__name__", type(function).__name__).strip("<>"))
 
     @override
@@ -76,6 +78,13 @@ class _Factory(Source):
         env = self.function()
         if not _is_env(env):
             raise ConfigError(f"env: the function made {kind_of(env)}, allowed: a gymnasium.Env")
+        self._made = [made for made in self._made if made() is not None]
+        if any(made() is env.unwrapped for made in self._made):
+            raise ConfigError(
+                "env: the function made the same environment twice, allowed: a new one for each call, or, to train in "
+                "one alone, the environment itself"
+            )
+        self._made.append(weakref.ref(env.unwrapped))
         return _Handed(env, cfg, seed)
 
     @override
@@ -87,12 +96,12 @@ class _Factory(Source):
     def __getstate__(self) -> dict[str, Any]:
         import cloudpickle
 
-        return dict(self.__dict__, function=cloudpickle.dumps(self.function))
+        return dict(keys=self.keys, function=cloudpickle.dumps(self.function))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         import cloudpickle
 
-        self.__dict__.update(state, function=cloudpickle.loads(state["function"]))
+        self.__init__(cloudpickle.loads(state["function"]))  # type: ignore[misc]
 
 
 class _One(Source):

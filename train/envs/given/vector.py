@@ -145,7 +145,7 @@ class VectorEnvironments(Environments):
 
     def _seen_one(self, obs: Any, i: int, first: bool) -> Array:
         """Return the observation of environment i out of a batch."""
-        return self._checked(i, _of(obs, i), first)
+        return self._checked(i, _of(obs, i, self.env.single_observation_space), first)
 
     def _checked(self, i: int, obs: Any, first: bool) -> Array:
         found = self._observations[i](obs, first)
@@ -159,15 +159,18 @@ class VectorEnvironments(Environments):
         final = info.get("final_obs", info.get("final_observation"))
         if final is None:
             raise EnvError("info: got no 'final_obs' where an episode ended, allowed: one, in autoreset mode SameStep")
-        return self._checked(i, final[i] if not isinstance(final, Mapping) else _of(final, i), first=False)
+        batched = isinstance(final, Mapping)  # as wrappers may leave it; Gymnasium has an array of observations
+        return self._checked(i, _of(final, i, self.env.single_observation_space) if batched else final[i], first=False)
 
 
-def _of(batch: Any, i: int) -> Any:
-    """Return entry i of a batch of observations: arrays, or dicts and tuples of them."""
-    if isinstance(batch, Mapping):
-        return {k: _of(x, i) for k, x in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(_of(x, i) for x in batch)
+def _of(batch: Any, i: int, space: Any) -> Any:
+    """Return entry i of a batch of observations of a space: of a Dict or Tuple, of each part."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Dict):
+        return {k: _of(batch[k], i, part) for k, part in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_of(x, i, part) for x, part in zip(batch, space.spaces, strict=True))
     return batch[i]
 
 
