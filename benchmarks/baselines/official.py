@@ -149,7 +149,8 @@ def accelerated_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
     buffer = SimpleNamespace(sample=lambda: tuple(batch))
 
     def gate() -> Gate:
-        other, ours = _accelerated(checkout, agent), agent_of(agent.cfg)
+        ours = agent_of(agent.cfg)
+        other = _accelerated(checkout, ours)
         noise = update_draws(agent.cfg, agent.device)
         got, wanted = other.acceleration.learn(batch, noise), ours.updater.step(batch, noise)
         return Gate.of_metrics(numbers(wanted), numbers(got), 1e-3)

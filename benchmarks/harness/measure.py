@@ -174,20 +174,20 @@ COLUMNS = (*(f.name for f in dataclasses.fields(Row) if f.name not in _FACTS), *
 class Lineup:
     """The variants of a case as they are made, and why some cannot be.
 
-    note: stands behind the names of baselines.
+    note: stands behind the names of baselines, unless they compute as the product does (`alike`).
     """
 
     def __init__(self, product: str, variant: Variant, note: str = "") -> None:
         self.variants, self.missing, self._note = {product: variant}, dict[str, str](), note
 
-    def add(self, name: str, variant: Variant) -> None:
+    def add(self, name: str, variant: Variant, alike: bool = False) -> None:
         """Add a baseline."""
-        self.variants[name + self._note] = variant
+        self.variants[name if alike else name + self._note] = variant
 
-    def attempt(self, name: str, make: Callable[[], Variant]) -> None:
+    def attempt(self, name: str, make: Callable[[], Variant], alike: bool = False) -> None:
         """Make a baseline and add it; one that cannot be measured here is missing."""
         try:
-            self.add(name, make())
+            self.add(name, make(), alike)
         except CannotMeasureError as e:
             self.missing[name] = str(e)
 

@@ -114,7 +114,9 @@ def case(options: Options, size: int, actions: int, envs: int, precision: str) -
     if official := options.official:
         lineup.attempt("official", lambda: judged(replace(official_plan(official, agent, first[0], one), calls=envs)))
         if envs == 1:
-            lineup.attempt("official, accelerated", lambda: accelerated_plan(official, agent, first[0], one))
+            lineup.attempt(
+                "official, accelerated", lambda: accelerated_plan(official, agent, first[0], one), alike=True
+            )
     if jax := options.jax:
         lineup.attempt("JAX port", lambda: judged(plan_variant(jax, agent, obs)))
     return Case("planner", "plan", lineup.variants, lineup.missing, **at.facts)
