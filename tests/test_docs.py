@@ -254,8 +254,12 @@ MADE: dict[str, Callable[[], dict[str, Any]]] = {
 
 def presupposed(page: str) -> dict[str, Any]:
     """Puts what a page has not made itself into the folder; the names its Python uses without making them."""
-    if page == "benchmarks.md":
-        for checkout in ("tdmpc2/tdmpc2/tdmpc2.py", "tdmpc2-jax/tdmpc2_jax/tdmpc2.py"):
+    if page in ("benchmarks.md", "drop-in.md"):
+        for checkout in (
+            "tdmpc2/tdmpc2/tdmpc2.py",
+            "CHECKOUT/tdmpc2/tdmpc2.py",
+            "tdmpc2-jax/tdmpc2_jax/tdmpc2.py",
+        ):
             Path(checkout).parent.mkdir(parents=True)
             Path(checkout).touch()
     if page in ("commands.md", "checkpoints.md"):

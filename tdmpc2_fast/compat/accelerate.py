@@ -300,9 +300,9 @@ class Acceleration:
     def _build(self) -> None:
         kept, is_copy = self._streams(), self._names is not None
         asked, cfg = self._readings.now(), self._readings.config()
+        model = SharedModel(plain_model(self.agent), cfg)
         self._part()
-        self._kept, self._asked, self.cfg = kept, asked, cfg
-        self.model = SharedModel(plain_model(self.agent), cfg)
+        self._kept, self._asked, self.cfg, self.model = kept, asked, cfg, model
         self.__dict__.pop("_optimisers", None)
         self._planner = self._updater = None
         if "update" in self.left:
