@@ -49,6 +49,8 @@ def main(path, rate=10.0, decisions=100, task=0, evaluate=True):
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     laws = json.loads(session.get_modelmeta().custom_metadata_map["draws"])
     inputs = {x.name: (x.shape, DTYPES[x.type]) for x in session.get_inputs()}
+    if "prev_mean" not in inputs or rate <= 0:
+        sys.exit(f"got {path!r} and {rate:g}, allowed: the file of a plan (not the prior's) and a rate above 0")
     given = {"task": np.array([task])} if "task" in inputs else {}
     mean = np.zeros(*inputs["prev_mean"])  # of the first step of an episode
     session.run(None, {n: np.zeros(*x) for n, x in inputs.items()})  # the first call allocates
