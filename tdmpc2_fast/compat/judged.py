@@ -67,7 +67,7 @@ class Judge:
             try:
                 return compare()
             except Exception as e:  # of somebody's own code
-                return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                return f"judging it failed: {type(e).__name__} {' '.join(str(e).split())[:200]}".strip()
 
     def _plan(self) -> str | None:
         cfg, agent = self.cfg, self.agent
