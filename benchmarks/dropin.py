@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,9 +28,12 @@ from torch import Tensor
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.compat.accelerate import accelerate, deaccelerate
-from tdmpc2_fast.compat.draws import given, plan_order, update_order
+from tdmpc2_fast.compat.draws import given, plan_order, updated
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
+
+from .baselines.official import OfficialConfig
+from .harness.agents import as_trained
 
 SMALL = dict(enc_dim=64, mlp_dim=64, latent_dim=64, num_samples=64, num_elites=8, num_pi_trajs=4, batch_size=16)
 _STATE = dict(obs_shape={"state": (17,)}, action_dim=6, episode_length=500)
@@ -85,21 +87,12 @@ def prepared(checkout: Path, to: Path, ours: bool) -> Path:
 # ---- agents
 
 
-class _OfficialConfig(SimpleNamespace):
-    def get(self, key: str, default: Any = None) -> Any:
-        return getattr(self, key, default)
-
-
 def official_agent(module: Any, cfg: Config) -> Any:
     """Return an official agent with weights as large as a trained model's."""
-    theirs = _OfficialConfig(**cfg.to_dict(), compile=False, bin_size=cfg.bin_size)
+    theirs = OfficialConfig(**cfg.to_dict(), compile=False, bin_size=cfg.bin_size)
     with contextlib.redirect_stdout(io.StringIO()):
         agent = module.TDMPC2(theirs)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in agent.model.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
+    as_trained(agent.model, 1)
     return agent
 
 
@@ -115,7 +108,7 @@ class Trial:
         self.device = next(self.agent.model.parameters()).device
         self.random = torch.Generator(self.device).manual_seed(2)
         for agent in (self.agent, self.plain):  # moments to be taken over
-            self._learn(agent, self.batch(3), UpdateNoise.draw(cfg, torch.Generator(self.device).manual_seed(3)))
+            updated(agent, self.batch(3), UpdateNoise.draw(cfg, torch.Generator(self.device).manual_seed(3)))
 
     def observations(self, g: torch.Generator, *rows: int) -> Tensor:
         """Return random observations (*rows, *obs_shape)."""
@@ -136,14 +129,6 @@ class Trial:
         action, reward = 2 * uniform(h, b, self.cfg.need("action_dim")) - 1, 4 * uniform(h, b, 1) - 2
         return Batch(self.observations(g, h + 1, b), action, reward, terminated, task)
 
-    @staticmethod
-    def _learn(agent: Any, batch: Batch, noise: UpdateNoise) -> dict[str, Tensor]:
-        with given(update_order(noise)):
-            try:
-                return dict(agent.update(SimpleNamespace(sample=lambda: tuple(batch))).items())
-            except ValueError:  # of a generation without terminations
-                return dict(agent.update(SimpleNamespace(sample=lambda: (*batch[:3], batch.task))).items())
-
     def plans_apart(self) -> float:
         """Return how far actions and means of three plans lie apart."""
         worst = 0.0
@@ -161,7 +146,7 @@ class Trial:
         """Return how far parameters, moments and scale lie apart after three updates."""
         for i in range(_UPDATES):
             batch, noise = self.batch(10 + i), UpdateNoise.draw(self.cfg, self.random)
-            self._learn(self.plain, batch, noise)
+            updated(self.plain, batch, noise)
             self.agent.acceleration.learn(batch, noise)
         return max(_apart(x, y) for x, y in zip(_numbers(self.agent), _numbers(self.plain), strict=True))
 

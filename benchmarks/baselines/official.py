@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tdmpc2_fast import TDMPC2
 from tdmpc2_fast.compat.accelerate import accelerate
-from tdmpc2_fast.compat.draws import given, plan_order, update_order
+from tdmpc2_fast.compat.draws import given, plan_order, updated
 from tdmpc2_fast.learn.updater import Batch
 from tdmpc2_fast.rng import PlanNoise
 from tdmpc2_fast.runtime.backend import torch_products
@@ -94,7 +94,7 @@ def load_official(checkout: str, device: torch.device) -> ModuleType:
 def official_agent(checkout: str, agent: TDMPC2, compiled: bool, **changes: Any) -> Any:
     """Return an official agent with the weights of ours."""
     module = load_official(checkout, agent.device)
-    cfg = _Config(**agent.cfg.to_dict() | changes)
+    cfg = OfficialConfig(**agent.cfg.to_dict() | changes)
     cfg.compile = compiled
     cfg.iterations = agent.cfg.iterations  # it adds the two for many actions itself
     cfg.bin_size = agent.cfg.bin_size
@@ -105,10 +105,11 @@ def official_agent(checkout: str, agent: TDMPC2, compiled: bool, **changes: Any)
     return theirs
 
 
-class _Config(SimpleNamespace):
+class OfficialConfig(SimpleNamespace):
     """The official `cfg`: attributes, and `get`."""
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Return a key's value; `default` where there is none."""
         return getattr(self, key, default)
 
 
@@ -175,8 +176,7 @@ def official_update(checkout: str, agent: TDMPC2, batch: Batch) -> Variant:
         noise = update_draws(cfg, agent.device)
         with torch_products(tf32=False):
             got = ours.updater.step(batch, noise)
-            with given(update_order(noise)):
-                wanted = plain.update(buffer)
-        return Gate.of_metrics(numbers(got), numbers(dict(wanted.items())), 1e-3)
+            wanted = updated(plain, batch, noise)
+        return Gate.of_metrics(numbers(got), numbers(wanted), 1e-3)
 
     return Variant(within(agent.cfg, agent.device, lambda: theirs.update(buffer)), gate=gate)

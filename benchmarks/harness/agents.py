@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.compat.state_dict import tensors_only
@@ -26,12 +26,17 @@ from .measure import CannotMeasureError
 def agent_of(cfg: Config, num_envs: int = 1) -> TDMPC2:
     """Return an agent with weights of a trained model's size: zero last layers would make all values equal."""
     agent = TDMPC2(cfg, num_envs)
-    g = torch.Generator().manual_seed(cfg.seed)
-    with torch.no_grad():
-        for p in agent.model.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
+    as_trained(agent.model, cfg.seed)
     return agent
+
+
+@torch.no_grad()
+def as_trained(model: nn.Module, seed: int) -> None:
+    """Draw weights of a trained model's size."""
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.copy_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
 
 
 def reference_of(agent: TDMPC2) -> ReferenceAgent:

@@ -111,6 +111,7 @@ class Acceleration:
         self._asked: tuple[Any, ...] = ()
         self._planner: Planner | None = None
         self._updater: Updater | None = None
+        self._optimisers: SharedOptimisers | None = None
 
     @property
     def planner(self) -> Planner:
@@ -131,6 +132,9 @@ class Acceleration:
     def updater(self) -> Updater:
         """The updater of the agent's model; its optimisers and running scale are the agent's."""
         self._take_in()
+        return self._its_updater()
+
+    def _its_updater(self) -> Updater:
         if self._updater is None:
             state = self.optimisers.state() | dict(scale=own_memory(self.agent.scale.value))
             state |= from_values(self._kept.pop("updater", {}))
@@ -181,7 +185,7 @@ class Acceleration:
             )
             return found
         terminated = rest[0] if rest else torch.zeros_like(reward)
-        return self.learn(Batch(obs, action, reward, terminated, task))
+        return self._counted(self._its_updater().step(Batch(obs, action, reward, terminated, task)))
 
     def learn(
         self, batch: Batch, noise: UpdateNoise | None = None, trace: UpdateTrace | None = None
@@ -272,7 +276,7 @@ class Acceleration:
         if self._updater is not None:
             self._updater.synchronise()
             self.agent.scale.value.data = own_memory(self.agent.scale.value)
-        if "_optimisers" in self.__dict__:
+        if self._optimisers is not None:
             self._optimisers.part()
 
     def _give_back(self, why: str) -> None:
@@ -303,8 +307,7 @@ class Acceleration:
         model = SharedModel(plain_model(self.agent), cfg)
         self._part()
         self._kept, self._asked, self.cfg, self.model = kept, asked, cfg, model
-        self.__dict__.pop("_optimisers", None)
-        self._planner = self._updater = None
+        self._planner = self._updater = self._optimisers = None
         if "update" in self.left:
             return
         try:
@@ -315,7 +318,7 @@ class Acceleration:
             return
         self.model.fast.cfg = self.cfg
         if is_copy and "updater" in self._kept:
-            assert self.updater is not None  # its optimisers have lost what is kept here
+            self._its_updater()  # its optimisers have lost what is kept here
 
     @property
     def optimisers(self) -> SharedOptimisers:
@@ -324,7 +327,7 @@ class Acceleration:
         Raises:
             InputError: they are not as the official ones.
         """
-        if "_optimisers" not in self.__dict__:
+        if self._optimisers is None:
             self._optimisers = SharedOptimisers(self.agent, self.model.fast, self._names)
             self._names = None
         return self._optimisers
@@ -351,7 +354,7 @@ class Acceleration:
 
     def __getstate__(self) -> dict[str, Any]:
         found, names = self._streams(), self._names
-        if "_optimisers" in self.__dict__:  # of which a copy may not know whose its states are
+        if self._optimisers is not None:  # of which a copy may not know whose its states are
             names = self._optimisers.names
             state = self._optimisers.state() if self._updater is None else self._updater.state()
             found["updater"] = {**found.get("updater", {}), **by_value(state)}

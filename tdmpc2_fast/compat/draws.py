@@ -7,12 +7,14 @@ them, the official one above all, can be compared draw by draw with ours.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..learn.batch import Batch
 from ..rng import PlanNoise, UpdateNoise
 
 _OF_A_SIZE = (torch.randn, torch.randint)
@@ -76,3 +78,22 @@ class given(TorchFunctionMode):
         if shape is not None and draw.shape != shape:
             raise RuntimeError(f"it draws random numbers of {tuple(shape)}, the official code of {tuple(draw.shape)}")
         return draw.clone()
+
+
+def updated(agent: Any, batch: Batch, noise: UpdateNoise) -> dict[str, Any]:
+    """Have an official agent's own `update` learn from a batch by these draws, and return its metrics.
+
+    Older generations take batches without terminations.
+
+    Raises:
+        ValueError: it takes neither 4 nor 5 values from `buffer.sample()`.
+    """
+    for fields in (batch, (*batch[:3], batch.task)):
+        buffer = SimpleNamespace(sample=lambda fields=fields: tuple(fields))
+        try:
+            with given(update_order(noise)):
+                return dict(agent.update(buffer).items())
+        except ValueError as e:
+            if "too many values to unpack" not in str(e):
+                raise
+    raise ValueError("it takes neither 4 nor 5 values from buffer.sample()")

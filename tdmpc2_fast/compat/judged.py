@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..learn.batch import Batch
+from ..learn.torch_update import MOMENTS
 from ..learn.updater import Updater
 from ..model.world_model import WorldModel
 from ..plan.planner import Planner
 from ..rng import PlanNoise, UpdateNoise, generator
 from ..runtime.backend import torch_products
-from .draws import given, plan_order, update_order
-from .sharing import MOMENTS, SharedOptimisers, own_memory
+from .draws import given, plan_order, updated
+from .sharing import SharedOptimisers, own_memory
 
 _ROWS = 8  # of the batch
 _TRIES = 3  # plans: a near tie of two sequences may fall differently
@@ -95,7 +95,8 @@ class Judge:
         before = {n: own_memory(p) for n, p in twin.named_parameters()}
         batch = self._batch()
         noise = UpdateNoise.draw(self.cfg, self.random)
-        wanted = self._their_update(batch, noise)
+        with torch.enable_grad(), _set(agent.cfg, batch_size=_ROWS):
+            wanted = updated(agent, batch, noise)
         got = ours.step(batch, noise)
         for name, value in got.items():
             if name in wanted and name.endswith(("_loss", "grad_norm", "_scale")):  # others only tell something
@@ -109,21 +110,6 @@ class Judge:
             if not apart <= _STEP * step + 1e-6:
                 return f"its update moves {name} otherwise than the official one"
         return None
-
-    def _their_update(self, batch: Batch, noise: UpdateNoise) -> dict[str, Any]:
-        """Have its own `update` learn from the batch, which older generations take without terminations."""
-        agent = self.agent
-        with _set(agent.cfg, batch_size=_ROWS):
-            for fields in (batch, (*batch[:3], batch.task)):
-                buffer = SimpleNamespace(sample=lambda fields=fields: tuple(fields))
-                try:
-                    with torch.enable_grad(), given(update_order(noise)):
-                        found = agent.update(buffer)
-                    return dict(found.items())
-                except ValueError as e:
-                    if "too many values to unpack" not in str(e):
-                        raise
-            raise ValueError("it takes neither 4 nor 5 values from buffer.sample()")
 
     # ---- inputs
 
@@ -143,10 +129,9 @@ class Judge:
         return self._normal(*shape)
 
     def _tasks(self, rows: int) -> Tensor | None:
-        count = len(self.cfg.tasks)
         if not self.cfg.multitask:
             return None
-        return torch.randint(0, count, (rows,), generator=self.random, device=self.random.device)
+        return torch.randint(0, len(self.cfg.tasks), (rows,), generator=self.random, device=self.random.device)
 
     def _batch(self) -> Batch:
         h, b = self.cfg.horizon, _ROWS
@@ -163,7 +148,7 @@ class Judge:
         agent, model = self.agent, self.model
         tensors = [*model.parameters(), *model.buffers(), agent.scale.value, agent._prev_mean]
         grads = [(p, p.grad) for p in agent.model.parameters()]
-        kept = _copies(tensors)
+        kept = [own_memory(x) for x in tensors]
         states = [] if self.optimisers is None else [agent.optim, agent.pi_optim]
         moments = [{p: {k: own_memory(x) for k, x in s.items()} for p, s in o.state.items()} for o in states]
         dropouts = [(m, m.p) for m in agent.model.modules() if isinstance(m, nn.Dropout)]
@@ -223,10 +208,6 @@ def _set(cfg: Any, **values: Any) -> Iterator[None]:
     finally:
         for k, value in before.items():
             setattr(cfg, k, value)
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [own_memory(x) for x in tensors]
 
 
 def _apart(x: Tensor, y: Tensor) -> float:

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdmpc2_fast.kernels.update.optim import POLICY_EPS, WORLD_EPS
+
 from ..config import Config
 from ..errors import InputError, kind_of
 from ..learn.backend import TASK_GRADIENT
+from ..learn.torch_update import MOMENTS
 from ..model.world_model import WorldModel
 from .state_dict import ALIAS, CRITICS, TARGETS
 
 _GROUPS = ("_Qs", "_detach_Qs_params", "_target_Qs_params")  # which `init` of the official model makes anew
 _ADAM = dict(betas=(0.9, 0.999), weight_decay=0, amsgrad=False, maximize=False)
-_EPS = dict(optim=1e-8, pi_optim=1e-5)
+_EPS = dict(optim=WORLD_EPS, pi_optim=POLICY_EPS)
 _STEP = dict(optim="world.step", pi_optim="policy.step")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def own_memory(x: Tensor) -> Tensor:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import InputError
 from ...model import world_model
-from ...model.layers import ensemble_members, member_forward
+from ...model.layers import Stack, ensemble_members, member_forward
 
 
 class Critics:
     """Critics that learn nothing: the model's own, detached, or its targets. Called as the official modules are."""
 
-    def __init__(self, params: nn.ModuleList) -> None:
+    def __init__(self, params: Stack) -> None:
         self.params = params
 
     def __len__(self) -> int:
-        return len(self.params[0].weight)  # type: ignore[arg-type]
+        return len(self.params[0].weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits of all at x (..., L + T + A): (Q, ..., K)."""
@@ -35,7 +35,7 @@ class WorldModel(world_model.WorldModel):
     """
 
     @property
-    def _detach_Qs_params(self) -> nn.ModuleList:
+    def _detach_Qs_params(self) -> Stack:
         return self._Qs.params
 
     @property

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, filled_buffer, random_episode, tiny_config, tiny_multitask
-from official_like import OfficialConfig
 from torch import Tensor, nn
 
 from tdmpc2_fast import TDMPC2 as OURS
+from tdmpc2_fast.benchmarks.baselines.official import OfficialConfig
 from tdmpc2_fast.compat.common import init, layers, math
 from tdmpc2_fast.compat.common.buffer import Buffer
 from tdmpc2_fast.compat.common.scale import RunningScale

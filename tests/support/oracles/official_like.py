@@ -7,26 +7,19 @@ What it computes is the plain reference's. The official code itself is compared 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdmpc2_fast import Config, WorldModel
+from tdmpc2_fast.benchmarks.baselines.official import OfficialConfig
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
 
 _GROUPS = ("_encoder.", "_dynamics.", "_reward.", "_termination.", "_Qs.", "_task_emb.")
-
-
-class OfficialConfig(SimpleNamespace):
-    """Attributes and `get`."""
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return getattr(self, key, default)
 
 
 class Tree(nn.Module):

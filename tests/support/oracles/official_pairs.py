@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from small_configs import tiny_config, tiny_multitask
 from torch import Tensor
 
 from tdmpc2_fast import Config
-from tdmpc2_fast.compat.draws import given, plan_order, update_order
+from tdmpc2_fast.compat.draws import given, plan_order, updated
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
 
@@ -46,8 +45,7 @@ def learn(agent: Any, cfg: Config, seed: int) -> dict[str, Tensor]:
     batch, noise = batch_of(cfg, seed), draws(cfg, seed)
     if hasattr(agent, "acceleration"):
         return agent.acceleration.learn(batch, noise)
-    with given(update_order(noise)):
-        return agent.update(SimpleNamespace(sample=lambda: tuple(batch)))
+    return updated(agent, batch, noise)
 
 
 def plan(agent: Any, cfg: Config, seed: int, t0: bool = False) -> Tensor:

@@ -28,7 +28,7 @@ class Source:
 
     keys: of the config, which follow from what was given.
     shared: whether all are one environment, of which one episode at a time can be played.
-    by_name: whether a command can make them, too.
+    by_name: whether a command, and a worker process, can make them by `cfg.task`.
     tried: whether to try it before the run.
     """
 
@@ -59,7 +59,7 @@ class Source:
         self, cfg: Config, first: Env, note: Callable[[str], None], restarts: int = 0, dropped: int = 0
     ) -> Environments:
         """Return the `num_envs` environments of a run; arguments as for `envs.together.environments`."""
-        return environments(cfg, first, note, restarts, dropped)
+        return environments(cfg, first, note, restarts, dropped, None if self.by_name else self.make)
 
 
 class _Factory(Source):
@@ -87,12 +87,6 @@ class _Factory(Source):
         self._made.append(weakref.ref(env.unwrapped))
         return _Handed(env, cfg, seed)
 
-    @override
-    def together(
-        self, cfg: Config, first: Env, note: Callable[[str], None], restarts: int = 0, dropped: int = 0
-    ) -> Environments:
-        return environments(cfg, first, note, restarts, dropped, self.make)
-
     def __getstate__(self) -> dict[str, Any]:
         import cloudpickle
 
@@ -119,12 +113,6 @@ class _One(Source):
     @override
     def make(self, cfg: Config, seed: int) -> Env:
         return _Handed(self.env, cfg, seed, ours=False)
-
-    @override
-    def together(
-        self, cfg: Config, first: Env, note: Callable[[str], None], restarts: int = 0, dropped: int = 0
-    ) -> Environments:
-        return environments(cfg, first, note, restarts, dropped, self.make)
 
 
 class _Vector(Source):
