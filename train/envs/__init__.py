@@ -32,7 +32,7 @@ class Suite:
 
 
 SUITES: dict[str, Suite] = {
-    "DMControl": Suite(dmcontrol.TASKS, "dm_control", "train", lambda n: n in dmcontrol.TASKS, dmcontrol.make),
+    "DMControl": Suite(dmcontrol.TASKS, "dm_control", "train", dmcontrol.accepts, dmcontrol.make),
     "Gymnasium": Suite(gymnasium_tasks.names(), "gymnasium", "train", gymnasium_tasks.accepts, gymnasium_tasks.make),
 }
 

@@ -1,9 +1,11 @@
-"""The 28 standard DMControl tasks, official semantics.
+"""DMControl tasks with the official semantics.
 
 One decision repeats the action for two control steps and sums the rewards; the observation
 is the one after the second, all entries flattened and concatenated in their order. Episodes
 end with the suite's time limit, which is after 500 decisions, and never terminate. Settings
 (`env.KEY=VALUE`) are `task_kwargs` and `environment_kwargs` of `dm_control.suite.load`.
+
+dm_control loads a task and begins its episodes; the steps of those that `direct.py` knows go past its Python.
 """
 
 from __future__ import annotations
@@ -20,19 +22,12 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError
 
-from . import random_state
-from .base import Array, Env, RenderError, in_a_line
-from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
-from .pixels import FRAMES, SIZE, Stack
+from .. import random_state
+from ..base import Array, Env, RenderError, in_a_line
+from ..mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
+from ..pixels import FRAMES, SIZE, Stack
+from .names import CUSTOM, MORE, domain_and_task
 
-_STANDARD = """
-acrobot-swingup cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse cheetah-run
-cup-catch dog-run dog-stand dog-trot dog-walk finger-spin finger-turn-easy finger-turn-hard fish-swim hopper-hop
-hopper-stand humanoid-run humanoid-stand humanoid-walk pendulum-swingup quadruped-run quadruped-walk
-reacher-easy reacher-hard walker-run walker-stand walker-walk
-"""
-TASKS = tuple(_STANDARD.split())
-_DOMAINS = {"cup": "ball_in_cup"}
 _ACTION_REPEAT = 2
 _DECISIONS = 500
 _SETTINGS = ("task_kwargs", "environment_kwargs")
@@ -44,14 +39,20 @@ class DMControl(Env):
     action_repeat = _ACTION_REPEAT
 
     def __init__(self, task: str, seed: int, settings: Mapping[str, Any] | None = None) -> None:
-        suite, action_scale = _import_suite()
-
-        domain, name = task.replace("-", "_").split("_", 1)
-        domain = _DOMAINS.get(domain, domain)
-        raw = _load(suite, domain, name, seed, settings or {})
-        limit = raw._step_limit / _ACTION_REPEAT
+        prepare_rendering()
+        suite, scaled, direct = _imported()
+        domain, name = domain_and_task(task)
+        raw = _load(suite, task, domain, name, seed, settings or {})
+        self._limit = raw._step_limit
+        limit = self._limit / _ACTION_REPEAT
         self.max_episode_steps = math.ceil(limit) if math.isfinite(limit) else _DECISIONS
-        self.env = action_scale.Wrapper(raw, minimum=-1.0, maximum=1.0)
+        self.env = scaled(raw, minimum=-1.0, maximum=1.0)
+        found = direct.direct(self.env, (task, repr(settings)))
+        self._direct = None if isinstance(found, str) else found
+        self._flat = direct.flat
+        self.notes = [f"{task}: dm_control itself steps it, slower: {found}"] if isinstance(found, str) else []
+        if task in MORE:
+            self.notes = []  # which the paper has not: nobody expects more
         self.camera_id = 2 if domain == "quadruped" else 0
         size = sum(int(np.prod(v.shape)) for v in self.env.observation_spec().values())
         self.obs_shape: tuple[int, ...] = (size,)
@@ -63,20 +64,26 @@ class DMControl(Env):
     @override
     def reset(self) -> Array:
         self._decisions = 0
-        return _flatten(self.env.reset().observation)
+        begun = self.env.reset()
+        return self._flat(begun.observation) if self._direct is None else self._direct.begin()
 
     @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         action = action.astype(np.float64)
         reward = 0.0
+        done = _ACTION_REPEAT * self._decisions
+        self._decisions += 1
+        over = self._decisions >= self.max_episode_steps
+        if self._direct is not None:
+            for _ in range(int(min(_ACTION_REPEAT, self._limit - done))):
+                reward += self._direct.step(action)
+            return self._direct.observation(), reward, False, over, {"success": 0.0}
         for _ in range(_ACTION_REPEAT):
             step = self.env.step(action)
             reward += step.reward
             if step.last():  # a step more would begin the next episode
                 break
-        self._decisions += 1
-        over = step.last() or self._decisions >= self.max_episode_steps
-        return _flatten(step.observation), reward, False, over, {"success": 0.0}
+        return self._flat(step.observation), reward, False, over or step.last(), {"success": 0.0}
 
     @override
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
@@ -140,21 +147,22 @@ def make(cfg: Config, seed: int) -> Env:
     return env
 
 
-def _import_suite() -> tuple[Any, Any]:
-    """Import `dm_control.suite` and its action scaling, which takes or refuses the renderer that MUJOCO_GL names."""
-    prepare_rendering()
+def _imported() -> tuple[Any, Any, Any]:
+    """Import `dm_control.suite`, which takes or refuses the renderer that MUJOCO_GL names, and what builds on it."""
     try:
         from dm_control import suite
         from dm_control.suite.wrappers import action_scale
+
+        from . import direct
     except ModuleNotFoundError:
         raise
     except Exception as e:  # of the OpenGL driver: also AttributeError, RuntimeError
         raise cannot_render("dm_control", e) from e
     keep_log_out_of_the_way()
-    return suite, action_scale
+    return suite, action_scale.Wrapper, direct
 
 
-def _load(suite: Any, domain: str, name: str, seed: int, settings: Mapping[str, Any]) -> Any:
+def _load(suite: Any, task: str, domain: str, name: str, seed: int, settings: Mapping[str, Any]) -> Any:
     """Return the raw environment, with the settings in their places."""
     for key, value in settings.items():
         if key not in _SETTINGS or not isinstance(value, dict):
@@ -166,18 +174,13 @@ def _load(suite: Any, domain: str, name: str, seed: int, settings: Mapping[str, 
     if "random" in task_kwargs:
         raise ConfigError("config key 'env.task_kwargs.random': allowed: seed=N, which seeds the task")
     try:
-        return suite.load(
-            domain,
-            name,
-            task_kwargs={**task_kwargs, "random": seed},
-            environment_kwargs=environment_kwargs,
-            visualize_reward=False,
-        )
+        task_kwargs["random"] = seed
+        if task in CUSTOM:
+            from . import custom
+
+            return custom.load(domain, name, task_kwargs, environment_kwargs)
+        return suite.load(domain, name, task_kwargs, environment_kwargs, visualize_reward=False)
     except Exception as e:  # of the task, or of MuJoCo
         if not settings:
             raise
-        raise ConfigError(f"config key 'env': {domain}-{name} takes none of these settings: {in_a_line(e)}") from e
-
-
-def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:
-    return np.concatenate([np.ravel(v) for v in observation.values()]).astype(np.float32)
+        raise ConfigError(f"config key 'env': {task} takes none of these settings: {in_a_line(e)}") from e
