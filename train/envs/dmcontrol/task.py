@@ -70,14 +70,13 @@ class DMControl(Env):
     @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         action = action.astype(np.float64)
-        reward = 0.0
         done = _ACTION_REPEAT * self._decisions
         self._decisions += 1
         over = self._decisions >= self.max_episode_steps
         if self._direct is not None:
-            for _ in range(int(min(_ACTION_REPEAT, self._limit - done))):
-                reward += self._direct.step(action)
+            reward = self._direct.step(action, int(min(_ACTION_REPEAT, self._limit - done)))
             return self._direct.observation(), reward, False, over, {"success": 0.0}
+        reward = 0.0
         for _ in range(_ACTION_REPEAT):
             step = self.env.step(action)
             reward += step.reward
