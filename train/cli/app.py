@@ -20,7 +20,7 @@ from typing_extensions import override
 from tdmpc2_fast import __version__
 from tdmpc2_fast.errors import did_you_mean
 
-from . import commands, completion, export, keys, tables
+from . import commands, completion, export, keys, tables, tasks
 
 Body = Callable[[Sequence[str]], int]
 _EXAMPLES = """\b
@@ -150,7 +150,8 @@ COMMANDS = (
     Words("plot", commands.plot, "RUN ... [key=value ...]", own=keys.PlotOptions),
     Words("plan", commands.plan, "CHECKPOINT [key=value ...]", config=True, own=keys.PlanOptions),
     Words("export", export.export, "RUN [key=value ...]", own=keys.ExportOptions),
-    Words("tasks", commands.tasks, "[TEXT]"),
+    Words("tasks", tasks.tasks, "[TEXT] [--check]", own=keys.TasksOptions),
+    Words("suites", tasks.suites, "[install|remove NAME ...] [key=value ...]", own=keys.SuitesOptions),
     Words("info", commands.info, "[CHECKPOINT]"),
 )
 app = App(

@@ -6,10 +6,9 @@ Slow imports happen only after the words have been checked.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,37 +148,6 @@ def evaluate(words: Sequence[str]) -> int:
     print(f"{agent.cfg.task}: {returned(found.mean_return, found.std_return, len(found.returns))}")
     if video is not None and video.exists():
         print(video)
-    return 0
-
-
-def tasks(words: Sequence[str]) -> int:
-    """List the tasks, or those with TEXT in their names."""
-    text = _only(words, "tasks [TEXT]").lower() if words else ""
-    from ..envs import SUITES
-    from ..envs.catalogue import PLANNED, lacks
-
-    parts: list[Any] = []
-
-    def add(title: str, names: Iterable[str]) -> None:
-        found = [n for n in names if text in n.lower()]
-        if found:
-            parts.append(tables.section(f"{title} ({len(found)})", "  ".join(found)))
-
-    known = [n for suite in SUITES.values() for n in suite.names]
-    for name, suite in SUITES.items():
-        there = importlib.util.find_spec(suite.package) is not None
-        state = "installed" if there else f"needs pip install 'tdmpc2-fast[{suite.extra}]'"
-        add(f"{name}: {state}", (n for n in suite.names if not lacks(n)))
-    for need in sorted({lacks(n) for n in known} - {""}):
-        add(f"more of Gymnasium: {need}", (n for n in known if lacks(n) == need))
-    for name in dict.fromkeys(PLANNED.values()):
-        add(f"{name}: not in this version", (n for n, suite in PLANNED.items() if suite == name and n not in known))
-    if not parts:
-        hint = did_you_mean(text, [*known, *PLANNED]) or " tdmpc2-fast tasks lists all."
-        raise ConfigError(f"no task has {text!r} in its name.{hint}")
-    if not text:
-        parts.append("\nAny other Gymnasium id whose actions are a bounded Box or discrete works, too.")
-    print(tables.rendered(*parts).lstrip("\n"))
     return 0
 
 

@@ -114,6 +114,21 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
+class TasksOptions:
+    """Keys of the command `tasks`."""
+
+    check: bool = _option(False, "play an episode of each that runs here, and say what a decision takes; or --check")
+
+
+@dataclass(frozen=True)
+class SuitesOptions:
+    """Keys of the command `suites`."""
+
+    python: str | None = _option(None, "interpreter to make the suite's of; none: the one that this runs in")
+    installer: str | None = _option(None, "none takes uv where it is installed", choices=(None, "uv", "pip"))
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """Keys of the command `export`."""
 
@@ -225,7 +240,7 @@ def _setting(key: str, text: str) -> Any:
     return text
 
 
-T = TypeVar("T", Options, PlotOptions, PlanOptions, ExportOptions)
+T = TypeVar("T", Options, PlotOptions, PlanOptions, ExportOptions, TasksOptions, SuitesOptions)
 
 
 def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:

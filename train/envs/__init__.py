@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tdmpc2_fast.errors import ConfigError, nearest
 
 from . import dmcontrol, gymnasium_tasks
 from .answers import EnvError
+from .apart.remote import Apart
 from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step
 from .catalogue import PLANNED
 
@@ -22,17 +24,48 @@ _TRY_DECISIONS, _TRY_SECONDS = 200, 1.0
 
 @dataclass(frozen=True)
 class Suite:
-    """A family of tasks: its names, the package it needs and the extra that installs it, how to make one."""
+    """A family of tasks: its names, the package it needs and the extra that installs it, how to make one.
+
+    apart: the interpreter of its own that it has, where it has one.
+    """
 
     names: tuple[str, ...]
     package: str
     extra: str
     accepts: Callable[[str], bool]
     make: Callable[[Config, int], Env]
+    apart: Apart | None = None
+
+    def needs(self) -> str:
+        """Say what is missing to run its tasks; the text is empty where nothing is."""
+        if self.apart is not None:
+            return self.apart.needs()
+        there = importlib.util.find_spec(self.package) is not None
+        return "" if there else f"needs pip install 'tdmpc2-fast[{self.extra}]'"
+
+
+APART = {
+    suite.name: suite
+    for suite in (
+        Apart("metaworld", "Meta-World", "metaworld"),
+        Apart("myosuite", "MyoSuite", "myosuite"),
+        Apart("maniskill", "ManiSkill", "mani_skill"),
+    )
+}
+"""Suites that have an interpreter of their own, by its name."""
+
+
+def _apart(suite: Apart) -> Suite:
+    names = suite.module.TASKS
+    return Suite(names, suite.package, "", names.__contains__, suite.make, suite)
 
 
 SUITES: dict[str, Suite] = {
-    "DMControl": Suite(dmcontrol.TASKS, "dm_control", "train", dmcontrol.accepts, dmcontrol.make),
+    "DMControl": Suite(dmcontrol.TASKS, "dm_control", "train", dmcontrol.TASKS.__contains__, dmcontrol.make),
+    "DMControl, more than in the paper": Suite(
+        dmcontrol.MORE, "dm_control", "train", dmcontrol.MORE.__contains__, dmcontrol.make
+    ),
+    **{suite.title: _apart(suite) for suite in APART.values()},
     "Gymnasium": Suite(gymnasium_tasks.names(), "gymnasium", "train", gymnasium_tasks.accepts, gymnasium_tasks.make),
 }
 
@@ -161,5 +194,4 @@ def _unknown(task: str) -> str:
     close = nearest(task, known, 5)
     text = f"config key 'task': unknown task {task!r}. "
     text += f"Nearest: {', '.join(close)}. " if close else ""
-    extras = "; ".join(f"{name} ({len(s.names)} tasks) by the extra [{s.extra}]" for name, s in SUITES.items())
-    return text + f"Installed by extras: {extras}; any Gymnasium id whose actions are a bounded Box or discrete works."
+    return text + f"`tdmpc2-fast tasks` lists all, by suite; any Gymnasium id whose actions are a bounded Box or discrete works."

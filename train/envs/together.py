@@ -116,11 +116,15 @@ def environments(
     count, failures = cfg.env_workers, Failures(cfg, note, dropped)
     if count is None:
         count = 0 if cfg.num_envs == 1 else cores()
-    make = make or suite_of(cfg.task).make
+    apart = None
+    if make is None:
+        suite = suite_of(cfg.task)
+        make, apart = suite.make, suite.apart
     if count == 0:
         return InProcess(cfg, make, failures, first, restarts)
     close_all([first])
-    workers = Workers(cfg, make, min(count, cfg.num_envs), failures, restarts)
+    python = None if apart is None else apart.python
+    workers = Workers(cfg, make, min(count, cfg.num_envs), failures, restarts, python)
     try:
         workers.begin()
     except BaseException:

@@ -12,6 +12,7 @@ environment is no such case: the trainer gets it, with the traceback, and decide
 Processes are spawned and import the program anew, so a script that trains with them needs
 `if __name__ == "__main__":`, and what it registers must stand outside of that. A process that
 ends in its imports, or cannot make the environment that the trainer made, is not tried again.
+Suites that have an interpreter of their own are stepped by processes of that one.
 """
 
 from __future__ import annotations
@@ -22,15 +23,13 @@ import multiprocessing
 import multiprocessing.util
 import os
 import pickle
-import signal
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,28 +39,15 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-from ..signals import SIGNALS
 from .answers import EnvError
-from .base import (
-    Actions,
-    Array,
-    Env,
-    Environments,
-    EnvState,
-    Failures,
-    Step,
-    close_all,
-    env_seed,
-    in_a_line,
-    step,
-)
-from .held import Held
+from .apart.processes import GuestProcess, SharedFile
+from .apart.serve import BEGUN, Failed, Obey, serve
+from .base import Actions, Array, Env, Environments, EnvState, Failures, Step, env_seed
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
 START_SECONDS = 300.0  # the first answer includes the imports and making the environments
 MOST_RESTARTS = 10  # a run
-_CLOSE_SECONDS = 5.0
-_BEGUN = "begun"  # said by a process when its imports are done
+CLOSE_SECONDS = 5.0
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -71,14 +57,14 @@ class _Worker:
     """A process and the environments in it."""
 
     indices: list[int]
-    process: SpawnProcess
+    process: SpawnProcess | GuestProcess
     pipe: Connection
     begun: bool = False
     answered: bool = False  # ever
     answer: Any = None  # the last
 
     def tell(self, name: str, *args: Any) -> None:
-        """Send a method of `_Obey` and its arguments; a dead process is noticed when it should answer."""
+        """Send a method of `Obey` and its arguments; a dead process is noticed when it should answer."""
         with contextlib.suppress(OSError):
             self.pipe.send((name, *args))
 
@@ -101,6 +87,7 @@ class Workers(Environments):
         count: processes, 1 to `num_envs`.
         failures: what becomes of environments that fail; its `note` is told when a process had to be started anew.
         restarts: of the run so far.
+        python: the interpreter of the processes; default this one's.
 
     Raises:
         ConfigError: `make` is nothing that another process can import.
@@ -113,14 +100,16 @@ class Workers(Environments):
         count: int,
         failures: Failures,
         restarts: int = 0,
+        python: Path | None = None,
     ) -> None:
-        self.cfg, self._make, self.failures = cfg, make, failures
+        self.cfg, self._make, self.failures, self._python = cfg, make, failures, python
         obs = ("obs", np.uint8 if cfg.obs == "rgb" else np.float32, cfg.observation_shape)
         action = ("action", np.float32, (cfg.need("action_dim"),))
         results = [("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_), ("success", np.float64)]
         self._row = np.dtype([obs, action, *results], align=True)
-        self._memory: Any = _spawn.RawArray("b", cfg.num_envs * self._row.itemsize)
-        self._rows = np.frombuffer(self._memory, self._row)
+        size = cfg.num_envs * self._row.itemsize
+        self._memory: Any = _spawn.RawArray("b", size) if python is None else SharedFile(size)
+        self._rows = np.frombuffer(getattr(self._memory, "buffer", self._memory), self._row)
         self.restarts = restarts
         self._workers: list[_Worker] = []
         # An interpreter that ends without close() ends the processes, too: before multiprocessing waits for
@@ -215,14 +204,16 @@ class Workers(Environments):
         _close(self._workers)
 
     def _start(self, indices: list[int]) -> _Worker:
+        seeds = {i: self._seed(i) for i in indices}
+        made = functools.partial(Obey, self.cfg, self._make, seeds, self._memory, self._row)
+        if self._python is not None:
+            guest = GuestProcess(self._python, made, self._memory)
+            return _Worker(indices, guest, guest.pipe)
         program = sys.modules["__main__"]
         if program.__spec__ is None and not os.path.exists(getattr(program, "__file__", "") or os.curdir):
             raise _cannot_import("cannot import")  # what was read from standard input is gone
-        seeds = {i: self._seed(i) for i in indices}
         ours, theirs = _spawn.Pipe()
-        process = _spawn.Process(
-            target=_work, args=(self.cfg, self._make, seeds, self._memory, self._row, theirs), daemon=True
-        )
+        process = _spawn.Process(target=serve, args=(theirs, made), daemon=True)
         try:
             process.start()
         except (pickle.PicklingError, AttributeError, TypeError) as e:
@@ -237,7 +228,7 @@ class Workers(Environments):
         """Wait for process k, have its environments made anew that failed, and return those whose episodes are lost."""
         if not self._answered(k, start):
             return self._workers[k].indices
-        failed: _Failed = self._workers[k].answer
+        failed: Failed = self._workers[k].answer
         for i, (ours, line, trace) in failed.items():
             self.failures.take(i, ours or EnvError(line), "" if ours else trace)
             self._workers[k].tell("make_anew", i, self._seed(i))
@@ -255,7 +246,7 @@ class Workers(Environments):
         try:
             while worker.pipe.poll(max(0.0, start + limit - time.monotonic())):
                 message = worker.pipe.recv()
-                if message == _BEGUN:
+                if message == BEGUN:
                     worker.begun = True
                     continue
                 error, worker.answer = message
@@ -265,8 +256,10 @@ class Workers(Environments):
                 return True
             code, what = worker.end(patience=0.0), f"gave no answer in {limit:g} s and was killed"
         except (EOFError, OSError):
-            code, what = worker.end(patience=_CLOSE_SECONDS), "died"
+            code, what = worker.end(patience=CLOSE_SECONDS), "died"
         if not worker.begun and code is not None and code >= 0:
+            if isinstance(worker.process, GuestProcess):
+                raise ConfigError(f"config key 'task': {self.cfg.task}: {worker.process.ended()}")
             raise _cannot_import(f"ended (exit code {code}) when it imported")
         what = f"{self._name(worker)}: the process {what} (exit code {code})"
         if self.restarts == MOST_RESTARTS:
@@ -315,100 +308,6 @@ def leave_if_imported_anew() -> None:
 def _close(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.pipe.close()
-    deadline = time.monotonic() + _CLOSE_SECONDS
+    deadline = time.monotonic() + CLOSE_SECONDS
     while workers:
         workers.pop().end(max(0.0, deadline - time.monotonic()))
-
-
-_Error = tuple[Exception | None, str, str]  # itself where it is ours and can be sent; in a line; where it came from
-_Failed = dict[int, _Error]
-
-
-def _portable(e: Exception) -> _Error:
-    ours = type(e)(*e.args) if isinstance(e, (EnvError, ConfigError)) else None
-    return ours, in_a_line(e), traceback.format_exc()
-
-
-class _Obey(Held):
-    """The environments of a process, whose methods are its commands."""
-
-    def __init__(self, make: Callable[[int], Env], seeds: Mapping[int, int], rows: NDArray[Any]) -> None:
-        super().__init__({i: make(seed) for i, seed in seeds.items()})
-        self._make, self._rows = make, rows
-
-    def make_anew(self, i: int, seed: int) -> None:
-        close_all([self.envs[i]])
-        self.envs[i] = self._make(seed)
-
-    def reset(self, which: Sequence[int]) -> _Failed:
-        def begin(i: int) -> None:
-            self._rows["obs"][i] = self.begin(i)
-
-        return self._each(which, begin)
-
-    def step(self) -> _Failed:
-        def decide(i: int) -> None:
-            found = step(self.envs[i], self._rows["action"][i].copy())
-            for name, value in found._asdict().items():
-                self._rows[name][i] = value
-
-        return self._each(self.envs, decide)
-
-    def _each(self, which: Iterable[int], do: Callable[[int], None]) -> _Failed:
-        """Do it with these environments and return the errors of those that failed."""
-        failed: _Failed = {}
-        for i in which:
-            try:
-                do(i)
-            except Exception as e:
-                failed[i] = _portable(e)
-        return failed
-
-
-def _work(
-    cfg: Config,
-    make: Callable[[Config, int], Env],
-    seeds: Mapping[int, int],
-    memory: Any,
-    row: np.dtype[Any],
-    pipe: Connection,
-) -> None:
-    """Answer each command with its error, or None, and what it returned, until the trainer closes the pipe."""
-    # Ctrl-C, a closed terminal and what ends a job on a cluster reach all processes; the trainer says when to end.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _compute_on_one_core()
-    with contextlib.suppress(OSError):  # a trainer that is gone already is noticed below
-        pipe.send(_BEGUN)
-    obey: _Obey | None = None
-    with contextlib.suppress(EOFError, ConnectionError):  # of the pipe: the trainer closed its end
-        while True:
-            name, *args = pipe.recv()
-            error = answer = None
-            try:
-                obey = obey or _Obey(functools.partial(make, cfg), seeds, np.frombuffer(memory, row))
-                answer = getattr(obey, name)(*args)
-            except Exception as e:
-                error = _portable(e)
-            pipe.send((error, answer))
-    if obey is not None:
-        obey.close()
-
-
-def _compute_on_one_core() -> None:
-    """Leave the other cores to the other environments, should one of them compute with torch.
-
-    This module does not import it: of a process that only steps a simulator it would be most of the memory.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)
-
-
-def _leave_with_parent() -> None:
-    """End this process when the trainer's is gone, even from the middle of a step."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -77,10 +77,10 @@ class TestHelp:
     def test_short_help(self, capsys: Capture) -> None:
         assert cli.main(["--help"]) == 0
         out = capsys.readouterr().out
-        for command in ("train", "resume", "eval", "plot", "plan", "export", "tasks", "info", "bench"):
+        for command in ("train", "resume", "eval", "plot", "plan", "export", "tasks", "suites", "info", "bench"):
             assert re.search(rf"^  {command} +[A-Z]", out, re.MULTILINE)
         assert "..." not in out.partition("Commands:")[2].partition("Examples")[0]
-        assert len(out.splitlines()) < 30
+        assert len(out.splitlines()) < 32
         assert cli.main(["help"]) == 0
         assert capsys.readouterr().out == out
 
@@ -137,7 +137,7 @@ class TestCompletion:
     @pytest.mark.parametrize(
         ("args", "found"),
         [
-            (("",), ["train", "resume", "eval", "plot", "plan", "export", "tasks", "info", "bench"]),
+            (("",), ["train", "resume", "eval", "plot", "plan", "export", "tasks", "suites", "info", "bench"]),
             (("plot", "ref"), ["reference="]),
             (("plan", "deci"), ["decision="]),
             (("tr",), ["train"]),
@@ -145,9 +145,9 @@ class TestCompletion:
             (("train", "preset=1"), ["preset=1m", "preset=19m"]),
             (("train", "obs="), ["obs=state", "obs=rgb"]),
             (("train", "mpc=f"), ["mpc=false"]),
-            (("train", "task=dog-"), ["task=dog-run", "task=dog-stand", "task=dog-trot", "task=dog-walk"]),
+            (("train", "task=dog-"), [f"task=dog-{x}" for x in ("run", "stand", "trot", "walk", "fetch")]),
             (("train", "task=dog-run,humanoid-w"), ["task=dog-run,humanoid-walk"]),
-            (("train", "task", "=", "walker-w"), ["walker-walk"]),  # bash breaks words at "="
+            (("train", "task", "=", "walker-s"), ["walker-stand"]),  # bash breaks words at "="
             (("train", "task", "=", "dog-run", "obs", "="), ["state", "rgb"]),
             (("train", "horizon=3", "hor"), []),
             (("task=dog-run", "hor"), ["horizon="]),

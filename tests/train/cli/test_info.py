@@ -69,7 +69,7 @@ class TestTasks:
         monkeypatch.setitem(sys.modules, "Box2D", None)
         for name in ("bipedal-walker", "BipedalWalkerHardcore-v3", "lunarlander-continuous", "CarRacing-v3"):
             assert cli.main(["tasks", name.lower()]) == 0
-            need = capsys.readouterr().out.partition(": ")[2].partition(" (")[0]
+            need = capsys.readouterr().out.partition(": ")[2].partition("\n")[0]
             assert need == "needs pip install 'tdmpc2-fast[box2d]'"
             assert cli.main(["train", *words(task=name)]) == 2
             assert capsys.readouterr().err == f"error: config key 'task': {name!r} {need}\n"
@@ -77,10 +77,11 @@ class TestTasks:
     def test_tasks_say_what_to_install(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         assert cli.main(["tasks"]) == 0
-        out = capsys.readouterr().out
-        assert "DMControl: needs pip install 'tdmpc2-fast[train]'" in out
-        assert "tdmpc2-fast[box2d]" in out
-        assert "Meta-World: not in this version" in out
+        out = " ".join(capsys.readouterr().out.split())
+        assert "DMControl (39): needs pip install 'tdmpc2-fast[train]'" in out
+        assert "Gymnasium (" in out
+        assert "Meta-World (50): needs an interpreter of its own: tdmpc2-fast suites install metaworld" in out
+        assert "multi-task training (2): not in this version" in out
 
 
 class TestInfo:

@@ -214,7 +214,7 @@ def test_an_exception_is_raised_with_its_traceback(made: Made, healthy: tuple[Wo
 
 
 def test_close_does_not_wait_for_a_process_that_hangs(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "CLOSE_SECONDS", 0.5)
     envs = made(2, 2)
     envs.reset([0, 1])
     pids = pids_of(envs)
@@ -327,7 +327,7 @@ def test_processes_end_by_themselves_when_they_are_told(made: Made) -> None:
 
 def test_processes_that_cannot_begin_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {child.pid for child in multiprocessing.active_children()}
-    suite = SimpleNamespace(make=scripted_env.make_raising)
+    suite = SimpleNamespace(make=scripted_env.make_raising, apart=None)
     monkeypatch.setattr("tdmpc2_fast.train.envs.together.suite_of", lambda task: suite)
     with pytest.raises(EnvError, match="no such scene") as error:
         environments(config(2, env_workers=2), scripted_env.Scripted(1), print)

@@ -134,15 +134,23 @@ def _advance(physics: Any, substeps: int) -> Callable[[], None]:
     return advance if substeps == 1 or not model.nsensor else advance_with_sensors
 
 
-@functools.cache
 def _stop_the_clock() -> None:
-    """Let MuJoCo leave out timing each stage of each step, a tenth of them, for its profile `MjData.timer`.
+    """Let MuJoCo leave out timing each stage of each step, a tenth of them, for its profile `MjData.timer`."""
+    for clock in clocks():
+        clock.value = None
 
-    Its Python package installs that clock in a variable of the library, and has no call that takes it out.
+
+@functools.cache
+def clocks() -> list[ctypes.c_void_p]:
+    """Return the variable of MuJoCo's library that holds the clock its Python package installs.
+
+    The package has no call that takes it out. Empty where the library is laid out differently.
     """
+    found = []
     for path in Path(mujoco.__file__).parent.glob("libmujoco.*"):
         with contextlib.suppress(OSError, ValueError):
-            ctypes.c_void_p.in_dll(ctypes.CDLL(str(path)), "mjcb_time").value = None
+            found.append(ctypes.c_void_p.in_dll(ctypes.CDLL(str(path)), "mjcb_time"))
+    return found
 
 
 def direct(env: action_scale.Wrapper, kind: tuple[Any, ...]) -> Direct | str:

@@ -39,7 +39,3 @@ def domain_and_task(name: str) -> tuple[str, str]:
     domain = next((d for d in _OF_TWO_WORDS if name.startswith(f"{d}-")), name.partition("-")[0])
     return _DOMAINS.get(domain, domain.replace("-", "_")), name[len(domain) + 1 :].replace("-", "_")
 
-
-def accepts(name: str) -> bool:
-    """Tell whether a name is of a task of DMControl."""
-    return name in TASKS or name in MORE

@@ -1,0 +1,109 @@
+"""Interpreters of suites whose packages exclude ours: a virtual environment for each, made by a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tdmpc2_fast.errors import ConfigError
+
+PLACE = "TDMPC2_SUITES"
+_STAMP = "tdmpc2-fast.json"
+
+
+def home(name: str) -> Path:
+    """Return the folder of a suite's interpreter: in `$TDMPC2_SUITES`, or in the environment of this one."""
+    place = os.environ.get(PLACE)
+    return (Path(place).expanduser() if place else Path(sys.prefix, "share", "tdmpc2-fast", "suites")) / name
+
+
+def python_of(name: str) -> Path:
+    """Return a suite's interpreter, which need not be there."""
+    folder = home(name)
+    return folder / ("Scripts" if os.name == "nt" else "bin") / ("python.exe" if os.name == "nt" else "python")
+
+
+def missing(name: str, requirements: Sequence[str]) -> str:
+    """Say why a suite's interpreter cannot be used; the text is empty where it can."""
+    command = f"tdmpc2-fast suites install {name}"
+    try:
+        stamp = json.loads((home(name) / _STAMP).read_text())
+    except (OSError, ValueError):
+        return f"needs an interpreter of its own: {command}"
+    if stamp.get("requirements") != list(requirements):
+        return f"has an interpreter made by another version: {command} makes it anew"
+    if not python_of(name).exists():
+        return f"has an interpreter whose Python is gone: {command} makes it anew"
+    return ""
+
+
+def here(name: str) -> bool:
+    """Tell whether this process is of that interpreter."""
+    return Path(sys.prefix).name == name and Path(sys.prefix, _STAMP).exists()
+
+
+def install(name: str, requirements: Sequence[str], python: str | None = None, installer: str | None = None) -> Path:
+    """Make a suite's interpreter anew and return its Python; what fails leaves none.
+
+    Args:
+        name: of the suite.
+        requirements: of pip, all that it needs.
+        python: an interpreter to make it of; default this one.
+        installer: `uv` or `pip`; default uv where it is installed.
+
+    Raises:
+        ConfigError: an installer that is not there, or that fails.
+    """
+    uv = shutil.which("uv")
+    installer = installer or ("uv" if uv else "pip")
+    if installer not in ("uv", "pip") or (installer == "uv" and uv is None):
+        allowed = "pip" if uv is None else "uv, pip"
+        raise ConfigError(f"installer: got {installer!r}, allowed: {allowed}")
+    folder, base = home(name), python or _base()
+    (folder / _STAMP).unlink(missing_ok=True)  # from here on it is not whole
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"{folder}: {e.strerror}; set {PLACE} to a folder that can be written") from e
+    into = str(python_of(name))
+    if installer == "uv":
+        _run(["uv", "venv", "--quiet", "--python", base, str(folder)])
+        _run(["uv", "pip", "install", "--quiet", "--python", into, *requirements])
+    else:
+        _run([base, "-m", "venv", str(folder)])
+        _run([into, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
+    (folder / _STAMP).write_text(json.dumps({"requirements": list(requirements)}, indent=1) + "\n")
+    return python_of(name)
+
+
+def remove(name: str) -> bool:
+    """Delete a suite's interpreter; tell whether there was one."""
+    there = home(name).exists()
+    shutil.rmtree(home(name), ignore_errors=True)
+    return there
+
+
+def _base() -> str:
+    """Return the Python that this environment was made of: what is made of an environment's own goes with it."""
+    version = sysconfig.get_python_version()
+    for path in (Path(sys.base_prefix, "bin", f"python{version}"), Path(sys.base_prefix, "python.exe")):
+        if path.exists():
+            return str(path)
+    return sys.executable
+
+
+def _run(call: Sequence[str], runner: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> None:
+    try:
+        found = runner(call, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    except OSError as e:
+        raise ConfigError(f"{call[0]}: {e.strerror}") from e
+    if found.returncode:
+        said = " ".join(found.stderr.split())[-600:]
+        raise ConfigError(f"{' '.join(call[:4])} ... failed (exit code {found.returncode}): {said}")

@@ -1,0 +1,138 @@
+"""The other side: what a process does that steps environments for the trainer's."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError, InputError
+
+from ...signals import SIGNALS
+from ..answers import EnvError
+from ..base import Env, RenderError, close_all, in_a_line, step
+from ..held import Held
+
+BEGUN = "begun"
+"""Said by a process when its imports are done."""
+Error = tuple[Exception | None, str, str]
+"""Itself where it is ours and can be sent; in a line; where it came from."""
+Failed = dict[int, Error]
+_OURS = (EnvError, ConfigError, InputError, RenderError)
+
+
+def portable(e: Exception) -> Error:
+    """Return an error as another process can have it."""
+    ours = type(e)(*e.args) if isinstance(e, _OURS) else None
+    return ours, in_a_line(e), traceback.format_exc()
+
+
+class Obey(Held):
+    """Several environments and their rows of shared memory; its methods are the trainer's commands."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        make: Callable[[Config, int], Env],
+        seeds: Mapping[int, int],
+        memory: Any,
+        row: np.dtype[Any],
+    ) -> None:
+        super().__init__({i: make(cfg, seed) for i, seed in seeds.items()})
+        self._cfg, self._make = cfg, make
+        self._rows: NDArray[Any] = np.frombuffer(getattr(memory, "buffer", memory), row)
+
+    def make_anew(self, i: int, seed: int) -> None:
+        """Replace environment i."""
+        close_all([self.envs[i]])
+        self.envs[i] = self._make(self._cfg, seed)
+
+    def reset(self, which: Sequence[int]) -> Failed:
+        """Start episodes and write their observations; return the errors of those that failed."""
+
+        def begin(i: int) -> None:
+            self._rows["obs"][i] = self.begin(i)
+
+        return self._each(which, begin)
+
+    def step(self) -> Failed:
+        """Make a decision in each and write what comes of it; return the errors of those that failed."""
+
+        def decide(i: int) -> None:
+            found = step(self.envs[i], self._rows["action"][i].copy())
+            for name, value in found._asdict().items():
+                self._rows[name][i] = value
+
+        return self._each(self.envs, decide)
+
+    def _each(self, which: Iterable[int], do: Callable[[int], None]) -> Failed:
+        failed: Failed = {}
+        for i in which:
+            try:
+                do(i)
+            except Exception as e:
+                failed[i] = portable(e)
+        return failed
+
+
+def serve(pipe: Connection, made: Callable[[], Any], orphaned: Callable[[], None] | None = None) -> None:
+    """Answer each command with its error, or None, and what it returned, until the trainer closes the pipe.
+
+    Args:
+        pipe: commands come as the name of a method and its arguments.
+        made: makes the object that has those methods, when the first command comes.
+        orphaned: returns when the trainer's process is gone; default by multiprocessing.
+    """
+    # Ctrl-C, a closed terminal and what ends a job on a cluster reach all processes; the trainer says when to end.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, args=(orphaned or _join_parent,), daemon=True).start()
+    _compute_on_one_core()
+    with contextlib.suppress(OSError):  # a trainer that is gone already is noticed below
+        pipe.send(BEGUN)
+    served: Any = None
+    with contextlib.suppress(EOFError, ConnectionError):  # of the pipe: the trainer closed its end
+        while True:
+            name, *args = pipe.recv()
+            error = answer = None
+            try:
+                served = served or made()
+                answer = getattr(served, name)(*args)
+            except Exception as e:
+                error = portable(e)
+            pipe.send((error, answer))
+    if served is not None:
+        served.close()
+
+
+def _compute_on_one_core() -> None:
+    """Leave the other cores to the other environments, should one of them compute with torch.
+
+    This module does not import it: of a process that only steps a simulator it would be most of the memory.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+def _join_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+
+
+def _leave_with_parent(orphaned: Callable[[], None]) -> None:
+    """End this process when the trainer's is gone, even from the middle of a step."""
+    orphaned()
+    os._exit(1)
