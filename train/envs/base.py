@@ -15,6 +15,7 @@ from tdmpc2_fast.errors import BackendError, ConfigError, NonFiniteError
 from tdmpc2_fast.seeds import stream_seed
 
 from .answers import EnvError, array, finite, flag, number, success
+from .patience import patiently
 
 _log = logging.getLogger(__name__)
 _MOST_DROPPED = 10
@@ -131,17 +132,17 @@ class Environments(Protocol):
 
 
 def reset(env: Env) -> Array:
-    """Start an episode; an observation that is unusable raises `EnvError`."""
-    return _observed(env, env.reset())
+    """Start an episode; an observation that is unusable, or does not come, raises `EnvError`."""
+    return _observed(env, patiently(env.reset))
 
 
 def step(env: Env, action: Actions) -> Step:
     """Make one decision in one environment, and judge what it answers.
 
     Raises:
-        EnvError: an answer in another form, or one that no number can be learned from.
+        EnvError: an answer in another form, one that no number can be learned from, or none in time.
     """
-    answer: Any = env.step(action)
+    answer: Any = patiently(env.step, action)
     if not isinstance(answer, (tuple, list)) or len(answer) != 5:
         got = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else type(answer).__name__
         raise EnvError(f"step: got {got}, allowed: observation, reward, terminated, truncated, info")

@@ -20,6 +20,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError
 
 from ...signals import SIGNALS
+from .. import patience
 from ..answers import EnvError
 from ..base import Env, RenderError, close_all, in_a_line, step
 from ..held import Held
@@ -99,6 +100,7 @@ def serve(pipe: Connection, made: Callable[[], Any], orphaned: Callable[[], None
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, args=(orphaned or _join_parent,), daemon=True).start()
     _compute_on_one_core()
+    patience.SECONDS = None
     with contextlib.suppress(OSError):  # a trainer that is gone already is noticed below
         pipe.send(BEGUN)
     served: Any = None
