@@ -39,25 +39,21 @@ class DMControl(Env):
     action_repeat = _ACTION_REPEAT
 
     def __init__(self, task: str, seed: int, settings: Mapping[str, Any] | None = None) -> None:
-        prepare_rendering()
-        suite, scaled, direct = _imported()
-        domain, name = domain_and_task(task)
-        raw = _load(suite, task, domain, name, seed, settings or {})
-        self._limit = raw._step_limit
+        self.env = stock(task, seed, settings)
+        from . import direct  # which imports dm_control
+
+        self._flat, found = direct.flat, direct.direct(self.env, (task, repr(settings)))
+        self._direct = None if isinstance(found, str) else found
+        expected = task not in MORE and isinstance(found, str)
+        self.notes = [f"{task}: dm_control itself steps it, slower: {found}"] if expected else []
+        self._limit = self.env._step_limit
         limit = self._limit / _ACTION_REPEAT
         self.max_episode_steps = math.ceil(limit) if math.isfinite(limit) else _DECISIONS
-        self.env = scaled(raw, minimum=-1.0, maximum=1.0)
-        found = direct.direct(self.env, (task, repr(settings)))
-        self._direct = None if isinstance(found, str) else found
-        self._flat = direct.flat
-        self.notes = [f"{task}: dm_control itself steps it, slower: {found}"] if isinstance(found, str) else []
-        if task in MORE:
-            self.notes = []  # which the paper has not: nobody expects more
-        self.camera_id = 2 if domain == "quadruped" else 0
+        self.camera_id = 2 if task.startswith("quadruped") else 0
         size = sum(int(np.prod(v.shape)) for v in self.env.observation_spec().values())
         self.obs_shape: tuple[int, ...] = (size,)
         self.action_dim = int(self.env.action_spec().shape[0])
-        self.frames_per_second = 1 / (_ACTION_REPEAT * raw.control_timestep())
+        self.frames_per_second = 1 / (_ACTION_REPEAT * self.env.control_timestep())
         self.task = task
         self._decisions = 0
 
@@ -146,22 +142,24 @@ def make(cfg: Config, seed: int) -> Env:
     return env
 
 
-def _imported() -> tuple[Any, Any, Any]:
-    """Import `dm_control.suite`, which takes or refuses the renderer that MUJOCO_GL names, and what builds on it."""
+def stock(task: str, seed: int, settings: Mapping[str, Any] | None = None) -> Any:
+    """Return dm_control's own environment of a task, seeded, its actions scaled to [-1, 1].
+
+    Importing it takes or refuses the renderer that MUJOCO_GL names.
+    """
+    prepare_rendering()
     try:
         from dm_control import suite
         from dm_control.suite.wrappers import action_scale
-
-        from . import direct
     except ModuleNotFoundError:
         raise
     except Exception as e:  # of the OpenGL driver: also AttributeError, RuntimeError
         raise cannot_render("dm_control", e) from e
     keep_log_out_of_the_way()
-    return suite, action_scale.Wrapper, direct
+    return action_scale.Wrapper(_load(suite, task, seed, settings or {}), minimum=-1.0, maximum=1.0)
 
 
-def _load(suite: Any, task: str, domain: str, name: str, seed: int, settings: Mapping[str, Any]) -> Any:
+def _load(suite: Any, task: str, seed: int, settings: Mapping[str, Any]) -> Any:
     """Return the raw environment, with the settings in their places."""
     for key, value in settings.items():
         if key not in _SETTINGS or not isinstance(value, dict):
@@ -173,7 +171,7 @@ def _load(suite: Any, task: str, domain: str, name: str, seed: int, settings: Ma
     if "random" in task_kwargs:
         raise ConfigError("config key 'env.task_kwargs.random': allowed: seed=N, which seeds the task")
     try:
-        task_kwargs["random"] = seed
+        task_kwargs["random"], (domain, name) = seed, domain_and_task(task)
         if task in CUSTOM:
             from . import custom
 
