@@ -19,12 +19,18 @@ def tasks(words: Sequence[str]) -> int:
     """
     options, words = keys.options(["check=true" if w == "--check" else w for w in words], keys.TasksOptions)
     if len(words) > 1:
-        raise ConfigError(f"got {len(words)} arguments ({' '.join(words)}), allowed: tdmpc2-fast tasks [TEXT] [--check]")
+        raise ConfigError(
+            f"got {len(words)} arguments ({' '.join(words)}), allowed: tdmpc2-fast tasks [TEXT] [--check]"
+        )
     text = words[0].lower() if words else ""
-    found = [(title, state, names) for title, state, all_ in _groups() if (names := [n for n in all_ if text in n.lower()])]
+    found = [
+        (title, state, names) for title, state, all_ in _groups() if (names := [n for n in all_ if text in n.lower()])
+    ]
     if not found:
         known = [n for _, _, names in _groups() for n in names]
-        raise ConfigError(f"no task has {text!r} in its name.{did_you_mean(text, known) or ' tdmpc2-fast tasks lists all.'}")
+        raise ConfigError(
+            f"no task has {text!r} in its name.{did_you_mean(text, known) or ' tdmpc2-fast tasks lists all.'}"
+        )
     if options.check:
         return _check(found)
     parts: list[Any] = [
@@ -96,7 +102,9 @@ def suites(words: Sequence[str]) -> int:
     what, *names = words
     if what not in ("install", "remove") or not names:
         got = " ".join(words)
-        raise ConfigError(f"got {got!r}, allowed: tdmpc2-fast suites [install|remove NAME ...]; names: {', '.join(APART)}")
+        raise ConfigError(
+            f"got {got!r}, allowed: tdmpc2-fast suites [install|remove NAME ...]; names: {', '.join(APART)}"
+        )
     for name in names:
         if name not in APART:
             raise ConfigError(f"suite: got {name!r}, allowed: {', '.join(APART)}.{did_you_mean(name, APART)}")

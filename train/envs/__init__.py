@@ -194,4 +194,7 @@ def _unknown(task: str) -> str:
     close = nearest(task, known, 5)
     text = f"config key 'task': unknown task {task!r}. "
     text += f"Nearest: {', '.join(close)}. " if close else ""
-    return text + f"`tdmpc2-fast tasks` lists all, by suite; any Gymnasium id whose actions are a bounded Box or discrete works."
+    return (
+        text
+        + "`tdmpc2-fast tasks` lists all, by suite; any Gymnasium id whose actions are a bounded Box or discrete works."
+    )

@@ -11,7 +11,7 @@ _BOX2D = ("bipedal-walker", "lunarlander-continuous", "BipedalWalker", "LunarLan
 _NOT_FOR_US = ("CartPole", "MountainCar", "Acrobot", "LunarLander", "GymV21Environment", "GymV26Environment")
 _MODULES_NOT_FOR_US = tuple(f"gymnasium.envs.{name}." for name in ("toy_text", "tabular", "phys2d"))
 
-PLANNED = {name: "multi-task training" for name in ("mt30", "mt80")}
+PLANNED = dict.fromkeys(("mt30", "mt80"), "multi-task training")
 """Names of the paper that nothing here trains yet, and what they belong to."""
 
 

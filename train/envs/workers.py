@@ -41,7 +41,7 @@ from tdmpc2_fast.errors import ConfigError
 
 from .answers import EnvError
 from .apart.processes import GuestProcess, SharedFile
-from .apart.serve import BEGUN, Failed, Obey, serve
+from .apart.serve import BEGUN, Failed, Obey, rows_of, serve
 from .base import Actions, Array, Env, Environments, EnvState, Failures, Step, env_seed
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
@@ -108,8 +108,8 @@ class Workers(Environments):
         results = [("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_), ("success", np.float64)]
         self._row = np.dtype([obs, action, *results], align=True)
         size = cfg.num_envs * self._row.itemsize
-        self._memory: Any = _spawn.RawArray("b", size) if python is None else SharedFile(size)
-        self._rows = np.frombuffer(getattr(self._memory, "buffer", self._memory), self._row)
+        self._memory: Any = SharedFile(size) if python is not None else _spawn.RawArray("b", size)
+        self._rows: NDArray[Any] = rows_of(self._memory, self._row)
         self.restarts = restarts
         self._workers: list[_Worker] = []
         # An interpreter that ends without close() ends the processes, too: before multiprocessing waits for

@@ -1,4 +1,4 @@
-"""Whatever an environment does wrong, here, in a worker and in another interpreter: bounded, named, nothing of it kept."""
+"""Whatever an environment does wrong, here, in a worker, in another interpreter: bounded, named, nothing of it kept."""
 
 from __future__ import annotations
 
@@ -240,11 +240,13 @@ class TestRemote:
 
 def test_a_suite_that_is_not_installed_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDMPC2_SUITES", str(tmp_path))
-    with pytest.raises(ConfigError, match="Meta-World needs an interpreter of its own: tdmpc2-fast suites install metaworld"):
+    with pytest.raises(
+        ConfigError, match="Meta-World needs an interpreter of its own: tdmpc2-fast suites install metaworld"
+    ):
         make_env(Config(task="mw-reach"), 1)
     (tmp_path / "metaworld").mkdir()
     (tmp_path / "metaworld/tdmpc2-fast.json").write_text('{"requirements": ["metaworld==1"]}')
-    with pytest.raises(ConfigError, match="made by another version: tdmpc2-fast suites install metaworld makes it anew"):
+    with pytest.raises(
+        ConfigError, match="made by another version: tdmpc2-fast suites install metaworld makes it anew"
+    ):
         make_env(Config(task="mw-reach"), 1)
-
-

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from multiprocessing.connection import Connection
 from types import ModuleType
@@ -33,13 +34,13 @@ def main() -> None:
     """Serve the trainer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, while this imports
     pipe, alive, folders = Connection(int(sys.argv[1])), int(sys.argv[2]), json.loads(sys.argv[3])
-    sys.meta_path.insert(0, Finder(folders))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Finder(folders))
     from tdmpc2_fast.train.envs.apart.serve import serve
 
-    made: list[object] = []
+    made: list[Callable[[], object]] = []
 
     def make() -> object:
-        return made[0]()  # type: ignore[operator]
+        return made[0]()
 
     made.append(pipe.recv())
     serve(pipe, make, lambda: _wait(alive))

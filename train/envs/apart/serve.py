@@ -39,6 +39,11 @@ def portable(e: Exception) -> Error:
     return ours, in_a_line(e), traceback.format_exc()
 
 
+def rows_of(memory: Any, row: np.dtype[Any]) -> NDArray[Any]:
+    """Return shared memory, of either kind, as rows."""
+    return np.frombuffer(getattr(memory, "buffer", memory), row)
+
+
 class Obey(Held):
     """Several environments and their rows of shared memory; its methods are the trainer's commands."""
 
@@ -52,7 +57,7 @@ class Obey(Held):
     ) -> None:
         super().__init__({i: make(cfg, seed) for i, seed in seeds.items()})
         self._cfg, self._make = cfg, make
-        self._rows: NDArray[Any] = np.frombuffer(getattr(memory, "buffer", memory), row)
+        self._rows = rows_of(memory, row)
 
     def make_anew(self, i: int, seed: int) -> None:
         """Replace environment i."""

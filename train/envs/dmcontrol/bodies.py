@@ -75,7 +75,7 @@ def dog_moves(sim: Sim, task: Any) -> Reading:
     inertial = sensors("accelerometer", "velocimeter", "gyro")
     forces = sensors("foot_L", "foot_R", "hand_L", "hand_R")
     touch = sensors("palm_L", "palm_R", "sole_L", "sole_R")
-    refresh = [angles, rates, heights, axes, velocity, inertial, forces, touch]
+    refresh: list[Gather | _Turned] = [angles, rates, heights, axes, velocity, inertial, forces, touch]
     parts = [each.into for each in refresh]
 
     low, weight = task._stand_height.tolist(), float(task._body_weight)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dm_control.rl import control
-from dm_control.suite import ball_in_cup, base, cheetah, common, hopper, pendulum, reacher, walker
+from dm_control.suite import ball_in_cup, base, cheetah, hopper, pendulum, reacher, walker
 from typing_extensions import override
 
 from . import benches, bodies, runners
@@ -128,7 +128,7 @@ class _Kind(NamedTuple):
 
     def make(self, random: Any) -> Any:
         """Return the task."""
-        if self.score is None:
+        if self.score is None or self.parts is None:
             return self.task(*self.args, random)
         own = dict(parts=staticmethod(self.parts), score=staticmethod(self.score))
         return type(f"Custom{self.task.__name__}", (CustomTask, self.task), own)(*self.args, random)
@@ -180,8 +180,8 @@ def load(domain: str, name: str, task_kwargs: Mapping[str, Any], environment_kwa
 
 def reading(sim: Sim, task: Any) -> Reading:
     """Read a custom task, as those of the suite are read."""
-    kind = type(task)
-    return Reading(*kind.parts(sim), kind.score(sim))
+    parts, refresh = task.parts(sim)
+    return Reading(parts, refresh, task.score(sim))
 
 
 def three_links(xml: str | bytes) -> str:

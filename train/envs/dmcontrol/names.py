@@ -1,34 +1,27 @@
 """Names of DMControl's tasks: a domain, then a task of it, `_` written `-`."""
 
-STANDARD: tuple[str, ...] = tuple(
-    """
+_STANDARD = """
 acrobot-swingup cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse cheetah-run
 cup-catch dog-run dog-stand dog-trot dog-walk finger-spin finger-turn-easy finger-turn-hard fish-swim hopper-hop
 hopper-stand humanoid-run humanoid-stand humanoid-walk pendulum-swingup quadruped-run quadruped-walk
 reacher-easy reacher-hard walker-run walker-stand walker-walk
-""".split()
-)
-"""The 28 of the suite that the paper trains on."""
-
-CUSTOM: tuple[str, ...] = tuple(
-    """
+"""
+_CUSTOM = """
 walker-walk-backwards walker-run-backwards cheetah-run-backwards cheetah-run-front cheetah-run-back
 cheetah-jump hopper-hop-backwards reacher-three-easy reacher-three-hard cup-spin pendulum-spin
-""".split()
-)
-"""The 11 that the paper adds to it (`custom.py`)."""
-
-MORE: tuple[str, ...] = tuple(
-    """
+"""
+_MORE = """
 acrobot-swingup-sparse cartpole-three-poles cartpole-two-poles dog-fetch fish-upright humanoid-run-pure-state
 humanoid-CMU-run humanoid-CMU-stand humanoid-CMU-walk lqr-lqr-2-1 lqr-lqr-6-2 manipulator-bring-ball
 manipulator-bring-peg manipulator-insert-ball manipulator-insert-peg point-mass-easy point-mass-hard
 quadruped-escape quadruped-fetch stacker-stack-2 stacker-stack-4 swimmer-swimmer15 swimmer-swimmer6
-""".split()
-)
+"""
+CUSTOM = tuple(_CUSTOM.split())
+"""The 11 that the paper adds to the suite (`custom.py`)."""
+TASKS = (*_STANDARD.split(), *CUSTOM)
+"""The 39 that the paper trains on."""
+MORE = tuple(_MORE.split())
 """What else the suite has; these step by dm_control's own code."""
-
-TASKS = STANDARD + CUSTOM
 
 _DOMAINS = {"cup": "ball_in_cup"}
 _OF_TWO_WORDS = ("humanoid-CMU", "point-mass")
@@ -38,4 +31,3 @@ def domain_and_task(name: str) -> tuple[str, str]:
     """Return the suite's own names of a task: `ball_in_cup`, `catch` of cup-catch."""
     domain = next((d for d in _OF_TWO_WORDS if name.startswith(f"{d}-")), name.partition("-")[0])
     return _DOMAINS.get(domain, domain.replace("-", "_")), name[len(domain) + 1 :].replace("-", "_")
-

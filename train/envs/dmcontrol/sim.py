@@ -46,8 +46,13 @@ class Sim:
     def __init__(self, physics: Any) -> None:
         self.model, self.data = physics.model.ptr, physics.data.ptr
         data = self.data
-        self.qpos, self.qvel, self.act, self.ctrl = data.qpos, data.qvel, data.act, data.ctrl
-        self.sensordata, self.xpos, self.xmat = data.sensordata, data.xpos, data.xmat
+        self.qpos: Floats = data.qpos
+        self.qvel: Floats = data.qvel
+        self.act: Floats = data.act
+        self.ctrl: Floats = data.ctrl
+        self.sensordata: Floats = data.sensordata
+        self.xpos: Floats = data.xpos
+        self.xmat: Floats = data.xmat
 
     def body(self, name: str) -> int:
         """Return a body's number."""
@@ -55,7 +60,8 @@ class Sim:
 
     def frame(self, body: str) -> Floats:
         """Return the rotation of a body's frame, a view (3, 3)."""
-        return self.xmat[self.body(body)].reshape(3, 3)
+        found: Floats = self.xmat[self.body(body)]
+        return found.reshape(3, 3)
 
     def sensor(self, name: str) -> slice:
         """Return where a sensor's numbers lie in `sensordata`."""
@@ -89,7 +95,7 @@ def reader(array: Floats, *index: int) -> Callable[[], float]:
     """Return what reads one number of an array as Python's float, whose arithmetic is faster and the same."""
     flat, place = array.reshape(-1), int(np.ravel_multi_index(index, array.shape))
     item = flat.item
-    return lambda: item(place)  # type: ignore[no-any-return]
+    return lambda: item(place)
 
 
 class Gather:

@@ -3,7 +3,8 @@
 One decision repeats the action for two control steps and sums the rewards; the observation
 is the one after the second, all entries flattened and concatenated in their order. Episodes
 end with the suite's time limit, which is after 500 decisions, and never terminate. Settings
-(`env.KEY=VALUE`) are `task_kwargs` and `environment_kwargs` of `dm_control.suite.load`.
+(`env.KEY=VALUE`) are `task_kwargs` and `environment_kwargs` of `dm_control.suite.load`, and `quality`, the model's
+`visual/quality`, of pictures.
 
 dm_control loads a task and begins its episodes; the steps of those that `direct.py` knows go past its Python.
 """
@@ -23,14 +24,13 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError
 
 from .. import random_state
-from ..base import Array, Env, RenderError, in_a_line
+from ..base import Array, Env, in_a_line
 from ..mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
-from ..pixels import FRAMES, SIZE, Stack
 from .names import CUSTOM, MORE, domain_and_task
 
 _ACTION_REPEAT = 2
 _DECISIONS = 500
-_SETTINGS = ("task_kwargs", "environment_kwargs")
+_SETTINGS = ("task_kwargs", "environment_kwargs", "quality")
 
 
 class DMControl(Env):
@@ -65,16 +65,16 @@ class DMControl(Env):
 
     @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        action = action.astype(np.float64)
+        scaled = action.astype(np.float64)
         done = _ACTION_REPEAT * self._decisions
         self._decisions += 1
         over = self._decisions >= self.max_episode_steps
         if self._direct is not None:
-            reward = self._direct.step(action, int(min(_ACTION_REPEAT, self._limit - done)))
+            reward = self._direct.step(scaled, int(min(_ACTION_REPEAT, self._limit - done)))
             return self._direct.observation(), reward, False, over, {"success": 0.0}
         reward = 0.0
         for _ in range(_ACTION_REPEAT):
-            step = self.env.step(action)
+            step = self.env.step(scaled)
             reward += step.reward
             if step.last():  # a step more would begin the next episode
                 break
@@ -84,11 +84,15 @@ class DMControl(Env):
     def render(self, width: int = 384, height: int = 384) -> NDArray[np.uint8]:
         """Draw what the official code's camera sees, as `Env.render`."""
         try:
-            picture: NDArray[np.uint8] = self.env.physics.render(height, width, self.camera_id)
+            return self.draw(width, height)
         except ValueError as e:  # larger than the model's own buffer, which most leave at 640x480
             raise InputError(f"width, height: got {width}, {height}: {e}") from e
         except Exception as e:  # whatever the OpenGL driver at hand raises
             raise cannot_render(self.task, e) from e
+
+    def draw(self, width: int, height: int) -> NDArray[np.uint8]:
+        """Draw as `render`; whatever goes wrong is raised as it comes."""
+        picture: NDArray[np.uint8] = self.env.physics.render(height, width, self.camera_id)
         return picture
 
     @override
@@ -106,40 +110,6 @@ class DMControl(Env):
     @override
     def close(self) -> None:
         self.env.close()
-
-
-class Pixels(DMControl):
-    """Three stacked 64x64 frames, channels first, instead of the state."""
-
-    def __init__(self, task: str, seed: int, settings: Mapping[str, Any] | None = None) -> None:
-        super().__init__(task, seed, settings)
-        self.obs_shape = (3 * FRAMES, SIZE, SIZE)
-        self._stack = Stack(FRAMES)
-
-    def _observe(self, first: bool = False) -> Array:
-        return self._stack(self.render(SIZE, SIZE).transpose(2, 0, 1), first)
-
-    @override
-    def reset(self) -> Array:
-        super().reset()
-        return self._observe(first=True)
-
-    @override
-    def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        _, *rest = super().step(action)
-        return (self._observe(), *rest)  # type: ignore[return-value]
-
-
-def make(cfg: Config, seed: int) -> Env:
-    """Make the task, from states or (`obs=rgb`) pixels."""
-    if cfg.obs == "state":
-        return DMControl(cfg.task, seed, cfg.env_kwargs)
-    env = Pixels(cfg.task, seed, cfg.env_kwargs)
-    try:
-        env.render(8, 8)
-    except RenderError as e:
-        raise ConfigError(f"config key 'obs': 'rgb' needs a renderer; {e}") from e
-    return env
 
 
 def stock(task: str, seed: int, settings: Mapping[str, Any] | None = None) -> Any:
@@ -163,11 +133,9 @@ def _load(suite: Any, task: str, seed: int, settings: Mapping[str, Any]) -> Any:
     """Return the raw environment, with the settings in their places."""
     for key, value in settings.items():
         if key not in _SETTINGS or not isinstance(value, dict):
-            raise ConfigError(
-                f"config key 'env.{key}': got {value!r}, allowed in DMControl: env.task_kwargs.KEY=VALUE and "
-                "env.environment_kwargs.KEY=VALUE"
-            )
-    task_kwargs, environment_kwargs = (copy.deepcopy(settings.get(k, {})) for k in _SETTINGS)
+            allowed = ", ".join(f"env.{k}.KEY=VALUE" for k in _SETTINGS)
+            raise ConfigError(f"config key 'env.{key}': got {value!r}, allowed in DMControl: {allowed}")
+    task_kwargs, environment_kwargs, quality = (copy.deepcopy(settings.get(k, {})) for k in _SETTINGS)
     if "random" in task_kwargs:
         raise ConfigError("config key 'env.task_kwargs.random': allowed: seed=N, which seeds the task")
     try:
@@ -175,8 +143,12 @@ def _load(suite: Any, task: str, seed: int, settings: Mapping[str, Any]) -> Any:
         if task in CUSTOM:
             from . import custom
 
-            return custom.load(domain, name, task_kwargs, environment_kwargs)
-        return suite.load(domain, name, task_kwargs, environment_kwargs, visualize_reward=False)
+            raw = custom.load(domain, name, task_kwargs, environment_kwargs)
+        else:
+            raw = suite.load(domain, name, task_kwargs, environment_kwargs, visualize_reward=False)
+        for key, value in quality.items():
+            setattr(raw.physics.model.vis.quality, key, value)
+        return raw
     except Exception as e:  # of the task, or of MuJoCo
         if not settings:
             raise

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from tdmpc2_fast.train.envs.mujoco_setup import prepare_rendering
+import renderer_first  # noqa: F401
 
 pytest.importorskip("dm_control")
-prepare_rendering()
 from dm_control.suite import reacher
 
 from tdmpc2_fast.train.envs.dmcontrol import DMControl, custom
@@ -94,7 +92,14 @@ FORMULAS: dict[str, Callable[[Any], float]] = {
     "cup-spin": spin_cup,
     "pendulum-spin": lambda p: ramp(abs(float(p.named.data.qvel["hinge"][0])) / 9),
 }
-SHAPES = {"cheetah": (17, 6), "walker": (24, 6), "hopper": (15, 4), "reacher": (8, 3), "cup": (8, 2), "pendulum": (3, 1)}
+SHAPES = {
+    "cheetah": (17, 6),
+    "walker": (24, 6),
+    "hopper": (15, 4),
+    "reacher": (8, 3),
+    "cup": (8, 2),
+    "pendulum": (3, 1),
+}
 
 
 @pytest.mark.parametrize("task", CUSTOM)
@@ -155,7 +160,11 @@ def test_the_reacher_of_three_links() -> None:
     assert [model.actuator_trnid.axes.row.names[i] for i in range(3)] == ["shoulder0", "shoulder1", "wrist"]
     assert model.jnt_limited[:].tolist() == [0, 1, 1]
     np.testing.assert_allclose(np.rad2deg(model.jnt_range[1:]), [[-80, 80]] * 2)
-    for body, parent, offset in (("arm0", "world", (0, 0, 0.01)), ("arm1", "arm0", (0.09, 0, 0)), ("hand", "arm1", (0.09, 0, 0))):
+    for body, parent, offset in (
+        ("arm0", "world", (0, 0, 0.01)),
+        ("arm1", "arm0", (0.09, 0, 0)),
+        ("hand", "arm1", (0.09, 0, 0)),
+    ):
         assert p.model.id2name(int(model.body_parentid[body]), "body") == parent
         np.testing.assert_allclose(model.body_pos[body], offset)
     np.testing.assert_allclose(model.body_pos["finger"], (0.09, 0, 0))
@@ -177,7 +186,9 @@ def test_the_reacher_of_three_links() -> None:
     assert 0.18 < max(distances) <= 0.2
 
 
-@pytest.mark.parametrize(("task", "geom", "size"), [("cheetah-run-backwards", "ground", 200), ("walker-run-backwards", "floor", 500)])
+@pytest.mark.parametrize(
+    ("task", "geom", "size"), [("cheetah-run-backwards", "ground", 200), ("walker-run-backwards", "floor", 500)]
+)
 def test_the_floor_is_drawn_where_backwards_leads(task: str, geom: str, size: float) -> None:
     model = DMControl(task, SEED).env.physics.named.model
     assert model.geom_size[geom, 0] == size

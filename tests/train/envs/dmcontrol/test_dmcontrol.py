@@ -65,3 +65,30 @@ def test_pixels_need_a_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DMControl, "render", none_here)
     with pytest.raises(ConfigError, match="'obs': 'rgb' needs a renderer; no driver"):
         make_env(Config(task="pendulum-swingup", obs="rgb"), 1)
+
+
+def test_pixels_are_those_of_dm_control() -> None:
+    """Whatever the buffer that they are drawn in, and after larger pictures as before."""
+    env, plain = Pixels("walker-walk", 5), DMControl("walker-walk", 5)
+    try:
+        obs = env.reset()
+    except RenderError as e:
+        pytest.skip(str(e))
+    plain.reset()
+    for k in range(4):
+        wanted = plain.env.physics.render(64, 64, 0).transpose(2, 0, 1)
+        assert np.array_equal(obs[-3:], wanted)
+        if k == 2:
+            assert np.array_equal(env.render(200, 100), plain.render(200, 100))
+        action = np.full(6, 0.5, np.float32)
+        before, obs = obs, env.step(action)[0]
+        assert np.array_equal(obs[:6], before[3:])
+        plain.step(action)
+
+
+def test_quality_is_a_setting() -> None:
+    settings = {"quality": {"shadowsize": 512, "offsamples": 0}}
+    quality = DMControl("cup-spin", 1, settings).env.physics.model.vis.quality
+    assert (quality.shadowsize, quality.offsamples) == (512, 0)
+    with pytest.raises(ConfigError, match="takes none of these settings"):
+        DMControl("walker-walk", 1, {"quality": {"shadow": 1}})
