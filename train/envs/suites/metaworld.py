@@ -25,10 +25,14 @@ from ..mujoco_setup import keep_log_out_of_the_way, prepare_rendering
 from .mujoco_task import Camera, MujocoTask, settings_of
 
 REQUIREMENTS: tuple[str, ...] = (
-    "metaworld==3.1.1",
-    "packaging",
-    "typing_extensions",
+    "metaworld==3.1.1",  # takes mujoco 3.3.0 and no other: of newer ones, the welds of its models have another form
+    "gymnasium==1.4.0",  # of which it inherits; its own bound is 1.1
+    "numpy==2.4.6",  # computes rewards and draws goals
+    "scipy==1.17.1",  # computes the rotations of objects that are observed
+    "packaging",  # which gymnasium's renderer imports, and nobody declares
+    "typing_extensions",  # of this package
 )
+"""What is installed into the suite's interpreter."""
 
 _NAMES = """
 assembly basketball bin-picking box-close button-press button-press-topdown button-press-topdown-wall

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import inspect
 import io
+import os
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,14 @@ from ..mujoco_setup import keep_log_out_of_the_way, prepare_rendering
 from .mujoco_task import Camera, MujocoTask, settings_of
 
 REQUIREMENTS: tuple[str, ...] = (
+    # The last that takes mujoco 3.1.2, gymnasium 0.29.1 and dm-control 1.0.16, which the official code names.
+    # From 2.8.6 on the simulator is newer, and 3.0.0 has other tasks under the same names.
     "myosuite==2.8.5",
-    "typing_extensions",
+    "numpy==2.4.6",  # computes rewards and draws goals
+    "scipy==1.17.1",  # 2.0 is to end scipy.misc, which sk-video of its imports
+    "typing_extensions",  # of this package
 )
+"""What is installed into the suite's interpreter."""
 
 _IDS = {
     "reach": "Reach",
@@ -106,12 +112,13 @@ def make(cfg: Config, seed: int) -> Env:
 def _made(cfg: Config, seed: int) -> Any:
     """Return the suite's own environment, without the wrappers that end episodes."""
     prepare_rendering()
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # which it imports, and which refuses without a git program
     with contextlib.redirect_stdout(io.StringIO()):  # what it says of itself would come from every process
         import myosuite  # noqa: F401 - registers the tasks
     from gymnasium.envs.registration import load_env_creator, registry
 
     keep_log_out_of_the_way()
-    spec = registry[_ID_OF[cfg.task]]
+    spec: Any = registry[_ID_OF[cfg.task]]
     kind: Any = load_env_creator(spec.entry_point)
     settings = settings_of(cfg, {k: v for k, v in _SETTINGS.items() if k in _arguments(kind)})
     given = copy.deepcopy({**spec.kwargs, **settings})
@@ -124,7 +131,7 @@ def _made(cfg: Config, seed: int) -> Any:
         raise ConfigError(f"config key 'env': {cfg.task} takes none of these settings: {in_a_line(e)}") from e
 
 
-def _arguments(kind: type) -> set[str]:
+def _arguments(kind: Any) -> set[str]:
     """Return what a task may be set up with; what it does not know, it would leave out without a word."""
     return {
         name for base in kind.__mro__ if "_setup" in vars(base) for name in inspect.signature(base._setup).parameters
