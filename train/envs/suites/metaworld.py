@@ -67,7 +67,9 @@ class MetaWorld(MujocoTask):
         self.action_dim = int(self.env.action_space.shape[0])
         self.frames_per_second = 1 / (_ACTION_REPEAT * float(self.env.dt))
         self._success = 0.0
-        self.sees(Camera(self.env.model, self.env.data, "corner2"), int(self.env.observation_space.shape[0]))
+        # Upside down: it was made for a renderer whose pictures were.
+        camera = Camera(self.env.model, self.env.data, "corner2", upside_down=True)
+        self.sees(camera, int(self.env.observation_space.shape[0]))
 
     @property
     @override

@@ -114,10 +114,13 @@ class Camera:
         data: its `mujoco.MjData`.
         name: of the camera.
         shows: what is drawn beside the defaults, as `mujoco.mjtVisFlag`.
+        upside_down: whether the camera is.
     """
 
-    def __init__(self, model: Any, data: Any, name: str, shows: tuple[int, ...] = ()) -> None:
-        self._model, self._data, self.name, self._shows = model, data, name, shows
+    def __init__(
+        self, model: Any, data: Any, name: str, shows: tuple[int, ...] = (), upside_down: bool = False
+    ) -> None:
+        self._model, self._data, self.name, self._shows, self._upside_down = model, data, name, shows, upside_down
         self._renderers: dict[tuple[int, int], Any] = {}
 
     def picture(self, width: int, height: int) -> NDArray[np.uint8]:
@@ -135,7 +138,7 @@ class Camera:
             option.flags[flag] = 1
         renderer.update_scene(self._data, self.name, option)
         picture: NDArray[np.uint8] = renderer.render()
-        return picture
+        return np.ascontiguousarray(picture[::-1]) if self._upside_down else picture
 
     def close(self) -> None:
         """Free the renderers."""

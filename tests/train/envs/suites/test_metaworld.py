@@ -112,6 +112,21 @@ def test_pictures_change_no_number() -> None:
     checks.pictures_change_no_number(make, "mw-pick-place")
 
 
+def test_up_is_up_in_pictures() -> None:
+    env = make(Config(task="mw-reach"), 3)
+
+    def row() -> float:
+        red, green, blue = np.moveaxis(env.render(96, 96).astype(int), -1, 0)
+        return float(np.nonzero((green > 150) & (blue > 150) & (red < 90))[0].mean())  # of the finger that is cyan
+
+    env.reset()
+    before = row()
+    for _ in range(5):
+        env.step(np.array([0, 0, 1, 0], np.float32))
+    assert row() < before - 2
+    env.close()
+
+
 def test_pixels_are_the_last_three_pictures() -> None:
     checks.pixels_are_the_last_three_pictures(make, "mw-pick-place")
 

@@ -87,6 +87,15 @@ def test_pictures_change_no_number() -> None:
     checks.pictures_change_no_number(make, "myo-obj-hold-hard")
 
 
+def test_pictures_are_those_of_the_official_code() -> None:
+    env: Any = make(Config(task="myo-key-turn-hard"), 3)
+    env.reset()
+    wanted = env.env.sim.renderer.render_offscreen(width=96, height=64, camera_id="hand_side_inter")
+    np.testing.assert_array_equal(env.render(96, 64), wanted)
+    env.env.sim.renderer._renderer.close()
+    env.close()
+
+
 def test_pixels_are_the_last_three_pictures() -> None:
     checks.pixels_are_the_last_three_pictures(make, "myo-key-turn-hard")
 
