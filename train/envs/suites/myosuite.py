@@ -31,7 +31,7 @@ REQUIREMENTS: tuple[str, ...] = (
     # The last that takes mujoco 3.1.2, gymnasium 0.29.1 and dm-control 1.0.16, which the official code names.
     # From 2.8.6 on the simulator is newer, and 3.0.0 has other tasks under the same names.
     "myosuite==2.8.5",
-    "numpy==2.4.6",  # computes rewards and draws goals
+    "numpy==1.26.4",  # with numpy 2, this mujoco gives arrays that are wrong without a word
     "scipy==1.17.1",  # 2.0 is to end scipy.misc, which sk-video of its imports
     "typing_extensions",  # of this package
 )
