@@ -6,6 +6,12 @@ Right after a reset, one step with a zero action is taken that nobody sees: the 
 returned is that of the reset. The goal is observed, and drawn anew for each episode. Success
 is kept: once reached, it stays 1 until the episode ends. Settings (`env.KEY=VALUE`) are
 `reward_function_version`, v2 (as officially) or v1.
+
+The official code has version 2 of these tasks, in an older simulator; what can be installed is
+version 3. Its rewards are the same formulas, but for handle-pull (a bonus is given sooner) and
+button-press-topdown-wall (an open gripper counts, not a closed one); the two
+button-press-topdown tasks are solved at 24 mm, not at 20; and how far the gripper is open is
+measured between other points.
 """
 
 from __future__ import annotations
