@@ -153,7 +153,7 @@ def test_given_starts_are_taken_and_numbers_rounded_to_nearest(dtype: torch.dtyp
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_stacks_are_built_of_frames_that_were_kept_once(k: int) -> None:
-    """Observations of episodes of all lengths, in a ring that has wrapped, against those that were never taken apart."""
+    """Observations of episodes of all lengths, in a ring that has wrapped, against those never taken apart."""
     c, h, width = 41, 3, 6
     frames = torch.zeros(c + k - 1, width, dtype=torch.uint8)
     repeats = torch.zeros(c, dtype=torch.int64)
