@@ -111,6 +111,7 @@ class Pixels(DMControl):
 
     def __init__(self, task: str, seed: int, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, seed, settings)
+        self.frames = FRAMES
         self.obs_shape = (3 * FRAMES, SIZE, SIZE)
         self._stack = Stack(FRAMES)
 
