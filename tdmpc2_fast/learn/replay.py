@@ -168,45 +168,45 @@ class ReplayBuffer:
             for start, rows in pieces(first, chunk, self.cfg.observation_shape):
                 lost = max(self.written - self.capacity - start, 0)
                 if lost < len(rows["reward"]):
-                    self._put(start + lost, {k: x[lost:] for k, x in rows.items()}, free=self._ring is None)
+                    rows = {k: x[lost:] for k, x in rows.items()}
+                    # A file of frames tells how they are stacked, which a few steps alone may leave open.
+                    wanted = chunk["frames"].shape[1] if "frames" in chunk else 0
+                    self._put(start + lost, rows, self._ring is None, wanted)
         self._first = self._last = 0
         for start, length in state["episodes"].tolist():
             self._append(start, length)
         self._drop_overwritten()
         self._stale = True
-        if self._ring is not None and any(
-            name.startswith("rng.") for name in state
-        ):  # else kernels drew, or nothing did
+        if self._ring is not None and any(k.startswith("rng.") for k in state):  # else kernels drew, or nothing did
             self._generator = generator(self.cfg.seed, "replay", self._device)
             set_generator(self._generator, state)
 
-    def _put(self, start: int, rows: Mapping[str, Tensor], free: bool) -> None:
-        """Store steps as `Ring.put`, in a ring that can hold them."""
+    def _put(self, start: int, rows: Mapping[str, Tensor], free: bool, wanted: int = 0) -> None:
+        """Store steps as `Ring.put`, in a ring that can hold them; wanted: channels a frame to try first."""
         while self._ring is None or not self._ring.put(start, rows, free):
-            self._ring, self._copied, self._stale = self._ring_for(start, rows["obs"], free), None, True
+            self._ring, self._copied, self._stale = self._ring_for(start, rows["obs"], free, wanted), None, True
 
-    def _ring_for(self, start: int, obs: Tensor, free: bool) -> Ring:
+    def _ring_for(self, start: int, obs: Tensor, free: bool, wanted: int) -> Ring:
         """Return a ring for these observations with what is held: each frame once, where all are such stacks."""
         cfg, held, total = self.cfg, self._ring, self.cfg.observation_shape[0]
         before = None if held is None or free else held.steps(start - 1, start)["obs"][0]
-        least = 0 if held is None else held.channels
-        if cfg.obs == "state":
-            least = total - 1
-        fitting = (
-            c for c in range(least + 1, total + 1) if total % c == 0 and begins(obs, c, before, free) is not None
-        )
+        sizes = [c for c in range(1, total + 1) if total % c == 0] if cfg.obs == "rgb" else [total]
+        # Where nothing moves, several fit: three frames are the official number, whole observations the last resort.
+        sizes.sort(key=lambda c: (c != wanted, c == total, 3 * c != total, c))
+        fitting = (c for c in sizes if begins(obs, c, before, free) is not None)
         if held is None:
             return Ring(cfg, self.device, self.capacity, next(fitting))
+        why = f"replay: observations came that do not stack {held.frames} frames as those before them did"
         for channels in fitting:
-            mbyte = [row_bytes(cfg, c) * self.capacity / 1e6 for c in (held.channels, channels)]
-            warn(
-                f"replay: an episode whose observations do not stack {held.frames} frames, each of which is kept once, "
-                f"as those before it do: from here on the replay takes {mbyte[1]:,.0f} MB, not {mbyte[0]:,.0f}"
-            )
-            ring = Ring(cfg, self.device, self.capacity, channels)
+            try:
+                ring = Ring(cfg, self.device, self.capacity, channels)
+            except InputError as e:
+                raise InputError(f"{why}. {e}") from None
             if held.copy_to(ring):
+                gbyte = [x.nbytes / 1e9 for x in (held, ring)]
+                warn(f"{why}: from here on it takes {gbyte[1]:.1f} GB of memory, before {gbyte[0]:.1f}")
                 return ring
-        raise AssertionError("whole observations fit always")
+        raise AssertionError("whole observations always fit")
 
     @undisturbed
     def on_device(self) -> DeviceReplay | None:
