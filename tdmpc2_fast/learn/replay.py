@@ -204,7 +204,7 @@ class ReplayBuffer:
                 raise InputError(f"{why}. {e}") from None
             if held.copy_to(ring):
                 gbyte = [x.nbytes / 1e9 for x in (held, ring)]
-                warn(f"{why}: from here on it takes {gbyte[1]:.1f} GB of memory, before {gbyte[0]:.1f}")
+                warn(f"{why}: from here on it takes {gbyte[1]:.3g} GB of memory, before {gbyte[0]:.3g}")
                 return ring
         raise AssertionError("whole observations always fit")
 

@@ -88,7 +88,7 @@ class OnlineTrainer:
         gbyte = self.buffer.check_memory(stacked) / 1e9
         if cfg.obs == "rgb":
             once = f"; of the {stacked} frames in an observation, one a step is kept" if stacked > 1 else ""
-            notes.append(f"replay: {gbyte:.1f} GB of memory for {self.buffer.capacity:,} steps{once}")
+            notes.append(f"replay: {gbyte:.3g} GB of memory for {self.buffer.capacity:,} steps{once}")
         self.agent = agent = TDMPC2(cfg)
         if cfg.checkpoint is not None and saved is None:
             path = checkpoint.find_checkpoint(cfg.checkpoint)
