@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdmpc2_fast import Config, ReplayBuffer
+from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
+from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import InputError
+from tdmpc2_fast.kernels.cpu.build import why_not as why_not_built
 from tdmpc2_fast.kernels.device import launch
 from tdmpc2_fast.kernels.update.replay_gather import (
     DeviceReplay,
@@ -159,8 +161,10 @@ def check_same(buffer: ReplayBuffer, whole: Whole, counter: int = 0, kernels: bo
 
 
 @pytest.fixture
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of the CPU instead of interpreted ones."""
+    if why := why_not_built():
+        pytest.skip(why)
     monkeypatch.setattr(launch._open, "native", True)
 
 
@@ -194,6 +198,30 @@ def test_the_kernels_of_a_cpu_draw_the_same(native: None) -> None:
         whole.add(episode)
         check_same(buffer, whole, i)
     assert buffer.frames == 3
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "cpu"])
+def test_an_agent_learns_the_same_and_goes_on_where_the_form_changes(backend: str) -> None:
+    """Updates that were captured read the frames' new places, too."""
+    small = dict(mlp_dim=16, num_q=2, num_bins=11, horizon=2, batch_size=3, backend=backend)
+    if backend == "cpu" and why_not_built():
+        pytest.skip(str(why_not_built()))
+    cfg = pixel_config(9, **small)
+    once, whole = ReplayBuffer(cfg), ReplayBuffer(cfg)
+    whole._ring = ring.Ring(cfg, whole.device, whole.capacity, channels=9)
+    agents = TDMPC2(cfg), TDMPC2(cfg)
+    (stacked,) = episodes_of(cfg, 3, [30])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "replay: .* do not stack 3 frames")
+        for episode in (stacked, strange(cfg, 20)):
+            for buffer in (once, whole):
+                buffer.add(episode)
+            assert (once.frames, whole.frames) == (3 if episode is stacked else 1, 1)
+            for _ in range(2):
+                a, b = (agent.update(buffer) for agent, buffer in zip(agents, (once, whole), strict=True))
+                assert {k: float(v) for k, v in a.items()} == {k: float(v) for k, v in b.items()}
+    a, b = (tensors_only(agent.model.state_dict()) for agent in agents)
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_what_is_no_stack_is_kept_whole() -> None:
