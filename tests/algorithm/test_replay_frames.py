@@ -284,6 +284,20 @@ def test_a_first_episode_in_which_nothing_moves_says_nothing_for_good() -> None:
         check_same(buffer, whole)
 
 
+def test_a_ring_that_begins_within_an_episode_changes_to_another_number_of_frames() -> None:
+    cfg, rng = pixel_config(4), np.random.default_rng(4)
+    frames = np.zeros((43, 1, 64, 64), np.uint8)
+    frames[1:] = 1  # so the oldest step that stays is 0111: frames of one channel, but also of two
+    buffer, whole = ReplayBuffer(cfg), Whole(cfg)
+    for episode, k in ((episode_of(frames, Stack(4), rng), 4), (episodes_of(cfg, 2, [20])[0], 2)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "replay: .* do not stack 4 frames")
+            buffer.add(episode)
+        whole.add(episode)
+        assert buffer.frames == k
+        check_same(buffer, whole)
+
+
 def test_a_form_that_does_not_fit_is_refused_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = pixel_config(9)
     buffer, whole = ReplayBuffer(cfg), Whole(cfg)
@@ -337,6 +351,26 @@ def test_files_of_both_forms_go_on(count: int, form: str, capacity: int, monkeyp
             b.add(episode)
         got, want = (b.steps(b.written - len(other), b.written)["obs"] for b in (other, buffer))
         assert torch.equal(got, want)
+
+
+def test_a_file_tells_its_form_where_one_step_of_it_would_not() -> None:
+    cfg = pixel_config(4)
+    buffer, small = ReplayBuffer(cfg), ReplayBuffer(cfg.replace(buffer_size=4))
+    for episode in episodes_of(cfg, 2, [20]):
+        buffer.add(episode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small.restore(buffer.state(), cut(buffer, [17], "kept"))
+    assert small.frames == 2
+    assert torch.equal(small.steps(16, 20)["obs"], buffer.steps(16, 20)["obs"])
+
+
+def test_what_no_step_was_written_to_is_no_chance_in_a_file(poisoned_memory: None) -> None:
+    cfg = pixel_config(9)
+    buffer = ReplayBuffer(cfg)
+    for episode in episodes_of(cfg, 3, [20]):
+        buffer.add(episode)
+    assert not buffer.kept(0, 9)["frames"][:2].any()
 
 
 def test_files_hold_each_frame_once() -> None:
