@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast import Config, ReplayBuffer
+from tdmpc2_fast.learn.ring import Ring
 from tdmpc2_fast.learn.updater import Batch
 from tdmpc2_fast.rng import generator
+from tdmpc2_fast.train.envs.pixels import FRAMES, SIZE, Stack
 
 from ..harness.agents import episode_of
 from ..harness.measure import Case, Gate, Variant
 from ..options import OBS_DIM, Options, each
 
 _EPISODES, _STEPS = 100, 501
+_PIXEL_EPISODES = 10
 
 
 class EpisodeList:
@@ -51,6 +54,7 @@ def cases(options: Options) -> Iterator[Callable[[], Case]]:
     """Yield adding once, and sampling for each batch size."""
     yield partial(add, options)
     yield from each(sample, options, "batch")
+    yield from each(sample_pixels, options, "batch")
 
 
 def add(options: Options) -> Case:
@@ -101,6 +105,28 @@ def sample(options: Options, batch: int) -> Case:
     mbyte = sum(x.numel() * x.element_size() for x in first[0] if x is not None) / 1e6
     shape = f"{cfg.horizon + 1} steps x ({OBS_DIM} obs, {cfg.action_dim} actions)"
     return Case("replay", "sample a batch", variants, batch=batch, shape=shape, unit="batches", mbyte=mbyte)
+
+
+def sample_pixels(options: Options, batch: int) -> Case:
+    """Return drawing a batch of stacked frames, each of which is kept once, or as often as it is seen."""
+    keys = options.keys(5, obs="rgb", batch_size=batch, buffer_size=_PIXEL_EPISODES * _STEPS)
+    cfg = Config.from_dict(keys).with_env({"rgb": (3 * FRAMES, SIZE, SIZE)}, options.actions[0], _STEPS - 1)
+    once, whole = (ReplayBuffer(cfg, options.torch_device) for _ in range(2))
+    whole._ring = Ring(cfg, whole.device, whole.capacity, channels=3 * FRAMES)
+    states = options.config(5, options.actions[0])
+    for i in range(_PIXEL_EPISODES):
+        frames = np.random.default_rng([cfg.seed, i]).integers(0, 256, (_STEPS, 3, SIZE, SIZE), np.uint8)
+        stack = Stack(FRAMES)
+        episode = _episode(states, i) | dict(obs=np.stack([stack(x, first=t == 0) for t, x in enumerate(frames)]))
+        once.add(episode)
+        whole.add(episode)
+    first = once.sample(), whole.sample()
+    variants = {"torch": Variant(once.sample)}
+    variants["whole observations"] = Variant(whole.sample, gate=partial(_same_batches, *first))
+    mbyte = sum(x.numel() * x.element_size() for x in first[0] if x is not None) / 1e6
+    kept = " and ".join(f"{x.nbytes / len(x) / 1e3:.1f}" for x in (once, whole))
+    shape = f"{cfg.horizon + 1} steps x {FRAMES} frames; {kept} kB a step"
+    return Case("replay", "sample pixels", variants, batch=batch, shape=shape, unit="batches", mbyte=mbyte)
 
 
 def _episode(cfg: Config, seed: int) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 A slice is H+1 consecutive steps of one episode: an episode uniformly, then a start uniformly inside
 it. Steps lie one behind another in a ring of C rows; step s of all time lies in row s % C.
+An observation is K frames, the oldest first, K = 1 but for stacked pixels. Each frame is kept once:
+
+    frame j of step s = frames[(s + max(j, repeats[s])) % (C + K - 1)]
+
+repeats: of how many of them the next one is a copy. An episode's first frame fills all K places, so these are
+K - 1, K - 2, ..., 0, 0, ... The K - 1 rows more than steps keep what the oldest steps share with those overwritten.
 
     episode = floor(u0 count / 2^64)            u0, u1: 64-bit words of Philox (philox.py)
     start   = floor(u1 (length - H) / 2^64)
 
 A choice among n so has a bias of at most n / 2^64 of its probability: 2^-33 for 2^31 steps.
 
-Programs take BB slices, one step, and BO columns of the observation; each draws its slices anew, for
+Programs take BB slices, one step, and BO columns of one frame; each draws its slices anew, for
 that is cheaper than a launch between. Reads and writes every number of the batch once.
 """
 
@@ -27,7 +33,7 @@ from ..device.pointers import Strided
 from ..device.reference import reference_of
 
 _STREAM = 22
-# Entries of an observation a program takes.
+# Entries of a frame a program takes.
 _TILE = 1024
 _INTERPRETED_TILE = 16384
 
@@ -37,11 +43,12 @@ STREAM = tl.constexpr(_STREAM)
 class Steps(NamedTuple):
     """The replay's storage: a ring of C steps. Row 0 of an episode has NaN action and reward."""
 
-    obs: Tensor  # (C, O) float32, or uint8 pixels
+    obs: Tensor  # (C + K - 1, O / K) frames, float32, or uint8 pixels
     action: Tensor  # (C, A) float32
     reward: Tensor  # (C,) float32
     terminated: Tensor  # (C,) bool
     task: Tensor | None = None  # (C,) int64
+    repeats: Tensor | None = None  # (C,) int64, from 0 to K - 1; None where K = 1
 
 
 @dataclass(frozen=True)
@@ -83,25 +90,29 @@ def draw_slices_kernel(
     steps,
     out,
     C,
+    F,
     R,
     B,
     H,
     width,
+    tiles,
     A,
     DRAWN: tl.constexpr,
     TASK: tl.constexpr,
+    STACKED: tl.constexpr,
     BB: tl.constexpr,
     BO: tl.constexpr,
     BA: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Copy BB slices, one step, BO columns of obs; grid (slice tiles, H+1, column tiles).
+    """Copy BB slices, one step, BO columns of a frame; grid (slice tiles, H+1, K * tiles).
 
-    steps: `Steps`. out: `Slices`, all but the task `Strided` by step and slice.
+    steps: `Steps`, F frames of `width` entries. out: `Slices`, all but the task `Strided` by step and slice.
     """
     await_producers(PDL)
-    t, tile = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    t = tl.program_id(1).to(tl.int64)
+    frame, tile = (tl.program_id(2) // tiles).to(tl.int64), tl.program_id(2) % tiles
     b = tl.program_id(0) * BB + tl.arange(0, BB)  # [BB]
     live = b < B
     if DRAWN:
@@ -114,12 +125,16 @@ def draw_slices_kernel(
         start = tl.load(starts_ptr + b, mask=live, other=0)
     b = b.to(tl.int64)
     step = (start + t) % C  # [BB]
+    row = step
+    if STACKED:
+        row = (start + t + tl.maximum(frame, tl.load(steps.repeats + step, mask=live, other=0))) % F
 
     o = tile * BO + tl.arange(0, BO)  # [BO]
     ok = live[:, None] & (o < width)[None, :]
-    x = tl.load(steps.obs + step[:, None] * width + o[None, :], mask=ok, other=0)  # [BB, BO]
-    store_rounded(out.obs.ptr + t * out.obs.g + b[:, None] * out.obs.e + o[None, :], x, ok, INTERPRETED)
-    if tile == 0:
+    x = tl.load(steps.obs + row[:, None] * width + o[None, :], mask=ok, other=0)  # [BB, BO]
+    to = out.obs.ptr + t * out.obs.g + frame * width
+    store_rounded(to + b[:, None] * out.obs.e + o[None, :], x, ok, INTERPRETED)
+    if tl.program_id(2) == 0:
         if t == 0:
             if TASK:
                 tl.store(out.task + b, tl.load(steps.task + step, mask=live, other=0), mask=live)
@@ -127,8 +142,8 @@ def draw_slices_kernel(
             a = tl.arange(0, BA)  # [BA]
             a_ok = live[:, None] & (a < A)[None, :]
             action = tl.load(steps.action + step[:, None] * A + a[None, :], mask=a_ok, other=0.0)  # [BB, BA]
-            to = out.action.ptr + (t - 1) * out.action.g + b[:, None] * out.action.e + a[None, :]
-            store_rounded(to, action, a_ok, INTERPRETED)
+            place = out.action.ptr + (t - 1) * out.action.g + b[:, None] * out.action.e + a[None, :]
+            store_rounded(place, action, a_ok, INTERPRETED)
             reward = tl.load(steps.reward + step, mask=live, other=0.0)
             tl.store(out.reward.ptr + (t - 1) * out.reward.g + b * out.reward.e, reward, mask=live)
             ended = tl.load(steps.terminated + step, mask=live, other=0).to(tl.float32)
@@ -151,8 +166,8 @@ def _check(
         raise ValueError(f"{name}: got {got}, allowed: {shape} {' or '.join(map(str, dtypes))} on {device}, {layout}")
 
 
-def _check_slices(state: Tensor, replay: DeviceReplay, out: Slices, starts: Tensor | None) -> tuple[int, int, int]:
-    """Return H, B and C; refuse what the kernel would read or write wrongly."""
+def _check_slices(state: Tensor, replay: DeviceReplay, out: Slices, starts: Tensor | None) -> tuple[int, int, int, int]:
+    """Return H, B, C and K; refuse what the kernel would read or write wrongly."""
     check_state(state)
     device, words, floats = state.device, (torch.int64,), (torch.float32,)
     steps, table = replay.steps, replay.table
@@ -164,13 +179,16 @@ def _check_slices(state: Tensor, replay: DeviceReplay, out: Slices, starts: Tens
     if steps.obs.ndim != 2 or steps.action.ndim != 2 or out.obs.ndim != 3:
         shapes = [tuple(x.shape) for x in (steps.obs, steps.action, out.obs)]
         raise ValueError(f"steps.obs, steps.action, out.obs: got shapes {shapes}, allowed: (C, O), (C, A), (H+1, B, O)")
-    (c, o), a, (h, b, _) = steps.obs.shape, steps.action.shape[1], out.obs.shape
-    h -= 1
+    (f, width), a, (h, b, o) = steps.obs.shape, steps.action.shape[1], out.obs.shape
+    k = o // max(width, 1)
+    if k < 1 or o != k * width:
+        raise ValueError(f"out.obs: got {o} columns, allowed: a multiple of the {width} of steps.obs")
+    c, h = f - k + 1, h - 1
     if not 1 <= h < c:
         raise ValueError(f"out.obs: got {h + 1} steps a slice, allowed: 2 to {c}, what the ring holds")
     pixels = steps.obs.dtype == torch.uint8
     wanted = (torch.uint8,) if pixels else (torch.float32, torch.bfloat16)
-    _check("steps.obs", steps.obs, (c, o), (torch.float32, torch.uint8), device)
+    _check("steps.obs", steps.obs, (f, width), (torch.float32, torch.uint8), device)
     _check("steps.action", steps.action, (c, a), floats, device)
     _check("steps.reward", steps.reward, (c,), floats, device)
     _check("steps.terminated", steps.terminated, (c,), (torch.bool,), device)
@@ -183,9 +201,32 @@ def _check_slices(state: Tensor, replay: DeviceReplay, out: Slices, starts: Tens
     if steps.task is not None and out.task is not None:
         _check("steps.task", steps.task, (c,), words, device)
         _check("out.task", out.task, (b,), words, device)
+    if (steps.repeats is None) != (k == 1):
+        got = "None" if steps.repeats is None else "a tensor"
+        raise ValueError(f"steps.repeats: got {got} with observations of {k} frames, allowed: None for one, else (C,)")
+    if steps.repeats is not None:
+        _check("steps.repeats", steps.repeats, (c,), words, device)
     if starts is not None:
         _check("starts", starts, (b,), words, device)
-    return h, b, c
+    return h, b, c, k
+
+
+def frame_rows(numbers: Tensor, repeats: Tensor | None, c: int, k: int) -> Tensor:
+    """Return the rows of `Steps.obs` in which the K frames of steps lie.
+
+    Args:
+        numbers: (...) int64 steps of all time.
+        repeats: (C,) as in `Steps`.
+        c: steps in the ring.
+        k: frames of an observation.
+
+    Returns:
+        (..., K) int64.
+    """
+    frames = torch.arange(k, device=numbers.device)
+    if repeats is not None:
+        frames = torch.maximum(frames, repeats[numbers % c].unsqueeze(-1))
+    return (numbers.unsqueeze(-1) + frames) % (c + k - 1)
 
 
 def draw_slices(
@@ -203,18 +244,19 @@ def draw_slices(
     Raises:
         ValueError: a tensor of another shape, type, device or layout.
     """
-    h, b, c = _check_slices(state, replay, out, starts)
+    h, b, c, k = _check_slices(state, replay, out, starts)
     steps, table = replay.steps, replay.table
-    o, a = steps.obs.shape[1], steps.action.shape[1]
+    (f, width), a = steps.obs.shape, steps.action.shape[1]
     tile = _INTERPRETED_TILE if interpreting() else _TILE * 4 // steps.obs.element_size()
-    bo = min(pow2(o), tile)
+    bo = min(pow2(width), tile)
+    tiles = cdiv(width, bo)
     # Few slices a program: the loads of one wait for each other, programs do not.
     bb = max(1, min(pow2(b), tile // max(bo, pow2(a)), tile if interpreting() else 16))
     names = ("obs", "action", "reward", "terminated")
     strided: dict[str, Any] = {name: Strided(x := getattr(out, name), x.stride(0), x.stride(1), 1) for name in names}
     launch(
         draw_slices_kernel,
-        (cdiv(b, bb), h + 1, cdiv(o, bo)),
+        (cdiv(b, bb), h + 1, k * tiles),
         state,
         table,
         replay.first,
@@ -223,13 +265,16 @@ def draw_slices(
         steps,
         out._replace(**strided),
         c,
+        f,
         table.shape[0],
         b,
         h,
-        o,
+        width,
+        tiles,
         a,
         DRAWN=starts is None,
         TASK=steps.task is not None,
+        STACKED=steps.repeats is not None,
         BB=bb,
         BO=bo,
         BA=pow2(a),
@@ -242,7 +287,7 @@ def draw_slices(
 @reference_of(draw_slices)
 def draw_slices_reference(state: Tensor, replay: DeviceReplay, out: Slices, starts: Tensor | None) -> None:
     """Do as `draw_slices` in plain torch: the same slices, bit for bit."""
-    h, b, c = _check_slices(state, replay, out, starts)
+    h, b, c, k = _check_slices(state, replay, out, starts)
     steps, table = replay.steps, replay.table
     if starts is None:
         words = stream_words(state, _STREAM, 4 * b).unbind(1)
@@ -253,8 +298,9 @@ def draw_slices_reference(state: Tensor, replay: DeviceReplay, out: Slices, star
         row = replay.first + share(words[0], words[1], replay.count)
         start, length = table[row % len(table)].unbind(1)
         starts = start + share(words[2], words[3], length - h)
-    index = (starts + torch.arange(h + 1, device=state.device).unsqueeze(1)) % c  # (H+1, B)
-    out.obs.copy_(steps.obs[index])
+    number = starts + torch.arange(h + 1, device=state.device).unsqueeze(1)  # (H+1, B)
+    out.obs.copy_(steps.obs[frame_rows(number, steps.repeats, c, k)].flatten(2))
+    index = number % c
     for name in ("action", "reward", "terminated"):
         getattr(out, name).copy_(getattr(steps, name)[index[1:]])
     if steps.task is not None and out.task is not None:

@@ -1,13 +1,12 @@
 """Replay of whole episodes with the official sampling law, vectorised.
 
-Steps lie one behind another in a ring; a small table holds start and length of each episode.
+Steps lie one behind another in a ring (ring.py); a small table holds start and length of each episode.
 A slice is drawn as in the official sampler: an episode uniformly, then a start uniformly
 inside it, so steps of short episodes are drawn more often than steps of long ones.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from statistics import mode
 from typing import Any
@@ -15,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdmpc2_fast.kernels.update.replay_gather import DeviceReplay, Steps
+from tdmpc2_fast.kernels.update.replay_gather import DeviceReplay
 
 from ..config import Config
-from ..errors import InputError, kind_of
+from ..errors import InputError, kind_of, warn
 from ..inputs import as_tensor, indices, observation, pixels
 from ..rng import generator, generator_state, set_generator
 from ..runtime.backend import resolve_device
 from ..runtime.by_value import by_value, from_values
 from ..runtime.surroundings import undisturbed
 from .batch import Batch
+from .ring import Ring, begins, columns, pieces, row_bytes, storage_device
 
-_DEVICE_HEADROOM = 2.5  # official rule: the replay lives on the GPU if this many times its size is free
-_HOST_SHARE = 0.8  # of the free memory that the advice leaves to the replay: the model wants some, too
 _FIELDS = ("obs", "action", "reward", "terminated", "task")
 
 
@@ -37,6 +35,10 @@ class ReplayBuffer:
     Storage lives on the agent's device where it fits, else in (pinned) host memory, decided
     from the free memory measured when the first episode comes. Samples are always on the
     agent's device. A copy or a pickle holds the steps in use and goes on drawing as this one does.
+
+    Pixels whose frames move up by one from step to step are kept a frame a step, and drawn whole.
+    The episodes tell how many frames that are; where one disagrees with those before, all are kept
+    anew in a form that suits it, with a warning that says what a step takes then.
 
     Args:
         cfg: a completed config, or the official `cfg` object.
@@ -56,7 +58,7 @@ class ReplayBuffer:
                 f"allowed: at least horizon + 1 = {cfg.horizon + 1}"
             )
         self._slice = cfg.horizon + 1
-        self._store: dict[str, Tensor] = {}
+        self._ring: Ring | None = None
         self.written = 0  # steps ever stored, numbered in this order; the ring position is this modulo the capacity
         self.num_eps = 0  # episodes ever added
         # Episodes a slice can come from, oldest first, in rows first..last of a growing table
@@ -79,8 +81,12 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """The size of the storage in bytes, tables included."""
-        tensors = [*self._store.values(), self._table]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return self._table.nbytes + (0 if self._ring is None else self._ring.nbytes)
+
+    @property
+    def frames(self) -> int:
+        """How many frames an observation stacks, each of which is kept once; 1 until an episode has come."""
+        return 1 if self._ring is None else self._ring.frames
 
     @undisturbed
     @torch.no_grad()
@@ -94,9 +100,9 @@ class ReplayBuffer:
         ever contains. Of an episode longer than the buffer the last steps stay.
         """
         rows = self._check(episode)
-        kept = min(len(rows["reward"]), self.capacity)
-        start = self.written
-        self._put(torch.arange(start, start + kept), {name: x[-kept:] for name, x in rows.items()})
+        length, start = len(rows["reward"]), self.written
+        kept = min(length, self.capacity)
+        self._put(start, {name: x[-kept:] for name, x in rows.items()}, free=length > kept)
         self.written += kept
         self._drop_overwritten()
         if kept >= self._slice:
@@ -108,33 +114,36 @@ class ReplayBuffer:
     @undisturbed
     def sample(self) -> Batch:
         """Draw `batch_size` slices: obs (H+1, B, ...), action, reward, terminated (H, B, .), task (B,)."""
-        b, index = self.cfg.batch_size, self._rows_in_use().table
+        b, index, ring = self.cfg.batch_size, self._rows_in_use().table, self._held
         if self._generator is None:
             self._generator = generator(self.cfg.seed, "replay", self._device)
         u = torch.rand(2, b, dtype=torch.float64, device=self._device, generator=self._generator)
         episode = (u[0] * self.num_sampleable).long()
         start, length = index[episode].unbind(-1)
         first = start + (u[1] * (length - self._slice + 1)).long()
-        steps = (first + torch.arange(self._slice, device=self._device).unsqueeze(1)) % self.capacity  # (H+1, B)
+        steps = first + torch.arange(self._slice, device=self._device).unsqueeze(1)  # (H+1, B)
 
-        def take(name: str, index: Tensor) -> Tensor:
-            rows = self._store[name].index_select(0, index.flatten())
+        def take(name: str, numbers: Tensor) -> Tensor:
+            rows = ring.take(name, numbers)
             if rows.device.type != self.device.type:
                 rows = rows.pin_memory()
-            return rows.view(*index.shape, *rows.shape[1:]).to(self.device, non_blocking=True)
+            return rows.to(self.device, non_blocking=True)
 
         return Batch(
             obs=take("obs", steps),
             action=take("action", steps[1:]),
             reward=take("reward", steps[1:]).unsqueeze(-1),
             terminated=take("terminated", steps[1:]).unsqueeze(-1).float(),
-            task=take("task", steps[0]) if "task" in self._store else None,
+            task=take("task", steps[0]) if "task" in ring else None,
         )
 
     def steps(self, start: int, stop: int) -> dict[str, Tensor]:
         """Return steps by their numbers, copied to the CPU, as `restore` takes them. They must still be held."""
-        where = torch.arange(start, stop) % self.capacity
-        return {name: store[where.to(store.device)].cpu() for name, store in self._store.items()}
+        return self._held.steps(start, stop)
+
+    def kept(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Return steps as `steps` does, but of pixels each frame once, which `restore` takes, too."""
+        return self._held.kept(start, stop)
 
     def state(self) -> dict[str, Tensor]:
         """Return all but the steps: episodes in use, counts, random stream."""
@@ -155,29 +164,49 @@ class ReplayBuffer:
         """
         self.written = int(state["written"])
         self.num_eps = int(state["num_eps"])
-        for start, rows in chunks:
-            numbers = torch.arange(start, start + len(rows["reward"]))
-            held = numbers >= self.written - self.capacity
-            self._put(numbers[held], {name: x[held] for name, x in rows.items()})
+        for first, chunk in chunks:
+            for start, rows in pieces(first, chunk, self.cfg.observation_shape):
+                lost = max(self.written - self.capacity - start, 0)
+                if lost < len(rows["reward"]):
+                    rows = {k: x[lost:] for k, x in rows.items()}
+                    # A file of frames tells how they are stacked, which a few steps alone may leave open.
+                    wanted = chunk["frames"].shape[1] if "frames" in chunk else 0
+                    self._put(start + lost, rows, self._ring is None, wanted)
         self._first = self._last = 0
         for start, length in state["episodes"].tolist():
             self._append(start, length)
         self._drop_overwritten()
         self._stale = True
-        if self._store and any(name.startswith("rng.") for name in state):  # else kernels drew, or nothing did
+        if self._ring is not None and any(k.startswith("rng.") for k in state):  # else kernels drew, or nothing did
             self._generator = generator(self.cfg.seed, "replay", self._device)
             set_generator(self._generator, state)
 
-    def _put(self, numbers: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Store steps by their numbers; the storage is made for the first."""
-        if not self._store:
-            device, pin = storage_device(self.device, self.capacity, self._row_bytes())
-            self._store = {
-                name: torch.empty((self.capacity, *shape), dtype=dtype, device=device, pin_memory=pin)
-                for name, (shape, dtype) in self._columns().items()
-            }
-        for name, store in self._store.items():
-            store[(numbers % self.capacity).to(store.device)] = rows[name].to(store.device, store.dtype)
+    def _put(self, start: int, rows: Mapping[str, Tensor], free: bool, wanted: int = 0) -> None:
+        """Store steps as `Ring.put`, in a ring that can hold them; wanted: channels a frame to try first."""
+        while self._ring is None or not self._ring.put(start, rows, free):
+            self._ring, self._copied, self._stale = self._ring_for(start, rows["obs"], free, wanted), None, True
+
+    def _ring_for(self, start: int, obs: Tensor, free: bool, wanted: int) -> Ring:
+        """Return a ring for these observations with what is held: each frame once, where all are such stacks."""
+        cfg, held, total = self.cfg, self._ring, self.cfg.observation_shape[0]
+        before = None if held is None or free else held.steps(start - 1, start)["obs"][0]
+        sizes = [c for c in range(1, total + 1) if total % c == 0] if cfg.obs == "rgb" else [total]
+        # Where nothing moves, several fit: three frames are the official number, whole observations the last resort.
+        sizes.sort(key=lambda c: (c != wanted, c == total, 3 * c != total, c))
+        fitting = (c for c in sizes if begins(obs, c, before, free) is not None)
+        if held is None:
+            return Ring(cfg, self.device, self.capacity, next(fitting))
+        why = f"replay: observations came that do not stack {held.frames} frames as those before them did"
+        for channels in fitting:
+            try:
+                ring = Ring(cfg, self.device, self.capacity, channels)
+            except InputError as e:
+                raise InputError(f"{why}. {e}") from None
+            if held.copy_to(ring):
+                gbyte = [x.nbytes / 1e9 for x in (held, ring)]
+                warn(f"{why}: from here on it takes {gbyte[1]:.3g} GB of memory, before {gbyte[0]:.3g}")
+                return ring
+        raise AssertionError("whole observations always fit")
 
     @undisturbed
     def on_device(self) -> DeviceReplay | None:
@@ -193,11 +222,9 @@ class ReplayBuffer:
                 "(horizon + 1); allowed: sampling after at least one such episode"
             )
         if self._copied is None:
-            store, device = self._store, self._device
+            device = self._device
             self._copied = DeviceReplay(
-                Steps(
-                    store["obs"].flatten(1), store["action"], store["reward"], store["terminated"], store.get("task")
-                ),
+                self._held.columns(),
                 # No two of the episodes in use begin less than a slice apart.
                 table=torch.zeros(self.capacity // self._slice + 1, 2, dtype=torch.int64, device=device),
                 first=torch.zeros(1, dtype=torch.int64, device=device),
@@ -210,8 +237,14 @@ class ReplayBuffer:
         return self._copied
 
     @property
+    def _held(self) -> Ring:
+        if self._ring is None:
+            raise InputError("replay: got no episode yet, allowed: its steps after one was added")
+        return self._ring
+
+    @property
     def _device(self) -> torch.device:
-        return self._store["reward"].device
+        return self._held.device
 
     def _check(self, episode: Mapping[str, Any]) -> dict[str, Tensor]:
         cfg = self.cfg
@@ -233,9 +266,9 @@ class ReplayBuffer:
         length = mode(len(x) if x.ndim else 0 for x in rows.values())
         if length == 0:
             raise InputError("episode: got no steps, allowed: at least one")
-        columns = self._columns()
+        shapes = {name: shape for name, (shape, _) in columns(cfg, cfg.observation_shape[0]).items()}
         for name, x in rows.items():
-            shape = (length, *columns[name][0])
+            shape = (length, *shapes[name])
             if tuple(x.shape) != shape:
                 raise InputError(f"episode[{name!r}]: got shape {tuple(x.shape)}, allowed: {shape}")
         for name, first in (("obs", 0), ("action", 1), ("reward", 1)):
@@ -256,28 +289,22 @@ class ReplayBuffer:
         rows["terminated"] = rows["terminated"].nan_to_num(0) > 0.5
         return rows
 
-    def check_memory(self) -> None:
-        """Raise `InputError` where the replay of this config will not fit into memory; nothing is allocated."""
-        storage_device(self.device, self.capacity, self._row_bytes())
+    def check_memory(self, frames: int = 1) -> int:
+        """Return the bytes that the steps of this config take; nothing is allocated.
 
-    def _row_bytes(self) -> int:
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._columns().values())
+        frames: how many of them the environment stacks in an observation of pixels, as `train/envs/pixels.py` does.
 
-    def _columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return shape and dtype of what is kept of a step."""
-        cfg = self.cfg
-        columns: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(
-            obs=(cfg.observation_shape, torch.uint8 if cfg.obs == "rgb" else torch.float32),
-            action=((cfg.need("action_dim"),), torch.float32),
-            reward=((), torch.float32),
-            terminated=((), torch.bool),
-        )
-        return columns | (dict(task=((), torch.int64)) if cfg.multitask else {})
+        Raises:
+            InputError: they will not fit into memory.
+        """
+        nbytes = row_bytes(self.cfg, self.cfg.observation_shape[0] // frames)
+        storage_device(self.device, self.capacity, nbytes)
+        return self.capacity * nbytes
 
     @undisturbed
     def __getstate__(self) -> dict[str, Any]:
         start = self.written - len(self)
-        steps = [(start, by_value(self.steps(start, self.written)))] if self._store else []
+        steps = [(start, by_value(self.kept(start, self.written)))] if self._ring is not None else []
         return dict(cfg=self.cfg, device=self.device, state=by_value(self.state()), steps=steps)
 
     @undisturbed
@@ -309,40 +336,3 @@ class ReplayBuffer:
                 self._table[self._first, 1] = length - lost
                 return
             self._first += 1
-
-
-def storage_device(device: torch.device, rows: int, row_bytes: int) -> tuple[torch.device, bool]:
-    """Return where so many rows of replay go, by the memory that is free, and whether they are pinned there.
-
-    Raises:
-        InputError: there is not enough memory; the message has the `buffer_size` that fits.
-    """
-    nbytes = rows * row_bytes
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if _DEVICE_HEADROOM * nbytes < free:
-            return device, False
-    available = _host_memory()
-    if available is not None and nbytes > available:
-        fits = int(_HOST_SHARE * available) // row_bytes
-        unit = 10 ** max(len(str(fits)) - 2, 0)
-        raise InputError(
-            f"buffer_size: got a replay of {nbytes / 1e9:.1f} GB for {rows:,} steps, allowed: at most the "
-            f"{available / 1e9:.1f} GB of memory free now; make buffer_size smaller, {fits // unit * unit} fits"
-        )
-    return torch.device("cpu"), device.type == "cuda"
-
-
-def _host_memory() -> int | None:
-    """Return the bytes of host memory available, or None where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as f:
-            for line in f:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None

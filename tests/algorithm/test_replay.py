@@ -13,7 +13,7 @@ from conftest import random_episode, tiny_config, tiny_multitask
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.errors import ConfigError, InputError
-from tdmpc2_fast.learn.replay import storage_device
+from tdmpc2_fast.learn.ring import storage_device
 
 
 def numbered(cfg: Config, length: int, first: int) -> dict[str, torch.Tensor]:

@@ -113,6 +113,6 @@ class TestReplay:
         buffer = self.filled(100, [30, 30, 30])
         other = self.restored(buffer, buffer.cfg.replace(buffer_size=40), cuts=[45])
         assert len(other) == 40
-        held = {row.tobytes() for row in other._store["obs"].numpy()}
+        held = {row.tobytes() for row in other.steps(50, 90)["obs"].numpy()}
         assert held == {row.tobytes() for row in buffer.steps(50, 90)["obs"].numpy()}
         assert {o.numpy().tobytes() for o in other.sample().obs.flatten(0, 1)} <= held

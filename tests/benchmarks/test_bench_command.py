@@ -108,4 +108,4 @@ def test_the_suites_run_under_pytest_benchmark() -> None:
     env["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert "4 passed" in done.stdout
+    assert "6 passed" in done.stdout

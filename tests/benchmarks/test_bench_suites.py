@@ -39,6 +39,7 @@ CASES = {
     "update": lambda o: update.case(o, 1, 2, 8, "float32"),
     "add": replay.add,
     "sample": lambda o: replay.sample(o, 8),
+    "sample pixels": lambda o: replay.sample_pixels(o, 8),
 }
 
 

@@ -20,6 +20,7 @@ from tdmpc2_fast import Config, ReplayBuffer
 from tdmpc2_fast.errors import CheckpointError, ConfigError
 from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.model.world_model import WorldModel
+from tdmpc2_fast.train.envs.pixels import Stack
 from tdmpc2_fast.train.run import checkpoints, replay_files
 from tdmpc2_fast.train.run import lifecycle as runs
 from tdmpc2_fast.train.run.checkpoints import Checkpoints, Saved
@@ -232,18 +233,18 @@ def test_the_best_outlives_its_checkpoint_and_needless_steps_are_deleted(tmp_pat
     same_replay(again.buffer, run.buffer)
 
 
-@pytest.mark.parametrize("obs", ["state", "rgb"])
+@pytest.mark.parametrize("obs", ["state", "rgb", "stacked rgb"])
 def test_a_ring_that_has_wrapped_is_restored_from_many_files(
     obs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_disk: None
 ) -> None:
     cfg = tiny_config(buffer_size=50)
-    if obs == "rgb":
+    if obs != "state":
         cfg = Config(obs="rgb", buffer_size=50, batch_size=8, device="cpu").with_env({"rgb": (9, 64, 64)}, 2, 50)
-    monkeypatch.setattr(replay_files, "_MOST_BYTES", 1000 if obs == "state" else 10**6)
+    monkeypatch.setattr(replay_files, "_MOST_BYTES", {"state": 1000, "rgb": 10**6, "stacked rgb": 300_000}[obs])
     buffer, files = ReplayBuffer(cfg), ReplayFiles(tmp_path / "replay")
     most = 0
     for n in range(9):
-        buffer.add(episode_of(cfg, 11 + n, n))
+        buffer.add(episode_of(cfg, 11 + n, n, obs == "stacked rgb"))
         if n % 2:
             continue
         chunks = files.save(buffer)
@@ -256,20 +257,23 @@ def test_a_ring_that_has_wrapped_is_restored_from_many_files(
             a, b = buffer.sample(), other.sample()
             assert torch.equal(a.obs, b.obs)
             assert torch.equal(a.reward, b.reward)
-        other.add(episode_of(cfg, 13, 77))
+        other.add(episode_of(cfg, 13, 77, obs == "stacked rgb"))
         assert later.save(other)[-1].start == buffer.written
         files.prune({c.file for c in chunks})
         assert len(list(files.folder.iterdir())) == len(chunks)
+    assert buffer.frames == (3 if obs == "stacked rgb" else 1)
     assert buffer.written > 2 * 50
     assert most > 2
 
 
-def episode_of(cfg: Config, length: int, seed: int) -> dict[str, Any]:
+def episode_of(cfg: Config, length: int, seed: int, stacked: bool) -> dict[str, Any]:
     if cfg.obs == "state":
         return random_episode(cfg, length, seed)
-    pixels = torch.randint(
-        0, 256, (length, 9, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (length, 9, 64, 64), dtype=torch.uint8, generator=generator)
+    if stacked:
+        stack = Stack(3)
+        pixels = torch.stack([torch.from_numpy(stack(x[:3].numpy(), first=i == 0)) for i, x in enumerate(pixels)])
     return random_episode(tiny_config(), length, seed) | dict(obs=pixels)
 
 

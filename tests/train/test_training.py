@@ -91,7 +91,7 @@ def test_the_replay_holds_what_the_environment_gave(tmp_path: Path) -> None:
 def test_several_environments_share_the_loop(tmp_path: Path) -> None:
     trainer = run(tmp_path, num_envs=3, utd=0.5, steps=90, env_workers=0)
     assert trainer.buffer.num_eps == 3
-    starts = [trainer.buffer._store["obs"][i * 21] for i in range(3)]
+    starts = trainer.buffer.steps(0, 63)["obs"][::21]
     assert not torch.equal(starts[0], starts[1])
     # Decisions come three at a time. The first episodes end at 60, after the seed steps; the updates of the
     # decision after that are the first to see them, as in the official code.
@@ -120,7 +120,7 @@ def test_evaluation_does_not_disturb_training(short_run: OnlineTrainer, tmp_path
 def test_episodic_tasks_store_their_terminations(tmp_path: Path) -> None:
     changes = dict(task="Hopper-v5", episodic=True, episode_length=100, seed_steps=60, steps=100, eval_episodes=1)
     trainer = run(tmp_path / "a", **changes)
-    assert trainer.buffer._store["terminated"][: len(trainer.buffer)].any()
+    assert trainer.buffer.steps(0, len(trainer.buffer))["terminated"].any()
     assert float(rows(tmp_path / "a/train.csv")[0]["episode_terminated"]) == 1.0
     with pytest.raises(ConfigError, match="episodic=true"):
         run(tmp_path / "b", **dict(changes, episodic=False))

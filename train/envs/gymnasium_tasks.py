@@ -98,6 +98,7 @@ class GymnasiumTask(Env):
         self.task, self.name = cfg.task, name
         self.max_episode_steps = int(steps)
         self.obs_shape, self.action_dim = self._observations.shape, self._actions.size
+        self.frames = self._observations.frames
         self.frames_per_second = _frames_per_second(self.env)
         self._seed: int | None = seed
         self._return = 0.0

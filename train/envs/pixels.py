@@ -35,14 +35,16 @@ class Images:
     those, of uint8 or of numbers from 0 to 1 or to 255. A frame alone is stacked with the two
     before it, as officially; one that is a stack itself (K frames, or four channels and more)
     is not. Another size is averaged or repeated to 64x64.
+
+    frames: how many are stacked here; 1 where the environment may have done so itself.
     """
 
     def __init__(self, box: Any) -> None:
         self._box, self._order = box, _channels_first(box.shape)
         channels = int(np.prod([box.shape[i] for i in self._order[:-2]]))
-        frames = FRAMES if channels < 4 and (len(box.shape) < 4 or box.shape[0] == 1) else 1
-        self.shape = (channels * frames, SIZE, SIZE)
-        self._stack = Stack(frames)
+        self.frames = FRAMES if channels < 4 and (len(box.shape) < 4 or box.shape[0] == 1) else 1
+        self.shape = (channels * self.frames, SIZE, SIZE)
+        self._stack = Stack(self.frames)
         self._scale = 255 / _highest(box)
 
     def __call__(self, obs: Any, field: str, first: bool) -> NDArray[np.uint8]:

@@ -173,6 +173,11 @@ class ObservationSpace:
         self.shape = (size,)
 
     @property
+    def frames(self) -> int:
+        """How many frames an observation stacks, as far as that is done here."""
+        return 1 if self._images is None else self._images.frames
+
+    @property
     def flattened(self) -> tuple[int, ...] | None:
         """The shape of the one Box of several dimensions that is flattened; None where there is no such thing."""
         shape = self._parts[0][1].shape if len(self._parts) == 1 else None

@@ -10,8 +10,7 @@ from typing import Any
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
-from tdmpc2_fast.learn.replay import ReplayBuffer
-from tdmpc2_fast.runtime.backend import on_this_machine, resolve_device
+from tdmpc2_fast.runtime.backend import on_this_machine
 
 from ..envs import beside, same_form, tried
 from ..envs.base import close_all
@@ -73,7 +72,6 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
     fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
-    ReplayBuffer(fixed, resolve_device(cfg.device)).check_memory()
     if given.evaluation is not None:
         close_all([same_form(given.evaluation.form(fixed), fixed)])
     if cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None:

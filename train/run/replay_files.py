@@ -50,7 +50,7 @@ class ReplayFiles:
         while start < buffer.written:
             stop = min(start + rows, buffer.written)
             path = self.folder / f"{start:010d}-{stop:010d}.safetensors"
-            write_tensors(path, buffer.steps(start, stop))
+            write_tensors(path, buffer.kept(start, stop))
             self.chunks.append(Chunk(path.name, start, stop, sha256(path)))
             start = stop
         return list(self.chunks)

@@ -28,6 +28,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.learn.metrics import metric_names
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
+from tdmpc2_fast.runtime.backend import resolve_device
 from tdmpc2_fast.seeds import stream_seed
 
 from ..envs import check_episodic, complete
@@ -82,13 +83,17 @@ class OnlineTrainer:
 
         # What acts, remembers and learns.
         notes = list(getattr(first, "notes", ()))
+        self.buffer = ReplayBuffer(cfg, resolve_device(cfg.device))
+        stacked = getattr(first, "frames", 1)
+        gbyte = self.buffer.check_memory(stacked) / 1e9
+        if cfg.obs == "rgb":
+            once = f"; of the {stacked} frames in an observation, one a step is kept" if stacked > 1 else ""
+            notes.append(f"replay: {gbyte:.3g} GB of memory for {self.buffer.capacity:,} steps{once}")
         self.agent = agent = TDMPC2(cfg)
         if cfg.checkpoint is not None and saved is None:
             path = checkpoint.find_checkpoint(cfg.checkpoint)
             weights, made_with = checkpoint.read(path)
             checkpoint.load_into(agent.model, weights, repr(str(path)), notes.append, made_with)
-        self.buffer = ReplayBuffer(cfg, agent.device)
-        self.buffer.check_memory()
         # Updates on the CPU and environments want the same cores, and an update takes far longer than a step.
         self.overlap = agent.device.type == "cuda" if cfg.overlap is None else cfg.overlap
         self._updates = updates_on(agent.updater, self.overlap)

@@ -146,21 +146,24 @@ struct Draw : Kernel {
 struct DrawSlices : Kernel {
   const int64_t *state, *table, *first, *count, *starts;
   Tensor obs, action, reward, terminated, task;
+  const int64_t* repeats;  // none of observations of one frame
   Strided to_obs, to_action, to_reward, to_terminated;
   int64_t* to_task;
-  long c, r, b, h, width, dims;
+  long frames, c, f, r, b, h, width, dims;
   bool drawn, tasks;
 
-  DrawSlices(const Grid&, Reader& in) {
+  DrawSlices(const Grid& grid, Reader& in) {
     state = in.integers(), table = in.integers(), first = in.integers(), count = in.integers(), starts = in.integers();
-    in.tuple(5);
+    in.tuple(6);
     obs = in.tensor(), action = in.tensor(), reward = in.tensor(), terminated = in.tensor(), task = in.tensor();
+    repeats = in.integers();
     in.tuple(5);
     to_task = in.integers();
     to_obs = strided(in), to_action = strided(in), to_reward = strided(in), to_terminated = strided(in);
-    c = in.integer(), r = in.integer(), b = in.integer(), h = in.integer(), width = in.integer(), dims = in.integer();
+    c = in.integer(), f = in.integer(), r = in.integer(), b = in.integer(), h = in.integer();
+    width = in.integer(), frames = grid[2] / in.integer(), dims = in.integer();
     drawn = in.integer(), tasks = in.integer();
-    in.skip(4);
+    in.skip(5);
   }
   static uint64_t share(uint32_t high, uint32_t low, uint64_t count) {
     return (high * count + (low * count >> 32)) >> 32;
@@ -177,14 +180,18 @@ struct DrawSlices : Kernel {
         } else {
           start = starts[i];
         }
-        for (long t = 0; t <= h; t++) copy(i, t, (start + t) % c);
+        for (long t = 0; t <= h; t++) copy(i, t, start + t);
       }
     });
   }
-  void copy(long i, long t, long step) const {
-    Tensor x = obs.at(step * width), y = to_obs.row(t, i, 0);
-    if (y.type == U8) std::memcpy(y.p, x.p, width);
-    else for (long j = 0; j < width; j += W) store(y, j, load(x, j, width - j), width - j);
+  void copy(long i, long t, long number) const {
+    long step = number % c;
+    for (long k = 0; k < frames; k++) {
+      long row = repeats ? (number + std::max<long>(k, repeats[step])) % f : step;
+      Tensor x = obs.at(row * width), y = to_obs.row(t, i, 0).at(k * width);
+      if (y.type == U8) std::memcpy(y.p, x.p, width);
+      else for (long j = 0; j < width; j += W) store(y, j, load(x, j, width - j), width - j);
+    }
     if (t == 0) {
       if (tasks) to_task[i] = task.as<int64_t>()[step];
       return;

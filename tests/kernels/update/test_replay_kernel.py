@@ -26,15 +26,17 @@ def _seeded(request: pytest.FixtureRequest) -> None:
     reseed(request.node.name, request.node.path.name)
 
 
-def ring(c: int, o: int = 5, a: int = 3, pixels: bool = False, tasks: bool = False) -> Steps:
-    """A full ring of random steps."""
-    obs = torch.randn(c, o, device=DEVICE)
+def ring(c: int, o: int = 5, a: int = 3, pixels: bool = False, tasks: bool = False, k: int = 1) -> Steps:
+    """A full ring of random steps, of k frames each."""
+    frames = c + k - 1, o // k
+    obs = torch.randn(frames, device=DEVICE)
     return Steps(
-        obs=torch.randint(0, 256, (c, o), dtype=torch.uint8, device=DEVICE) if pixels else obs,
+        obs=torch.randint(0, 256, frames, dtype=torch.uint8, device=DEVICE) if pixels else obs,
         action=torch.randn(c, a, device=DEVICE),
         reward=torch.randn(c, device=DEVICE),
         terminated=torch.rand(c, device=DEVICE) < 0.3,
         task=torch.randint(0, 80, (c,), device=DEVICE) if tasks else None,
+        repeats=torch.randint(0, k, (c,), device=DEVICE) if k > 1 else None,
     )
 
 
@@ -46,9 +48,13 @@ def numbered(c: int, written: int) -> Steps:
     return Steps(x.unsqueeze(1).clone(), x.unsqueeze(1).clone(), x.clone(), torch.zeros(c, dtype=torch.bool).to(DEVICE))
 
 
+def frames_of(steps: Steps) -> int:
+    return len(steps.obs) - len(steps.reward) + 1
+
+
 def batch(steps: Steps, h: int, b: int, dtype: torch.dtype = torch.float32, wide: bool = False) -> Slices:
     """Poisoned outputs; wide: each row within a wider one, with rows between."""
-    o, a = steps.obs.shape[1], steps.action.shape[1]
+    o, a = frames_of(steps) * steps.obs.shape[1], steps.action.shape[1]
     gap = 3 if wide else 0
 
     def rows(t: int, width: int, kind: torch.dtype) -> Tensor:
@@ -91,16 +97,20 @@ SIZES: list[dict[str, Any]] = [
     dict(o=24, a=6, b=40, dtype=torch.bfloat16, wide=True, tasks=True),
     dict(o=5000, a=2, b=3, pixels=True),
     dict(o=147, a=2, b=19, pixels=True, wide=True, dtype=torch.bfloat16),
+    dict(o=147, a=2, b=19, pixels=True, k=3, tasks=True),
+    dict(o=4 * 4096, a=1, b=2, pixels=True, k=4, wide=True),
+    dict(o=10, a=1, b=33, k=2, dtype=torch.bfloat16, wide=True),
+    dict(o=7, a=6, b=5, h=1, pixels=True, k=7),
 ]
 
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "given"])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: ",".join(f"{k}={v}" for k, v in s.items()) or "plain")
 def test_kernel_gathers_what_the_reference_gathers(sizes: dict[str, Any], drawn: bool) -> None:
-    options = dict(o=5, a=3, b=17, h=3, dtype=torch.float32, pixels=False, wide=False, tasks=False) | sizes
-    o, a, b, h, dtype, pixels, wide, tasks = options.values()
+    options = dict(o=5, a=3, b=17, h=3, dtype=torch.float32, pixels=False, wide=False, tasks=False, k=1) | sizes
+    o, a, b, h, dtype, pixels, wide, tasks, k = options.values()
     c = 61
-    steps = ring(c, o, a, pixels, tasks)
+    steps = ring(c, o, a, pixels, tasks, k)
     # 5 * 61 steps of all time and 20 more: the ring wraps within an episode.
     begin = 5 * c - 11
     replay = replay_of(steps, [(begin, h + 1), (begin + 10, 23), (begin + 33, 15)], first=3, size=7)
@@ -139,6 +149,33 @@ def test_given_starts_are_taken_and_numbers_rounded_to_nearest(dtype: torch.dtyp
         assert out.task is not None
         assert steps.task is not None
         assert out.task[i] == steps.task[where[0]]
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_stacks_are_built_of_frames_that_were_kept_once(k: int) -> None:
+    """Observations of episodes of all lengths, in a ring that has wrapped, against those never taken apart."""
+    c, h, width = 41, 3, 6
+    frames = torch.zeros(c + k - 1, width, dtype=torch.uint8)
+    repeats = torch.zeros(c, dtype=torch.int64)
+    whole, episodes, written = [], [], 0
+    for length in (30, 2, 1, 17, 4, 1, 1, 22, 9):
+        seen = torch.randint(0, 256, (length, width), dtype=torch.uint8)
+        for t in range(length):
+            whole.append(torch.cat([seen[max(t - back, 0)] for back in range(k - 1, -1, -1)]))
+            frames[(written + k - 1) % len(frames)] = seen[t]
+            repeats[written % c] = max(k - 1 - t, 0)
+            written += 1
+        episodes.append((written - length, length))
+    held = [(max(start, written - c), start + length) for start, length in episodes]
+    rows = [(start, stop - start) for start, stop in held if stop - start > h]
+    assert rows[0][0] == written - c  # of which frames are wanted that came before
+    rest = ring(c, pixels=True)
+    steps = rest._replace(obs=frames.to(DEVICE), repeats=repeats.to(DEVICE))
+    starts = [start + i for start, length in rows for i in range(length - h)]
+    out = batch(steps, h, len(starts))
+    draw_slices(words(1, 0), replay_of(steps, rows), out, starts=words(*starts))
+    want = torch.stack([torch.stack([whole[start + t] for start in starts]) for t in range(h + 1)])
+    assert torch.equal(out.obs.cpu(), want)
 
 
 def drawn_starts(replay: DeviceReplay, h: int, b: int, seed: int, counter: int = 0) -> Tensor:
@@ -242,8 +279,12 @@ def test_one_launch_and_the_same_signature() -> None:
         ("steps.reward", lambda x: x[1:]),
         ("steps.terminated", lambda x: x.float()),
         ("steps.task", lambda x: x.int()),
+        ("steps.repeats", lambda x: x.int()),
+        ("steps.repeats", lambda x: x[1:]),
+        ("steps.repeats", lambda x: None),
         ("out.obs", lambda x: x.double()),
         ("out.obs", lambda x: x[:1]),
+        ("out.obs", lambda x: x[..., 1:]),
         ("out.obs", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
         ("out.action", lambda x: x[1:]),
         ("out.reward", lambda x: x.bfloat16()),
@@ -253,7 +294,7 @@ def test_one_launch_and_the_same_signature() -> None:
     ],
 )
 def test_bad_arguments_are_named(name: str, change: Any) -> None:
-    steps = ring(30, tasks=True)
+    steps = ring(30, o=6, tasks=True, k=2)
     args: dict[str, Any] = dict(state=words(1, 0), starts=torch.arange(8, device=DEVICE), out=batch(steps, 3, 8))
     args["replay"] = replay_of(steps, [(0, 30)])
     whole, _, part = name.partition(".")
@@ -268,6 +309,13 @@ def test_bad_arguments_are_named(name: str, change: Any) -> None:
     for op in (draw_slices, draw_slices_reference):
         with pytest.raises(ValueError, match=rf"^{name}: got .*allowed: "):
             op(**args)
+
+
+def test_repeats_without_stacks_are_named() -> None:
+    steps = ring(30)._replace(repeats=words(*[0] * 30))
+    for op in (draw_slices, draw_slices_reference):
+        with pytest.raises(ValueError, match=r"^steps.repeats: got a tensor with observations of 1 frames, allowed: "):
+            op(words(1, 0), replay_of(steps, [(0, 30)]), batch(steps, 3, 8))
 
 
 def test_a_ring_shorter_than_a_slice_is_named() -> None:

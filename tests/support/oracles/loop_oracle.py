@@ -19,7 +19,7 @@ def everything(trainer: OnlineTrainer) -> dict[str, Any]:
     agent, buffer = trainer.agent, trainer.buffer
     found: dict[str, Any] = {f"model {k}": v for k, v in tensors_only(agent.model.state_dict()).items()}
     found["scale"] = agent.updater.scale.value
-    found |= {f"replay {k}": v[: len(buffer)] for k, v in buffer._store.items()}
+    found |= {f"replay {k}": v for k, v in buffer.steps(buffer.written - len(buffer), buffer.written).items()}
     found["replay table"] = buffer._table[: buffer._last]
     streams = dict(plan=agent.planner.generator)
     update = agent.updater._update

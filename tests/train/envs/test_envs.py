@@ -349,6 +349,7 @@ def test_pixels() -> None:
         pytest.skip(str(e))
     obs = env.reset()
     assert obs.shape == env.obs_shape == (9, 64, 64)
+    assert getattr(env, "frames", 1) == 3
     assert obs.dtype == np.uint8
     assert np.array_equal(obs[:3], obs[3:6])
     after, *_ = env.step(np.ones(1, np.float32))

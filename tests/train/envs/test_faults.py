@@ -77,8 +77,12 @@ def run_in_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     return run
 
 
+def steps(trainer: OnlineTrainer) -> dict[str, Any]:
+    return {k: x.numpy() for k, x in trainer.buffer.steps(0, len(trainer.buffer)).items()}
+
+
 def kept(trainer: OnlineTrainer) -> Any:
-    return trainer.buffer._store["obs"][: len(trainer.buffer)].numpy()
+    return steps(trainer)["obs"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -102,7 +106,7 @@ def test_an_episode_that_goes_wrong_is_named_and_dropped(
     assert not {(1, episode) for episode in range(faulty_suite.EPISODE, 10)} & names
     assert any(seed != 1 for seed, _ in names)  # made anew, it went on
     assert trainer.envs.failures.dropped + trainer.envs.restarts == 1
-    assert np.isfinite(trainer.buffer._store["reward"][: len(rows)].numpy()[rows[:, 2] > 0]).all()
+    assert np.isfinite(steps(trainer)["reward"][rows[:, 2] > 0]).all()
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -114,7 +118,7 @@ def test_rewards_of_any_kind_of_number_are_kept(
     fault: str, reward: float, place: str, run: Callable[..., OnlineTrainer]
 ) -> None:
     trainer = run(place, fault)
-    rewards = trainer.buffer._store["reward"][: len(trainer.buffer)].numpy()
+    rewards = steps(trainer)["reward"]
     assert set(rewards[np.isfinite(rewards)]) == {reward}
     assert trainer.envs.failures.dropped == 0
 
@@ -122,8 +126,7 @@ def test_rewards_of_any_kind_of_number_are_kept(
 @pytest.mark.parametrize("place", PLACES)
 def test_both_flags_at_once_are_a_termination(place: str, run: Callable[..., OnlineTrainer]) -> None:
     trainer = run(place, "both flags", episodic=True)
-    store, rows = trainer.buffer._store, kept(trainer)
-    assert (store["terminated"][: len(rows)].numpy() == (rows[:, 2] == 5)).all()
+    assert (steps(trainer)["terminated"] == (kept(trainer)[:, 2] == 5)).all()
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -157,9 +157,9 @@ def test_parts_are_flattened_in_gymnasiums_order() -> None:
 def test_a_replay_that_does_not_fit_is_refused_before_the_run_and_the_advice_works(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tdmpc2_fast.learn import replay
+    from tdmpc2_fast.learn import ring
 
-    monkeypatch.setattr(replay, "_host_memory", lambda: 2**20)
+    monkeypatch.setattr(ring, "_host_memory", lambda: 2**20)
     with pytest.raises(InputError) as e:
         train("Plain", steps=100_000, buffer_size=90_000)
     assert not (tmp_path / "run").exists()

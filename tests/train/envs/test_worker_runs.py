@@ -79,7 +79,7 @@ def test_the_episode_of_a_killed_process_never_reaches_the_replay(
     # 40 decisions each: two episodes of the one that went on; one of the other, and 14 steps of its next
     assert trainer.buffer.num_eps == 3
     assert trainer.buffer._table[:3, 1].tolist() == [21] * 3
-    held = {row.tobytes() for row in trainer.buffer._store["obs"][: len(trainer.buffer)].numpy()}
+    held = {row.tobytes() for row in trainer.buffer.steps(0, len(trainer.buffer))["obs"].numpy()}
     assert not held & {obs.tobytes() for obs in lost}
     episode = trainer.episodes[1]
     assert episode is not None

@@ -85,7 +85,8 @@ class Single:
     def facts(self) -> dict[str, Any]:
         """Return what the environment tells of itself."""
         names = ("obs_shape", "action_dim", "max_episode_steps", "action_repeat", "frames_per_second")
-        return {name: getattr(self.env, name) for name in names} | {"notes": list(getattr(self.env, "notes", ()))}
+        found = {name: getattr(self.env, name) for name in names}
+        return found | {"notes": list(getattr(self.env, "notes", ())), "frames": getattr(self.env, "frames", 1)}
 
     def reset(self) -> Array:
         """Start an episode."""
@@ -134,6 +135,7 @@ class RemoteEnv(Env):
         self.action_repeat: int = facts["action_repeat"]
         self.frames_per_second: float = facts["frames_per_second"]
         self.notes: list[str] = facts["notes"]
+        self.frames: int = facts["frames"]
 
     def _ask(self, name: str, *args: Any, limit: float | None = None) -> Any:
         """Return what a method of `Single` returned there, or raise what it raised.

@@ -24,7 +24,7 @@ class Pixels(DMControl):
 
     def __init__(self, task: str, seed: int, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, seed, settings)
-        self.obs_shape = (3 * FRAMES, SIZE, SIZE)
+        self.frames, self.obs_shape = FRAMES, (3 * FRAMES, SIZE, SIZE)
         self._stack = Stack(FRAMES)
         buffer = self.env.physics.model.vis.global_
         self._whole = buffer.offwidth, buffer.offheight

@@ -28,6 +28,7 @@ class MujocoTask(Env):
 
     max_episode_steps = _DECISIONS
     action_repeat = 1
+    frames = 1
 
     def __init__(self, cfg: Config) -> None:
         self.task = cfg.task
@@ -56,7 +57,7 @@ class MujocoTask(Env):
         self._camera = camera
         self.obs_shape: tuple[int, ...] = (size,)
         if self._stack is not None:
-            self.obs_shape = (3 * FRAMES, SIZE, SIZE)
+            self.frames, self.obs_shape = FRAMES, (3 * FRAMES, SIZE, SIZE)
             try:
                 self.render(SIZE, SIZE)
             except RenderError as e:
