@@ -1,0 +1,1 @@
+"""Suites whose packages live in an interpreter of their own."""
