@@ -1,9 +1,10 @@
 """DMControl on EnvPool (`env.engine=envpool`): the environments of a run, stepped by threads without Python.
 
-Physics, rewards and observations are those of dm_control: from the same state, the standard tasks
-agree to rounding (`tests/train/envs/test_envpool_engine.py`). First states come from the same
-distributions by another generator, so that a seed plays other episodes; rewards are float32.
-Evaluations stay with dm_control.
+Physics, rewards and observations are those of dm_control: from the same state, 24 of the standard
+tasks agree to rounding (`tests/train/envs/test_envpool_engine.py`; a dog to about 1e-6). First
+states come from the same distributions by another generator, so that a seed plays other episodes;
+rewards are float32. Left out are `cup-catch`, whose ball counts as caught before it is, and the
+three of `finger`, which goes another way once it touches the spinner.
 
 EnvPool fixes seeds when a pool is made and tells no state of its generators. An environment's
 episodes depend on its seed and their number alone, so those two are its random state, and it is
@@ -21,27 +22,25 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import ConfigError, did_you_mean
+from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.runtime.cores import cores
 
 from .answers import EnvError, finite
 from .base import Actions, Array, Environments, EnvState, Failures, Step, env_seed
 
 ENGINE = "envpool"
-_STANDARD = """
+_AGREE = """
 acrobot-swingup cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse cheetah-run
-cup-catch dog-run dog-stand dog-trot dog-walk finger-spin finger-turn-easy finger-turn-hard fish-swim hopper-hop
+dog-run dog-stand dog-trot dog-walk fish-swim hopper-hop
 hopper-stand humanoid-run humanoid-stand humanoid-walk pendulum-swingup quadruped-run quadruped-walk
 reacher-easy reacher-hard walker-run walker-stand walker-walk
 """
-TASKS = tuple(_STANDARD.split())
+TASKS = tuple(_AGREE.split())
 _ACTION_REPEAT = 2
 _DECISIONS = 500
-_DOMAINS = {"cup": "ball_in_cup"}
 _OBSERVED = {  # where EnvPool tells more, or in another order
     "dog": "joint_angles joint_velocites torso_pelvis_height z_projection torso_com_velocity inertial_sensors "
     "foot_forces touch_sensors actuator_state",
-    "finger-spin": "position velocity touch",
     "fish": "joint_angles upright target velocity",
     "humanoid": "joint_angles head_height extremities torso_vertical com_velocity velocity",
     "quadruped": "egocentric_state torso_velocity torso_upright imu force_torque",
@@ -59,8 +58,8 @@ def check(cfg: Config) -> None:
     """Raise `ConfigError` for what EnvPool cannot step as dm_control would: other tasks, pixels, other settings."""
     if cfg.task not in TASKS:
         raise ConfigError(
-            f"config key 'env.engine': got {ENGINE!r}, allowed: the {len(TASKS)} standard DMControl tasks, "
-            f"not {cfg.task!r}.{did_you_mean(cfg.task, TASKS)}"
+            f"config key 'env.engine': got {ENGINE!r}, allowed: with the {len(TASKS)} DMControl tasks on which it "
+            f"agrees with dm_control, not with {cfg.task!r}"
         )
     if cfg.obs != "state":
         raise ConfigError(f"config key 'obs': got {cfg.obs!r}, allowed: 'state' with env.engine={ENGINE}")
@@ -81,10 +80,8 @@ def pool_of(task: str, seeds: Sequence[int], threads: int = 1) -> Any:
         raise ConfigError(
             f"config key 'env.engine': {ENGINE!r} needs {e.name or e}; pip install 'tdmpc2-fast[envpool]'"
         ) from e
-    domain, name = task.replace("-", "_").split("_", 1)
-    words = f"{_DOMAINS.get(domain, domain)}_{name}".split("_")
     return envpool.make(
-        "".join(word.capitalize() for word in words) + "-v1",
+        "".join(word.capitalize() for word in task.split("-")) + "-v1",
         env_type="gymnasium",
         num_envs=len(seeds),
         env_seed=[seed % 2**31 for seed in seeds],
