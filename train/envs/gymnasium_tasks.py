@@ -24,7 +24,7 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, did_you_mean
 
-from . import random_state
+from . import random_state, robotics
 from .answers import EnvError, unusable
 from .base import FAILURES, Array, Env, RenderError, in_a_line
 from .catalogue import lacks, with_continuous_actions
@@ -152,7 +152,7 @@ class GymnasiumTask(Env):
         if self.env.render_mode != "rgb_array":
             modes = _metadata(self.env).get("render_modes")
             raise RenderError(f"{self.name}: no pictures: its render modes are {modes}, not 'rgb_array'")
-        mujoco = getattr(self.env.unwrapped, "mujoco_renderer", None)
+        mujoco = next(filter(None, (_told(env, "mujoco_renderer") for env in self._inner())), None)
         if mujoco is not None and mujoco.viewer is None:
             prepare_rendering()
             mujoco.width, mujoco.height = width, height  # of the first picture, and then for good
@@ -171,9 +171,12 @@ class GymnasiumTask(Env):
 
     @override
     def random_state(self) -> dict[str, Any] | None:
-        """Return the seed of the first episode, then the state of the generator; None for one of an unknown kind."""
-        state = random_state.told(_told(self.env.unwrapped, "np_random"))
-        return None if state is None else {"seed": self._seed, "generator": state}
+        """Return the seed of the first episode, then the generators' states; None where one is of an unknown kind."""
+        states = [random_state.told(_told(env, "np_random")) for env in self._inner()]
+        if None in states:
+            return None
+        state = {"seed": self._seed, "generator": states[0]}
+        return {**state, "within": states[1:]} if states[1:] else state
 
     @override
     def set_random_state(self, state: dict[str, Any] | None) -> None:
@@ -182,8 +185,16 @@ class GymnasiumTask(Env):
         if state["seed"] is None:
             if self._seed is not None:  # an environment may make its generators when it is first reset
                 self.env.reset(seed=self._seed)
-            random_state.take(_told(self.env.unwrapped, "np_random"), state["generator"])
+            for env, own in zip(self._inner(), [state["generator"], *state.get("within", [])], strict=True):
+                random_state.take(_told(env, "np_random"), own)
         self._seed = state["seed"]
+
+    def _inner(self) -> list[Any]:
+        """Return the environment without wrappers, then those that are parts of it: a maze's ant, a kitchen's robot."""
+        import gymnasium
+
+        base = self.env.unwrapped
+        return [base, *(x.unwrapped for x in getattr(base, "__dict__", {}).values() if isinstance(x, gymnasium.Env))]
 
     @override
     def close(self) -> None:
@@ -206,6 +217,7 @@ def _made(task: str, name: str, settings: dict[str, Any], limit: int | None) -> 
     module, _, registered = name.rpartition(":")
     if module:  # of which the import registers the id
         _import(module, name)
+    robotics.register(registered)
     spec = gymnasium.envs.registration.registry.get(registered)
     for key, instead in _OURS.items():
         if key in settings:

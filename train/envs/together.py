@@ -11,7 +11,7 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.runtime.cores import cores
 
-from . import suite_of
+from . import envpool_engine, suite_of
 from .base import FAILURES, Actions, Array, Env, Environments, EnvState, Failures, Step, close_all, env_seed, step
 from .held import Held
 from .workers import Workers
@@ -114,6 +114,9 @@ def environments(
         ConfigError: worker processes cannot make what this one could.
     """
     count, failures = cfg.env_workers, Failures(cfg, note, dropped)
+    if make is None and envpool_engine.wanted(cfg):
+        close_all([first])
+        return envpool_engine.EnvPool(cfg, failures, restarts)
     if count is None:
         count = 0 if cfg.num_envs == 1 else cores()
     apart = None

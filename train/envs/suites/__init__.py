@@ -1,1 +1,1 @@
-"""Suites whose packages exclude each other's and ours, each in an interpreter of its own, where there is no torch."""
+"""Suites whose packages exclude each other's and ours, each in an interpreter of its own."""
