@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,44 @@ from torch import Tensor
 from ..envs.base import Actions, Array, Step
 
 
-class Episode:
+class Played(Protocol):
+    """An episode that has ended, wherever it is kept."""
+
+    def __len__(self) -> int:
+        """Return its decisions."""
+        ...
+
+    @property
+    def total(self) -> float:
+        """Its return."""
+        ...
+
+    @property
+    def success(self) -> float:
+        """What its last decision told of success."""
+        ...
+
+    @property
+    def terminates(self) -> bool:
+        """Whether it ended in a state without a future."""
+        ...
+
+    @property
+    def peak(self) -> float:
+        """The size of its largest reward."""
+        ...
+
+    @property
+    def rewards(self) -> NDArray[Any]:
+        """The rewards (T,); for those on a device, this waits for it."""
+        ...
+
+    def rows(self) -> dict[str, Any]:
+        """Return the episode as `ReplayBuffer.add` takes it."""
+        ...
+
+
+class Episode(Played):
     """The steps of one episode as they come; row 0 is the reset, with NaN action and reward."""
 
     def __init__(self, obs: Array, action_dim: int) -> None:
@@ -21,7 +58,7 @@ class Episode:
         self.action = [np.full(action_dim, np.nan, dtype=np.float32)]
         self.reward, self.terminated = [np.nan], [np.nan]
         self.ended = False
-        self.success = 0.0
+        self._success = 0.0
 
     def __len__(self) -> int:
         return len(self.obs) - 1
@@ -33,12 +70,28 @@ class Episode:
         self.reward.append(step.reward)
         self.terminated.append(float(step.terminated))
         self.ended = step.terminated or step.truncated
-        self.success = step.success
+        self._success = step.success
 
     @property
     def total(self) -> float:
         """The return so far."""
         return float(np.sum(self.reward[1:]))
+
+    @property
+    def success(self) -> float:
+        return self._success
+
+    @property
+    def terminates(self) -> bool:
+        return self.terminated[-1] == 1
+
+    @property
+    def peak(self) -> float:
+        return max(map(abs, self.reward[1:]))
+
+    @property
+    def rewards(self) -> NDArray[Any]:
+        return np.asarray(self.reward[1:])
 
     @property
     def actions(self) -> Actions:
