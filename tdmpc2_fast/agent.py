@@ -67,7 +67,7 @@ class TDMPC2:
         It is planned, or where `mpc=false` drawn from the policy prior (whose mean it is in evaluation).
 
         obs: as `Planner.plan` takes it.
-        on_cpu: whether the action comes on the CPU, as in the official code; else on the agent's device, not waited for.
+        on_cpu: whether it comes on the CPU, as in the official code; else on the agent's device, not waited for.
         """
         obs = observation(obs, self.cfg)
         shape = self.cfg.observation_shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +16,32 @@ from . import dmcontrol, gymnasium_tasks
 from .answers import EnvError
 from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step
 from .catalogue import PLANNED
+from .device import playground
+from .device.base import DeviceEnvironments
 
 _TRY_DECISIONS, _TRY_SECONDS = 200, 1.0
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A family of tasks: its names, the package it needs and the extra that installs it, how to make one."""
+    """A family of tasks: its names, the package it needs and the extra that installs it, how to make one.
+
+    together: makes one for each seed in a simulator on the agent's device, where there is one.
+    """
 
     names: tuple[str, ...]
     package: str
     extra: str
     accepts: Callable[[str], bool]
     make: Callable[[Config, int], Env]
+    together: Callable[[Config, Sequence[int]], DeviceEnvironments] | None = None
 
 
 SUITES: dict[str, Suite] = {
     "DMControl": Suite(dmcontrol.TASKS, "dm_control", "train", lambda n: n in dmcontrol.TASKS, dmcontrol.make),
+    "Playground": Suite(
+        playground.TASKS, "mujoco_playground", "playground", playground.accepts, playground.make, playground.together
+    ),
     "Gymnasium": Suite(gymnasium_tasks.names(), "gymnasium", "train", gymnasium_tasks.accepts, gymnasium_tasks.make),
 }
 

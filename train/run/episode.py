@@ -50,7 +50,7 @@ class Played(Protocol):
         ...
 
 
-class Episode(Played):
+class Episode:
     """The steps of one episode as they come; row 0 is the reset, with NaN action and reward."""
 
     def __init__(self, obs: Array, action_dim: int) -> None:
@@ -58,7 +58,7 @@ class Episode(Played):
         self.action = [np.full(action_dim, np.nan, dtype=np.float32)]
         self.reward, self.terminated = [np.nan], [np.nan]
         self.ended = False
-        self._success = 0.0
+        self.success = 0.0
 
     def __len__(self) -> int:
         return len(self.obs) - 1
@@ -70,7 +70,7 @@ class Episode(Played):
         self.reward.append(step.reward)
         self.terminated.append(float(step.terminated))
         self.ended = step.terminated or step.truncated
-        self._success = step.success
+        self.success = step.success
 
     @property
     def total(self) -> float:
@@ -78,19 +78,18 @@ class Episode(Played):
         return float(np.sum(self.reward[1:]))
 
     @property
-    def success(self) -> float:
-        return self._success
-
-    @property
     def terminates(self) -> bool:
+        """Whether it ended in a state without a future."""
         return self.terminated[-1] == 1
 
     @property
     def peak(self) -> float:
+        """The size of its largest reward."""
         return max(map(abs, self.reward[1:]))
 
     @property
     def rewards(self) -> NDArray[Any]:
+        """The rewards (T,)."""
         return np.asarray(self.reward[1:])
 
     @property

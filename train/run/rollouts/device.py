@@ -25,7 +25,6 @@ from ...envs import check_episodic
 from ...envs.answers import EnvError
 from ...envs.base import Actions, Failures, Step, check_actions
 from ...envs.device.base import DeviceEnvironments, check_tensor, checked
-from ..episode import Played
 from .base import CANNOT_TELL, Rollouts
 
 _CHECKED = ("observation", "reward", "success")  # what a simulator answers in numbers
@@ -33,7 +32,7 @@ _TERMINATED = Step(np.empty(0, np.float32), 0.0, True, False, 0.0)
 
 
 @dataclass(frozen=True)
-class DeviceEpisode(Played):
+class DeviceEpisode:
     """An episode that has ended; `steps` are its rows on the device: obs, action, reward, (T + 1, ...)."""
 
     steps: dict[str, Tensor]
@@ -47,10 +46,11 @@ class DeviceEpisode(Played):
 
     @property
     def rewards(self) -> NDArray[Any]:
+        """The rewards (T,), which are waited for."""
         return self.steps["reward"][1:].cpu().numpy().astype(np.float64)
 
-    @override
     def rows(self) -> dict[str, Any]:
+        """Return the episode as `ReplayBuffer.add` takes it, on the device."""
         terminated = torch.zeros_like(self.steps["reward"])
         terminated[-1] = float(self.terminates)
         return self.steps | dict(terminated=terminated)
@@ -119,14 +119,17 @@ class DeviceRollouts(Rollouts):
 
     @property
     def restarts(self) -> int:
+        """Those of the run before it was gone on with."""
         return self._restarts
 
     @property
     def at_boundary(self) -> bool:
+        """Whether an environment is between two episodes."""
         return None in self._lengths or self.any_ended
 
     @property
     def any_ended(self) -> bool:
+        """Whether `ended` has something to tell."""
         return any(t is not None for t in self._terminates)
 
     @override

@@ -32,14 +32,17 @@ class HostRollouts(Rollouts):
 
     @property
     def restarts(self) -> int:
+        """Times processes were started anew, over the whole run."""
         return self.envs.restarts
 
     @property
     def at_boundary(self) -> bool:
+        """Whether an environment is between two episodes."""
         return any(e is None or e.ended for e in self.episodes)
 
     @property
     def any_ended(self) -> bool:
+        """Whether `ended` has something to tell."""
         return any(e is not None and e.ended for e in self.episodes)
 
     @override
