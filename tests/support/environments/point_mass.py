@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdmpc2_fast import Config
-from tdmpc2_fast.runtime.backend import resolve_device
 from tdmpc2_fast.train.envs import SUITES, Suite
 from tdmpc2_fast.train.envs.base import Env, RenderError
-from tdmpc2_fast.train.envs.device.base import DeviceEnvironments, DeviceStep
+from tdmpc2_fast.train.envs.device.base import DeviceEnvironments, DeviceStep, device_of
 from tdmpc2_fast.train.envs.device.view import View
 
 DEVICE, HOST = "point-masses", "point-mass"
@@ -161,11 +160,11 @@ class PointMass(Env):
 
 
 def make(cfg: Config, seed: int) -> Env:
-    return View(PointMasses([seed], resolve_device(cfg.device), cfg.episodic), 10.0)
+    return View(PointMasses([seed], device_of(cfg), cfg.episodic), 10.0)
 
 
 def together(cfg: Config, seeds: Sequence[int]) -> PointMasses:
-    return PointMasses(seeds, resolve_device(cfg.device), cfg.episodic)
+    return PointMasses(seeds, device_of(cfg), cfg.episodic)
 
 
 def make_on_host(cfg: Config, seed: int) -> Env:

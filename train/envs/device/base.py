@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from tdmpc2_fast.config import Config
+
 from ..answers import EnvError
 
 if TYPE_CHECKING:  # commands that only list tasks come without torch
@@ -71,6 +73,15 @@ class DeviceEnvironments(Protocol):
     def close(self) -> None:
         """Free what the simulator holds."""
         ...
+
+
+def device_of(cfg: Config) -> torch.device:
+    """Return the device of the agent of a config, as its tensors name it: `cuda` is `cuda:0`, or the one chosen."""
+    import torch
+
+    from tdmpc2_fast.runtime.backend import resolve_device
+
+    return torch.empty(0, device=resolve_device(cfg.device)).device
 
 
 def checked(found: DeviceStep, envs: DeviceEnvironments) -> DeviceStep:

@@ -18,6 +18,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, did_you_mean
 
 from ..base import Env
+from .base import device_of
 
 if TYPE_CHECKING:
     from .mjx import Playground
@@ -58,11 +59,9 @@ def together(cfg: Config, seeds: Sequence[int]) -> Playground:
 
 
 def _simulator(cfg: Config, name: str, engine: str, seeds: Sequence[int]) -> Playground:
-    from tdmpc2_fast.runtime.backend import resolve_device
-
     from .mjx import Playground
 
-    return Playground(name, engine, seeds, resolve_device(cfg.device))
+    return Playground(name, engine, seeds, device_of(cfg))
 
 
 def _chosen(cfg: Config) -> tuple[str, str]:

@@ -112,6 +112,7 @@ class DeviceRollouts(Rollouts):
         self._over = torch.ones(count, dtype=torch.bool, device=device)  # to be reset
         self._unusable = torch.zeros(count, dtype=torch.bool, device=device)  # first observations
         self._actions: Tensor | None = None
+        self._shown = self._steps["obs"][:, 0]  # what the agent chose them by
         self._report = _Report(device, count)
         # The same for the host, by environment: decisions so far, None without an episode; how it ended.
         self._lengths: list[int | None] = [None] * count
@@ -167,12 +168,9 @@ class DeviceRollouts(Rollouts):
 
     @override
     def act(self, agent: TDMPC2) -> None:
-        self._actions = agent.act(self._seen(), self._at == 0, on_cpu=False).to(torch.float32)
-
-    def _seen(self) -> Tensor:
-        """Return the last observations (E, *obs_shape), zeros for those that are to be dropped."""
         obs = self._steps["obs"][self._each, self._at]
-        return obs.masked_fill(_beside(self._unusable, obs), 0)
+        self._shown = obs.masked_fill(_beside(self._unusable, obs), 0)  # of those that are to be dropped
+        self._actions = agent.act(self._shown, self._at == 0, on_cpu=False).to(torch.float32)
 
     @override
     def step_async(self) -> None:
@@ -206,8 +204,7 @@ class DeviceRollouts(Rollouts):
         terminated, truncated, *unusable, action = self._report.read()
         if any(action):
             assert self._actions is not None
-            before = self._steps["obs"][self._each, self._at - 1]
-            check_actions(self._actions.cpu().numpy(), before.cpu().numpy())
+            check_actions(self._actions.cpu().numpy(), self._shown.cpu().numpy())
         for i, length in enumerate(self._lengths):
             assert length is not None
             why = [name for name, flags in zip(_CHECKED, unusable, strict=True) if flags[i]]
