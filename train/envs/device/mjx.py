@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from tdmpc2_fast.errors import ConfigError, InputError
 
+from ..base import in_a_line
 from ..mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 from .base import DeviceEnvironments, DeviceStep
 
@@ -58,8 +59,12 @@ def _task(name: str, impl: str, contacts: int, device: Any) -> _Task:
     ranges = env.mj_model.actuator_ctrlrange
     low, high = jnp.asarray(ranges[:, 0]), jnp.asarray(ranges[:, 1])
 
+    def settled(state: Any) -> Any:
+        """Return a state in types that do not depend on who made it, else functions of it are compiled twice."""
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
+
     def begin(seed: Any, number: Any) -> Any:
-        return env.reset(jax.random.fold_in(jax.random.PRNGKey(seed), number))
+        return settled(env.reset(jax.random.fold_in(jax.random.PRNGKey(seed), number)))
 
     def merge(mask: Any, new: Any, old: Any) -> Any:
         def one(x: Any, y: Any) -> Any:
@@ -73,7 +78,7 @@ def _task(name: str, impl: str, contacts: int, device: Any) -> _Task:
         control = low + (action + 1) * (high - low) / 2
 
         def step(state: Any, _: Any) -> Any:
-            state = env.step(state, control)
+            state = settled(env.step(state, control))
             return state, state.reward
 
         state, rewards = jax.lax.scan(step, state, length=_ACTION_REPEAT)
@@ -99,7 +104,7 @@ class Playground(DeviceEnvironments):
         device: where the tensors are.
 
     Raises:
-        ConfigError: JAX does not know the device, or the engine cannot be had on it.
+        ConfigError: JAX does not know the device, or Playground cannot make the task there with this engine.
     """
 
     action_repeat = _ACTION_REPEAT
@@ -112,8 +117,10 @@ class Playground(DeviceEnvironments):
             warp.config.log_level = warp.LOG_WARNING  # else it lists hundreds of kernels
         try:
             self._task = _task(name, impl, _CONTACTS * len(seeds), self._jax_device)
-        except (ImportError, RuntimeError, NotImplementedError) as e:
-            raise ConfigError(f"config key 'env.engine': {name} with {impl} cannot be made on {device}: {e}") from e
+        except Exception as e:  # of Playground, of MuJoCo in a version that it does not know, or of the engine
+            raise ConfigError(
+                f"config key 'task': playground:{name} cannot be made by {impl} on {device}: {in_a_line(e)}"
+            ) from e
         self.max_episode_steps, self.frames_per_second = self._task.decisions, 1 / (_ACTION_REPEAT * self._task.env.dt)
         self.action_dim = int(self._task.env.action_size)
         self._seeds = self._placed(seeds)
