@@ -28,6 +28,7 @@ from ...envs.device.base import DeviceEnvironments, check_tensor, checked
 from .base import CANNOT_TELL, Rollouts
 
 _CHECKED = ("observation", "reward", "success")  # what a simulator answers in numbers
+_NONE = -1
 _TERMINATED = Step(np.empty(0, np.float32), 0.0, True, False, 0.0)
 
 
@@ -69,11 +70,10 @@ class _Report:
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> list[list[bool]]:
+    def read(self) -> NDArray[np.bool_]:
         if self._event is not None:
             self._event.synchronize()
-        found: list[list[bool]] = self._host.tolist()
-        return found
+        return self._host.numpy()
 
 
 class DeviceRollouts(Rollouts):
@@ -114,9 +114,10 @@ class DeviceRollouts(Rollouts):
         self._actions: Tensor | None = None
         self._shown = self._steps["obs"][:, 0]  # what the agent chose them by
         self._report = _Report(device, count)
-        # The same for the host, by environment: decisions so far, None without an episode; how it ended.
-        self._lengths: list[int | None] = [None] * count
-        self._terminates: list[bool | None] = [None] * count
+        # What the host knows: the decisions of each so far, _NONE without an episode; those that ended, and whether
+        # by termination.
+        self._lengths = np.full(count, _NONE)
+        self._ended: dict[int, bool] = {}
 
     @property
     def restarts(self) -> int:
@@ -126,31 +127,30 @@ class DeviceRollouts(Rollouts):
     @property
     def at_boundary(self) -> bool:
         """Whether an environment is between two episodes."""
-        return None in self._lengths or self.any_ended
+        return self.any_ended or bool((self._lengths == _NONE).any())
 
     @property
     def any_ended(self) -> bool:
         """Whether `ended` has something to tell."""
-        return any(t is not None for t in self._terminates)
+        return bool(self._ended)
 
     @override
     def ended(self) -> Iterator[DeviceEpisode]:
-        if not self.any_ended:
+        if not self._ended:
             return
         sums = dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist(), strict=True))
-        for i, terminates in enumerate(self._terminates):
-            if terminates is None:
-                continue
-            length, self._lengths[i], self._terminates[i] = self._lengths[i], None, None
-            assert length is not None
-            steps = {k: x[i, : length + 1] for k, x in self._steps.items()}
+        for i, terminates in sorted(self._ended.items()):
+            steps = {k: x[i, : self._lengths[i] + 1] for k, x in self._steps.items()}
+            del self._ended[i]
+            self._lengths[i] = _NONE
             yield DeviceEpisode(steps, **{k: x[i] for k, x in sums.items()}, terminates=terminates)
 
     @override
     def begin(self) -> None:
-        if None not in self._lengths:
+        assert not self._ended, "what has ended is to be taken first"
+        none = self._lengths == _NONE
+        if not none.any():
             return
-        assert not self.any_ended, "what has ended is to be taken first"
         obs = self.envs.reset(self._over)
         check_tensor("observation", obs, (self.cfg.num_envs, *self.cfg.observation_shape), self.envs.device)
         first = self._steps["obs"][:, 0]
@@ -160,7 +160,7 @@ class DeviceRollouts(Rollouts):
             x.masked_fill_(self._over, 0)
         # Told with the flags of the next decision: waiting now would be waiting twice.
         self._unusable = self._over & ~self._finite(first)
-        self._lengths = [0 if n is None else n for n in self._lengths]
+        self._lengths[none] = 0
 
     @override
     def take(self, actions: Actions) -> None:
@@ -202,64 +202,61 @@ class DeviceRollouts(Rollouts):
     @override
     def step_wait(self) -> None:
         terminated, truncated, *unusable, action = self._report.read()
-        if any(action):
+        if action.any():
             assert self._actions is not None
             check_actions(self._actions.cpu().numpy(), self._shown.cpu().numpy())
-        for i, length in enumerate(self._lengths):
-            assert length is not None
-            why = [name for name, flags in zip(_CHECKED, unusable, strict=True) if flags[i]]
-            if why:
-                self._lengths[i] = None
-                error = EnvError(f"{why[0]}: got NaN or infinity, allowed: finite numbers (float32)")
-                self.failures.take(i, error)
-                continue
-            if terminated[i]:
-                check_episodic(self.cfg, _TERMINATED)
-            self._lengths[i] = length + 1
-            if terminated[i] or truncated[i]:
-                self._terminates[i] = terminated[i]
-                self.failures.ended += 1
-            elif length + 1 == self._limit:
-                raise EnvError(
-                    f"{self.cfg.task}, environment {i}: truncated: got false after {self._limit} decisions, allowed: "
-                    "true there, since it tells max_episode_steps of as many"
-                )
+        self._lengths += 1
+        dropped = np.logical_or.reduce(unusable)
+        for i in np.flatnonzero(dropped):
+            name = next(name for name, flags in zip(_CHECKED, unusable, strict=True) if flags[i])
+            self._lengths[i] = _NONE
+            self.failures.take(int(i), EnvError(f"{name}: got NaN or infinity, allowed: finite numbers (float32)"))
+        if (terminated & ~dropped).any():
+            check_episodic(self.cfg, _TERMINATED)
+        ended = (terminated | truncated) & ~dropped
+        self._ended = {int(i): bool(terminated[i]) for i in np.flatnonzero(ended)}
+        self.failures.ended += len(self._ended)
+        endless = np.flatnonzero((self._lengths >= self._limit) & ~ended)
+        if len(endless):
+            raise EnvError(
+                f"{self.cfg.task}, environment {endless[0]}: truncated: got false after {self._limit} decisions, "
+                "allowed: true there, since it tells max_episode_steps of as many"
+            )
 
     @override
     def state(self, warn: Callable[[str], None]) -> tuple[dict[str, Mapping[str, Tensor]], Any]:
         simulator, random_state = self.envs.state(), self.envs.random_state()
         if simulator is None or random_state is None:
             warn(CANNOT_TELL)
-        rows = 1 + max(n or 0 for n in self._lengths)
+        rows = 1 + max(0, int(self._lengths.max()))
         parts: dict[str, Mapping[str, Tensor]] = dict(
             rollouts={k: x[:, :rows] for k, x in self._steps.items()} | self._sums,
         )
         if simulator is not None:
             parts["simulator"] = simulator
-        return parts, dict(lengths=self._lengths, terminates=self._terminates, random_state=random_state)
+        return parts, dict(lengths=self._lengths.tolist(), ended=[*self._ended.items()], random_state=random_state)
 
     @override
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], rest: Any, warn: Callable[[str], None]) -> None:
-        lengths, self._terminates = list(rest["lengths"]), list(rest["terminates"])
+        self._lengths, self._ended = np.asarray(rest["lengths"]), dict(rest["ended"])
         if rest["random_state"] is not None:
             self.envs.set_random_state(rest["random_state"])
-        try:
-            stood = parts.get("simulator")
-            if stood is not None:
+        stood = parts.get("simulator")
+        if stood is not None:
+            try:
                 self.envs.load_state(stood)
-        except ValueError as e:
-            warn(f"{self.cfg.task}: {e}; the episodes under way are dropped and new ones begun")
-            stood = None
+            except ValueError as e:
+                warn(f"{self.cfg.task}: {e}; the episodes under way are dropped and new ones begun")
+                stood = None
+        over = np.isin(self._each.cpu().numpy(), [*self._ended])
         if stood is None:
-            lengths = [None if t is None else n for n, t in zip(lengths, self._terminates, strict=True)]
-        self._lengths = lengths
-        kept = parts["rollouts"]
+            self._lengths[~over] = _NONE
+        kept, device = parts["rollouts"], self._at.device
         for name, x in self._steps.items():
-            x[:, : kept[name].shape[1]] = kept[name].to(x.device)
-        self._sums = {k: kept[k].to(x.device) for k, x in self._sums.items()}
-        self._at = torch.tensor([n or 0 for n in lengths], device=self._at.device)
-        over = [n is None or t is not None for n, t in zip(lengths, self._terminates, strict=True)]
-        self._over = torch.tensor(over, device=self._at.device)
+            x[:, : kept[name].shape[1]] = kept[name].to(device)
+        self._sums = {k: kept[k].to(device) for k in self._sums}
+        self._at = torch.from_numpy(np.maximum(self._lengths, 0)).to(device)
+        self._over = torch.from_numpy(over | (self._lengths == _NONE)).to(device)
 
 
 def _beside(flags: Tensor, x: Tensor) -> Tensor:
