@@ -157,7 +157,8 @@ class OnlineTrainer:
             self.rollouts.begin()
         with self.log.clock.part("plan"):
             self._act()
-        self.rollouts.step_async()
+        with self.log.clock.part("environment"):
+            self.rollouts.step_async()
         self._learn()
         with self.log.clock.part("environment"):
             self.rollouts.step_wait()

@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 from conftest import PYTHONPATH, ROOT
 
-# Steps a run on a device where waiting is an error, and prints what was copied to the host: what, shape, dtype.
+# Steps a run on a device where waiting is an error, and prints what was copied to the host: how, shape, dtype.
 WATCH = """
 import json, pathlib, sys, tempfile, traceback
 import rehearsal, torch
@@ -26,8 +27,11 @@ copied = []
 
 class Watch(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") == "copy_" and rehearsal.on_gpu(args[1]) and not rehearsal.on_gpu(args[0]):
-            copied.append((list(args[1].shape), str(args[1].dtype)))
+        name = getattr(func, "__name__", "")
+        if name in ("copy_", "cpu", "numpy", "tolist", "item"):
+            x = args[name == "copy_"]
+            if rehearsal.on_gpu(x) and not (name == "copy_" and rehearsal.on_gpu(args[0])):
+                copied.append((name, list(x.shape), str(x.dtype)))
         return func(*args, **(kwargs or {}))
 
 
@@ -64,7 +68,7 @@ print(json.dumps([found, told]))
 """
 
 
-def watched(how: str) -> tuple[list[tuple[bool, list[tuple[list[int], str]]]], bool]:
+def watched(how: str) -> tuple[list[tuple[bool, list[Any]]], bool]:
     paths = os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-P", "-c", WATCH, how],
@@ -75,7 +79,7 @@ def watched(how: str) -> tuple[list[tuple[bool, list[tuple[list[int], str]]]], b
         env=os.environ | dict(PYTHONPATH=paths, TRITON_INTERPRET="1"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: tuple[list[tuple[bool, list[tuple[list[int], str]]]], bool] = json.loads(done.stdout.splitlines()[-1])
+    found: tuple[list[tuple[bool, list[Any]]], bool] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -84,4 +88,6 @@ def test_a_decision_copies_its_flags_to_the_host_and_waits_for_nothing_else() ->
         found, told = watched(how)
         assert told
         assert [ends for ends, _ in found].count(True) == 2
-        assert [copied for _, copied in found] == [[[[6, 3], "torch.bool"]]] * len(found), how
+        flags, sums = ["copy_", [6, 3], "torch.bool"], ["tolist", [3, 3], "torch.float64"]
+        for ends, copied in found:  # where episodes ended, also what the log has of them
+            assert copied == ([sums, flags] if ends else [flags]), how

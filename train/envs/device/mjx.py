@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from tdmpc2_fast.errors import ConfigError, InputError
 
-from ..base import in_a_line
+from ..base import RenderError, in_a_line
 from ..mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
 from .base import DeviceEnvironments, DeviceStep
 
@@ -185,6 +185,8 @@ class Playground(DeviceEnvironments):
         """Draw the first environment, as `Env.render`."""
         import mujoco
 
+        if self._state is None:
+            raise RenderError("mujoco_playground: no picture before the first reset")
         model, data = self._task.env.mj_model, self._state.data
         try:
             if self._picture is None or (self._picture.width, self._picture.height) != (width, height):
