@@ -40,7 +40,12 @@ class Suite:
 SUITES: dict[str, Suite] = {
     "DMControl": Suite(dmcontrol.TASKS, "dm_control", "train", lambda n: n in dmcontrol.TASKS, dmcontrol.make),
     "Playground": Suite(
-        playground.TASKS, "mujoco_playground", "playground", playground.accepts, playground.make, playground.together
+        playground.TASKS,
+        "mujoco_playground",
+        "playground",
+        playground.accepts,
+        playground.make,
+        together=playground.together,
     ),
     "Gymnasium": Suite(gymnasium_tasks.names(), "gymnasium", "train", gymnasium_tasks.accepts, gymnasium_tasks.make),
 }

@@ -173,5 +173,5 @@ def make_on_host(cfg: Config, seed: int) -> Env:
 
 def install() -> None:
     """Make both known by their names."""
-    SUITES[DEVICE] = Suite((DEVICE,), "torch", "train", DEVICE.__eq__, make, together)
+    SUITES[DEVICE] = Suite((DEVICE,), "torch", "train", DEVICE.__eq__, make, together=together)
     SUITES[HOST] = Suite((HOST,), "numpy", "train", HOST.__eq__, make_on_host)

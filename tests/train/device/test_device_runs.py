@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.envs import SUITES
 from tdmpc2_fast.train.run import lifecycle
 from tdmpc2_fast.train.run.checkpoints import Checkpoints
-from tdmpc2_fast.train.run.rollouts import DeviceRollouts
+from tdmpc2_fast.train.run.rollouts import DeviceRollouts, rollouts_in
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 QUICK = dict(
@@ -167,19 +168,12 @@ def test_the_command_trains_and_goes_on(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(
-    changes: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_is_refused(changes: dict[str, Any], why: str, tmp_path: Path) -> None:
     if changes.pop("deadly", False):
         together = SUITES[point_mass.DEVICE].together
         assert together is not None
-        SUITES[point_mass.DEVICE] = SUITES[point_mass.DEVICE].__class__(
-            (point_mass.DEVICE,),
-            "torch",
-            "train",
-            point_mass.DEVICE.__eq__,
-            point_mass.make,
-            lambda cfg, seeds: together(cfg.replace(episodic=True), seeds),
+        SUITES[point_mass.DEVICE] = dataclasses.replace(
+            SUITES[point_mass.DEVICE], together=lambda cfg, seeds: together(cfg.replace(episodic=True), seeds)
         )
     with pytest.raises(ConfigError, match=why):
         trainer_in(tmp_path / "run", **changes).run()
@@ -188,7 +182,5 @@ def test_what_cannot_be_is_refused(
 def test_the_simulator_is_where_the_agent_is(tmp_path: Path) -> None:
     elsewhere = PointMasses([1, 2, 3], torch.device("meta"))
     cfg = Config.from_dict(QUICK).with_env({"state": (4,)}, 2, 12)
-    from tdmpc2_fast.train.run.rollouts import rollouts_in
-
     with pytest.raises(ConfigError, match="config key 'device': got cpu, allowed: meta"):
         rollouts_in(elsewhere, cfg, torch.device("cpu"), print)
