@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class _Task:
     begin: Callable[[Any, Any], Any]  # seeds and numbers of the episodes (E,) -> state
     merge: Callable[[Any, Any, Any], Any]  # mask (E,), new, old -> state
     decide: Callable[[Any, Any], Any]  # state, actions (E, A) -> state, observations, rewards
+    compiled: set[int] = field(default_factory=set)  # for so many environments
 
 
 @functools.cache
@@ -132,6 +133,17 @@ class Playground(DeviceEnvironments):
         self._nothing = torch.zeros(len(seeds), device=device)
         self._never = torch.zeros(len(seeds), dtype=torch.bool, device=device)
         self._picture: Any = None
+
+    def compile(self) -> None:
+        """Compile for this number of environments, up to a minute: an answer that takes as long counts as none."""
+        if self.num_envs in self._task.compiled:
+            return
+        state = self._task.begin(self._seeds, self._placed([0] * self.num_envs))
+        state = self._task.merge(_to_jax(self._never), state, state)
+        jax.block_until_ready(
+            self._task.decide(state, _to_jax(self._nothing.new_zeros(self.num_envs, self.action_dim)))
+        )
+        self._task.compiled.add(self.num_envs)
 
     def _placed(self, values: Sequence[int]) -> Any:
         return jax.device_put(np.asarray(values, np.uint32), self._jax_device)

@@ -61,7 +61,9 @@ def together(cfg: Config, seeds: Sequence[int]) -> Playground:
 def _simulator(cfg: Config, name: str, engine: str, seeds: Sequence[int]) -> Playground:
     from .mjx import Playground
 
-    return Playground(name, engine, seeds, device_of(cfg))
+    simulator = Playground(name, engine, seeds, device_of(cfg))
+    simulator.compile()
+    return simulator
 
 
 def _chosen(cfg: Config) -> tuple[str, str]:
