@@ -55,12 +55,19 @@ class TDMPC2:
     @undisturbed
     @torch.no_grad()
     def act(
-        self, obs: Any, t0: bool | Tensor = False, eval_mode: bool | Tensor = False, task: int | Tensor | None = None
+        self,
+        obs: Any,
+        t0: bool | Tensor = False,
+        eval_mode: bool | Tensor = False,
+        task: int | Tensor | None = None,
+        on_cpu: bool = True,
     ) -> Tensor:
         """Return the action for one observation (*obs_shape) -> (A,), or for a batch (E, *obs_shape) -> (E, A).
 
-        It is planned, or where `mpc=false` drawn from the policy prior (whose mean it is in evaluation), and it is
-        on the CPU, as in the official code. obs: as `Planner.plan` takes it.
+        It is planned, or where `mpc=false` drawn from the policy prior (whose mean it is in evaluation).
+
+        obs: as `Planner.plan` takes it.
+        on_cpu: whether it comes on the CPU, as in the official code; else on the agent's device, not waited for.
         """
         obs = observation(obs, self.cfg)
         shape = self.cfg.observation_shape
@@ -68,7 +75,8 @@ class TDMPC2:
         if single:
             obs = check_obs(obs, self.cfg, (), self.model.dtype).unsqueeze(0)
         action = self.plan(obs, t0, eval_mode, task) if self.cfg.mpc else self._prior(obs, eval_mode, task)
-        return (action[0] if single else action).cpu()
+        action = action[0] if single else action
+        return action.cpu() if on_cpu else action
 
     def plan(
         self, obs: Any, t0: bool | Tensor = False, eval_mode: bool | Tensor = False, task: int | Tensor | None = None
@@ -78,8 +86,8 @@ class TDMPC2:
 
     def _prior(self, obs: Tensor, eval_mode: bool | Tensor, task: int | Tensor | None) -> Tensor:
         obs = check_obs(obs, self.cfg, tuple(obs.shape[:1]), self.model.dtype).to(self.device)
-        evaluate = torch.as_tensor(flags(eval_mode, "eval_mode", len(obs)), device=self.device)
-        everywhere = bool(evaluate.all())
+        given = flags(eval_mode, "eval_mode", len(obs))
+        everywhere = given if isinstance(given, bool) else bool(given.all())  # of a bool, no device is asked
         with matmul_precision(self.cfg, self.device):
             z = self.model.encode(obs, task)
             size = (z.shape[0], self.cfg.need("action_dim"))
@@ -89,7 +97,9 @@ class TDMPC2:
                 g = self.planner.generator
                 eps = torch.randn(size, generator=g, device=self.device, dtype=self.model.dtype)
             out = self.model.policy(z, task, eps)
-        return torch.where(evaluate.view(-1, 1), out.mean, out.action)
+        if isinstance(given, bool):
+            return out.mean if given else out.action
+        return torch.where(given.to(self.device).view(-1, 1), out.mean, out.action)
 
     def update(self, buffer: Sampler) -> dict[str, Tensor]:
         """Take one training step on a batch from `buffer` and return the official metrics."""

@@ -12,9 +12,10 @@ from typing import Any
 import gpu_cases
 import numpy as np
 import plan_oracle
+import point_mass
 import pytest
 import torch
-from conftest import ON_GPU, REHEARSED, TINY, random_episode
+from conftest import ON_GPU, REHEARSED, TINY, random_episode, tiny_config
 from going_on import check_goes_on
 from gpu_cases import CONFIGS, SEVERAL, Case
 from loop_oracle import everything
@@ -34,6 +35,8 @@ from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
+from tdmpc2_fast.train.envs.base import Failures
+from tdmpc2_fast.train.run.rollouts import DeviceRollouts
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: pytest -m gpu")]
@@ -375,3 +378,27 @@ def test_a_failure_on_the_device_is_raised_by_a_later_call(livened: Liven) -> No
     agent.updater.step(good)
     agent.updater.synchronise()
     assert not torch.equal(update.chain.world.param, before)
+
+
+@pytest.mark.later
+def test_a_decision_in_a_simulator_on_the_device_waits_for_its_flags_alone() -> None:
+    """The prior acts: a planner for this task would be other kernels to compile."""
+    cfg = tiny_config(4, 2, point_mass.LONGEST, device="cuda", backend="torch", num_envs=5, mpc=False)
+    agent = TDMPC2(cfg)
+    envs = point_mass.PointMasses(range(5), agent.device)
+    rollouts = DeviceRollouts(envs, cfg, agent.device, Failures(cfg, print))
+    for i in range(4 * point_mass.LONGEST):
+        lengths = [len(e.rows()["reward"]) for e in rollouts.ended()]
+        assert all(point_mass.SHORTEST <= n - 1 <= point_mass.LONGEST for n in lengths)
+        if i > 1:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            rollouts.begin()
+            rollouts.act(agent)
+            rollouts.step_async()
+            rollouts.step_wait()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert rollouts.failures.ended > 5 * 4
+    assert rollouts._steps["obs"].is_cuda
+    assert rollouts._steps["obs"].isfinite().all()

@@ -17,6 +17,7 @@ from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.learn.updater import Batch
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
+from tdmpc2_fast.train.run.rollouts import HostRollouts
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 from ..baselines.official import official_agent, official_plan, official_update
@@ -114,8 +115,10 @@ class Loop:
         while not self.trainer.progress.seeded:
             self.trainer.step()
         self.first_update = numbers(self.trainer.metrics)
-        step = self.trainer.envs.step_wait
-        self.trainer.envs.step_wait = lambda: self.agent.timed("environment", step)  # type: ignore[method-assign]
+        assert isinstance(self.trainer.rollouts, HostRollouts)
+        envs = self.trainer.rollouts.envs
+        step = envs.step_wait
+        envs.step_wait = lambda: self.agent.timed("environment", step)  # type: ignore[method-assign]
 
     def step(self) -> None:
         """Take one decision, and make the update due after it."""

@@ -20,6 +20,7 @@ from tdmpc2_fast.train.envs.together import InProcess
 from tdmpc2_fast.train.run import lifecycle as runs
 from tdmpc2_fast.train.run.checkpoints import trained
 from tdmpc2_fast.train.run.evaluate import Evaluation, Evaluator
+from tdmpc2_fast.train.run.rollouts import HostRollouts
 from tdmpc2_fast.train.run.threads import choose_threads, idle_cores
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
@@ -156,7 +157,8 @@ def test_what_is_shown_and_kept_reads_no_tensor_between_episodes(
 ) -> None:
     """Reading one would make the host wait for a GPU at every decision."""
     trainer = OnlineTrainer(Config.from_dict(dict(QUICK, display=display)), tmp_path)
-    while not trainer.metrics or len(trainer._running()[0]) > 10:
+    assert isinstance(trainer.rollouts, HostRollouts)
+    while not trainer.metrics or len(trainer.rollouts.running()[0]) > 10:
         trainer.step()
     show, shown, reads = type(trainer.log._display).show, [], []
     monkeypatch.setattr(type(trainer.log._display), "show", lambda self, now: (shown.append(now), show(self, now)))

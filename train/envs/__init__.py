@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from .answers import EnvError
 from .apart.remote import Apart
 from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step
 from .catalogue import PLANNED
+from .device import playground
+from .device.base import DeviceEnvironments
 
 _TRY_DECISIONS, _TRY_SECONDS = 200, 1.0
 
@@ -27,6 +29,7 @@ class Suite:
     """A family of tasks: its names, the package it needs and the extra that installs it, how to make one.
 
     apart: the interpreter of its own that it has, where it has one.
+    together: makes one for each seed in a simulator on the agent's device, where there is one.
     """
 
     names: tuple[str, ...]
@@ -35,6 +38,7 @@ class Suite:
     accepts: Callable[[str], bool]
     make: Callable[[Config, int], Env]
     apart: Apart | None = None
+    together: Callable[[Config, Sequence[int]], DeviceEnvironments] | None = None
 
     def needs(self) -> str:
         """Say what is missing to run its tasks; the text is empty where nothing is."""
@@ -66,6 +70,14 @@ SUITES: dict[str, Suite] = {
         dmcontrol.MORE, "dm_control", "train", dmcontrol.MORE.__contains__, dmcontrol.make
     ),
     **{suite.title: _apart(suite) for suite in APART.values()},
+    "Playground": Suite(
+        playground.TASKS,
+        "mujoco_playground",
+        "playground",
+        playground.accepts,
+        playground.make,
+        together=playground.together,
+    ),
     "Gymnasium": Suite(gymnasium_tasks.names(), "gymnasium", "train", gymnasium_tasks.accepts, gymnasium_tasks.make),
 }
 

@@ -50,7 +50,7 @@ _Seen = Mapping[str, NDArray[np.float64]]
 
 
 def wanted(cfg: Config) -> bool:
-    """Tell whether a config asks for EnvPool."""
+    """Tell whether a config of a DMControl task asks for EnvPool."""
     return (cfg.env_kwargs or {}).get("engine") == ENGINE
 
 

@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.runtime.cores import cores
 
-from . import envpool_engine, suite_of
+from . import dmcontrol, envpool_engine, suite_of
 from .base import FAILURES, Actions, Array, Env, Environments, EnvState, Failures, Step, close_all, env_seed, step
+from .device.base import DeviceEnvironments
 from .held import Held
 from .workers import Workers
 
@@ -98,8 +100,8 @@ def environments(
     restarts: int = 0,
     dropped: int = 0,
     make: Callable[[Config, int], Env] | None = None,
-) -> Environments:
-    """Make the `num_envs` environments of a run where `env_workers` says.
+) -> Environments | DeviceEnvironments:
+    """Make the `num_envs` environments of a run: in the simulator of their suite, or where `env_workers` says.
 
     Args:
         cfg: a completed config.
@@ -111,22 +113,29 @@ def environments(
         make: makes another one of a config and a seed; default by `cfg.task`.
 
     Raises:
-        ConfigError: worker processes cannot make what this one could.
+        ConfigError: worker processes cannot make what this one could, or there are to be some beside a simulator.
     """
+    suite = suite_of(cfg.task) if make is None else None
+    if suite is not None and suite.together is not None:
+        if cfg.env_workers:
+            raise ConfigError(
+                f"config key 'env_workers': got {cfg.env_workers}, allowed: 0 or none for {cfg.task}, whose simulator "
+                "steps all environments at once"
+            )
+        close_all([first])
+        return suite.together(cfg, [env_seed(cfg.seed, i, restarts + dropped) for i in range(cfg.num_envs)])
     count, failures = cfg.env_workers, Failures(cfg, note, dropped)
-    if make is None and envpool_engine.wanted(cfg):
+    if suite is not None and suite.make is dmcontrol.make and envpool_engine.wanted(cfg):
         close_all([first])
         return envpool_engine.EnvPool(cfg, failures, restarts)
     if count is None:
         count = 0 if cfg.num_envs == 1 else cores()
-    apart = None
-    if make is None:
-        suite = suite_of(cfg.task)
-        make, apart = suite.make, suite.apart
+    make = suite.make if suite is not None else make
+    assert make is not None
     if count == 0:
         return InProcess(cfg, make, failures, first, restarts)
     close_all([first])
-    python = None if apart is None else apart.python
+    python = suite.apart.python if suite is not None and suite.apart is not None else None
     workers = Workers(cfg, make, min(count, cfg.num_envs), failures, restarts, python)
     try:
         workers.begin()

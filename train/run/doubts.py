@@ -10,7 +10,7 @@ import numpy as np
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.learn.replay import ReplayBuffer
 
-from .episode import Episode
+from .episode import Played
 
 
 class Doubts:
@@ -29,16 +29,19 @@ class Doubts:
         if why := self._why_too_short():
             say(f"nothing will be learned: {why}", "steps")
 
-    def episode(self, episode: Episode) -> None:
+    def episode(self, episode: Played) -> None:
         """Look at the rewards of an episode that has ended, and at what they add up to."""
-        rewards = np.asarray(episode.reward[1:])
-        self._longest = max(self._longest, len(rewards))
+        self._longest = max(self._longest, len(episode))
         discount = self.cfg.discounts[0]
+        low, high = self._range
+        # No return can be larger than this: rewards on a device need not be waited for.
+        if episode.peak <= 0.999 * (1 - discount) * min(-low, high):
+            return
+        rewards = episode.rewards
         # Behind the end of time it goes on as it was.
-        returns, following = np.empty_like(rewards), 0.0 if episode.terminated[-1] else rewards.mean() / (1 - discount)
+        returns, following = np.empty_like(rewards), 0.0 if episode.terminates else rewards.mean() / (1 - discount)
         for t in reversed(range(len(rewards))):
             returns[t] = following = rewards[t] + discount * following
-        low, high = self._range
         for what, values in (("reward", rewards), ("discounted return", returns)):
             beyond = values[(values < low) | (values > high)]
             if len(beyond):

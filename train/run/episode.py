@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..envs.base import Actions, Array, Step
+
+
+class Played(Protocol):
+    """An episode that has ended, wherever it is kept."""
+
+    def __len__(self) -> int:
+        """Return its decisions."""
+        ...
+
+    @property
+    def total(self) -> float:
+        """Its return."""
+        ...
+
+    @property
+    def success(self) -> float:
+        """What its last decision told of success."""
+        ...
+
+    @property
+    def terminates(self) -> bool:
+        """Whether it ended in a state without a future."""
+        ...
+
+    @property
+    def peak(self) -> float:
+        """The size of its largest reward."""
+        ...
+
+    @property
+    def rewards(self) -> NDArray[Any]:
+        """The rewards (T,); for those on a device, this waits for it."""
+        ...
+
+    def rows(self) -> dict[str, Any]:
+        """Return the episode as `ReplayBuffer.add` takes it."""
+        ...
 
 
 class Episode:
@@ -39,6 +76,21 @@ class Episode:
     def total(self) -> float:
         """The return so far."""
         return float(np.sum(self.reward[1:]))
+
+    @property
+    def terminates(self) -> bool:
+        """Whether it ended in a state without a future."""
+        return self.terminated[-1] == 1
+
+    @property
+    def peak(self) -> float:
+        """The size of its largest reward."""
+        return max(map(abs, self.reward[1:]))
+
+    @property
+    def rewards(self) -> NDArray[Any]:
+        """The rewards (T,)."""
+        return np.asarray(self.reward[1:])
 
     @property
     def actions(self) -> Actions:

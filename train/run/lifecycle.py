@@ -182,7 +182,7 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], g
         else:
             tell(mean_return=found.mean_return, std_return=found.std_return)
             result = returned(found.mean_return, found.std_return, len(found.returns))
-            if dropped := trainer.envs.failures.dropped:
+            if dropped := trainer.rollouts.failures.dropped:
                 result += f"; {dropped} training episodes were dropped, since their environment failed"
             if not trainer.agent.updater.steps:
                 why = "a callback ended it" if trainer.ended else trainer.doubts.why_nothing_learned(trainer.buffer)

@@ -15,12 +15,11 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 
-from ..envs.base import Environments, EnvState
 from ..envs.given import Source
 from ..log.run_log import RunLog
 from .checkpoints import Checkpoints, Saved
-from .episode import Episode
 from .evaluate import Evaluator
+from .rollouts import Rollouts
 
 
 @dataclass
@@ -40,14 +39,13 @@ class Resumable(Protocol):
     cfg: Config
     agent: TDMPC2
     buffer: ReplayBuffer
-    envs: Environments
+    rollouts: Rollouts
     evaluator: Evaluator | None
     evaluation: Source
     checkpoints: Checkpoints
     log: RunLog
     progress: Progress
     random: np.random.Generator
-    episodes: list[Episode | None]
     metrics: dict[str, Tensor]
     evaluated: dict[str, Any]
 
@@ -92,22 +90,13 @@ def _state(run: Resumable, whole: bool) -> tuple[dict[str, Tensor], dict[str, An
     )
     if run.evaluator is not None:
         parts["evaluation"] = run.evaluator.planner.state()
-    envs = run.envs.states() if whole else None
-    for i, state in enumerate(envs or ()):
-        if state is None:  # made anew just now
-            run.episodes[i] = None
-        elif state.now is None:
-            run.log.warn_once(
-                "the random state of its environments cannot be told: a run that is stopped goes on with other episodes"
-            )
-    for i, episode in enumerate(run.episodes):
-        if episode is not None and whole:
-            parts[f"episode {i}"] = episode.tensors()
+    under_way, envs = run.rollouts.state(run.log.warn_once) if whole else ({}, None)
+    parts |= under_way
     values = asdict(run.progress) | dict(
         random=run.random.bit_generator.state,
         envs=envs,
-        restarts=run.envs.restarts,
-        dropped=run.envs.failures.dropped,
+        restarts=run.rollouts.restarts,
+        dropped=run.rollouts.failures.dropped,
         evaluation=None if run.evaluator is None else run.evaluator.states(),
         log=run.log.state(),
         made_by=_made_by(run),
@@ -140,24 +129,11 @@ def restore(run: Resumable, saved: Saved) -> None:
     if values["envs"] is None:
         run.log.note("the episodes under way are not in the checkpoint: new ones are begun")
     else:
-        _restore_episodes(run, [EnvState(*(state or (None, None))) for state in values["envs"]], parts)
+        run.rollouts.restore(parts, values["envs"], run.log.warn)
     before, now = values["made_by"], _made_by(run)
     changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
     if changed:
         run.log.note(f"going on with {', '.join(changed)}: the same algorithm, but not bit for bit the same numbers")
-
-
-def _restore_episodes(run: Resumable, states: list[EnvState], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Play the episodes under way again; drop those that come out differently."""
-    kept = {i: parts[f"episode {i}"] for i in range(len(states)) if f"episode {i}" in parts}
-    actions = {i: k["action"].numpy()[1:] for i, k in kept.items()}
-    for i, steps in run.envs.restore(states, actions).items():
-        run.episodes[i] = Episode.replayed(kept[i], steps)
-        if run.episodes[i] is None:
-            run.log.warn(
-                f"{run.cfg.task}, environment {i}: the same actions gave other observations, so the episode under "
-                "way is dropped and a new one begun; the run goes on, but not bit for bit"
-            )
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

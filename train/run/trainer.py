@@ -31,19 +31,20 @@ from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.runtime.backend import resolve_device
 from tdmpc2_fast.seeds import stream_seed
 
-from ..envs import check_episodic, complete
-from ..envs.base import Actions, check_actions, env_seed
+from ..envs import complete
+from ..envs.base import env_seed
 from ..envs.given import Source
 from ..envs.workers import leave_if_imported_anew
 from ..log.run_log import RunLog
 from . import resume
 from .checkpoints import Checkpoints, Saved
 from .doubts import Doubts
-from .episode import Episode
+from .episode import Played
 from .evaluate import Evaluation, Evaluator
 from .events import Callback, Calls
 from .overlap import updates_on
 from .resume import Progress
+from .rollouts import rollouts_in
 from .stop import Stop, Stopped
 
 _LAUNCHED_AT_ONCE = 16  # updates of pretraining, between which a run can stop and show itself
@@ -101,7 +102,6 @@ class OnlineTrainer:
         # What the loop keeps from one decision to the next.
         self.progress = Progress()
         self.random = np.random.default_rng(stream_seed(cfg.seed, "random actions"))
-        self.episodes: list[Episode | None] = [None] * cfg.num_envs  # None: to be reset
         self.metrics: dict[str, Tensor] = {}
         self.evaluator: Evaluator | None = None  # made when it is first needed
         self.evaluated: dict[str, Any] = {}  # what came of the last evaluation
@@ -118,6 +118,7 @@ class OnlineTrainer:
         self.doubts = Doubts(cfg, self.log.warn_once)
         self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints)
         self.envs = self.source.together(cfg, first, self.log.warn, restarts, dropped)
+        self.rollouts = rollouts_in(self.envs, cfg, agent.device, self.log.warn, restarts, dropped)
         if saved is not None:
             resume.restore(self, saved)
 
@@ -131,7 +132,7 @@ class OnlineTrainer:
             self._launch(pretraining=True)  # what is left over where the run was stopped in it
             self._stop_or_save()
             while self.progress.decisions < self.cfg.steps and not self.ended:
-                if self._evaluation_due and any(e is None or e.ended for e in self.episodes):
+                if self._evaluation_due and self.rollouts.at_boundary:
                     self._evaluate()
                 self.step()
                 self._stop_or_save()
@@ -158,13 +159,14 @@ class OnlineTrainer:
         """Make one decision in every environment, and the updates due with it."""
         self._store()
         with self.log.clock.part("environment"):
-            self._reset()
+            self.rollouts.begin()
         with self.log.clock.part("plan"):
-            actions = self._act()
-        self.envs.step_async(actions)
+            self._act()
+        with self.log.clock.part("environment"):
+            self.rollouts.step_async()
         self._learn()
         with self.log.clock.part("environment"):
-            self._observe(actions)
+            self.rollouts.step_wait()
         self.log.step(self.progress.decisions, len(self.buffer) / self.buffer.capacity)
 
     def close(self) -> None:
@@ -180,23 +182,20 @@ class OnlineTrainer:
         """Queue what follows behind the updates launched; move episodes that have ended into replay and log."""
         with self.log.clock.part("update"):
             self._updates.join()
-            ended = [i for i, e in enumerate(self.episodes) if e is not None and e.ended]
-            if ended:
+            if self.rollouts.any_ended:
                 self._updates.wait()  # they read the replay
-        for i in ended:
-            episode, self.episodes[i] = self.episodes[i], None
-            assert episode is not None
+        for episode in self.rollouts.ended():
             self.buffer.add(episode.rows())
             self.doubts.episode(episode)
             self._record(episode)
 
-    def _record(self, episode: Episode) -> None:
+    def _record(self, episode: Played) -> None:
         row = dict(
             episode=self.buffer.num_eps,
             episode_reward=round(episode.total, 2),
             episode_success=episode.success,
             episode_length=len(episode),
-            episode_terminated=episode.terminated[-1],
+            episode_terminated=float(episode.terminates),
         )
         names = metric_names(self.cfg.episodic)
         known = [k for k in names if k in self.metrics]
@@ -204,25 +203,14 @@ class OnlineTrainer:
         read = torch.stack([self.metrics[k] for k in known]).tolist() if known else []
         self.log.episode(self.progress.decisions, row | dict.fromkeys(names) | dict(zip(known, read, strict=True)))
 
-    def _reset(self) -> None:
-        """Start an episode in every environment that has none."""
-        which = [i for i, e in enumerate(self.episodes) if e is None]
-        if which:
-            for i, obs in self.envs.reset(which).items():
-                self.episodes[i] = Episode(obs, self.cfg.need("action_dim"))
-
-    def _act(self) -> Actions:
-        """Return an action for every environment (E, A): random at first, then the agent's."""
+    def _act(self) -> None:
+        """Choose an action for every environment: random at first, then the agent's."""
         self.progress.decisions += self.cfg.num_envs
-        if not self.progress.seeded:
+        if self.progress.seeded:
+            self.rollouts.act(self.agent)
+        else:
             size = (self.cfg.num_envs, self.cfg.need("action_dim"))
-            return self.random.uniform(-1, 1, size).astype(np.float32)
-        episodes = self._running()
-        obs = torch.from_numpy(np.stack([e.obs[-1] for e in episodes]))
-        t0 = torch.tensor([len(e) == 0 for e in episodes])
-        actions = self.agent.act(obs, t0).numpy()
-        check_actions(actions, obs.numpy())
-        return actions
+            self.rollouts.take(self.random.uniform(-1, 1, size).astype(np.float32))
 
     def _learn(self) -> None:
         """Launch the updates that are due."""
@@ -253,18 +241,6 @@ class OnlineTrainer:
 
     def _update(self) -> None:
         self.metrics = self.agent.update(self.buffer)
-
-    def _observe(self, actions: Actions) -> None:
-        """Wait for the environments; note what came of the actions."""
-        for i, (episode, step) in enumerate(zip(self._running(), self.envs.step_wait(), strict=True)):
-            if step is None:
-                self.episodes[i] = None
-                continue
-            check_episodic(self.cfg, step)
-            episode.append(actions[i], step)
-
-    def _running(self) -> list[Episode]:
-        return [e for e in self.episodes if e is not None]
 
     @property
     def _seed_steps(self) -> int:

@@ -45,9 +45,12 @@ class TestTasks:
 
     def test_every_gymnasium_task_listed_can_be_made_and_none_is_left_out(self) -> None:
         gymnasium = pytest.importorskip("gymnasium")
-        # Other tests register environments of their own.
+        # Other tests register environments of their own; those in JAX, which may be here, are left out on purpose.
         theirs = {
-            s.id: str(s.entry_point) for s in gymnasium.registry.values() if "gymnasium.envs" in str(s.entry_point)
+            s.id: str(s.entry_point)
+            for s in gymnasium.registry.values()
+            if "gymnasium.envs" in str(s.entry_point)
+            and not any(x in str(s.entry_point) for x in ("phys2d", "tabular"))
         }
         listed = {*SUITES["Gymnasium"].names} & {*theirs}
         made = {}

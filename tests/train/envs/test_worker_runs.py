@@ -17,6 +17,8 @@ from loop_oracle import everything
 from tdmpc2_fast import Config
 from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.train.envs.workers import EnvError, Workers
+from tdmpc2_fast.train.run.episode import Episode
+from tdmpc2_fast.train.run.rollouts import HostRollouts
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
 
 QUICK = dict(
@@ -36,6 +38,11 @@ QUICK = dict(
 def train(folder: Path, **changes: Any) -> OnlineTrainer:
     folder.mkdir()
     return OnlineTrainer(Config.from_dict({**QUICK, **changes}), folder)
+
+
+def episodes_of(trainer: OnlineTrainer) -> list[Episode | None]:
+    assert isinstance(trainer.rollouts, HostRollouts)
+    return trainer.rollouts.episodes
 
 
 def test_a_run_is_bitwise_the_same_wherever_its_environments_are(
@@ -66,7 +73,7 @@ def test_the_episode_of_a_killed_process_never_reaches_the_replay(
 
     def step_and_kill() -> None:
         if trainer.progress.decisions == 10:
-            episode = trainer.episodes[1]
+            episode = episodes_of(trainer)[1]
             assert episode is not None
             assert len(episode) == 5
             lost.extend(episode.obs)
@@ -81,7 +88,7 @@ def test_the_episode_of_a_killed_process_never_reaches_the_replay(
     assert trainer.buffer._table[:3, 1].tolist() == [21] * 3
     held = {row.tobytes() for row in trainer.buffer.steps(0, len(trainer.buffer))["obs"].numpy()}
     assert not held & {obs.tobytes() for obs in lost}
-    episode = trainer.episodes[1]
+    episode = episodes_of(trainer)[1]
     assert episode is not None
     assert len(episode) == 14
     assert "environment 1: the process died (exit code -9)" in capsys.readouterr().err

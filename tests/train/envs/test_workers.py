@@ -327,7 +327,7 @@ def test_processes_end_by_themselves_when_they_are_told(made: Made) -> None:
 
 def test_processes_that_cannot_begin_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {child.pid for child in multiprocessing.active_children()}
-    suite = SimpleNamespace(make=scripted_env.make_raising, apart=None)
+    suite = SimpleNamespace(make=scripted_env.make_raising, apart=None, together=None)
     monkeypatch.setattr("tdmpc2_fast.train.envs.together.suite_of", lambda task: suite)
     with pytest.raises(EnvError, match="no such scene") as error:
         environments(config(2, env_workers=2), scripted_env.Scripted(1), print)

@@ -15,6 +15,7 @@ from tdmpc2_fast.errors import ConfigError, kind_of
 
 from .. import make_env
 from ..base import Env, Environments
+from ..device.base import DeviceEnvironments
 from ..gymnasium_tasks import GymnasiumTask
 from ..together import environments
 from .vector import VectorEnvironments
@@ -57,7 +58,7 @@ class Source:
 
     def together(
         self, cfg: Config, first: Env, note: Callable[[str], None], restarts: int = 0, dropped: int = 0
-    ) -> Environments:
+    ) -> Environments | DeviceEnvironments:
         """Return the `num_envs` environments of a run; arguments as for `envs.together.environments`."""
         return environments(cfg, first, note, restarts, dropped, None if self.by_name else self.make)
 
