@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tdmpc2_fast.train.envs import complete, make_env
-from tdmpc2_fast.train.envs.base import Env
+from tdmpc2_fast.train.envs import complete, dmcontrol, make_env
+from tdmpc2_fast.train.envs.base import Environments, Failures
 from tdmpc2_fast.train.envs.dmcontrol import TASKS, DMControl
-from tdmpc2_fast.train.envs.together import environments
+from tdmpc2_fast.train.envs.together import InProcess
+from tdmpc2_fast.train.envs.workers import Workers
 
 from ..harness.measure import CannotMeasureError, Case, Gate, Variant
 from ..options import Options
@@ -116,9 +117,14 @@ def in_processes(options: Options, task: str) -> Case:
     actions = _actions(options, _STEPS, _TOGETHER, first.action_dim)
     which = list(range(_TOGETHER))
 
+    def together(workers: int) -> Environments:
+        failures = Failures(cfg, print)
+        if workers == 0:
+            return InProcess(cfg, dmcontrol.make, failures)
+        return Workers(cfg, dmcontrol.make, workers, failures)
+
     def of(workers: int) -> Variant:
-        env: Env = first if workers == 0 else _made(options, task)
-        envs = environments(cfg.replace(env_workers=workers), env, print)
+        envs = together(workers)
 
         def decide() -> Any:
             envs.reset(which)
@@ -128,8 +134,7 @@ def in_processes(options: Options, task: str) -> Case:
             return np.stack([step.obs for step in found if step is not None])
 
         def gate() -> Gate:
-            here = environments(cfg.replace(env_workers=0), _made(options, task), print)
-            there = environments(cfg.replace(env_workers=workers), _made(options, task), print)
+            here, there = together(0), together(workers)
             worst = 0.0
             for each in (here, there):
                 each.reset(which)
