@@ -23,8 +23,8 @@ HAS    ?=
 THEIRS  = $(if $(OFFICIAL),official=$(abspath $(OFFICIAL))) $(if $(JAX),jax=$(abspath $(JAX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cpu test-slow test-all coverage gpu wheels report lint typecheck golden bench bench-report \
-        results clean
+.PHONY: help setup train test test-cpu test-slow test-all coverage gpu wheels report lint typecheck suites golden bench \
+        bench-report results clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -91,6 +91,20 @@ typecheck: setup ## mypy over the packages, laid out as they are installed
 	@ln -s $(CURDIR)/tdmpc2_fast/* build/typecheck/tdmpc2_fast/
 	@ln -s $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/typecheck/tdmpc2_fast/
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml tdmpc2_fast
+
+# Suites that live in interpreters of their own: those that install in two minutes, and tasks of theirs to play.
+SUITES ?= metaworld myosuite
+CHECK  ?= mw-door myo-reach
+OWN     = $(shell $(BIN)/python -c "from tdmpc2_fast.train.envs.apart.interpreters import python_of as of; print(of('$(1)'))")
+suites: setup    ## install suites into interpreters of their own, test them there, play some tasks; SUITES="maniskill" CHECK=
+	@rm -rf build/suites && mkdir -p build/suites/tdmpc2_fast
+	@ln -s $(CURDIR)/tdmpc2_fast/* build/suites/tdmpc2_fast/
+	@ln -s $(CURDIR)/kernels $(CURDIR)/train build/suites/tdmpc2_fast/
+	$(foreach s,$(SUITES),$(BIN)/tdmpc2-fast suites install $(s) && \
+		$(call OWN,$(s)) -m pip install --quiet pytest && cd build/suites && PYTHONPATH=$(CURDIR)/build/suites \
+		$(call OWN,$(s)) -P -m pytest -q -c /dev/null --noconftest -p no:cacheprovider \
+		$(CURDIR)/tests/train/envs/suites/test_$(s).py && cd $(CURDIR) && ) true
+	$(foreach c,$(CHECK),$(BIN)/tdmpc2-fast tasks $(c) --check && ) true
 
 golden: setup    ## parity with the recorded official numbers, array by array
 	$(BIN)/python tests/golden_check.py tests/golden --implementation reference

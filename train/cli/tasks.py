@@ -64,16 +64,16 @@ def _groups() -> list[tuple[str, str, list[str]]]:
 
 def _check(groups: Iterable[tuple[str, str, list[str]]]) -> int:
     """Play an episode of each task that runs here; return 1 where one fails."""
-    from ..envs.check import check
+    from ..envs.check import Checked, check
 
     failed = 0
     print(f"{'task':34}{'observation':>12}{'actions':>9}{'decisions':>11}{'us a decision':>15}   state", flush=True)
     start, ran = time.monotonic(), 0
     for _, state, names in groups:
         for name in names:
-            found = None if state else check(name)
-            if found is None:
-                print(f"{name:34}{'':47}   {state}", flush=True)
+            found = Checked(needs=state) if state else check(name)
+            if found.needs:
+                print(f"{name:34}{'':47}   {found.needs}", flush=True)
                 continue
             ran += 1
             failed += bool(found.problem)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError
 
 from . import make_env
 from .base import FAILURES, Env, close_all, in_a_line, reset, step
@@ -19,6 +20,7 @@ class Checked(NamedTuple):
     decisions: that were made.
     microseconds: of a decision, the mean.
     problem: why the episode did not come to its end; empty where it did.
+    needs: what it lacks here, in words; empty where an episode was begun.
     """
 
     obs_shape: tuple[int, ...] = ()
@@ -26,6 +28,7 @@ class Checked(NamedTuple):
     decisions: int = 0
     microseconds: float = 0.0
     problem: str = ""
+    needs: str = ""
 
 
 def check(task: str, seed: int = 1, obs: str = "state") -> Checked:
@@ -50,6 +53,8 @@ def check(task: str, seed: int = 1, obs: str = "state") -> Checked:
             decisions += 1
             over = found.terminated or found.truncated
         problem = ""
+    except ConfigError as e:
+        return Checked(needs=in_a_line(e).removeprefix("config key 'task': ").removeprefix(f"{task!r} "))
     except FAILURES as e:
         problem = f"FAILED: {in_a_line(e)}"
     finally:
