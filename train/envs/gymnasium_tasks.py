@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import sys
+import types
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, did_you_mean
 
-from . import random_state, robotics
+from . import random_state
 from .answers import EnvError, unusable
 from .base import FAILURES, Array, Env, RenderError, in_a_line
 from .catalogue import lacks, with_continuous_actions
@@ -45,6 +46,10 @@ _OURS = {
     "disable_env_checker": "nothing: what an environment answers is always checked",
 }
 """Arguments of `gymnasium.make` that are no settings of the environment, and what is given instead."""
+# Of Gymnasium-Robotics, whose ids are there once it has been imported.
+_OF_ROBOTICS = re.compile(
+    r"(Fetch(Reach|Push|Slide|PickAndPlace)|Hand(Reach|Manipulate)|AdroitHand|(Ant|Point)Maze_|FrankaKitchen)\w*-v\d+"
+)
 _OFFICIAL_OVERRIDES = dict(discount_max=0.99, rho=0.7)
 
 
@@ -217,7 +222,7 @@ def _made(task: str, name: str, settings: dict[str, Any], limit: int | None) -> 
     module, _, registered = name.rpartition(":")
     if module:  # of which the import registers the id
         _import(module, name)
-    robotics.register(registered)
+    _register_robotics(registered)
     spec = gymnasium.envs.registration.registry.get(registered)
     for key, instead in _OURS.items():
         if key in settings:
@@ -248,6 +253,39 @@ def _import(module: str, name: str) -> None:
         if isinstance(e, ImportError) and e.name is not None and f"{module}.".startswith(f"{e.name}."):
             why = f"{name!r} needs {module}, a module that is neither installed nor in {os.getcwd()!r}"
         raise ConfigError(f"config key 'task': {why}") from e
+
+
+def _register_robotics(name: str) -> None:
+    """Register the ids of Gymnasium-Robotics, if `name` looks like one of them.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    if not _OF_ROBOTICS.fullmatch(name):
+        return
+    try:
+        import gymnasium_robotics  # noqa: F401 - which registers them
+        from gymnasium_robotics.utils import mujoco_utils
+    except ImportError as e:
+        raise ConfigError(
+            f"config key 'task': {name!r} needs {e.name or e}; pip install 'tdmpc2-fast[robotics]'"
+        ) from e
+    _let_joint_types_be_found(mujoco_utils)
+
+
+def _let_joint_types_be_found(module: Any) -> None:
+    """Let this module see MuJoCo's kinds of joints as numbers.
+
+    It looks for numpy's numbers in tuples of them, which newer releases of MuJoCo (3.12, not 3.8)
+    call unequal, and fails to make the arms and hands.
+    """
+    kinds = module.mujoco.mjtJoint
+    if np.int32(kinds.mjJNT_HINGE) in (kinds.mjJNT_HINGE,):
+        return
+    seen = types.ModuleType("mujoco")
+    seen.__dict__.update(vars(module.mujoco))
+    seen.mjtJoint = types.SimpleNamespace(**{k: int(v) for k, v in kinds.__members__.items()})  # type: ignore[attr-defined]
+    module.mujoco = seen
 
 
 def _cannot_make(task: str, name: str, settings: dict[str, Any], e: BaseException) -> ConfigError:
