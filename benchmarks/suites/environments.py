@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdmpc2_fast.train.envs import complete, dmcontrol, make_env
+from tdmpc2_fast.train.envs.apart.workers import Workers
 from tdmpc2_fast.train.envs.base import Environments, Failures
 from tdmpc2_fast.train.envs.dmcontrol import TASKS, DMControl
 from tdmpc2_fast.train.envs.together import InProcess
-from tdmpc2_fast.train.envs.workers import Workers
 
 from ..harness.measure import CannotMeasureError, Case, Gate, Variant
 from ..options import Options

@@ -12,11 +12,11 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.runtime.cores import cores
 
-from . import dmcontrol, envpool_engine, suite_of
+from . import dmcontrol, suite_of
+from .apart.held import Held
+from .apart.workers import Workers
 from .base import FAILURES, Actions, Array, Env, Environments, EnvState, Failures, Step, close_all, env_seed, step
 from .device.base import DeviceEnvironments
-from .held import Held
-from .workers import Workers
 
 
 class InProcess(Environments):
@@ -125,9 +125,9 @@ def environments(
         close_all([first])
         return suite.together(cfg, [env_seed(cfg.seed, i, restarts + dropped) for i in range(cfg.num_envs)])
     count, failures = cfg.env_workers, Failures(cfg, note, dropped)
-    if suite is not None and suite.make is dmcontrol.make and envpool_engine.wanted(cfg):
+    if suite is not None and suite.make is dmcontrol.make and dmcontrol.envpool_engine.wanted(cfg):
         close_all([first])
-        return envpool_engine.EnvPool(cfg, failures, restarts)
+        return dmcontrol.envpool_engine.EnvPool(cfg, failures, restarts)
     if count is None:
         count = 0 if cfg.num_envs == 1 else cores()
     make = suite.make if suite is not None else make

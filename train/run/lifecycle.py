@@ -13,9 +13,9 @@ from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.runtime.backend import on_this_machine
 
 from ..envs import beside, same_form, tried
+from ..envs.apart.workers import leave_if_imported_anew
 from ..envs.base import close_all
 from ..envs.given import Source
-from ..envs.workers import leave_if_imported_anew
 from ..log.sinks import wandb_package
 from ..log.status import returned
 from ..pictures.plots import plot_runs

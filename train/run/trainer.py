@@ -32,9 +32,9 @@ from tdmpc2_fast.runtime.backend import resolve_device
 from tdmpc2_fast.seeds import stream_seed
 
 from ..envs import complete
+from ..envs.apart.workers import leave_if_imported_anew
 from ..envs.base import env_seed
 from ..envs.given import Source
-from ..envs.workers import leave_if_imported_anew
 from ..log.run_log import RunLog
 from . import resume
 from .checkpoints import Checkpoints, Saved

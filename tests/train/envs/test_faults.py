@@ -18,9 +18,9 @@ from foreign_runs import SMALL
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.train.envs import SUITES, Suite, make_env, patience, workers
+from tdmpc2_fast.train.envs import SUITES, Suite, make_env, patience
 from tdmpc2_fast.train.envs.answers import EnvError
-from tdmpc2_fast.train.envs.apart import processes
+from tdmpc2_fast.train.envs.apart import processes, workers
 from tdmpc2_fast.train.envs.apart.remote import RemoteEnv
 from tdmpc2_fast.train.run.stop import Stop
 from tdmpc2_fast.train.run.trainer import OnlineTrainer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scripted_env import Scripted, config
 
+from tdmpc2_fast.train.envs.apart.held import Held
 from tdmpc2_fast.train.envs.base import Failures, env_seed, step
-from tdmpc2_fast.train.envs.held import Held
 from tdmpc2_fast.train.envs.together import InProcess
 
 

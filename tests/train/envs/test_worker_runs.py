@@ -16,7 +16,7 @@ from loop_oracle import everything
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.benchmarks.harness import stand_in
-from tdmpc2_fast.train.envs.workers import EnvError, Workers
+from tdmpc2_fast.train.envs.apart.workers import EnvError, Workers
 from tdmpc2_fast.train.run.episode import Episode
 from tdmpc2_fast.train.run.rollouts import HostRollouts
 from tdmpc2_fast.train.run.trainer import OnlineTrainer

@@ -21,10 +21,10 @@ from scripted_env import DIE, HANG, NORMAL, RAISE, SYSTEM_EXIT, config
 
 from tdmpc2_fast.benchmarks.harness import stand_in
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.train.envs import workers
+from tdmpc2_fast.train.envs.apart import workers
+from tdmpc2_fast.train.envs.apart.workers import EnvError, Workers
 from tdmpc2_fast.train.envs.base import Environments, Failures, env_seed
 from tdmpc2_fast.train.envs.together import InProcess, environments
-from tdmpc2_fast.train.envs.workers import EnvError, Workers
 
 LONG = 60.0  # what happens happens at once; this is for a machine that is stuck
 
@@ -249,7 +249,7 @@ ORPHANS = """
 import signal, sys
 import numpy as np, scripted_env
 from tdmpc2_fast.train.envs.base import Failures
-from tdmpc2_fast.train.envs.workers import Workers
+from tdmpc2_fast.train.envs.apart.workers import Workers
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     cfg = scripted_env.config(2)

@@ -19,10 +19,9 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-from .. import workers
 from ..answers import EnvError
 from ..base import Array, Env, Step, reset, step
-from . import interpreters
+from . import interpreters, workers
 from .processes import GuestProcess
 from .serve import BEGUN
 

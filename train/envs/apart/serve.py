@@ -23,7 +23,7 @@ from ...signals import SIGNALS
 from .. import patience
 from ..answers import EnvError
 from ..base import Env, RenderError, close_all, in_a_line, step
-from ..held import Held
+from .held import Held
 
 BEGUN = "begun"
 """Said by a process when its imports are done."""

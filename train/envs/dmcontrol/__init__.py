@@ -3,9 +3,9 @@
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-from .. import envpool_engine
 from ..base import Env, RenderError
 from ..pixels import SIZE
+from . import envpool_engine
 from .names import MORE, TASKS
 from .seen import Pixels
 from .task import DMControl

@@ -15,7 +15,7 @@ from dm_states import PLACE
 from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.envs.base import EnvState, Failures, Step, env_seed
-from tdmpc2_fast.train.envs.envpool_engine import TASKS, EnvPool, check, flattened, pool_of
+from tdmpc2_fast.train.envs.dmcontrol.envpool_engine import TASKS, EnvPool, check, flattened, pool_of
 
 there = pytest.mark.skipif(find_spec("envpool") is None, reason="needs the extra [envpool]")
 

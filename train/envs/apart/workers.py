@@ -39,10 +39,10 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-from .answers import EnvError
-from .apart.processes import GuestProcess, SharedFile
-from .apart.serve import BEGUN, Failed, Obey, rows_of, serve
-from .base import Actions, Array, Env, Environments, EnvState, Failures, Step, env_seed
+from ..answers import EnvError
+from ..base import Actions, Array, Env, Environments, EnvState, Failures, Step, env_seed
+from .processes import GuestProcess, SharedFile
+from .serve import BEGUN, Failed, Obey, rows_of, serve
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
 START_SECONDS = 300.0  # the first answer includes the imports and making the environments

@@ -25,8 +25,8 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.runtime.cores import cores
 
-from .answers import EnvError, finite
-from .base import Actions, Array, Environments, EnvState, Failures, Step, env_seed
+from ..answers import EnvError, finite
+from ..base import Actions, Array, Environments, EnvState, Failures, Step, env_seed
 
 ENGINE = "envpool"
 _AGREE = """

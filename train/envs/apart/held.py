@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Actions, Array, Env, EnvState, Step, close_all, reset, state_of, step
+from ..base import Actions, Array, Env, EnvState, Step, close_all, reset, state_of, step
 
 
 class Held:
