@@ -33,10 +33,10 @@ def missing(name: str, requirements: Sequence[str]) -> str:
     """Say why a suite's interpreter cannot be used; the text is empty where it can."""
     command = f"tdmpc2-fast suites install {name}"
     try:
-        stamp = json.loads((home(name) / _STAMP).read_text())
-    except (OSError, ValueError):
+        made_of = json.loads((home(name) / _STAMP).read_text())["requirements"]
+    except (OSError, ValueError, LookupError, TypeError):
         return f"needs an interpreter of its own: {command}"
-    if stamp.get("requirements") != list(requirements):
+    if made_of != list(requirements):
         return f"has an interpreter made by another version: {command} makes it anew"
     if not python_of(name).exists():
         return f"has an interpreter whose Python is gone: {command} makes it anew"

@@ -49,15 +49,11 @@ REQUIREMENTS = (
 )
 """What is installed into the suite's interpreter, Python 3.11."""
 
-SYSTEM = """\
-ManiSkill needs a Vulkan device, though only states are observed: the driver of a GPU, or Mesa's lavapipe on a CPU,
-of version 25 (22 does not do). On Debian 12:
-  sed -i 's/bookworm-updates/& bookworm-backports/' /etc/apt/sources.list.d/debian.sources
-  apt-get update
-  apt-get install -y libgl1 libglib2.0-0 libx11-6
-  apt-get install -y -t bookworm-backports mesa-vulkan-drivers\
-"""
-"""What the machine must have, and the commands that install it."""
+SYSTEM = (
+    "ManiSkill needs a Vulkan device, though only states are observed: a GPU's driver, or on a CPU Mesa's lavapipe of "
+    "version 25: apt-get install -y -t bookworm-backports mesa-vulkan-drivers on Debian 12 (docs/tasks.md has all)"
+)
+"""What the machine must have."""
 
 _ACTION_REPEAT = 2
 _DECISIONS = 100
