@@ -104,6 +104,8 @@ NOT_HERE = {
     r"python tests/golden_check|python benchmarks/|python -m tdmpc2_fast\.benchmarks": "have tests of their own",
     r"python tests/mutation/": "takes hours",
     r"python train\.py": "the official code",
+    r"tdmpc2-fast suites install": "installs; tests/train/cli/test_tasks.py tries it",
+    r"tdmpc2-fast tasks --check": "plays every task, which takes minutes; tests/train/cli/test_tasks.py plays some",
     r"tdmpc2-fast train task=playground:": "JAX and Playground; tests/train/device/test_playground.py trains on it",
     r"python robot_loop\.py": "tests/train/cli/test_export_command.py runs it",
     r".*\[.+\.\.\.\]": "says what may stand there",

@@ -160,6 +160,9 @@ class RemoteEnv(Env):
         except (EOFError, OSError) as e:
             process.join(1.0)
             raise EnvError(process.ended()) from e
+        except EnvError:  # the caller's patience ended first
+            self._end()
+            raise
         self._end()
         raise EnvError(f"gave no answer in {limit:g} s and was killed")
 
