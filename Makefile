@@ -96,7 +96,7 @@ typecheck: setup ## mypy over the packages, laid out as they are installed
 SUITES ?= metaworld myosuite
 CHECK  ?= mw-door myo-reach
 OWN     = $(shell $(BIN)/python -c "from tdmpc2_fast.train.envs.apart.interpreters import python_of as of; print(of('$(1)'))")
-suites: setup    ## install suites into interpreters of their own, test them there, play some tasks; SUITES="maniskill" CHECK=
+suites: setup    ## install and test suites that have an interpreter of their own, and extras; SUITES="maniskill" CHECK=cube
 	@rm -rf build/suites && mkdir -p build/suites/tdmpc2_fast
 	@ln -s $(CURDIR)/tdmpc2_fast/* build/suites/tdmpc2_fast/
 	@ln -s $(CURDIR)/kernels $(CURDIR)/train build/suites/tdmpc2_fast/
@@ -104,6 +104,8 @@ suites: setup    ## install suites into interpreters of their own, test them the
 		$(call OWN,$(s)) -m pip install --quiet pytest && cd build/suites && PYTHONPATH=$(CURDIR)/build/suites \
 		$(call OWN,$(s)) -P -m pytest -q -c /dev/null --noconftest -p no:cacheprovider \
 		$(CURDIR)/tests/train/envs/suites/test_$(s).py && cd $(CURDIR) && ) true
+	$(BIN)/python -m pip install --quiet --editable ".[robotics,envpool]"
+	$(BIN)/python $(PYTEST) tests/train/envs/test_robotics.py tests/train/envs/dmcontrol/test_envpool_engine.py
 	$(foreach c,$(CHECK),$(BIN)/tdmpc2-fast tasks $(c) --check && ) true
 
 golden: setup    ## parity with the recorded official numbers, array by array
