@@ -380,3 +380,23 @@ def test_closing_twice_says_it_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     log.close(["files in there"])
     log.close(["files in there"])
     assert capsys.readouterr().out.count("files in there") == 1
+
+
+def test_successes_have_a_file_from_the_first_one_on_with_all_before_it(tmp_path: Path) -> None:
+    cfg = config()
+    shares = [0.0, 0.0, 0.5, 0.0, 1 / 3]
+    state: Any = None
+    for n, share in enumerate(shares, 1):
+        log = RunLog(cfg, tmp_path, REPEAT, {}, state)
+        log.evaluation(10 * n, 1.0, 0.0, 3, share)
+        state = json.loads(json.dumps(log.state()))
+        log.evaluation(10 * n + 5, 1.0, 0.0, 3, 1.0)  # of a stretch that is run again
+    rows = ["20,0,7", "40,0,7", "60,0.5,7", "80,0.0,7", "100,0.3333,7", "110,1.0,7"]
+    assert files(tmp_path)["success.csv"].splitlines() == ["step,reward,seed", *rows]
+
+
+def test_without_success_there_is_no_such_file(tmp_path: Path) -> None:
+    log = RunLog(config(), tmp_path, REPEAT, {})
+    stretch(log, 1, 4)
+    log.close()
+    assert not (tmp_path / "success.csv").exists()

@@ -144,13 +144,17 @@ class Sink(Protocol):
 
 
 class Csv(Sink):
-    """Writes `eval.csv` with the official columns, and `train.csv` with all there is."""
+    """Writes `eval.csv` with the official columns, `train.csv` with all there is, and `success.csv` where there is any.
+
+    Of a task that has no success nothing is known until the end, so rows of `success.csv` wait for the first one.
+    """
 
     def __init__(self, folder: Path, seed: int, disk: Disk, resumed: Mapping[str, Any] | None) -> None:
         self._seed = seed
         self._columns: dict[str, list[str]] = {}
         self._files: dict[str, Records] = {}
-        for kind in ("train", "eval"):
+        self._without: list[list[int]] = list((resumed or {}).get("without", []))  # rows before any success
+        for kind in ("train", "eval", "success"):
             path, known = folder / f"{kind}.csv", (resumed or {}).get(kind, dict(bytes=0, waiting=[]))
             if resumed is not None:
                 disk.cut(path, known["bytes"])
@@ -162,16 +166,27 @@ class Csv(Sink):
     @override
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if kind == "eval":
-            values = dict(step=step, reward=round(values["return"], 1), seed=self._seed)
+            self._succeeded(step, values.get("success") or 0.0)
+            self._append(kind, dict(step=step, reward=round(values["return"], 1), seed=self._seed))
         else:
-            values = dict(step=step, **values)
+            self._append(kind, dict(step=step, **values))
+
+    def _succeeded(self, step: int, share: float) -> None:
+        if not share and "success" not in self._columns:
+            self._without.append([step, 0])
+            return
+        for at, value in [*self._without, (step, round(share, 4))]:
+            self._append("success", dict(step=at, reward=value, seed=self._seed))
+        self._without = []
+
+    def _append(self, kind: str, values: Mapping[str, Any]) -> None:
         columns = self._columns.setdefault(kind, list(values))
         self._files[kind].head = _line(columns)
         self._files[kind].append(_line(["" if values.get(c) is None else values[c] for c in columns]))
 
     @override
     def state(self) -> dict[str, Any]:
-        return {kind: f.state() for kind, f in self._files.items()}
+        return {kind: f.state() for kind, f in self._files.items()} | {"without": self._without}
 
     @override
     def close(self) -> str | None:
