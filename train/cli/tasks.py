@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ def tasks(words: Sequence[str]) -> int:
     that runs here is played with random actions, and the list says what a decision takes.
     """
     options, words = keys.options(["check=true" if w == "--check" else w for w in words], keys.TasksOptions)
-    if len(words) > 1:
+    if len(words) > 1 or (words and words[0].startswith("-")):
         raise ConfigError(
             f"got {len(words)} arguments ({' '.join(words)}), allowed: tdmpc2-fast tasks [TEXT] [--check]"
         )
@@ -63,7 +64,7 @@ def _groups() -> list[tuple[str, str, list[str]]]:
 
 
 def _check(groups: Iterable[tuple[str, str, list[str]]]) -> int:
-    """Play an episode of each task that runs here; return 1 where one fails."""
+    """Play an episode of each task that runs here; return 1 where one fails, or none runs."""
     from ..envs.check import Checked, check
 
     failed = 0
@@ -81,7 +82,7 @@ def _check(groups: Iterable[tuple[str, str, list[str]]]) -> int:
             row = f"{shape:>12}{found.action_dim:9}{found.decisions:11}{found.microseconds:15,.0f}"
             print(f"{name:34}{row}   {found.problem or 'runs here'}", flush=True)
     print(f"{ran} tasks played, {failed} failed, in {time.monotonic() - start:.0f} s")
-    return int(failed > 0)
+    return int(failed > 0 or not ran)
 
 
 def suites(words: Sequence[str]) -> int:
@@ -96,10 +97,12 @@ def suites(words: Sequence[str]) -> int:
     from ..envs.apart import interpreters
 
     if not words:
-        rows = [(s.name, s.title, s.needs() or f"runs here ({interpreters.home(s.name)})") for s in APART.values()]
+        rows = [(s.name, s.title, s.needs() or f"runs here ({s.python or sys.executable})") for s in APART.values()]
         print(tables.rendered(tables.grid(rows, ("name", "suite", "state"))))
         return 0
     what, *names = words
+    if what == "remove" and options != keys.SuitesOptions():
+        raise ConfigError("keys python and installer: allowed: with suites install NAME")
     if what not in ("install", "remove") or not names:
         got = " ".join(words)
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, nearest
 
 from . import dmcontrol, gymnasium_tasks
-from .answers import EnvError
-from .apart.remote import Apart
+from .answers import EnvError, NotHereError
+from .apart.remote import Apart, installed
 from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step
 from .catalogue import PLANNED
 from .device import playground
@@ -44,8 +43,12 @@ class Suite:
         """Say what is missing to run its tasks; the text is empty where nothing is."""
         if self.apart is not None:
             return self.apart.needs()
-        there = importlib.util.find_spec(self.package) is not None
-        return "" if there else f"needs pip install 'tdmpc2-fast[{self.extra}]'"
+        return "" if installed(self.package) else f"needs {self.command}"
+
+    @property
+    def command(self) -> str:
+        """What installs what it needs."""
+        return f"pip install 'tdmpc2-fast[{self.extra}]'" if self.apart is None else self.apart.command
 
 
 APART = {
@@ -93,9 +96,7 @@ def make_env(cfg: Config, seed: int) -> Env:
     try:
         return suite.make(cfg, seed)
     except ImportError as e:
-        raise ConfigError(
-            f"config key 'task': {cfg.task!r} needs {e.name or e}; pip install 'tdmpc2-fast[{suite.extra}]'"
-        ) from e
+        raise NotHereError(f"config key 'task': {cfg.task!r} needs {e.name or e}; {suite.command}") from e
 
 
 def suite_of(task: str) -> Suite:

@@ -10,6 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tdmpc2_fast.errors import ConfigError
+
+
+class NotHereError(ConfigError):
+    """A task that lacks something on this machine; the message says what, and how to get it."""
+
 
 class EnvError(RuntimeError):
     """An environment failed; the message says how."""

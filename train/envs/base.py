@@ -14,6 +14,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import BackendError, ConfigError, NonFiniteError
 from tdmpc2_fast.seeds import stream_seed
 
+from . import patience
 from .answers import EnvError, array, finite, flag, number, success
 from .patience import patiently
 
@@ -133,7 +134,7 @@ class Environments(Protocol):
 
 def reset(env: Env) -> Array:
     """Start an episode; an observation that is unusable, or does not come, raises `EnvError`."""
-    return _observed(env, patiently(env.reset))
+    return _observed(env, patiently(patience.RESET_SECONDS, env.reset))
 
 
 def step(env: Env, action: Actions) -> Step:
@@ -142,7 +143,7 @@ def step(env: Env, action: Actions) -> Step:
     Raises:
         EnvError: an answer in another form, one that no number can be learned from, or none in time.
     """
-    answer: Any = patiently(env.step, action)
+    answer: Any = patiently(patience.SECONDS, env.step, action)
     if not isinstance(answer, (tuple, list)) or len(answer) != 5:
         got = f"{len(answer)} values" if isinstance(answer, (tuple, list)) else type(answer).__name__
         raise EnvError(f"step: got {got}, allowed: observation, reward, terminated, truncated, info")

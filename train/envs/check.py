@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import ConfigError
 
 from . import make_env
+from .answers import NotHereError
 from .base import FAILURES, Env, close_all, in_a_line, reset, step
 
 
@@ -53,7 +53,7 @@ def check(task: str, seed: int = 1, obs: str = "state") -> Checked:
             decisions += 1
             over = found.terminated or found.truncated
         problem = ""
-    except ConfigError as e:
+    except NotHereError as e:
         return Checked(needs=in_a_line(e).removeprefix("config key 'task': ").removeprefix(f"{task!r} "))
     except FAILURES as e:
         problem = f"FAILED: {in_a_line(e)}"

@@ -26,7 +26,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, did_you_mean
 
 from . import random_state
-from .answers import EnvError, unusable
+from .answers import EnvError, NotHereError, unusable
 from .base import FAILURES, Array, Env, RenderError, in_a_line
 from .catalogue import lacks, with_continuous_actions
 from .mujoco_setup import cannot_render, keep_log_out_of_the_way, prepare_rendering
@@ -267,7 +267,7 @@ def _register_robotics(name: str) -> None:
         import gymnasium_robotics  # noqa: F401 - which registers them
         from gymnasium_robotics.utils import mujoco_utils
     except ImportError as e:
-        raise ConfigError(
+        raise NotHereError(
             f"config key 'task': {name!r} needs {e.name or e}; pip install 'tdmpc2-fast[robotics]'"
         ) from e
     _let_joint_types_be_found(mujoco_utils)
@@ -294,7 +294,7 @@ def _cannot_make(task: str, name: str, settings: dict[str, Any], e: BaseExceptio
     module, _, registered = name.rpartition(":")
     text = " ".join(str(e).split()).rstrip(".")
     if isinstance(e, gymnasium.error.DependencyNotInstalled) and (package := lacks(task)):
-        return ConfigError(f"config key 'task': {task!r} {package}")
+        return NotHereError(f"config key 'task': {task!r} {package}")
     if isinstance(e, gymnasium.error.Error) and not isinstance(e, gymnasium.error.DependencyNotInstalled):
         text = text.partition(" Did you mean")[0].rstrip(".")  # which names no whole id
         if module:

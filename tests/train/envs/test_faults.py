@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ from foreign_runs import SMALL
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.train.envs import SUITES, Suite, make_env, patience
+from tdmpc2_fast.train.envs import SUITES, Suite, base, make_env, patience
 from tdmpc2_fast.train.envs.answers import EnvError
 from tdmpc2_fast.train.envs.apart import processes, workers
 from tdmpc2_fast.train.envs.apart.remote import RemoteEnv
@@ -58,6 +60,7 @@ def run_in_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(processes, "_PACKAGES", (*processes._PACKAGES, "faulty_suite"))
     monkeypatch.setattr(patience, "SECONDS", 1.0)
+    monkeypatch.setattr(patience, "RESET_SECONDS", 1.0)
     monkeypatch.setattr(workers, "ANSWER_SECONDS", 1.0)
 
     def run(place: str, fault: str, **changes: Any) -> OnlineTrainer:
@@ -146,46 +149,94 @@ def test_where_failures_stop_a_run_the_place_does_not_matter(run: Callable[..., 
         run("another interpreter", "raises", on_env_error="stop")
 
 
+def endless() -> None:
+    while True:
+        pass
+
+
 class TestPatience:
-    def test_computing_without_end_is_interrupted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(patience, "SECONDS", 0.2)
-
-        def forever() -> None:
-            while True:
-                pass
-
+    def test_computing_without_end_is_interrupted(self) -> None:
         with pytest.raises(EnvError, match=r"gave no answer in 0\.2 s and was interrupted"):
-            patience.patiently(forever)
+            patience.patiently(0.2, endless)
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-        assert patience.patiently(lambda x: x + 1, 2) == 3
+        assert patience.patiently(0.2, lambda x: x + 1, 2) == 3
 
-    def test_a_program_keeps_its_own_alarm(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(patience, "SECONDS", 0.05)
+    def test_an_environment_that_takes_it_for_an_error_of_its_own_is_interrupted_again(self) -> None:
+        tries: list[int] = []
+
+        def stubborn() -> None:
+            while len(tries) < 3:
+                try:
+                    endless()
+                except Exception:
+                    tries.append(1)
+
+        with pytest.raises(EnvError, match="gave no answer"):
+            patience.patiently(0.2, stubborn)
+        assert len(tries) == 3
+
+    def test_calls_that_take_about_as_long_leave_the_watch_as_it_was(self) -> None:
+        interrupted = 0
+        for i in range(400):
+            try:
+                patience.patiently(0.002, time.sleep, 0.0015 + i % 10 * 1e-4)
+            except EnvError:
+                interrupted += 1
+        assert interrupted > 0
+        assert patience._left is None
+        with pytest.raises(EnvError):
+            patience.patiently(0.1, endless)
+
+    def test_a_process_that_was_stopped_for_longer_goes_on(self) -> None:
+        program = (
+            "import time\nfrom tdmpc2_fast.train.envs import patience\nprint('begun', flush=True)\n"
+            "end = time.process_time() + 0.3\n"
+            "def step():\n    while time.process_time() < end: pass\n    return 5\n"
+            "print(patience.patiently(2.0, step))"
+        )
+        command = [sys.executable, "-P", "-c", program]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "begun\n"
+            time.sleep(0.05)
+            run.send_signal(signal.SIGSTOP)
+            time.sleep(3)
+            run.send_signal(signal.SIGCONT)
+            assert run.stdout.read() == "5\n"
+
+    def test_a_program_keeps_its_own_alarm(self) -> None:
         rung: list[int] = []
         before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
         try:
-            assert patience.patiently(lambda: time.sleep(0.2) or 5) == 5
+            assert patience.patiently(0.05, lambda: time.sleep(0.2) or 5) == 5
             assert rung == []
         finally:
             signal.signal(signal.SIGALRM, before)
 
-    def test_other_threads_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(patience, "SECONDS", 0.05)
+    def test_other_threads_wait(self) -> None:
         found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.append(patience.patiently(time.sleep, 0.2)))
+        thread = threading.Thread(target=lambda: found.append(patience.patiently(0.05, time.sleep, 0.2)))
         thread.start()
         thread.join()
         assert found == [None]
 
     def test_an_alarm_from_outside_ends_the_process_as_ever(self) -> None:
-        import subprocess
-
         program = (
-            "import os, signal\nfrom tdmpc2_fast.train.envs import patience\n"
-            "patience.patiently(int)\nos.kill(os.getpid(), signal.SIGALRM)\nprint('alive')"
+            "import os, signal, time\nfrom tdmpc2_fast.train.envs import patience\n"
+            "patience.patiently(9.0, int)\ntime.sleep(1.1)\nos.kill(os.getpid(), signal.SIGALRM)\nprint('alive')"
         )
         done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (-signal.SIGALRM, "")
+
+    def test_a_reset_may_take_longer_than_a_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patience, "SECONDS", 0.2)
+        env = faulty_suite.make_here(Config(task="faulty"), 1)
+        reset = env.reset
+        monkeypatch.setattr(env, "reset", lambda: time.sleep(0.4) or reset())
+        assert base.reset(env).shape == (3,)
+        monkeypatch.setattr(env, "step", lambda action: time.sleep(0.4))
+        with pytest.raises(EnvError, match="gave no answer"):
+            base.step(env, np.zeros(1, np.float32))
 
 
 class TestRemote:
@@ -210,7 +261,7 @@ class TestRemote:
         assert theirs.random_state() == ours.random_state()
         theirs.close()
         theirs.close()
-        with pytest.raises(EnvError, match="ended"):
+        with pytest.raises(EnvError, match="faulty: the environment is closed"):
             theirs.reset()
 
     def test_it_ends_with_its_owner(self) -> None:
@@ -230,15 +281,52 @@ class TestRemote:
         with pytest.raises(ConfigError, match=r"ended \(exit code 3\): no such library"):
             RemoteEnv(broken, faulty_suite.make_here, Config(task="faulty"), 1)
 
-    def test_no_descriptors_are_left(self) -> None:
-        def count() -> int:
-            return len(os.listdir("/proc/self/fd"))
+    def test_an_answer_that_nobody_waited_for_is_taken_for_no_other(self) -> None:
+        env = self.make()
+        with pytest.raises(EnvError, match="gave no answer"):
+            patience.patiently(0.3, lambda: env._answer(20.0))
+        with pytest.raises(EnvError, match="is closed"):
+            env.random_state()
+        assert not env._process.is_alive()
+
+    def test_an_error_of_theirs_is_a_line_with_its_origin_in_a_note(self) -> None:
+        cfg = Config(task="faulty", env_kwargs={"fault": "raises"})
+        env = RemoteEnv(Path(sys.executable), faulty_suite.make_here, cfg, 1)
+        for _ in range(faulty_suite.EPISODE):
+            env.reset()
+        for _ in range(faulty_suite.DECISION - 1):
+            env.step(np.zeros(1, np.float32))
+        with pytest.raises(EnvError) as e:
+            env.step(np.zeros(1, np.float32))
+        assert str(e.value) == "ZeroDivisionError: the physics are broken"
+        assert "Traceback" in e.value.__notes__[0]
+
+    def test_nothing_is_left_of_many(self) -> None:
+        def held() -> tuple[int, int]:
+            return len(os.listdir("/proc/self/fd")), len(os.listdir("/dev/shm"))
+
+        def several() -> None:
+            cfg = Config(task="faulty", num_envs=2).with_env({"state": (3,)}, 1, 5)
+            there = workers.Workers(cfg, faulty_suite.make_here, 2, base.Failures(cfg, print), 0, Path(sys.executable))
+            assert set(there.reset([0, 1])) == {0, 1}
+            there.close()
 
         self.make().close()
-        before = count()
-        for _ in range(5):
+        several()
+        gc.collect()
+        before = held()
+        for _ in range(3):
             self.make().close()
-        assert count() == before
+            several()
+        gc.collect()
+        assert held() == before
+
+    def test_an_interpreter_that_cannot_be_run_says_so(self, tmp_path: Path) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(ConfigError, match=r"faulty cannot be made: .*python cannot be run: No such file"):
+            RemoteEnv(tmp_path / "python", faulty_suite.make_here, Config(task="faulty"), 1)
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_suite_that_is_not_installed_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

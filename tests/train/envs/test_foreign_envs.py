@@ -239,7 +239,7 @@ def test_settings_of_dmcontrol() -> None:
     for wrong, words in (
         ({"gain": 2}, "config key 'env.gain': got 2, allowed in DMControl: env.task_kwargs"),
         ({"task_kwargs": {"random": 3}}, "allowed: seed=N"),
-        ({"task_kwargs": {"time_limt": 3}}, "takes none of these settings"),
+        ({"task_kwargs": {"time_limt": 3}}, "cannot be made with these settings"),
     ):
         with pytest.raises(ConfigError, match=words):
             make_env(Config(task="pendulum-swingup", env_kwargs=wrong), 1)

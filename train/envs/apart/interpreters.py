@@ -66,27 +66,56 @@ def install(name: str, requirements: Sequence[str], python: str | None = None, i
         allowed = "pip" if uv is None else "uv, pip"
         raise ConfigError(f"installer: got {installer!r}, allowed: {allowed}")
     folder, base = home(name), python or _base()
-    (folder / _STAMP).unlink(missing_ok=True)  # from here on it is not whole
+    _check_ours(folder)
+    new = folder.with_name(f".{name}-{os.getpid()}")  # what is there serves until the new one is whole
     try:
-        shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove(new)
     except OSError as e:
         raise ConfigError(f"{folder}: {e.strerror}; set {PLACE} to a folder that can be written") from e
-    into = str(python_of(name))
-    if installer == "uv":
-        _run(["uv", "venv", "--quiet", "--python", base, str(folder)])
-        _run(["uv", "pip", "install", "--quiet", "--python", into, *requirements])
-    else:
-        _run([base, "-m", "venv", str(folder)])
-        _run([into, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
-    (folder / _STAMP).write_text(json.dumps({"requirements": list(requirements)}, indent=1) + "\n")
+    try:
+        into = str(new / python_of(name).relative_to(folder))
+        if installer == "uv":
+            _run(["uv", "venv", "--quiet", "--seed", "--python", base, str(new)])
+            _run(["uv", "pip", "install", "--quiet", "--python", into, *requirements])
+        else:
+            _run([base, "-m", "venv", str(new)])
+            _run([into, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
+        (new / _STAMP).write_text(json.dumps({"requirements": list(requirements)}, indent=1) + "\n")
+        _remove(folder)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return python_of(name)
 
 
 def remove(name: str) -> bool:
-    """Delete a suite's interpreter; tell whether there was one."""
-    there = home(name).exists()
-    shutil.rmtree(home(name), ignore_errors=True)
+    """Delete a suite's interpreter; tell whether there was one.
+
+    Raises:
+        ConfigError: something else is in its place, or cannot be deleted.
+    """
+    folder = home(name)
+    _check_ours(folder)
+    try:
+        return _remove(folder)
+    except OSError as e:
+        raise ConfigError(f"{folder}: {e.strerror}") from e
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise `ConfigError` where something lies in an interpreter's place that was not made here."""
+    if folder.exists() and not (folder / _STAMP).is_file():
+        raise ConfigError(
+            f"{folder}: got something that is no interpreter of a suite, allowed: none; delete it yourself, or set "
+            f"{PLACE} to another folder"
+        )
+
+
+def _remove(folder: Path) -> bool:
+    there = folder.exists()
+    if there:
+        shutil.rmtree(folder)
     return there
 
 

@@ -9,12 +9,15 @@ import os
 import pickle
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from ..answers import EnvError
 
 _PACKAGES = ("tdmpc2_fast", "tdmpc2_fast.kernels", "tdmpc2_fast.train")
 _TOLD = 400  # characters of what a process printed, that an error repeats
@@ -33,14 +36,10 @@ class SharedFile:
                 fd = os.dup(file.fileno())
         self.fd, self.size = fd, size
         self.buffer = mmap.mmap(fd, size)
+        weakref.finalize(self, os.close, fd)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SharedFile, (self.size, self.fd)
-
-    def close(self) -> None:
-        """Close the descriptor; what is mapped stays while somebody looks at it."""
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
 
 
 class GuestProcess:
@@ -50,6 +49,9 @@ class GuestProcess:
         python: the interpreter.
         made: makes what it serves; pickled, so its module must need nothing that the interpreter lacks.
         memory: descriptors that it is to have.
+
+    Raises:
+        EnvError: the interpreter cannot be run.
     """
 
     def __init__(self, python: Path, made: Callable[[], Any], *memory: SharedFile) -> None:
@@ -63,11 +65,17 @@ class GuestProcess:
         call = [str(python), "-P", str(script), str(theirs.fileno()), str(alive), json.dumps(folders)]
         descriptors = (theirs.fileno(), alive, *(each.fd for each in memory))
         own = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-        self._popen = subprocess.Popen(
-            call, pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, env=own
-        )
-        theirs.close()  # the process has the only one: when it dies, our end is told
-        os.close(alive)
+        try:
+            self._popen = subprocess.Popen(
+                call, pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, env=own
+            )
+        except OSError as e:
+            ours.close()
+            self._let_go()
+            raise EnvError(f"{python} cannot be run: {e.strerror}") from e
+        finally:
+            theirs.close()  # the process has the only one: when it dies, our end is told
+            os.close(alive)
         with contextlib.suppress(OSError):  # a process that is gone is noticed when it should answer
             ours.send_bytes(pickle.dumps(made))
 
@@ -102,7 +110,8 @@ class GuestProcess:
 
     def ended(self) -> str:
         """Say how it ended, and the end of what it printed, in a line."""
-        self._said.seek(0)
+        size = self._said.seek(0, os.SEEK_END)
+        self._said.seek(max(0, size - 4 * _TOLD))
         text = " ".join(self._said.read().decode(errors="replace").split())
         text = text if len(text) <= _TOLD else "..." + text[-_TOLD:]
         return f"a process of {self._python} ended (exit code {self.exitcode})" + (f": {text}" if text else "")

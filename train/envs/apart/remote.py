@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +20,18 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
-from ..answers import EnvError
-from ..base import Array, Env, Step, reset, step
+from .. import patience
+from ..answers import EnvError, NotHereError
+from ..base import Array, Env, Step, in_a_line, reset, step
 from . import interpreters, workers
 from .processes import GuestProcess
 from .serve import BEGUN
+
+
+def installed(package: str) -> bool:
+    """Tell whether a package can be imported; a folder that is merely called like it cannot."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 @dataclass(frozen=True)
@@ -49,22 +57,27 @@ class Apart:
         """The interpreter to step it in; None for this one.
 
         Raises:
-            ConfigError: there is none, with the command that makes it.
+            NotHereError: there is none, with the command that makes it.
         """
-        if interpreters.here(self.name):
-            return None
-        why = interpreters.missing(self.name, self.module.REQUIREMENTS)
-        if not why:
-            return interpreters.python_of(self.name)
-        if importlib.util.find_spec(self.package) is not None:
-            return None
-        raise ConfigError(f"config key 'task': {self.title} {why}")
+        if why := self.needs():
+            raise NotHereError(f"config key 'task': {self.title} {why}")
+        own = interpreters.here(self.name) or interpreters.missing(self.name, self.module.REQUIREMENTS)
+        return None if own else interpreters.python_of(self.name)
+
+    @property
+    def command(self) -> str:
+        """What installs it."""
+        return f"tdmpc2-fast suites install {self.name}"
 
     def needs(self) -> str:
-        """Say what is missing to step it; the text is empty where nothing is."""
-        if importlib.util.find_spec(self.package) is not None:
+        """Say what is missing to step it; the text is empty where its interpreter is there, or else its package."""
+        if interpreters.here(self.name):
             return ""
-        return interpreters.missing(self.name, self.module.REQUIREMENTS)
+        why = interpreters.missing(self.name, self.module.REQUIREMENTS)
+        if why and not installed(self.package):
+            return why
+        lacks: Callable[[], str] = getattr(self.module, "lacks", lambda: "")
+        return lacks()
 
     def make(self, cfg: Config, seed: int) -> Env:
         """Make an environment, in a process of the suite's interpreter unless this is one."""
@@ -115,19 +128,20 @@ class RemoteEnv(Env):
 
     def __init__(self, python: Path, make: Callable[[Config, int], Env], cfg: Config, seed: int) -> None:
         self.task = cfg.task
-        self._process = GuestProcess(python, functools.partial(Single, make, cfg, seed))
-        # Also where nobody closes it, and when this interpreter ends.
-        self._end = weakref.finalize(self, _end, self._process)
+        self._lock = threading.Lock()  # of one question and its answer
         try:
+            self._process = GuestProcess(python, functools.partial(Single, make, cfg, seed))
+            # Also where nobody closes it, and when this interpreter ends.
+            self._end = weakref.finalize(self, _end, self._process)
             if self._answer(workers.START_SECONDS) != BEGUN:
-                raise EnvError("it did not begin")
+                raise EnvError("its process did not begin")
             facts = self._ask("facts", limit=workers.START_SECONDS)
         except ConfigError:
             self.close()
             raise
         except Exception as e:
             self.close()
-            raise ConfigError(f"config key 'task': {cfg.task} cannot be made: {e}") from e
+            raise ConfigError(f"config key 'task': {cfg.task} cannot be made: {in_a_line(e)}") from e
         self.obs_shape: tuple[int, ...] = facts["obs_shape"]
         self.action_dim: int = facts["action_dim"]
         self.max_episode_steps: int = facts["max_episode_steps"]
@@ -142,15 +156,22 @@ class RemoteEnv(Env):
         Raises:
             EnvError: the process died, or gave no answer in time and was killed; or an error that is not ours.
         """
-        try:
-            self._process.pipe.send((name, *args))
-        except OSError as e:
-            raise EnvError(self._process.ended()) from e
-        error, answer = self._answer(limit or workers.ANSWER_SECONDS)
+        with self._lock:
+            if not self._end.alive:
+                raise EnvError(f"{self.task}: the environment is closed")
+            try:
+                self._process.pipe.send((name, *args))
+            except OSError as e:
+                raise EnvError(self._process.ended()) from e
+            error, answer = self._answer(limit or workers.ANSWER_SECONDS)
         if error is None:
             return answer
         ours, line, trace = error
-        raise ours or EnvError(f"{line}\n{trace}")
+        if ours is not None:
+            raise ours
+        unknown = EnvError(line)
+        unknown.add_note(trace)
+        raise unknown
 
     def _answer(self, limit: float) -> Any:
         process = self._process
@@ -160,15 +181,17 @@ class RemoteEnv(Env):
         except (EOFError, OSError) as e:
             process.join(1.0)
             raise EnvError(process.ended()) from e
-        except EnvError:  # the caller's patience ended first
+        except BaseException:  # Ctrl-C, or the caller's patience: what comes later would be taken for another answer
+            process.kill()
             self._end()
             raise
+        process.kill()
         self._end()
         raise EnvError(f"gave no answer in {limit:g} s and was killed")
 
     @override
     def reset(self) -> Array:
-        return self._ask("reset")  # type: ignore[no-any-return]
+        return self._ask("reset", limit=patience.RESET_SECONDS)  # type: ignore[no-any-return]
 
     @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
@@ -193,7 +216,8 @@ class RemoteEnv(Env):
 
     @override
     def close(self) -> None:
-        self._end()
+        if hasattr(self, "_end"):
+            self._end()
 
 
 def _end(process: GuestProcess) -> None:

@@ -21,7 +21,7 @@ from tdmpc2_fast.errors import ConfigError, InputError
 
 from ...signals import SIGNALS
 from .. import patience
-from ..answers import EnvError
+from ..answers import EnvError, NotHereError
 from ..base import Env, RenderError, close_all, in_a_line, step
 from .held import Held
 
@@ -30,7 +30,7 @@ BEGUN = "begun"
 Error = tuple[Exception | None, str, str]
 """Itself where it is ours and can be sent; in a line; where it came from."""
 Failed = dict[int, Error]
-_OURS = (EnvError, ConfigError, InputError, RenderError)
+_OURS = (EnvError, ConfigError, NotHereError, InputError, RenderError)
 
 
 def portable(e: Exception) -> Error:

@@ -271,6 +271,8 @@ class Workers(Environments):
 
     def _error(self, worker: _Worker, ours: Exception | None, line: str, trace: str) -> Exception:
         """Return the error for a command that failed as a whole."""
+        if not worker.answered and isinstance(ours, ConfigError) and isinstance(worker.process, GuestProcess):
+            return ours
         if not worker.answered and isinstance(ours, ConfigError):
             return ConfigError(
                 f"config key 'env_workers': worker processes cannot make what this one could ({line}). They "

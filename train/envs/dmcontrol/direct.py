@@ -124,10 +124,12 @@ def _advance(physics: Any, substeps: int) -> Callable[[], None]:
 
     def advance_with_sensors() -> None:
         option.disableflags = without_sensors
-        step2(model, data)
-        if substeps > 2:
-            step(model, data, substeps - 2)
-        option.disableflags = as_it_is
+        try:
+            step2(model, data)
+            if substeps > 2:
+                step(model, data, substeps - 2)
+        finally:
+            option.disableflags = as_it_is
         step(model, data)
         step1(model, data)
 

@@ -1,7 +1,7 @@
 """DMControl on EnvPool (`env.engine=envpool`): the environments of a run, stepped by threads without Python.
 
 Physics, rewards and observations are those of dm_control: from the same state, 24 of the standard
-tasks agree to rounding (`tests/train/envs/test_envpool_engine.py`; a dog to about 1e-6). First
+tasks agree to rounding (`tests/train/envs/dmcontrol/test_envpool_engine.py`; a dog to about 1e-6). First
 states come from the same distributions by another generator, so that a seed plays other episodes;
 rewards are float32. Left out are `cup-catch`, whose ball counts as caught before it is, and the
 three of `finger`, which goes another way once it touches the spinner.

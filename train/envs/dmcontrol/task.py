@@ -152,4 +152,4 @@ def _load(suite: Any, task: str, seed: int, settings: Mapping[str, Any]) -> Any:
     except Exception as e:  # of the task, or of MuJoCo
         if not settings:
             raise
-        raise ConfigError(f"config key 'env': {task} takes none of these settings: {in_a_line(e)}") from e
+        raise ConfigError(f"config key 'env': {task} cannot be made with these settings: {in_a_line(e)}") from e

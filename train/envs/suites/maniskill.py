@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
 from .. import random_state
+from ..answers import NotHereError
 from ..base import Array, Env, RenderError, in_a_line
 
 # Official name: ManiSkill's id, control mode
@@ -50,10 +53,20 @@ REQUIREMENTS = (
 """What is installed into the suite's interpreter, Python 3.11."""
 
 SYSTEM = (
-    "ManiSkill needs a Vulkan device, though only states are observed: a GPU's driver, or on a CPU Mesa's lavapipe of "
-    "version 25: apt-get install -y -t bookworm-backports mesa-vulkan-drivers on Debian 12 (docs/tasks.md has all)"
+    "even states need a GPU's driver, or on a CPU Mesa's lavapipe of version 25: "
+    "apt-get install -y -t bookworm-backports mesa-vulkan-drivers on Debian 12 (docs/tasks.md has all)"
 )
 """What the machine must have."""
+
+_DRIVERS = ("/usr/share/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/etc/vulkan/icd.d")
+
+
+def lacks() -> str:
+    """Say what the machine lacks beside packages, as far as a look tells; empty where it lacks nothing."""
+    named = os.environ.get("VK_DRIVER_FILES") or os.environ.get("VK_ICD_FILENAMES")
+    there = named or any(list(Path(folder).glob("*.json")) for folder in _DRIVERS)
+    return "" if there or sys.platform != "linux" else f"needs a Vulkan device: {SYSTEM}"
+
 
 _ACTION_REPEAT = 2
 _DECISIONS = 100
@@ -189,7 +202,7 @@ def _made(task: str, settings: dict[str, Any]) -> Any:
     except Exception as e:  # of the task, or of the simulator
         if not settings:
             raise
-        raise ConfigError(f"config key 'env': {task!r} takes none of these settings: {in_a_line(e)}") from e
+        raise ConfigError(f"config key 'env': {task!r} cannot be made with these settings: {in_a_line(e)}") from e
 
 
 @functools.cache
@@ -204,7 +217,7 @@ def _renderer() -> str:
             return name
         except RuntimeError as e:
             why.append(f"{name}: {in_a_line(e)}")
-    raise ConfigError(f"config key 'task': no Vulkan device can be used ({'; '.join(why)}). {SYSTEM}")
+    raise NotHereError(f"config key 'task': no Vulkan device can be used ({'; '.join(why)}). {SYSTEM}")
 
 
 def _check_assets(task: str, names: list[str]) -> None:
@@ -218,7 +231,7 @@ def _check_assets(task: str, names: list[str]) -> None:
             parts = assets.expand_data_group_into_individual_data_source_ids(name)
         missing = sum(not assets.is_data_source_downloaded(part) for part in parts)
         if missing:
-            raise ConfigError(
+            raise NotHereError(
                 f"config key 'task': {task!r} needs ManiSkill's {name!r}, of which {missing} of {len(parts)} are "
                 f"missing in {ASSET_DIR} (MS_ASSET_DIR chooses another folder); download them with "
                 f"{sys.executable} -m mani_skill.utils.download_asset {name} -y"

@@ -128,7 +128,7 @@ def _made(cfg: Config, seed: int) -> Any:
     except Exception as e:
         if not settings:
             raise
-        raise ConfigError(f"config key 'env': {cfg.task} takes none of these settings: {in_a_line(e)}") from e
+        raise ConfigError(f"config key 'env': {cfg.task} cannot be made with these settings: {in_a_line(e)}") from e
 
 
 def _arguments(kind: Any) -> set[str]:

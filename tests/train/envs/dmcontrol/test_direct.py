@@ -144,6 +144,24 @@ def test_a_simulation_that_diverges_says_so_as_dm_control_does() -> None:
     assert np.isfinite(base.step(env, np.zeros(6, np.float32)).obs).all()
 
 
+def test_a_step_that_is_interrupted_leaves_the_sensors_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mujoco
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    env = DMControl("quadruped-walk", SEED)
+    with monkeypatch.context() as patch:
+        patch.setattr(mujoco, "mj_step2", interrupted)
+        found = direct.Direct(env.env)
+    env.reset()
+    found.begin()
+    with pytest.raises(KeyboardInterrupt):
+        found.step(np.zeros(12), 1)
+    flags = env.env.physics.model.opt.disableflags
+    assert not flags & mujoco.mjtDisableBit.mjDSBL_SENSOR
+
+
 def test_an_observation_is_no_view_of_the_simulation() -> None:
     env = DMControl("cup-catch", SEED)
     first = env.reset()

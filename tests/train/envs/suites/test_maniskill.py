@@ -196,7 +196,7 @@ def test_settings() -> None:
     assert step(env, np.zeros(4, np.float32)).reward == 0
     with pytest.raises(ConfigError, match=r"'env\.obs_mode': got 'rgb', allowed: nothing"):
         made("pick-cube", env_kwargs={"obs_mode": "rgb"})
-    with pytest.raises(ConfigError, match=r"'pick-cube' takes none of these settings.*'colour'"):
+    with pytest.raises(ConfigError, match=r"'pick-cube' cannot be made with these settings.*'colour'"):
         made("pick-cube", env_kwargs={"colour": "red"})
     with pytest.raises(ConfigError, match="config key 'obs': got 'rgb', allowed: 'state'"):
         made("pick-cube", obs="rgb")

@@ -143,7 +143,7 @@ def test_fewer_observations_are_a_smaller_shape() -> None:
             {"weighted_reward_keys": {"speed": 1}},
             r"config key 'env': myo-reach takes none .*KeyError: 'speed'",
         ),
-        ({"frame_skip": "many"}, r"config key 'env': myo-reach takes none of these settings: TypeError"),
+        ({"frame_skip": "many"}, r"config key 'env': myo-reach cannot be made with these settings: TypeError"),
     ],
 )
 def test_other_settings_are_refused(settings: dict[str, Any], message: str) -> None:
