@@ -237,7 +237,7 @@ def refused(task: str, **environ: str) -> str:
     ended = run(MAKE.format(task), **environ)
     assert ended.returncode == 1
     assert "EOFError" not in ended.stderr
-    return ended.stderr[ended.stderr.rindex("ConfigError") :]
+    return ended.stderr[ended.stderr.rindex("NotHereError") :]
 
 
 @pytest.mark.parametrize(("task", "assets"), [("pick-ycb", "ycb"), ("turn-faucet", "partnet_mobility_faucet")])

@@ -141,7 +141,7 @@ def test_fewer_observations_are_a_smaller_shape() -> None:
         ({"muscle_condition": "old"}, r"config key 'env.muscle_condition': got 'old', .*'sarcopenia'"),
         (
             {"weighted_reward_keys": {"speed": 1}},
-            r"config key 'env': myo-reach takes none .*KeyError: 'speed'",
+            r"config key 'env': myo-reach cannot be made .*KeyError: 'speed'",
         ),
         ({"frame_skip": "many"}, r"config key 'env': myo-reach cannot be made with these settings: TypeError"),
     ],
