@@ -43,7 +43,10 @@ class Direct:
         self._model, self._data = physics.model.ptr, physics.data.ptr
         self._ctrl, self._warned = self._data.ctrl, physics.data.warning.number
         self._advance = _advance(physics, raw._n_sub_steps)
-        self._transform = env._transform
+        spec = raw.action_spec()
+        self._low, self._lowest = np.full(spec.shape, -1.0), spec.minimum
+        scale = (spec.maximum - spec.minimum) / 2.0
+        self._scale = None if (scale == 1.0).all() else scale  # which changes no bit
         self._reading: Reading  # of the episode under way
 
     def _read(self) -> Reading:
@@ -63,13 +66,17 @@ class Direct:
         self._warnings = self._warned.tobytes()
         return self._reading.observation()
 
-    def step(self, action: NDArray[np.float64], times: int) -> float:
-        """Take so many control steps with one action; return the sum of their rewards.
+    def step(self, action: NDArray[Any], times: int) -> float:
+        """Take so many control steps with one action (A,) in [-1, 1]; return the sum of their rewards.
 
         Raises:
             PhysicsError: the simulation has diverged; as dm_control raises it.
         """
-        self._ctrl[:] = self._transform(action)
+        ctrl = self._ctrl
+        np.subtract(action, self._low, out=ctrl)
+        if self._scale is not None:
+            np.multiply(ctrl, self._scale, out=ctrl)
+        np.add(ctrl, self._lowest, out=ctrl)
         total, advance, reward = 0.0, self._advance, self._reading.reward
         for _ in range(times):
             advance()
@@ -116,6 +123,11 @@ def _advance(physics: Any, substeps: int) -> Callable[[], None]:
     as_it_is = option.disableflags
     without_sensors = as_it_is | int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
 
+    # Of the last step's sensors some follow its accelerations, and are computed in it; the others after it.
+    stages = model.sensor_needstage
+    in_the_last = 1 if (stages == int(mujoco.mjtStage.mjSTAGE_ACC)).any() else 0
+    without = max(substeps - 1 - in_the_last, 0)
+
     def advance() -> None:
         step2(model, data)
         if substeps > 1:
@@ -126,11 +138,12 @@ def _advance(physics: Any, substeps: int) -> Callable[[], None]:
         option.disableflags = without_sensors
         try:
             step2(model, data)
-            if substeps > 2:
-                step(model, data, substeps - 2)
+            if without:
+                step(model, data, without)
         finally:
             option.disableflags = as_it_is
-        step(model, data)
+        if in_the_last:
+            step(model, data)
         step1(model, data)
 
     return advance if substeps == 1 or not model.nsensor else advance_with_sensors

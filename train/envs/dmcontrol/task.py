@@ -65,16 +65,15 @@ class DMControl(Env):
 
     @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        scaled = action.astype(np.float64)
-        done = _ACTION_REPEAT * self._decisions
+        left = self._limit - _ACTION_REPEAT * self._decisions
         self._decisions += 1
         over = self._decisions >= self.max_episode_steps
         if self._direct is not None:
-            reward = self._direct.step(scaled, int(min(_ACTION_REPEAT, self._limit - done)))
+            reward = self._direct.step(action, _ACTION_REPEAT if left >= _ACTION_REPEAT else 1)
             return self._direct.observation(), reward, False, over, {"success": 0.0}
         reward = 0.0
         for _ in range(_ACTION_REPEAT):
-            step = self.env.step(scaled)
+            step = self.env.step(action.astype(np.float64))
             reward += step.reward
             if step.last():  # a step more would begin the next episode
                 break
