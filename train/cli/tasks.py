@@ -24,11 +24,11 @@ def tasks(words: Sequence[str]) -> int:
             f"got {len(words)} arguments ({' '.join(words)}), allowed: tdmpc2-fast tasks [TEXT] [--check]"
         )
     text = words[0].lower() if words else ""
-    found = [
-        (title, state, names) for title, state, all_ in _groups() if (names := [n for n in all_ if text in n.lower()])
-    ]
+    groups = _groups()
+    found = [(title, state, [n for n in names if text in n.lower()]) for title, state, names in groups]
+    found = [group for group in found if group[2]]
     if not found:
-        known = [n for _, _, names in _groups() for n in names]
+        known = [n for _, _, names in groups for n in names]
         raise ConfigError(
             f"no task has {text!r} in its name.{did_you_mean(text, known) or ' tdmpc2-fast tasks lists all.'}"
         )

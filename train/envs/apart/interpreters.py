@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tdmpc2_fast.errors import ConfigError
@@ -29,17 +29,21 @@ def python_of(name: str) -> Path:
     return folder / ("Scripts" if os.name == "nt" else "bin") / ("python.exe" if os.name == "nt" else "python")
 
 
+def command(name: str) -> str:
+    """Return what makes a suite's interpreter."""
+    return f"tdmpc2-fast suites install {name}"
+
+
 def missing(name: str, requirements: Sequence[str]) -> str:
     """Say why a suite's interpreter cannot be used; the text is empty where it can."""
-    command = f"tdmpc2-fast suites install {name}"
     try:
         made_of = json.loads((home(name) / _STAMP).read_text())["requirements"]
     except (OSError, ValueError, LookupError, TypeError):
-        return f"needs an interpreter of its own: {command}"
+        return f"needs an interpreter of its own: {command(name)}"
     if made_of != list(requirements):
-        return f"has an interpreter made by another version: {command} makes it anew"
+        return f"has an interpreter made by another version: {command(name)} makes it anew"
     if not python_of(name).exists():
-        return f"has an interpreter whose Python is gone: {command} makes it anew"
+        return f"has an interpreter whose Python is gone: {command(name)} makes it anew"
     return ""
 
 
@@ -49,7 +53,7 @@ def here(name: str) -> bool:
 
 
 def install(name: str, requirements: Sequence[str], python: str | None = None, installer: str | None = None) -> Path:
-    """Make a suite's interpreter anew and return its Python; what fails leaves none.
+    """Make a suite's interpreter anew and return its Python; what fails leaves the one that is there.
 
     Args:
         name: of the suite.
@@ -128,9 +132,9 @@ def _base() -> str:
     return sys.executable
 
 
-def _run(call: Sequence[str], runner: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> None:
+def _run(call: Sequence[str]) -> None:
     try:
-        found = runner(call, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        found = subprocess.run(call, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     except OSError as e:
         raise ConfigError(f"{call[0]}: {e.strerror}") from e
     if found.returncode:

@@ -67,7 +67,7 @@ class Apart:
     @property
     def command(self) -> str:
         """What installs it."""
-        return f"tdmpc2-fast suites install {self.name}"
+        return interpreters.command(self.name)
 
     def needs(self) -> str:
         """Say what is missing to step it; the text is empty where its interpreter is there, or else its package."""

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from dm_control.suite import acrobot, ball_in_cup, cartpole, finger, pendulum, reacher
 
-from .bodies import norm
-from .sim import XZ, ZZ, Gather, Parts, Reading, Sim, entries, reader
+from .sim import XZ, ZZ, Gather, Parts, Reading, Sim, entries, norm, reader
 from .tolerance import tolerance
 
 

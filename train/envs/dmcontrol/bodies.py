@@ -10,13 +10,8 @@ import numpy as np
 from dm_control.suite import dog, fish, humanoid, quadruped
 
 from .runners import SPEED, small_control
-from .sim import ZX, ZZ, Floats, Gather, Reading, Sim, entries, reader
+from .sim import ZX, ZZ, Floats, Gather, Reading, Sim, entries, norm, reader
 from .tolerance import INF, tolerance
-
-
-def norm(x: Floats) -> float:
-    """Return the length of a vector as `numpy.linalg.norm` computes it."""
-    return np.sqrt(x.dot(x))  # type: ignore[no-any-return]
 
 
 class _Turned:

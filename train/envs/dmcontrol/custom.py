@@ -14,8 +14,8 @@ from dm_control.rl import control
 from dm_control.suite import ball_in_cup, base, cheetah, hopper, pendulum, reacher, walker
 from typing_extensions import override
 
-from . import benches, bodies, runners
-from .sim import Parts, Reading, Sim, reader
+from . import benches, runners
+from .sim import Parts, Reading, Sim, norm, reader
 from .tolerance import INF, tolerance
 
 Reward = Callable[[Sim], Callable[[], float]]
@@ -71,7 +71,7 @@ def _cup_spins(sim: Sim) -> Callable[[], float]:
 
     def reward() -> float:
         outside = 1 - ball.caught()
-        return outside * (far(bodies.norm(ball.way.into)) + 2 * fast(bodies.norm(sim.qvel[dofs]))) / 3
+        return outside * (far(norm(ball.way.into)) + 2 * fast(norm(sim.qvel[dofs]))) / 3
 
     return reward
 

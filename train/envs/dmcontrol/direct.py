@@ -24,6 +24,7 @@ from .sim import Reading, Sim
 
 READINGS: dict[Any, Callable[[Sim, Any], Reading]] = {**benches.READINGS, **bodies.READINGS, **runners.READINGS}
 _JUDGED_STEPS = 4
+_known: dict[tuple[Any, ...], str] = {}  # what was found of each kind of environment, in this process
 
 
 class Direct:
@@ -39,11 +40,12 @@ class Direct:
 
     def __init__(self, env: action_scale.Wrapper) -> None:
         raw, physics = env._env, env.physics
-        self._env, self._physics, self._task = env, physics, env.task
+        self._physics, self._task = physics, env.task
         self._model, self._data = physics.model.ptr, physics.data.ptr
         self._ctrl, self._warned = self._data.ctrl, physics.data.warning.number
         self._advance = _advance(physics, raw._n_sub_steps)
         spec = raw.action_spec()
+        # An array, for a number would leave float32 actions float32.
         self._low, self._lowest = np.full(spec.shape, -1.0), spec.minimum
         scale = (spec.maximum - spec.minimum) / 2.0
         self._scale = None if (scale == 1.0).all() else scale  # which changes no bit
@@ -187,19 +189,11 @@ def direct(env: action_scale.Wrapper, kind: tuple[Any, ...]) -> Direct | str:
     """
     try:
         found = Direct(env)
-        why = _judgement(kind, lambda: _judged(env, found))
+        if kind not in _known:
+            _known[kind] = _judged(env, found)
     except Exception as e:  # of whatever dm_control is installed
         return f"{type(e).__name__}: {e}"
-    return why or found
-
-
-_known: dict[tuple[Any, ...], str] = {}
-
-
-def _judgement(kind: tuple[Any, ...], judge: Callable[[], str]) -> str:
-    if kind not in _known:
-        _known[kind] = judge()
-    return _known[kind]
+    return _known[kind] or found
 
 
 def _judged(env: action_scale.Wrapper, found: Direct) -> str:

@@ -123,3 +123,8 @@ class Gather:
 def entries(*places: slice) -> list[int]:
     """Return the indices in several ranges, one after another."""
     return [i for place in places for i in range(place.start, place.stop)]
+
+
+def norm(x: Floats) -> float:
+    """Return the length of a vector as `numpy.linalg.norm` computes it."""
+    return np.sqrt(x.dot(x))  # type: ignore[no-any-return]

@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import ConfigError, did_you_mean
 
 from ..answers import number
 from ..base import Env
 from ..mujoco_setup import keep_log_out_of_the_way, prepare_rendering
-from .mujoco_task import Camera, MujocoTask, settings_of
+from .mujoco_task import Camera, MujocoTask, check_task, settings_of
 
 REQUIREMENTS: tuple[str, ...] = (
     "metaworld==3.1.1",  # takes mujoco 3.3.0 and no other: of newer ones, the welds of its models have another form
@@ -99,11 +98,6 @@ class MetaWorld(MujocoTask):
             self._success = max(self._success, number(info["success"], "info['success']"))
         return obs, total, self._success
 
-    @override
-    def close(self) -> None:
-        super().close()
-        self.env.close()
-
 
 def make(cfg: Config, seed: int) -> Env:
     """Make the task, from states or (`obs=rgb`) pixels.
@@ -111,6 +105,5 @@ def make(cfg: Config, seed: int) -> Env:
     Raises:
         ConfigError: a task or a setting that the suite does not have, or pixels where nothing draws.
     """
-    if cfg.task not in TASKS:
-        raise ConfigError(f"config key 'task': Meta-World has no {cfg.task!r}.{did_you_mean(cfg.task, TASKS)}")
+    check_task(cfg, TASKS, "Meta-World")
     return MetaWorld(cfg, seed)

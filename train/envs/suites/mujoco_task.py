@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import ConfigError, InputError
+from tdmpc2_fast.errors import ConfigError, InputError, did_you_mean
 
 from .. import random_state
 from ..base import Array, Env, RenderError
@@ -23,8 +23,11 @@ _DECISIONS = 100
 class MujocoTask(Env):
     """A task that lasts 100 decisions, whatever the suite says of its end; the official wrappers of both have it so.
 
-    A subclass calls `sees` once its simulation is there, and has `generator`, `begin` and `decide`.
+    A subclass calls `sees` once its simulation is there, and has `env`, the suite's own environment, `generator`,
+    `begin` and `decide`.
     """
+
+    env: Any
 
     max_episode_steps = _DECISIONS
     action_repeat = 1
@@ -105,6 +108,7 @@ class MujocoTask(Env):
     @override
     def close(self) -> None:
         self._camera.close()
+        self.env.close()
 
 
 class Camera:
@@ -146,6 +150,12 @@ class Camera:
         atexit.unregister(self.close)
         while self._renderers:
             self._renderers.popitem()[1].close()
+
+
+def check_task(cfg: Config, tasks: tuple[str, ...], suite: str) -> None:
+    """Raise `ConfigError` for a task that a suite does not have; the message has the nearest one."""
+    if cfg.task not in tasks:
+        raise ConfigError(f"config key 'task': {suite} has no {cfg.task!r}.{did_you_mean(cfg.task, tasks)}")
 
 
 def settings_of(cfg: Config, allowed: dict[str, tuple[Any, ...] | None]) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import ConfigError, did_you_mean
+from tdmpc2_fast.errors import ConfigError
 
 from ..answers import number
 from ..base import Env, in_a_line
 from ..mujoco_setup import keep_log_out_of_the_way, prepare_rendering
-from .mujoco_task import Camera, MujocoTask, settings_of
+from .mujoco_task import Camera, MujocoTask, check_task, settings_of
 
 REQUIREMENTS: tuple[str, ...] = (
     # The last that takes mujoco 3.1.2, gymnasium 0.29.1 and dm-control 1.0.16, which the official code names.
@@ -92,11 +92,6 @@ class MyoSuite(MujocoTask):
         obs, reward, _, _, info = self.env.step(action.copy())
         return obs, number(reward, "reward"), number(info["solved"], "info['solved']")
 
-    @override
-    def close(self) -> None:
-        super().close()
-        self.env.close()
-
 
 def make(cfg: Config, seed: int) -> Env:
     """Make the task, from states or (`obs=rgb`) pixels.
@@ -104,8 +99,7 @@ def make(cfg: Config, seed: int) -> Env:
     Raises:
         ConfigError: a task or a setting that the suite does not have, or pixels where nothing draws.
     """
-    if cfg.task not in TASKS:
-        raise ConfigError(f"config key 'task': MyoSuite has no {cfg.task!r}.{did_you_mean(cfg.task, TASKS)}")
+    check_task(cfg, TASKS, "MyoSuite")
     return MyoSuite(cfg, seed)
 
 
