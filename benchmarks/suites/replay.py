@@ -98,13 +98,8 @@ def sample(options: Options, batch: int) -> Case:
         episode = _episode(cfg, i)
         ours.add(episode)
         plain.add(episode)
-    # Both draw from the same stream, so their first batches are the same.
-    first = ours.sample(), plain.sample()
-    variants = {"torch": Variant(ours.sample)}
-    variants["list of episodes"] = Variant(plain.sample, gate=partial(_same_batches, *first))
-    mbyte = sum(x.numel() * x.element_size() for x in first[0] if x is not None) / 1e6
     shape = f"{cfg.horizon + 1} steps x ({OBS_DIM} obs, {cfg.action_dim} actions)"
-    return Case("replay", "sample a batch", variants, batch=batch, shape=shape, unit="batches", mbyte=mbyte)
+    return _drawn("sample a batch", batch, shape, ours, "list of episodes", plain)
 
 
 def sample_pixels(options: Options, batch: int) -> Case:
@@ -120,13 +115,19 @@ def sample_pixels(options: Options, batch: int) -> Case:
         episode = _episode(states, i) | dict(obs=np.stack([stack(x, first=t == 0) for t, x in enumerate(frames)]))
         once.add(episode)
         whole.add(episode)
-    first = once.sample(), whole.sample()
-    variants = {"torch": Variant(once.sample)}
-    variants["whole observations"] = Variant(whole.sample, gate=partial(_same_batches, *first))
-    mbyte = sum(x.numel() * x.element_size() for x in first[0] if x is not None) / 1e6
     kept = " and ".join(f"{x.nbytes / len(x) / 1e3:.1f}" for x in (once, whole))
     shape = f"{cfg.horizon + 1} steps x {FRAMES} frames; {kept} kB a step"
-    return Case("replay", "sample pixels", variants, batch=batch, shape=shape, unit="batches", mbyte=mbyte)
+    return _drawn("sample pixels", batch, shape, once, "whole observations", whole)
+
+
+def _drawn(
+    name: str, batch: int, shape: str, ours: ReplayBuffer, other: str, plain: ReplayBuffer | EpisodeList
+) -> Case:
+    """Return drawing batches from two buffers, which draw from the same stream: their first ones are the same."""
+    first = ours.sample(), plain.sample()
+    variants = {"torch": Variant(ours.sample), other: Variant(plain.sample, gate=partial(_same_batches, *first))}
+    mbyte = sum(x.numel() * x.element_size() for x in first[0] if x is not None) / 1e6
+    return Case("replay", name, variants, batch=batch, shape=shape, unit="batches", mbyte=mbyte)
 
 
 def _episode(cfg: Config, seed: int) -> dict[str, Any]:
