@@ -28,7 +28,7 @@ from tdmpc2_fast.compat.accelerate import accelerate, deaccelerate
 from tdmpc2_fast.compat.draws import given, plan_order, update_order
 from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.kernels.device import cluster_check
-from tdmpc2_fast.kernels.device.launch import Precision
+from tdmpc2_fast.kernels.device.launch import KERNEL_ERRORS, Precision
 from tdmpc2_fast.learn.batch import UpdateTrace
 from tdmpc2_fast.learn.kernel_update import KernelUpdate
 from tdmpc2_fast.plan.backend import PlanRequest
@@ -195,7 +195,7 @@ def test_a_call_neither_allocates_nor_waits_nor_aliases(livened: Liven) -> None:
 
 FAILS = """
 import warnings, torch
-from tdmpc2_fast.cuda_graph import GraphedFunction
+from tdmpc2_fast.runtime.cuda_graph import GraphedFunction
 x = torch.zeros((), device="cuda")
 def waits():
     x.add_(1)
@@ -285,6 +285,23 @@ def test_a_replayed_update_is_bitwise_an_eager_one(case: Case, livened: Liven, r
     assert all(torch.equal(x, y) for x, y in zip(kept, replayed, strict=True))
     assert all(torch.equal(metrics[k], again[k]) for k in metrics)
     assert not torch.equal(before[0], replayed[0])
+
+
+def test_what_kernels_have_learned_goes_on_by_torch(livened: Liven, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = livened(TDMPC2(CONFIGS["odd"](device="cuda")))
+    batch = random_batch(agent.cfg, GPU)
+    agent.updater.step(batch)
+    assert isinstance(agent.updater._update, KernelUpdate)
+    (error,) = KERNEL_ERRORS
+
+    def too_large(*args: Any) -> None:
+        raise error("out of resource: shared memory")
+
+    monkeypatch.setattr(KernelUpdate, "step", too_large)
+    with pytest.warns(RuntimeWarning, match="learning with torch"):
+        agent.updater.step(batch)
+    assert agent.updater.steps == 2
+    assert all(bool(p.isfinite().all()) for p in agent.model.parameters())
 
 
 @pytest.mark.parametrize("case", gpu_cases.parameters(gpu_cases.GRADIENTS))

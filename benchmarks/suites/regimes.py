@@ -51,7 +51,7 @@ def _check(options: Options) -> None:
         raise CannotMeasureError(f"regimes are the kernels', and torch computes here: {backend.why}")
 
 
-def _regimes(device: torch.device) -> dict[str, dict[str, Any]]:
+def regimes_on(device: torch.device) -> dict[str, dict[str, Any]]:
     """Return the arguments of a backend for each regime."""
     regimes: dict[str, dict[str, Any]] = {"once": dict(once=True), "by readers": dict(once=False)}
     early = how_on(device, Precision("float32")).pdl
@@ -68,7 +68,7 @@ def plan_case(options: Options, size: int, actions: int, envs: int, precision: s
 
     planners: dict[str, Callable[[], KernelPlan]] = {"chosen": lambda: chosen}
     variants = {"chosen": Variant(partial(_act, planners["chosen"], obs), launches=at.work.launches)}
-    for name, regime in _regimes(device).items():
+    for name, regime in regimes_on(device).items():
         launches = len(dry_plan(at.sizes, Precision(precision), once=regime.get("once"))[1])
         made = cache(partial(KernelPlan, at.agent.model, envs, options.seed, **regime))
         gate = partial(_same_values, made, planners["chosen"], obs, noise, VALUE_LIMIT[precision])
@@ -124,5 +124,5 @@ def update_case(options: Options, size: int, batch_size: int, precision: str) ->
 
         return Variant(run, gate=lambda: Gate.of_metrics(first(), wanted, LIMIT[precision]))
 
-    variants |= {name: learning(regime) for name, regime in _regimes(agent.device).items()}
+    variants |= {name: learning(regime) for name, regime in regimes_on(agent.device).items()}
     return Case("update-regimes", "update", variants, **at.facts)

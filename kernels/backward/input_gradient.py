@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..device.arithmetic import operand, store_rounded
 from ..device.launch import How, await_producers, cdiv, jit, launch, tl
-from ..device.pointers import entry_ptrs, flattened, row_ptrs, slab_of, strided
+from ..device.pointers import entry_ptrs, flattened, row_ptrs, slab_at, slab_of, strided
 from ..device.reference import reference_of
 from ..layers.linear_tile import dropped
 from ..layers.rows import EACH, Layer, Rows, Slabs, packed, source
@@ -41,6 +41,8 @@ def input_gradient_kernel(
     await_producers(PDL)
     BM: tl.constexpr = TILE.BM  # in a shape Triton 3.6 takes names of constants, not fields
     BN: tl.constexpr = TILE.BN
+    # In a loop Triton 3.6 forgets those fields of tuples that are 1, but no names.
+    members_ptr, base, step = w.slab.members_ptr, w.slab.base, w.slab.step
     acc = tl.zeros((BM, BN), tl.float32)
     for i in range(groups):
         g = own + i
@@ -49,7 +51,7 @@ def input_gradient_kernel(
             mean, rstd, s1, s2 = row_factors(up, g, rows, n, row_ok, D, UP)
             y_ptrs = row_ptrs(up.rows.x, g, rows, n)
             gamma_ptr = up.rows.gamma_ptr + slab_of(up.rows.slab, g, UP.Y_MEMBERS) * D
-        w_ptr = w.ptr + slab_of(w.slab, g, MEMBERS) * D * K + first
+        w_ptr = w.ptr + slab_at(members_ptr, base, step, g, MEMBERS) * D * K + first
         for start in range(0, D, TILE.BK):
             k = start + tl.arange(0, TILE.BK)
             k_ok = k < D

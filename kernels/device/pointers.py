@@ -84,6 +84,12 @@ def entry_ptrs(buffer, g, rows, n, cols):
 @jit
 def slab_of(slab, g, HAS_MEMBERS: tl.constexpr):
     """Return the slab of group g, int64."""
+    return slab_at(slab.members_ptr, slab.base, slab.step, g, HAS_MEMBERS)
+
+
+@jit
+def slab_at(members_ptr, base, step, g, HAS_MEMBERS: tl.constexpr):
+    """Return the slab of group g by the fields of a `Slab`, int64."""
     if HAS_MEMBERS:
-        return slab.base + tl.load(slab.members_ptr + slab.step * g)
-    return tl.full((), slab.base, tl.int64) + slab.step * g
+        return base + tl.load(members_ptr + step * g)
+    return tl.full((), base, tl.int64) + step * g

@@ -134,6 +134,9 @@ def draw_slices_kernel(
     x = tl.load(steps.obs + row[:, None] * width + o[None, :], mask=ok, other=0)  # [BB, BO]
     to = out.obs.ptr + t * out.obs.g + frame * width
     store_rounded(to + b[:, None] * out.obs.e + o[None, :], x, ok, INTERPRETED)
+    # In a branch Triton 3.6 forgets those fields of tuples that are 1, but no names.
+    action_e, reward_e, terminated_e = out.action.e, out.reward.e, out.terminated.e
+    action_g, reward_g, terminated_g = out.action.g, out.reward.g, out.terminated.g
     if tl.program_id(2) == 0:
         if t == 0:
             if TASK:
@@ -142,12 +145,12 @@ def draw_slices_kernel(
             a = tl.arange(0, BA)  # [BA]
             a_ok = live[:, None] & (a < A)[None, :]
             action = tl.load(steps.action + step[:, None] * A + a[None, :], mask=a_ok, other=0.0)  # [BB, BA]
-            place = out.action.ptr + (t - 1) * out.action.g + b[:, None] * out.action.e + a[None, :]
+            place = out.action.ptr + (t - 1) * action_g + b[:, None] * action_e + a[None, :]
             store_rounded(place, action, a_ok, INTERPRETED)
             reward = tl.load(steps.reward + step, mask=live, other=0.0)
-            tl.store(out.reward.ptr + (t - 1) * out.reward.g + b * out.reward.e, reward, mask=live)
+            tl.store(out.reward.ptr + (t - 1) * reward_g + b * reward_e, reward, mask=live)
             ended = tl.load(steps.terminated + step, mask=live, other=0).to(tl.float32)
-            tl.store(out.terminated.ptr + (t - 1) * out.terminated.g + b * out.terminated.e, ended, mask=live)
+            tl.store(out.terminated.ptr + (t - 1) * terminated_g + b * terminated_e, ended, mask=live)
 
 
 def _check(

@@ -48,6 +48,10 @@ class TorchUpdate(UpdateBackend):
         encoder = [p for n, p in named if n.startswith("_encoder.")]
         rest = [p for n, p in named if not n.startswith("_encoder.")]
         have_a_cache()
+        # Kernels that learned before have left the rows of first layers apart, which fused Adam refuses on a GPU.
+        for p in model.parameters():
+            if device.type == "cuda" and not p.is_contiguous():
+                p.data = p.data.contiguous()
         groups: list[dict[str, Any]] = [dict(params=encoder, lr=cfg.lr * cfg.enc_lr_scale), dict(params=rest)]
         self.optim = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
         self.pi_optim = torch.optim.Adam(model._pi.parameters(), lr=cfg.lr, eps=POLICY_EPS, fused=True)
