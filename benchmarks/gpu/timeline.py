@@ -1,6 +1,6 @@
 """Where the device's time of a plan and an update goes, kernel by kernel.
 
-    python -m tdmpc2_fast.benchmarks.gpu.timeline [plan] [update] [regimes] [size=5] [precision=bfloat16,tf32] [out=FOLDER]
+    python -m tdmpc2_fast.benchmarks.gpu.timeline [plan] [update] [regimes] [KEY=VALUE of `bench` ...]
 
 Prints, for each plan of one environment and each update of 256, the time of a replay of its graph on the device, by
 events around many; with `regimes` also that of each other way to do it (suites/regimes.py). Then, from the profiler,
@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,7 +65,7 @@ def microseconds(replay: Callable[[], object]) -> list[float]:
         replay()
         event.record()
     torch.cuda.synchronize()
-    return [1000 * a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [1000 * a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 def kernels(replay: Callable[[], object]) -> list[dict[str, Any]]:
