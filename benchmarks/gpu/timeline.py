@@ -106,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse([w for w in words if w not in (*_WHAT, _WAYS)])
     asked = [w for w in words if w in _WHAT] or _WHAT
     print(this_machine(options.torch_device).label)
-    ways = {"chosen": {}} | (regimes_on(options.torch_device) if _WAYS in words else {})
     measured = []
     for what, size, precision in product(asked, options.size, options.precisions):
+        ways = {"chosen": {}} | (regimes_on(options.torch_device, what) if _WAYS in words else {})
         replays = {way: replay_of(options, size, precision, what, regime) for way, regime in ways.items()}
         times = {way: microseconds(replay) for way, replay in replays.items()}
         measured.append((f"{what}, {size}M, {precision}", replays["chosen"], times))

@@ -2,7 +2,7 @@
 
     once           activations are computed once: layers finish their rows
     by readers     a layer's readers activate it, each anew
-    no early start a kernel does not begin before the one ahead of it has ended
+    early start    a kernel begins while the one ahead of it ends; an update's do unless told otherwise
 
 What is fastest where is what the thresholds of that table are to be set by.
 """
@@ -51,11 +51,12 @@ def _check(options: Options) -> None:
         raise CannotMeasureError(f"regimes are the kernels', and torch computes here: {backend.why}")
 
 
-def regimes_on(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Return the arguments of a backend for each regime."""
+def regimes_on(device: torch.device, what: str) -> dict[str, dict[str, Any]]:
+    """Return the arguments of a backend for each regime of a plan or an update."""
     regimes: dict[str, dict[str, Any]] = {"once": dict(once=True), "by readers": dict(once=False)}
-    early = how_on(device, Precision("float32")).pdl
-    return regimes | ({"no early start": dict(pdl=False)} if early else {})
+    if not how_on(device, Precision("float32")).pdl:
+        return regimes
+    return regimes | ({"early start": dict(early=True)} if what == "plan" else {"no early start": dict(pdl=False)})
 
 
 def plan_case(options: Options, size: int, actions: int, envs: int, precision: str) -> Case:
@@ -68,7 +69,7 @@ def plan_case(options: Options, size: int, actions: int, envs: int, precision: s
 
     planners: dict[str, Callable[[], KernelPlan]] = {"chosen": lambda: chosen}
     variants = {"chosen": Variant(partial(_act, planners["chosen"], obs), launches=at.work.launches)}
-    for name, regime in regimes_on(device).items():
+    for name, regime in regimes_on(device, "plan").items():
         launches = len(dry_plan(at.sizes, Precision(precision), once=regime.get("once"))[1])
         made = cache(partial(KernelPlan, at.agent.model, envs, options.seed, **regime))
         gate = partial(_same_values, made, planners["chosen"], obs, noise, VALUE_LIMIT[precision])
@@ -124,5 +125,5 @@ def update_case(options: Options, size: int, batch_size: int, precision: str) ->
 
         return Variant(run, gate=lambda: Gate.of_metrics(first(), wanted, LIMIT[precision]))
 
-    variants |= {name: learning(regime) for name, regime in regimes_on(agent.device).items()}
+    variants |= {name: learning(regime) for name, regime in regimes_on(agent.device, "update").items()}
     return Case("update-regimes", "update", variants, **at.facts)

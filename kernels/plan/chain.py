@@ -52,6 +52,8 @@ class PlanChain:
         how: precision of the products, and what the device can.
         device: where the buffers are.
         once: whether layers finish, or leave their activation to each reader; None: on a GPU they finish.
+        early: whether kernels start early where the device can. On an H200 a plan then takes 906 us instead of 697:
+            programs of the kernels to come wait in the room that those at work could use.
         annotate: makes a named range for profilers.
     """
 
@@ -62,9 +64,11 @@ class PlanChain:
         how: How,
         device: torch.device,
         once: bool | None = None,
+        early: bool = False,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.sizes, self.weights, self.how, self._annotate = sizes, weights, how, annotate
+        self.sizes, self.weights, self._annotate = sizes, weights, annotate
+        self.how = how._replace(pdl=how.pdl and early)
         self.inputs, self.draws = PlanInputs.empty(sizes, device), PlanDraws.empty(sizes, device)
         self.state = PlanState(sizes, how.precision, device)
         rows = sizes.envs * sizes.num_samples

@@ -34,7 +34,7 @@ class KernelPlan(PlanBackend):
     """Plans for `num_envs` environments by one replay of a CUDA graph.
 
     Draws come from a counter-based generator on the device, whose counter each plan advances.
-    once, pdl: see `PlanChain`; `pdl` is None for what the device can.
+    once, early: see `PlanChain`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class KernelPlan(PlanBackend):
         num_envs: int,
         seed: int,
         once: bool | None = None,
-        pdl: bool | None = None,
+        early: bool = False,
     ) -> None:
         cfg, device = model.cfg, model.device
         self.model, self.cfg = model, cfg
@@ -53,9 +53,10 @@ class KernelPlan(PlanBackend):
         self.chain = PlanChain(
             sizes,
             self._packed.weights,
-            how_on(device, self.precision, pdl),
+            how_on(device, self.precision),
             device,
             once=once,
+            early=early,
             annotate=annotate,
         )
         inputs = self.chain.inputs
