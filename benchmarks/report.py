@@ -209,8 +209,12 @@ def results_page(files: Sequence[Path]) -> str:
     return "\n".join(parts)
 
 
-def readme_table(rows: Sequence[Row]) -> str:
-    """Return a table of plans and updates of up to 5M for one environment, against the baselines."""
+def readme_tables(files: Sequence[Path]) -> str:
+    """Return for each of these files a table of plans and updates of up to 5M for one environment, with baselines."""
+    return "\n\n".join(_readme_table(read(path)) for path in files)
+
+
+def _readme_table(rows: Sequence[Row]) -> str:
     shown = [r for r in rows if r.suite in ("planner", "update") and r.envs in (None, 1) and r.actions == 6]
     shown = [r for r in shown if r.size is not None and r.size <= 5 and r.p50 is not None]
     return f"{machine_of(rows)}:\n\n{markdown_table(shown, ('what', 'by', 'p50 ms', 'p20, p80, p99', 'ratio'))}"
@@ -225,11 +229,14 @@ def with_table(readme: str, table: str) -> str:
     return text
 
 
-def shown_in_readme(files: Sequence[Path]) -> Path | None:
-    """Return the newest GPU result that has plans, else the newest of a CPU; None where no file has any."""
-    found = {path: read(path) for path in files}
-    with_plans = [path for path, rows in found.items() if any(r.suite == "planner" for r in rows)]
-    return max(with_plans, key=lambda path: (bool(found[path][0].gpu), found[path][0].date), default=None)
+def shown_in_readme(files: Sequence[Path]) -> list[Path]:
+    """Return the newest result with plans of a GPU, and that of a CPU, as far as there are any."""
+    newest: dict[bool, Path] = {}
+    for path in sorted(files, key=lambda path: read(path)[0].date):
+        rows = read(path)
+        if any(r.suite == "planner" for r in rows):
+            newest[bool(rows[0].gpu)] = path
+    return [newest[gpu] for gpu in (True, False) if gpu in newest]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page, readme = folder.parent / "RESULTS.md", folder.parent.parent / "README.md"
         page.write_text(results_page(files))
         if shown := shown_in_readme(files):
-            readme.write_text(with_table(readme.read_text(), readme_table(read(shown))))
+            readme.write_text(with_table(readme.read_text(), readme_tables(shown)))
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
