@@ -137,6 +137,11 @@ class TensorDictFile:
         self.shape: tuple[int, int] = (0, 0)
         self.columns = self._columns(made[0])
 
+    @property
+    def checksums(self) -> dict[str, int]:
+        """The CRC-32 of each storage, as the archive tells it."""
+        return {key: entry.CRC for key, entry in self._entries.items()}
+
     def check(self) -> None:
         """Read all of it and raise `DataError` where a checksum of the archive differs."""
         with self.path.open("rb") as f:

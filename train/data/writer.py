@@ -77,7 +77,7 @@ def write(
         kept = {s.file: s for s in _unfinished(folder)}
         _check_room(folder, sum(int(c.lengths.sum()) * tasks[n].row_bytes for n, c in chains.items()), kept)
         done: list[Shard] = []
-        begin = 0 if old is None else 1 + max(int(s.file.partition("-")[0]) for s in old.shards)
+        begin = 1 + max((_number(s.file) for s in (() if old is None else old.shards)), default=-1)
         for i, (number, first, stop) in enumerate(plan):
             path = folder / f"{begin + i:05d}-{_slug(tasks[number].name)}.safetensors"
             made = _kept(path, kept.get(path.name), number, chains[number], first, stop)
@@ -176,6 +176,12 @@ def _check_room(folder: Path, needed: int, kept: dict[str, Shard]) -> None:
     needed -= sum(s.bytes for s in kept.values())
     if needed > (free := shutil.disk_usage(folder).free):
         raise DataError(f"data {str(folder)!r}: needs {needed / 1e9:,.1f} GB, allowed: the {free / 1e9:,.1f} GB free")
+
+
+def _number(file: str) -> int:
+    """Return the number that a shard's name begins with; -1 where it is of another program's making."""
+    found = re.match(r"\d{1,9}", file)
+    return -1 if found is None else int(found[0])
 
 
 def _slug(name: str) -> str:
