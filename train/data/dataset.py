@@ -87,7 +87,7 @@ def found_index(folder: Path) -> Index:
     path = folder / INDEX
     if not path.is_file() or path.is_symlink():
         what = f"has no {INDEX}"
-        if (folder / UNFINISHED).exists():
+        if any(folder.glob(UNFINISHED)):
             what = "is not finished: the command that was writing it goes on where it stopped"
         elif any(folder.glob("*.pt")):
             what += f": tdmpc2-fast data convert {folder} out=FOLDER makes a data set of these .pt files"
@@ -100,7 +100,8 @@ class ShardEpisodes:
 
     def __init__(self, maps: Maps, number: int, shard: Shard, task: Task) -> None:
         self._maps, self._number, self._shard = maps, number, shard
-        self.task, self.obs_dim, self.action_dim, self.origin = task.name, task.obs_dim, task.action_dim, shard.origin
+        self.task, self.obs_dim, self.action_dim = task.name, task.obs_dim, task.action_dim
+        self.origin, self.identity = shard.origin, shard.sha256
 
     @functools.cached_property
     def lengths(self) -> Lengths:

@@ -24,8 +24,8 @@ from .rows import Lengths
 
 FORMAT = "tdmpc2-fast-data/1"
 INDEX = "index.json"
-UNFINISHED = "unfinished.json"
-"""An index of what is there of a set that is being written."""
+UNFINISHED = "unfinished-*.json"
+"""Indices of what is there of a set that is being written."""
 _MOST_BYTES = 64 << 20
 _MOST_SHARDS = 100_000
 _MOST_WIDTH = 1_000_000

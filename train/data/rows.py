@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +36,8 @@ class Episodes(Protocol):
     action_dim: int
     origin: str
     """Where they come from, in a line."""
+    identity: str
+    """What no other episodes of the same lengths have."""
     lengths: Lengths
     """Rows of each episode."""
 
@@ -52,6 +55,11 @@ class Kept(NamedTuple):
     origin: str
     lengths: Lengths
     held: Rows
+
+    @property
+    def identity(self) -> str:
+        """What no other episodes of the same lengths have."""
+        return hashlib.sha256(b"".join(x.tobytes() for x in self.held)).hexdigest()
 
     def rows(self, first: int, stop: int) -> Rows:
         """Return episodes from `first` to before `stop`."""
