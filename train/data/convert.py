@@ -47,7 +47,9 @@ def episodes(path: Path, tasks: str | None, tell: Callable[[str], None] = lambda
         if files and not (path / INDEX).exists():
             return [part for file in files for part in _official(file, names, tell)]
         if tasks is not None:
-            raise DataError(f"config key 'tasks': got {tasks!r}, allowed: none with {str(path)!r}, which has its own names")
+            raise DataError(
+                f"config key 'tasks': got {tasks!r}, allowed: none with {str(path)!r}, which has its own names"
+            )
         found_index(path)
         data = DataSet.open(path)
         return [part for t in data.tasks for part in data.episodes(t.name)]

@@ -85,7 +85,9 @@ class MinariEpisodes:
     def _episode(self, i: int) -> Rows:
         group, steps = self._groups[i], int(self.lengths[i]) - 1
         obs = [
-            read(self._numbers(group, steps + 1, "observations", *_names(path))) for path, read in self._read_parts if read
+            read(self._numbers(group, steps + 1, "observations", *_names(path)))
+            for path, read in self._read_parts
+            if read
         ]
         action = np.full((steps + 1, self.action_dim), np.nan, np.float32)
         action[1:] = _undone(self._actions, self._numbers(group, steps, "actions"))
@@ -102,7 +104,9 @@ class MinariEpisodes:
         """Return the numbers of a dataset of so many rows."""
         found = self._set(group, *names)
         if found.shape[:1] != (count,) or found.dtype.kind not in "fiub":
-            raise self._error(f"{found.name} has {found.shape} of {found.dtype}, allowed: numbers, {count} rows of them")
+            raise self._error(
+                f"{found.name} has {found.shape} of {found.dtype}, allowed: numbers, {count} rows of them"
+            )
         try:
             return np.asarray(found[()])
         except OSError as e:

@@ -66,7 +66,7 @@ def write(
         OSError: it cannot be written; what was there is as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder, "data"):
         old = found_index(folder) if (folder / INDEX).exists() else None
         tasks, chains = _tasks(old, parts)
         plan = [
