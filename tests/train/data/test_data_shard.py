@@ -77,9 +77,7 @@ def header(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable
     ],
     ids=["short", "long", "header", "nested", "shape", "dtype", "name", "overlap"],
 )
-def test_a_shard_that_is_not_what_the_index_says(
-    change: Callable[[bytes], bytes], reason: str, tmp_path: Path
-) -> None:
+def test_a_shard_that_is_not_what_the_index_says(change: Callable[[bytes], bytes], reason: str, tmp_path: Path) -> None:
     path = tmp_path / made(tmp_path).shards[0].file
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(DataError, match=reason):

@@ -146,7 +146,10 @@ IMAGE = dict(type="Box", dtype="uint8", shape=[64, 64, 3], low=[[[0] * 3] * 64] 
         (lambda p: (p / "metadata.json").write_text("[" * 100_000), "metadata.json is no JSON"),
         (lambda p: (p / "metadata.json").write_text("[]"), "no JSON object"),
         (lambda p: (p / "main_data.hdf5").unlink(), "has no main_data.hdf5"),
-        (lambda p: (p / "main_data.hdf5").write_bytes((p / "main_data.hdf5").read_bytes()[:9000]), "truncated, damaged"),
+        (
+            lambda p: (p / "main_data.hdf5").write_bytes((p / "main_data.hdf5").read_bytes()[:9000]),
+            "truncated, damaged",
+        ),
         (lambda p: (p / "main_data.hdf5").write_bytes(b"nothing"), "or no HDF5"),
         (file(lambda f: f.move("episode_1", "episode_2")), "lacks episode_1"),
         (file(lambda f: f.move("episode_1/rewards", "episode_1/reward")), "/episode_1 lacks rewards"),

@@ -165,7 +165,9 @@ def test_another_order_of_tasks_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'pendulum-swingup' have numbers behind the 3 .* another order of tasks"):
         convert([tmp_path / "x.pt"], tmp_path / "set")
     saved(tmp_path / "x.pt", official_numbers(2, 11, 3, 1))
-    with pytest.raises(DataError, match="'dog-run' has observations and actions of 223 and 38 numbers, but there are 3"):
+    with pytest.raises(
+        DataError, match="'dog-run' has observations and actions of 223 and 38 numbers, but there are 3"
+    ):
         convert([tmp_path / "x.pt"], tmp_path / "set", "dog-run,b")
 
 

@@ -92,7 +92,9 @@ def test_nothing_in_a_pickle_is_executed(where: str, tmp_path: Path) -> None:
     assert ran.exists()
 
 
-@pytest.mark.parametrize("op", [b"cbuiltins\neval\n(X\x01\x00\x00\x001tR.", b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93."])
+@pytest.mark.parametrize(
+    "op", [b"cbuiltins\neval\n(X\x01\x00\x00\x001tR.", b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93."]
+)
 def test_no_other_name_is_known(op: bytes, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="eval"):
         TensorDictFile(pickled(tmp_path / "x.pt", lambda _: op))

@@ -19,6 +19,8 @@ from data_episodes import official_numbers  # noqa: E402
 
 numbers = {k: torch.from_numpy(x) for k, x in official_numbers().items()}
 count, steps = numbers["reward"].shape
-rows = [[TensorDict({k: x[e, t : t + 1] for k, x in numbers.items()}, (1,)) for t in range(steps)] for e in range(count)]
+rows = [
+    [TensorDict({k: x[e, t : t + 1] for k, x in numbers.items()}, (1,)) for t in range(steps)] for e in range(count)
+]
 episodes = torch.stack([torch.cat(row) for row in rows])
 torch.save(episodes if "stacked" in sys.argv else episodes.contiguous(), sys.argv[1])
