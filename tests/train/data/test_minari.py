@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-h5py = pytest.importorskip("h5py")
-gymnasium = pytest.importorskip("gymnasium")
+pytest.importorskip("gymnasium")
+pytest.importorskip("h5py")
+import h5py
 from point_env import Point
 
 from tdmpc2_fast.errors import DataError
