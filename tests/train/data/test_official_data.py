@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -183,3 +185,32 @@ def test_a_flipped_number_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(DataError, match=r"the checksum of its part .*data/0' differs"):
         official.episodes(tmp_path / "x.pt", TREE)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from tdmpc2_fast.train.data.convert import convert
+
+def status(name):
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) << 10
+
+limit = status("VmSize") + (80 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+before = status("VmHWM")
+convert([Path(sys.argv[1])], Path(sys.argv[2]))
+print((status("VmHWM") - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what is resident")
+def test_a_file_larger_than_memory_is_converted(tmp_path: Path) -> None:
+    """With `ulimit -v`: 120 MB, where 80 more may be taken, and few are."""
+    numbers = mt30([i % 30 for i in range(30)], 101)
+    path = saved(tmp_path / "x.pt", {k: np.tile(x, (200, *[1] * (x.ndim - 1))) for k, x in numbers.items()})
+    assert path.stat().st_size > 110 << 20
+    command = [sys.executable, "-P", "-c", LIMITED, str(path), str(tmp_path / "set")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sum(t.episodes for t in DataSet.open(tmp_path / "set").tasks) == 6000
+    assert int(done.stdout) < 50
