@@ -182,6 +182,14 @@ class Config:
         "implementation of the ops: kernels of a GPU (triton) or a CPU (cpu), or torch",
         choices=("auto", "torch", "triton", "cpu"),
     )
+    init: str | None = key(None, "checkpoint to fine-tune from: weights that fit are taken, the rest begins anew")
+    init_task: str | None = key(None, "task of init whose embedding a new one begins with; none: the mean of all")
+    freeze: str | None = key(
+        None, "parts of the world model that do not learn", choices=(None, "encoder", "encoder+dynamics")
+    )
+    mix: float | None = key(
+        None, "share of each batch from data_dir in online training; none trains on the data alone", low=0, high=1
+    )
     task_grad_leak: bool = key(
         True, "multi-task: the policy loss's task-embedding gradient enters the next world update, as official"
     )
@@ -230,6 +238,14 @@ class Config:
             flat, channels = each * self.num_channels, self.latent_dim // each
             ways = f"{each}*num_channels = {flat} where obs=rgb, or with it num_channels={channels}"
             need(self.latent_dim == flat, "latent_dim", ways)
+        need(
+            self.init is None or self.checkpoint is None,
+            "init",
+            "none where checkpoint is given, which sets all weights",
+        )
+        need(self.init_task is None or self.init is not None, "init_task", "none without init")
+        need(self.mix is None or self.data_dir is not None, "mix", "none without data_dir")
+        need(self.mix is None or 0 < self.mix < 1, "mix", "between 0 and 1, or none to train on the data alone")
         if self.obs_shape is not None:
             need(self.obs in self.obs_shape, "obs_shape", f"the kind that obs={self.obs} asks for among them")
             shape = self.obs_shape[self.obs]

@@ -206,7 +206,8 @@ def trained(path: Path) -> str:
     if not of_these:
         return "step and return unknown"
     updates = f"{facts['updates']:,} updates" if facts["updates"] else "no update yet"
-    text = f"step {facts['step']:,} ({facts['decisions']:,} decisions, {updates})"
+    played = f"{facts['decisions']:,} decisions, " if "decisions" in facts else ""
+    text = f"step {facts['step']:,} ({played}{updates})"
     if "return" not in facts:
         return f"{text}, not evaluated"
     return f"{text}, {returned(facts['return'], facts['return_std'], facts['episodes'])}"

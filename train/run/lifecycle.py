@@ -23,7 +23,7 @@ from .checkpoints import Checkpoints, Saved, trained
 from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder
-from .loop import Trainer
+from .loops.base import Trainer
 from .stop import Stop, Stopped
 from .threads import choose_threads
 from .trainer import OnlineTrainer

@@ -84,7 +84,8 @@ def save(run: Resumable, whole: bool) -> bool:
 def about_weights(run: Resumable) -> dict[str, Any]:
     """Return what `checkpoints.trained` tells of the weights as they are."""
     decisions = run.progress.decisions
-    facts = dict(step=decisions * run.log.action_repeat, decisions=decisions, updates=run.agent.updater.steps)
+    facts = dict(step=decisions * run.log.action_repeat, updates=run.agent.updater.steps)
+    facts |= dict(decisions=decisions) if run.log.unit == "decisions" else {}
     return facts | (run.evaluated if run.progress.evaluated_at == decisions else {})
 
 

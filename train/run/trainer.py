@@ -36,7 +36,7 @@ from . import resume
 from .checkpoints import Checkpoints, Saved
 from .doubts import Doubts
 from .episode import Played
-from .loop import Trainer, about, begin_with
+from .loops.base import Trainer, about, begin_with
 from .overlap import updates_on
 from .rollouts import rollouts_in
 from .stop import Stop

@@ -22,15 +22,15 @@ from tdmpc2_fast.learn.metrics import metric_names
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 
-from ..envs.given import Source
-from ..log.run_log import RunLog
-from . import resume
-from .checkpoints import Checkpoints, Saved
-from .evaluate import Evaluation, Evaluator
-from .events import Callback, Calls
-from .overlap import Updates
-from .resume import Progress
-from .stop import Stop, Stopped
+from ...envs.given import Source
+from ...log.run_log import RunLog
+from .. import resume
+from ..checkpoints import Checkpoints, Saved
+from ..evaluate import Evaluation, Evaluator
+from ..events import Callback, Calls
+from ..overlap import Updates
+from ..resume import Progress
+from ..stop import Stop, Stopped
 
 
 class Trainer:
