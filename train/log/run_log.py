@@ -92,11 +92,27 @@ class RunLog:
         clock = round(self._status.elapsed, 2), None if rate is None else round(rate, 3)
         self._write("train", decisions, dict(decisions=decisions, **row, **dict(zip(WALL_CLOCK, clock, strict=True))))
 
-    def evaluation(self, decisions: int, mean: float, std: float, episodes: int, success: float = 0.0) -> None:
-        """Write the mean and the spread of the returns of an evaluation after so many decisions of training."""
+    def evaluation(
+        self,
+        decisions: int,
+        mean: float,
+        std: float,
+        episodes: int,
+        success: float = 0.0,
+        more: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Write the mean and the spread of the returns of an evaluation after so many decisions of training.
+
+        more: of several tasks, `normalized_score`, and `return+TASK` and `success+TASK` of each.
+        """
+        more = more or {}
         self._status.evaluated(mean)
-        self._write("eval", decisions, {"return": mean, "return_std": std, "success": success})
+        self._write("eval", decisions, {"return": mean, "return_std": std, "success": success, **more})
         succeeded = f"  success {success:.2f}" if success else ""
+        if (score := more.get("normalized_score")) is not None:
+            succeeded += f"  score {score:.1f}"
+        if each := [f"{k.partition('+')[2]} {v:.1f}" for k, v in more.items() if k.startswith("return+")]:
+            self._display.note("tasks  " + ", ".join(each))
         self._display.note(
             f"eval   step {decisions * self.action_repeat:>9,}  return {mean:8.1f} ± {std:.1f}{succeeded}"
             f"  ({counted(episodes, 'episode')})"
