@@ -111,11 +111,27 @@ class RunLog:
         total = max(self._status.elapsed, 1e-9)
         return ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in self.clock.so_far().items())
 
-    def evaluation(self, decisions: int, mean: float, std: float, episodes: int, success: float = 0.0) -> None:
-        """Write the mean and the spread of the returns of an evaluation after so many decisions of training."""
+    def evaluation(
+        self,
+        decisions: int,
+        mean: float,
+        std: float,
+        episodes: int,
+        success: float = 0.0,
+        more: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Write the mean and the spread of the returns of an evaluation after so many decisions of training.
+
+        more: of several tasks, `normalized_score`, and `return+TASK` and `success+TASK` of each.
+        """
+        more = more or {}
         self._status.evaluated(mean)
-        self._write("eval", decisions, {"return": mean, "return_std": std, "success": success})
+        self._write("eval", decisions, {"return": mean, "return_std": std, "success": success, **more})
         succeeded = f"  success {success:.2f}" if success else ""
+        if (score := more.get("normalized_score")) is not None:
+            succeeded += f"  score {score:.1f}"
+        if each := [f"{k.partition('+')[2]} {v:.1f}" for k, v in more.items() if k.startswith("return+")]:
+            self._display.note("tasks  " + ", ".join(each))
         self._display.note(
             f"eval   step {decisions * self.action_repeat:>9,}  return {mean:8.1f} ± {std:.1f}{succeeded}"
             f"  ({counted(episodes, 'episode')})"

@@ -28,7 +28,7 @@ class Progress:
     updates_due: float = 0.0
     seeded: bool = False  # the agent acts, and learns
     evaluated_at: int = -1  # decisions
-    best: float | None = None  # mean return of an evaluation
+    best: float | None = None  # `Evaluation.merit`
 
 
 class Resumable(Protocol):

@@ -181,8 +181,9 @@ class OnlineTrainer(Trainer):
             self._record(episode)
 
     def _record(self, episode: Played) -> None:
-        row = dict(
+        row: dict[str, Any] = dict(
             episode=self.buffer.num_eps,
+            **({} if episode.task is None else dict(task=self.cfg.tasks[episode.task])),
             episode_reward=round(episode.total, 2),
             episode_success=episode.success,
             episode_length=len(episode),

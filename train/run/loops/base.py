@@ -185,14 +185,14 @@ class Trainer:
         self._evaluated_now = None
         self.evaluated = {"return": found.mean_return, "return_std": found.std_return, "episodes": episodes}
         success = float(np.mean(found.successes))
-        self.log.evaluation(now.decisions, found.mean_return, found.std_return, episodes, success)
+        self.log.evaluation(now.decisions, found.mean_return, found.std_return, episodes, success, found.columns())
         self._evaluated_now = found if self.ended else None
-        if saved and (now.best is None or found.mean_return > now.best):
+        if saved and (now.best is None or found.merit > now.best):
             try:
                 self.checkpoints.mark_best(resume.about_weights(self))
                 # What an agent returns that has learned nothing is no bar: a few lucky episodes would set it.
                 if self.agent.updater.steps or self.cfg.checkpoint is not None:
-                    now.best = found.mean_return
+                    now.best = found.merit
             except OSError as e:
                 self.log.warn(f"checkpoints/best stays what it was: {e}")
         return found
