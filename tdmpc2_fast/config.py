@@ -359,8 +359,9 @@ class Config:
         return cfg.replace(seed_steps=self.seed_steps or max(1000, 5 * sum(cfg.episode_lengths)))
 
     def of_task(self, name: str) -> Config:
-        """Return the config of one of `tasks` alone, without what its environment fills in."""
-        return self.replace(task=name, tasks=(), seed_steps=None)
+        """Return the config of one of `tasks` alone, without what its environment fills in but for its length."""
+        length = self.episode_lengths[self.tasks.index(name)] if self.multitask else None
+        return self.replace(task=name, tasks=(), seed_steps=None, episode_length=length)
 
     def replace(self, **changes: Any) -> Config:
         """Return a copy with some keys changed, validated again.

@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import CheckpointError
 from tdmpc2_fast.learn.batch import Batch
 
 from ...envs.given import Source
@@ -62,9 +61,6 @@ class OfflineTrainer(Trainer):
         stop: looked at between updates.
         source: where the environments come from that it is evaluated in; default by `cfg.task`.
         facts: what the header of the run says of the data.
-
-    Raises:
-        CheckpointError: `saved` is of a run from other data.
     """
 
     def __init__(
@@ -81,13 +77,9 @@ class OfflineTrainer(Trainer):
         if saved is None:
             begin_with(agent, notes)
         super().__init__(agent, folder, stop, source, source, updates_on(agent.updater, overlap=False))
-        self.data, self._facts = data, dict(facts or {})
-        if saved is not None and saved.values["data"] != self._facts:
-            was = ", ".join(f"{k} {v}" for k, v in saved.values["data"].items())
-            now = ", ".join(f"{k} {v}" for k, v in self._facts.items())
-            raise CheckpointError(f"run {str(folder)!r}: data_dir holds {now}, allowed: what it began with, {was}")
+        self.data = data
         resumed = None if saved is None else saved.values["log"]
-        self.log = RunLog(cfg, folder, 1, about(agent) | self._facts, resumed, unit="updates")
+        self.log = RunLog(cfg, folder, 1, about(agent) | dict(facts or {}), resumed, unit="updates")
         for note in notes:
             self.log.note(note)
         self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints)
@@ -114,7 +106,7 @@ class OfflineTrainer(Trainer):
 
     @override
     def state(self, whole: bool) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        return dict(data=self.data.state()), dict(data=self._facts, written=self._written)
+        return dict(data=self.data.state()), dict(written=self._written)
 
     @override
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], saved: Saved) -> None:
