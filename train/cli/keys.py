@@ -146,6 +146,29 @@ class ExportOptions:
     compiled: bool = _option(False, "with format=torch: compiled for this machine by AOTInductor, which takes minutes")
 
 
+@dataclass(frozen=True)
+class CollectOptions:
+    """Keys of the command `collect`, beside those of a config."""
+
+    out: str | None = _option(None, "folder of the data set; what is in it stays")
+    episodes: int | None = _option(
+        None, "episodes of each source and task that the set is to have; none: 100, or all of a replay", low=1
+    )
+    noise: bool = _option(False, "let agents explore as in training")
+    replay: bool = _option(False, "take the episodes in the replay of a run, and play none")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Keys of the command `data`."""
+
+    out: str | None = _option(None, "with convert: folder of the new data set")
+    tasks: str | None = _option(
+        None,
+        "with convert: mt30, mt80 or names in the order of official files' task numbers; of Minari, the task's name",
+    )
+
+
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in FILLED_IN}
 OPTION_FIELDS = {f.name: f for f in dataclasses.fields(Options)}
 _KNOWN = [
@@ -252,7 +275,9 @@ def _setting(key: str, text: str) -> Any:
     return text
 
 
-T = TypeVar("T", Options, PlotOptions, PlanOptions, ExportOptions, TasksOptions, SuitesOptions)
+T = TypeVar(
+    "T", Options, PlotOptions, PlanOptions, ExportOptions, TasksOptions, SuitesOptions, CollectOptions, DataOptions
+)
 
 
 def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
