@@ -110,8 +110,17 @@ class PlotOptions:
 
 
 @dataclass(frozen=True)
+class EvalOptions:
+    """Keys of the command `eval`, beside those of a config."""
+
+    tasks: str | None = _option(None, "of a multi-task model, those to play, as in walker-walk,cup-catch; none: all")
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """Keys of the command `plan`, beside those of a config."""
+
+    tasks: str | None = _option(None, "of a multi-task model, the one to play")
 
     decision: int | None = _option(
         None, "decisions of the episode that come before the one drawn; none: 50, or what a shorter episode has", low=0
@@ -276,7 +285,16 @@ def _setting(key: str, text: str) -> Any:
 
 
 T = TypeVar(
-    "T", Options, PlotOptions, PlanOptions, ExportOptions, TasksOptions, SuitesOptions, CollectOptions, DataOptions
+    "T",
+    Options,
+    PlotOptions,
+    EvalOptions,
+    PlanOptions,
+    ExportOptions,
+    TasksOptions,
+    SuitesOptions,
+    CollectOptions,
+    DataOptions,
 )
 
 
