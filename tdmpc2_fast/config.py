@@ -227,6 +227,11 @@ class Config:
         need(self.vmin < self.vmax, "vmin", f"less than vmax ({self.vmax})")
         need(self.discount_min <= self.discount_max, "discount_min", f"at most discount_max ({self.discount_max})")
         need(self.latent_dim % self.simnorm_dim == 0, "latent_dim", f"a multiple of simnorm_dim ({self.simnorm_dim})")
+        if self.multitask or self.tasks:
+            need(self.obs == "state", "obs", "state in a multi-task model")
+            need(not self.episodic, "episodic", "false in a multi-task model")
+            need(all(isinstance(name, str) and name for name in self.tasks), "tasks", "names of tasks")
+            need(len({*self.tasks}) == len(self.tasks), "tasks", "each task once")
         if self.obs == "rgb":
             each = _CHANNEL_LATENTS
             need(self.latent_dim % each == 0, "latent_dim", f"a multiple of {each} where obs=rgb")
@@ -242,11 +247,6 @@ class Config:
             else:
                 ways = "one dimension of 'state': flatten it, or take images with obs=rgb"
                 need(len(shape) == 1, "obs_shape", ways)
-        if self.multitask or self.tasks:
-            need(self.obs == "state", "obs", "state in a multi-task model")
-            need(not self.episodic, "episodic", "false in a multi-task model")
-            need(all(isinstance(name, str) and name for name in self.tasks), "tasks", "names of tasks")
-            need(len({*self.tasks}) == len(self.tasks), "tasks", "each task once")
         if self.multitask:
             need(len(self.tasks) > 0, "tasks", "at least one task name where multitask=true")
             need(self.task_dim > 0, "task_dim", "at least 1 where multitask=true")

@@ -68,7 +68,7 @@ def test_a_run_learns_and_logs_every_task(tmp_path: Path) -> None:
     assert [row["task"] for row in train[:7]] == (TASKS * 3)[:7]
     assert [int(row["episode_length"]) for row in train[:3]] == [7, 5, 6]
     assert all(math.isfinite(float(row["total_loss"])) for row in train[7:])
-    steps = run.buffer.steps(0, run.buffer.written)
+    steps = run.buffer.steps(run.buffer.written - len(run.buffer), run.buffer.written)
     assert steps["task"].tolist() == (3 * ([0] * 8 + [1] * 6 + [2] * 7))[-60:]  # what the ring holds of nine episodes
     dead = torch.tensor([[a >= SIZES[TASKS[t]][1] for a in range(2)] for t in steps["task"].tolist()])
     live = steps["action"].isfinite() & ~dead
