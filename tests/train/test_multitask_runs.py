@@ -262,3 +262,29 @@ def test_official_tasks_of_dmcontrol_are_played_together(tmp_path: Path) -> None
     assert found.normalized_score == pytest.approx(found.mean_return / 10)
     assert float(rows(tmp_path / "eval.csv")[-1]["normalized_score"]) == pytest.approx(found.normalized_score, abs=1e-3)
     assert rows(tmp_path / "eval.csv")[-1]["step"] == "2020"  # each repeats actions twice
+
+
+def test_an_official_checkpoint_is_played_in_some_of_its_tasks(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    agent = TDMPC2(Config(task="mt30", model_size=1, device="cpu"))
+    agent.save("mt30-1M.pt")
+    words = ["eval", "mt30-1M.pt", "eval_episodes=1", "mpc=false", "device=cpu"]
+    assert cli.main([*words, "tasks=cup-catch,pendulum-spin"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.partition(": return")[0] for line in lines] == ["cup-catch", "pendulum-spin", "mt30"]
+    assert "normalised score" in lines[2]
+    assert "normalised score" not in lines[0]
+    # The same by hand: the policy's mean in an environment of the task alone.
+    env = make_env(Config(task="cup-catch"), stream_seed(1, "eval env 0 of cup-catch") % 2**31)
+    prior, index = TDMPC2(agent.cfg.replace(mpc=False)), agent.cfg.tasks.index("cup-catch")
+    prior.load("mt30-1M.pt")
+    obs, total = env.reset(), 0.0
+    for _ in range(500):
+        padded = torch.zeros(24)
+        padded[:8] = torch.from_numpy(obs)
+        mean = prior.act(padded, eval_mode=True, task=index).numpy()
+        obs, reward, *_ = env.step(mean[:2])
+        total += reward
+    assert lines[0].startswith(f"cup-catch: return {total:.1f} ")
