@@ -74,9 +74,7 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
     if cfg.tasks and not given.source.by_name:
-        raise ConfigError(
-            "env: got environments and `tasks`, allowed: one of them; several tasks are made by their names"
-        )
+        raise ConfigError("env: got environments beside `tasks`, allowed: none, since several tasks are made by name")
     fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
     if given.evaluation is not None:
         close_all([same_form(given.evaluation.form(fixed), fixed)])
