@@ -110,6 +110,7 @@ NOT_HERE = {
     r"tdmpc2-fast tasks --check": "plays every task, which takes minutes; tests/train/cli/test_tasks.py plays some",
     r"tdmpc2-fast train task=playground:": "JAX and Playground; tests/train/device/test_playground.py trains on it",
     r"python robot_loop\.py": "tests/train/cli/test_export_command.py runs it",
+    r"tdmpc2-fast train .*(data_dir|init)=": "takes data and models; tests/train/run/test_from_data.py trains from some",
     r"tdmpc2-fast data convert (mt30|minari)": "downloads; tests/train/data/ converts such files",
     r".*\[.+\.\.\.\]": "says what may stand there",
 }
