@@ -76,6 +76,10 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def _info(folder: Path) -> int:
     from ..data.dataset import DataSet
 
@@ -99,7 +103,8 @@ def _info(folder: Path) -> int:
     steps, size = sum(t.steps for t in found.tasks), sum(t.nbytes for t in found.tasks)
     print(tables.rendered(tables.grid(rows, titles)))
     episodes = sum(t.episodes for t in found.tasks)
-    print(f"{folder}: {len(rows)} tasks, {episodes:,} episodes, {steps:,} steps, {size / 1e6:,.1f} MB")
+    counts = (_count(len(rows), "task"), _count(episodes, "episode"), _count(steps, "step"))
+    print(f"{folder}: {', '.join(counts)}, {size / 1e6:,.1f} MB")
     return 0
 
 
@@ -112,8 +117,8 @@ def _check(folder: Path) -> int:
         count += 1
         print(problem, flush=True)
     if count:
-        print(f"{folder}: {count} problems")
+        print(f"{folder}: {_count(count, 'problem')}")
         return 1
     found = DataSet.open(folder)
-    print(f"{folder}: {len(found.files)} files, every checksum and every number is right")
+    print(f"{folder}: {_count(len(found.files), 'file')}, every checksum and every number is right")
     return 0

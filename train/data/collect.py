@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tdmpc2_fast.agent import TDMPC2, load
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import DataError
+from tdmpc2_fast.errors import ConfigError, DataError
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.plan.planner import Planner
@@ -33,12 +33,13 @@ from ..run.stop import Stop
 from ..run.threads import choose_threads
 from .dataset import found_index
 from .index import INDEX
-from .rows import kept
+from .rows import Kept, kept
 from .writer import write
 
 EPISODES = 100
 _MOST_ENVS = 16
 _APPEND_SECONDS, _APPEND_BYTES = 60.0, 64 << 20
+_LOOK_SECONDS = 0.05
 _NONE: dict[str, Any] = dict(
     multitask=False,
     tasks=(),
@@ -122,7 +123,7 @@ def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None
 
     def append() -> None:
         if waiting:
-            write(out, [kept(task, waiting, player.origin)])
+            _append(out, kept(task, waiting, player.origin))
             totals = [float(np.nansum(e["reward"])) for e in waiting]
             tell(
                 f"{task}: {done:,} of {count:,} episodes, return {np.mean(totals):.1f} ± {np.std(totals):.1f} of the "
@@ -243,6 +244,19 @@ def _checkpoints(path: Path) -> list[Path]:
     return found or [checkpoint.find_checkpoint(path)]
 
 
+def _append(out: Path, episodes: Kept) -> None:
+    """Append episodes, when no other process does; that takes a moment."""
+    end = time.monotonic() + _APPEND_SECONDS
+    while True:
+        try:
+            write(out, [episodes])
+            return
+        except ConfigError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(_LOOK_SECONDS)
+
+
 def _there(out: Path, task: str, origin: str) -> int:
     """Return how many episodes of a task and an origin a data set has."""
     if not (out / INDEX).exists():
@@ -274,6 +288,6 @@ def _from_replay(run: Path, out: Path, episodes: int | None, tell: Tell) -> None
     found = [{k: x.numpy() for k, x in buffer.steps(a, b).items()} for a, b in spans]
     for e in found:
         e["terminated"] = e["terminated"].astype(np.float32)
-    write(out, [kept(saved.cfg.task, found, origin)])
+    _append(out, kept(saved.cfg.task, found, origin))
     totals = [float(np.nansum(e["reward"][1:])) for e in found]
     tell(f"{saved.cfg.task}: {len(found):,} episodes, return {np.mean(totals):.1f} ± {np.std(totals):.1f} ({origin})")

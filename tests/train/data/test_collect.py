@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tdmpc2_fast.train.data.collect import collect
 from tdmpc2_fast.train.data.dataset import DataSet
 from tdmpc2_fast.train.envs.base import EnvError
 from tdmpc2_fast.train.run.checkpoints import Checkpoints
+from tdmpc2_fast.train.run.folder import locked
 from tdmpc2_fast.train.run.stop import Stop, Stopped
 
 OUT = Path("set")
@@ -115,6 +117,22 @@ def test_long_collections_are_appended_in_parts(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "_APPEND_SECONDS", 0)
     collect(PENDULUM, OUT, SHORT, 3)
     assert [s.episodes for s in DataSet.open(OUT).index.shards] == [1, 1, 1]
+
+
+def test_it_waits_for_another_process_to_have_written() -> None:
+    collect(PENDULUM, OUT, SHORT, 1)
+    busy = locked(OUT, "data")
+    busy.__enter__()
+    threading.Timer(0.5, busy.__exit__, (None, None, None)).start()
+    collect(PENDULUM, OUT, SHORT, 2)
+    assert DataSet.open(OUT).tasks[0].episodes == 2
+
+
+def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    collect(PENDULUM, OUT, SHORT, 1)
+    monkeypatch.setattr(module, "_APPEND_SECONDS", 0.2)
+    with locked(OUT, "data"), pytest.raises(ConfigError, match="is writing to it"):
+        collect(PENDULUM, OUT, SHORT, 2)
 
 
 @pytest.mark.parametrize("mpc", [True, False])
