@@ -24,7 +24,7 @@ from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder
 from .loops.base import Trainer
-from .loops.choice import check_data, fitted, is_offline, keys_of, trainer_of
+from .loops.choice import check_data, donor_of, is_offline, keys_of, trainer_of
 from .stop import Stop, Stopped
 from .threads import choose_threads
 
@@ -70,7 +70,8 @@ class Given:
 def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     """Begin a run, or with `resume=auto` go on with the one in its folder."""
     given = given or Given()
-    values = keys_of(values, given.source)
+    donor = donor_of(values, given.source)
+    values = keys_of(values, donor)
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
     if cfg.tasks and not given.source.by_name:
@@ -83,7 +84,8 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
         for k in values
         if getattr(fixed, k) != getattr(cfg, k)
     ]
-    fixed = fitted(fixed)
+    fixed = fixed if donor is None else donor.fitted(fixed)
+    del donor  # its weights are read again where they are taken: meanwhile they would be in memory
     check_data(fixed)
     if cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None:
         as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
