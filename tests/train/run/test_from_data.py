@@ -18,6 +18,7 @@ from tdmpc2_fast import Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import ConfigError, DataError
 from tdmpc2_fast.model.files import read_tensors
+from tdmpc2_fast.train import cli
 from tdmpc2_fast.train.log.run_log import WALL_CLOCK, WALL_CLOCK_OFFLINE
 from tdmpc2_fast.train.run import lifecycle
 from tdmpc2_fast.train.run.loops.base import Trainer
@@ -165,7 +166,7 @@ def test_mixed_batches_are_both_parts_side_by_side(tmp_path: Path) -> None:
     stream.close()
 
 
-def test_a_new_task_begins_from_a_model_of_several(tmp_path: Path) -> None:
+def test_a_new_task_begins_from_a_model_of_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("dm_control")
     keys = dict(QUICK, steps=3, eval_freq=100, mpc=False)
     data = make_data(tmp_path / "data", "cup-catch", "reacher-easy")
@@ -196,6 +197,8 @@ def test_a_new_task_begins_from_a_model_of_several(tmp_path: Path) -> None:
     assert resumed.status == 0
     assert resumed.agent is not None
     assert resumed.agent.updater.steps > agent.updater.steps
+    assert cli.main(["eval", str(tmp_path / "fine"), "eval_episodes=2"]) == 0
+    assert "Pendulum-v1" in capsys.readouterr().out
 
 
 def test_a_wider_task_and_data_of_it_beside_the_replay(tmp_path: Path) -> None:
@@ -216,6 +219,8 @@ def test_a_wider_task_and_data_of_it_beside_the_replay(tmp_path: Path) -> None:
 def test_wrong_ways_to_begin_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no such file"):
         run(tmp_path / "run", **OFFLINE, init=str(tmp_path / "none.pt"))
+    with pytest.raises(ConfigError, match="'init': got 'x', allowed: none where checkpoint is given"):
+        run(tmp_path / "run", **OFFLINE, init="x", checkpoint="y")
     run(tmp_path / "one", **{**PENDULUM, "steps": 20, "seed_steps": 18, "eval_freq": 100})
     with pytest.raises(ConfigError, match=r"'latent_dim': got 8, allowed: 16, as in the model of init"):
         run(tmp_path / "run", **{**PENDULUM, "latent_dim": 8}, init=str(tmp_path / "one"))
