@@ -171,20 +171,10 @@ def test_a_new_task_begins_from_a_model_of_several(tmp_path: Path, capsys: pytes
     keys = dict(QUICK, steps=3, eval_freq=100, mpc=False)
     data = make_data(tmp_path / "data", "cup-catch", "reacher-easy")
     run(tmp_path / "two", **keys, task="two", tasks=("reacher-easy", "cup-catch"), data_dir=str(data))
-    outcome = lifecycle.start(
-        dict(
-            {k: v for k, v in QUICK.items() if k not in ("latent_dim", "mlp_dim", "enc_dim", "num_q")},
-            task="Pendulum-v1",
-            episode_length=9,
-            init=str(tmp_path / "two"),
-            init_task="cup-catch",
-            freeze="encoder",
-            steps=40,
-            seed_steps=18,
-            eval_freq=100,
-            work_dir=str(tmp_path / "fine"),
-        )
-    )
+    own = {k: v for k, v in QUICK.items() if k not in ("latent_dim", "mlp_dim", "enc_dim", "num_q")}
+    new = dict(own, task="Pendulum-v1", episode_length=9, seed_steps=18, eval_freq=100, freeze="encoder")
+    new |= dict(init=str(tmp_path / "two"), init_task="cup-catch", work_dir=str(tmp_path / "fine"))
+    outcome = lifecycle.start(dict(new, steps=40))
     assert outcome.status == 0
     agent, donor = outcome.agent, load(tmp_path / "two")
     assert agent is not None
@@ -193,10 +183,13 @@ def test_a_new_task_begins_from_a_model_of_several(tmp_path: Path, capsys: pytes
     mine, theirs = (tensors_only(a.model.state_dict()) for a in (agent, donor))
     assert all(torch.equal(x, theirs[k]) for k, x in mine.items() if k.startswith("_encoder."))
     assert not torch.equal(mine["_dynamics.0.weight"], theirs["_dynamics.0.weight"])
-    resumed = lifecycle.resume(tmp_path / "fine", dict(steps=60))
+    assert lifecycle.resume(tmp_path / "fine", dict(steps=50)).status == 0
+    resumed = lifecycle.start(dict(new, steps=60, resume="auto"))
     assert resumed.status == 0
     assert resumed.agent is not None
-    assert resumed.agent.updater.steps > agent.updater.steps
+    assert resumed.agent.updater.steps == agent.updater.steps + 20
+    mine = tensors_only(resumed.agent.model.state_dict())
+    assert all(torch.equal(x, theirs[k]) for k, x in mine.items() if k.startswith("_encoder."))
     assert cli.main(["eval", str(tmp_path / "fine"), "eval_episodes=2"]) == 0
     assert "Pendulum-v1" in capsys.readouterr().out
 
