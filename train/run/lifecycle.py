@@ -74,7 +74,7 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     values = keys_of(values, donor)
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
-    if cfg.tasks and not given.source.by_name:
+    if cfg.tasks and not (given.source.by_name and given.evaluation is None):
         raise ConfigError("env: got environments beside `tasks`, allowed: none, since several tasks are made by name")
     fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
     if given.evaluation is not None:
