@@ -33,12 +33,11 @@ def collect(words: Sequence[str]) -> int:
 
     stop, out = Stop(), Path(options.out).expanduser()
     with stop.listening():
-        for source in sources:
-            try:
-                collecting.collect(source, out, values, options.episodes, options.noise, options.replay, stop, _say)
-            except Stopped as e:
-                print("stopped; the episodes that ended are in the set, the same command goes on", file=sys.stderr)
-                return _BY_SIGNAL + e.signal
+        try:
+            collecting.collect(sources, out, values, options.episodes, options.noise, options.replay, stop, _say)
+        except Stopped as e:
+            print("stopped; the episodes that ended are in the set, the same command goes on", file=sys.stderr)
+            return _BY_SIGNAL + e.signal
     return _info(out)
 
 

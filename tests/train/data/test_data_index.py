@@ -144,12 +144,19 @@ def test_large_numbers_are_no_numbers(folder: Path) -> None:
         read(folder / INDEX)
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A data set whose index is written anew again and again, and what it was at first."""
+    folder = tmp_path_factory.mktemp("set")
+    made(folder)
+    return folder, (folder / INDEX).read_bytes()
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_damage_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    folder = tmp_path_factory.mktemp("flip")
-    made(folder)
-    content = bytearray((folder / INDEX).read_bytes())
+def test_damage_is_noticed(many: tuple[Path, bytes], data: st.DataObject) -> None:
+    folder, content = many[0], bytearray(many[1])
+    (folder / INDEX).write_bytes(content)
     index = read(folder / INDEX)
     if data.draw(st.booleans()):
         bit = data.draw(st.integers(0, 8 * len(content) - 1))
@@ -181,10 +188,10 @@ ANY = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_whatever_a_forged_index_says_is_judged(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_whatever_a_forged_index_says_is_judged(many: tuple[Path, bytes], data: st.DataObject) -> None:
     """Anything in any place: it is refused by name, or the set opens and its numbers are read without harm."""
-    folder = tmp_path_factory.mktemp("forged")
-    made(folder)
+    folder = many[0]
+    (folder / INDEX).write_bytes(many[1])
     path = data.draw(st.sampled_from(places(json.loads((folder / INDEX).read_text()))))
     value = data.draw(ANY)
 
