@@ -6,8 +6,12 @@ where they were recorded. The order of a set's tasks is that of the rows of its 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from .errors import ConfigError
 
 _DMCONTROL = """
 walker 24 6: stand walk run walk-backwards run-backwards
@@ -47,6 +51,7 @@ myo-obj-hold-hard myo-key-turn myo-key-turn-hard myo-pen-twirl myo-pen-twirl-har
 """
 _MUJOCO = {"mujoco-walker": 1000, "mujoco-halfcheetah": 1000, "bipedal-walker": 1600, "lunarlander-continuous": 500}
 _WIDE_TASK_EMBEDDING = (1, 317)
+_NAME = re.compile(r"\w[\w.+-]*")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,18 @@ TASK_SETS: dict[str, tuple[str, ...]] = {"mt30": (*_MT30.split(),), "mt80": (*_M
 """The tasks of the official multi-task models, in order."""
 
 
+def own_set(tasks: Sequence[str], name: str | None) -> dict[str, Any]:
+    """Return the config keys of one model for these tasks, by the name of the set.
+
+    Raises:
+        ConfigError: no name, or one that is taken or cannot be a folder's.
+    """
+    if name is None or not _NAME.fullmatch(name) or name in TASK_SETS or name in TASKS:
+        taken = "other than those of tasks and sets there are"
+        raise ConfigError(f"config key 'as': got {name!r}, allowed: a name of letters, digits and ._+-, {taken}")
+    return dict(task=name, tasks=list(tasks))
+
+
 def settings_of(task: str) -> dict[str, Any]:
     """Return the config keys that the official code sets by the task alone; none for a task it does not have."""
     if task not in TASKS:
@@ -90,9 +107,18 @@ def settings_of(task: str) -> dict[str, Any]:
 
 def set_keys(task_set: str, model_size: int | None) -> dict[str, Any]:
     """Return the config keys of a multi-task model of a set: its tasks, their widths and lengths, the embedding's."""
-    names = TASK_SETS[task_set]
-    tasks = [TASKS[name] for name in names]
+    return keys_of(TASK_SETS[task_set], task_set, model_size)
+
+
+def keys_of(names: tuple[str, ...], task_set: str, model_size: int | None) -> dict[str, Any]:
+    """Return the config keys of a multi-task model of these tasks; none where the sizes of one are not known here.
+
+    task_set: what the set is called.
+    """
+    tasks = [TASKS.get(name, OfficialTask(0)) for name in names]
     widths = [(t.obs_dim, t.action_dim) for t in tasks if t.obs_dim is not None and t.action_dim is not None]
+    if len(widths) < len(names):
+        return {}
     lengths = tuple(t.episode_length for t in tasks)
     return dict(
         multitask=True,

@@ -146,7 +146,7 @@ class App(click.Group):
 COMMANDS = (
     Words("train", commands.train, "[key=value ...]", config=True, own=keys.Options),
     Words("resume", commands.resume, "RUN [key=value ...]", config=True),
-    Words("eval", commands.evaluate, "CHECKPOINT [key=value ...]", config=True),
+    Words("eval", commands.evaluate, "CHECKPOINT [key=value ...]", config=True, own=keys.EvalOptions),
     Words("plot", commands.plot, "RUN ... [key=value ...]", own=keys.PlotOptions),
     Words("plan", commands.plan, "CHECKPOINT [key=value ...]", config=True, own=keys.PlanOptions),
     Words("export", export.export, "RUN [key=value ...]", own=keys.ExportOptions),

@@ -115,6 +115,10 @@ class Environments(Protocol):
         """Return what came of it; None where the environment had to be made anew and its episode is lost."""
         ...
 
+    def tasks(self) -> Sequence[int]:
+        """Return the task of each environment's episode, by index in `cfg.tasks`; of one task alone, none."""
+        return ()
+
     def states(self) -> list[EnvState | None]:
         """Return where each stands between two steps; None where it was made anew and its episode is lost."""
         ...
@@ -170,6 +174,14 @@ def check_actions(actions: NDArray[Any], obs: NDArray[Any]) -> None:
         raise NonFiniteError(f"action: got NaN from the agent, for observations of up to {most:.3g}; scale them down")
 
 
+def whole_sizes(env: Env, task: str) -> None:
+    """Raise `ConfigError` where sizes of an environment are no whole numbers: of numpy's, files hold none."""
+    for name in ("action_dim", "max_episode_steps", "action_repeat"):
+        value = getattr(env, name, None)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"config key 'task': {task}: {name} is {value!r}, allowed: an int of at least 1")
+
+
 def state_of(env: Env) -> Any:
     """Return the random state of an environment; None where it cannot be told, or no file could hold it."""
     try:
@@ -220,20 +232,21 @@ class Failures:
         self, envs: list[Env] | dict[int, Env], index: int, error: BaseException, make: Callable[[int], Env]
     ) -> None:
         """Make environment `index` anew after an error; raises as `take` does."""
-        self.take(index, error)
+        self.take(index, error, name=getattr(envs[index], "name", None))
         close_all([envs[index]])
         envs[index] = make(index)
 
-    def take(self, index: int, error: BaseException, trace: str = "") -> None:
+    def take(self, index: int, error: BaseException, trace: str = "", name: str | None = None) -> None:
         """Drop the episode of environment `index`, which must then be made anew.
 
         trace: where the error came from, if that was in another process.
+        name: of the task that it plays; default `cfg.task`.
 
         Raises:
             EnvError: failures are to stop the run, or more were dropped than ten and a tenth of those that ended.
             Exception: where they stop it, an error of this process that is not ours, as it is.
         """
-        where = f"{self.cfg.task}, environment {index}"
+        where = f"{name or self.cfg.task}, environment {index}"
         if isinstance(error, SystemExit):
             error = EnvError(f"it called sys.exit({error.code!r})")
         if self.cfg.on_env_error == "stop":

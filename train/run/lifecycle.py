@@ -23,15 +23,16 @@ from .checkpoints import Checkpoints, Saved, trained
 from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder
+from .loops.base import Trainer
+from .loops.choice import check_data, donor_of, is_offline, keys_of, trainer_of
 from .stop import Stop, Stopped
 from .threads import choose_threads
-from .trainer import OnlineTrainer
 
 CHANGEABLE = (
     *("steps", "eval_freq", "eval_episodes", "checkpoint_minutes", "keep_checkpoints", "save_video"),
     *("enable_wandb", "wandb_project", "wandb_entity", "wandb_silent", "tensorboard", "display"),
     *("device", "backend", "precision", "num_threads", "overlap", "env_workers"),
-    *("buffer_size", "on_env_error"),
+    *("buffer_size", "on_env_error", "data_dir"),
 )
 """Keys a run may go on with other values of: how long, where, what fits there, and what is shown. The rest is fixed."""
 
@@ -69,25 +70,31 @@ class Given:
 def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     """Begin a run, or with `resume=auto` go on with the one in its folder."""
     given = given or Given()
+    donor = donor_of(values, given.source)
+    values = keys_of(values, donor)
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
+    if cfg.tasks and not (given.source.by_name and given.evaluation is None):
+        raise ConfigError("env: got environments beside `tasks`, allowed: none, since several tasks are made by name")
     fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
     if given.evaluation is not None:
         close_all([same_form(given.evaluation.form(fixed), fixed)])
-    if cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None:
-        as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
-        return resume(home(cfg), as_begun, given)
-    if cfg.enable_wandb:
-        wandb_package()
-    cfg = cfg.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
-    folder = new_folder(cfg)
     notes = [
         f"{k}={getattr(fixed, k)}, fixed by the task {cfg.task}: the {getattr(cfg, k)} asked for has no effect"
         for k in values
         if getattr(fixed, k) != getattr(cfg, k)
     ]
-    if cfg.data_dir:
-        notes.append("data_dir has no effect: training from data sets is not in this version")
+    fixed = fixed if donor is None else donor.fitted(fixed)
+    del donor  # its weights are read again where they are taken: meanwhile they would be in memory
+    check_data(fixed)
+    if cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None:
+        as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
+        return resume(home(cfg), as_begun, given)
+    if cfg.enable_wandb:
+        wandb_package()
+    begun = fixed if cfg.data_dir is not None or cfg.init is not None else cfg
+    cfg = begun.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
+    folder = new_folder(cfg)
     with locked(folder):
         try:
             return _run(cfg, folder, None, notes, given)
@@ -119,15 +126,15 @@ def resume(run: str | Path, values: Mapping[str, Any], given: Given | None = Non
         cfg = on_this_machine(_changed(saved.cfg, values, folder), values, notes.append)
         if cfg.enable_wandb:
             wandb_package()
-        done = saved.values["decisions"]
+        done, unit = saved.values["decisions"], "updates" if is_offline(cfg) else "decisions"
         if saved.values["evaluated_at"] >= cfg.steps:
             more = 2 * max(cfg.steps, done)
             learned = "updater/steps" in saved.tensors
             how = "finished" if learned else "finished, and nothing was learned,"
-            print(f"{how} at {done:,} decisions; to go on: {_call(folder, given.source, more)}")
+            print(f"{how} at {done:,} {unit}; to go on: {_call(folder, given.source, more)}")
             return Outcome(int(not learned), folder)
         choose_threads(cfg)
-        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], given)
+        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} {unit} from {saved.folder}"], given)
 
 
 def _why_no_run(folder: Path) -> str | None:
@@ -160,7 +167,7 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], g
     tell(folder=str(folder))
     stop = Stop()
     with stop.listening():
-        trainer = OnlineTrainer(cfg, folder, saved, stop, given.source, given.evaluation)
+        trainer = trainer_of(cfg, folder, saved, stop, given.source, given.evaluation)
         trainer.call(given.callbacks)
         summary: list[str] = []
         for note in notes:  # of a new run: what was asked for and has no effect
@@ -182,10 +189,10 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], g
         else:
             tell(mean_return=found.mean_return, std_return=found.std_return)
             result = returned(found.mean_return, found.std_return, len(found.returns))
-            if dropped := trainer.rollouts.failures.dropped:
-                result += f"; {dropped} training episodes were dropped, since their environment failed"
+            if more := trainer.result():
+                result += f"; {more}"
             if not trainer.agent.updater.steps:
-                why = "a callback ended it" if trainer.ended else trainer.doubts.why_nothing_learned(trainer.buffer)
+                why = "a callback ended it" if trainer.ended else trainer.why_nothing_learned()
                 why = f"nothing was learned: {why}"
                 tell(error=why)
                 summary = [f"done, but {why}", result, *_files(folder)]
@@ -215,7 +222,7 @@ def _files(folder: Path) -> list[str]:
     return [f"  {name:12} {text}" + (f": {trained(Path(text))}" if name == "weights" else "") for name, text in found]
 
 
-def _how_to_go_on(trainer: OnlineTrainer) -> list[str]:
+def _how_to_go_on(trainer: Trainer) -> list[str]:
     last = trainer.checkpoints.last()
     if last is None:
         return [f"no checkpoint was written{'' if trainer.cfg.save_agent else ' (save_agent=false)'}"]
