@@ -108,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(this_machine(options.torch_device).label)
     measured = []
     for what, size, precision in product(asked, options.size, options.precisions):
-        ways = {"chosen": {}} | (regimes_on(options.torch_device, what) if _WAYS in words else {})
+        ways: dict[str, dict[str, Any]] = {"chosen": {}}
+        if _WAYS in words:
+            ways |= regimes_on(options.torch_device, what)
         replays = {way: replay_of(options, size, precision, what, regime) for way, regime in ways.items()}
         times = {way: microseconds(replay) for way, replay in replays.items()}
         measured.append((f"{what}, {size}M, {precision}", replays["chosen"], times))
