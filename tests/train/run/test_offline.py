@@ -19,6 +19,7 @@ from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.train.envs import complete, make_env
 from tdmpc2_fast.train.log.run_log import WALL_CLOCK_OFFLINE
+from tdmpc2_fast.train.log.status import Clock, Status
 from tdmpc2_fast.train.run.checkpoints import Checkpoints, trained
 from tdmpc2_fast.train.run.loops import offline
 from tdmpc2_fast.train.run.loops.offline import OfflineTrainer
@@ -195,3 +196,17 @@ def test_callbacks_hear_of_updates_and_end_it(tmp_path: Path) -> None:
     trainer.call([hear])
     finished(trainer)
     assert heard == [("evaluation", 0), ("updates", 4), ("updates", 8), ("evaluation", 8)]
+
+
+def test_the_table_counts_updates_and_has_no_replay(tmp_path: Path) -> None:
+    console = pytest.importorskip("rich.console").Console(width=80, height=30, color_system=None)
+    from tdmpc2_fast.train.log.live_table import table
+
+    status = Status(config(), tmp_path, 1, {}, Clock(), "updates")
+    status.decisions, status.row = 20, dict(consistency_loss=0.0123)
+    status.clock.seconds = dict(update=98.0, draw=1.0)
+    with console.capture() as shown:
+        console.print(table(status, 80, 30))
+    words = ("20 / 25 updates", "updates/s", "draw", "training", "consistency 0.0123")
+    assert all(text in shown.get() for text in words)
+    assert not any(text in shown.get() for text in ("replay", "random actions", "episode ", "decisions"))
