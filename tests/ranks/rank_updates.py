@@ -1,0 +1,106 @@
+"""Updates on the ranks of torchrun, each with its slices of given batches and draws.
+
+    torchrun --nproc-per-node 2 rank_updates.py OUT CASE...
+
+Each rank writes OUT/RANK.pt: for each case what `updates` returns, and what it raised in an update that is not finite.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_configs import tiny_config, tiny_multitask
+from torch import Tensor
+from update_oracle import random_batch
+
+from tdmpc2_fast import TDMPC2, Config
+from tdmpc2_fast.errors import NonFiniteError
+from tdmpc2_fast.learn.batch import Batch, UpdateTrace
+from tdmpc2_fast.rng import UpdateNoise, generator
+from tdmpc2_fast.runtime.ranks import ALONE, Ranks, joined
+
+CASES = dict(
+    plain=tiny_config(dropout=0.2),
+    episodic=tiny_config(episodic=True),
+    multitask=tiny_multitask(dropout=0.2),
+    small=tiny_config(horizon=1, num_bins=21, num_q=2, batch_size=4),
+)
+UPDATES = 4
+_AT = dict(obs=1, action=1, reward=1, terminated=1, task=0, td_eps=1, pi_eps=1, value_dropout=2, pi_dropout=2)
+_CPU = torch.device("cpu")
+_AT |= dict(shift_next=1, shift_first=0)
+
+
+def case(name: str) -> Config:
+    """Return the config of a case, `NAME-BACKEND`."""
+    which, backend = name.split("-")
+    return CASES[which].replace(backend=backend)
+
+
+def agent_of(cfg: Config, ranks: Ranks = ALONE) -> TDMPC2:
+    """Return an agent with non-zero last layers."""
+    agent, g = TDMPC2(cfg, ranks=ranks), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in agent.model.named_parameters():
+            size = 3.0 if "_Qs" in name else 0.3  # Q values so far apart that the running scale moves
+            p.add_(size * torch.randn(p.shape, generator=g) / max(p.shape[-1], 1) ** 0.5)
+    return agent
+
+
+def given(cfg: Config, i: int, ranks: Ranks = ALONE) -> tuple[Batch, UpdateNoise]:
+    """Return batch and draws of update i, or this rank's slices of them."""
+    batch, noise = random_batch(cfg, _CPU, i), UpdateNoise.draw(cfg, generator(i, "test", _CPU))
+
+    def part(fields: dict[str, Tensor | None]) -> dict[str, Any]:
+        return {
+            name: x.chunk(ranks.count, _AT[name])[ranks.rank].contiguous()
+            for name, x in fields.items()
+            if x is not None and name in _AT
+        }
+
+    return batch._replace(**part(batch._asdict())), replace(noise, **part(vars(noise)))
+
+
+def updates(cfg: Config, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Return metrics and gradients of the first update, and the parameters after the last, of which one is undrawn."""
+    agent, trace = agent_of(cfg, ranks), UpdateTrace.empty()
+    metrics = [
+        agent.updater.step(*given(cfg, i, ranks), trace if i == 0 else None)  # by name, a rank's own batch
+        for i in range(UPDATES)
+    ]
+    batch, _ = given(cfg, UPDATES, ranks)
+    drawn = agent.updater.step(batch)  # from draws of its own
+    spoilt = batch._replace(reward=batch.reward + (torch.nan if ranks.rank == ranks.count - 1 else 0))
+    before = {k: v.clone() for k, v in agent.model.state_dict().items() if torch.is_tensor(v)}
+    said = ""
+    try:
+        agent.updater.step(spoilt)
+        agent.updater.synchronise()
+    except NonFiniteError as e:
+        said = str(e)
+    after = {k: v for k, v in agent.model.state_dict().items() if torch.is_tensor(v)}
+    return dict(
+        metrics=metrics,
+        drawn=drawn,
+        grads=trace.grads,
+        params=before,
+        said=said,
+        kept=all(torch.equal(before[k], after[k]) for k in before),
+    )
+
+
+def main() -> None:
+    """Make the updates of the cases named."""
+    torch.set_num_threads(1)
+    out, names = Path(sys.argv[1]), sys.argv[2:]
+    ranks = joined("cpu", 1.0)
+    torch.save({name: updates(case(name), ranks) for name in names}, out / f"{ranks.rank}.pt")
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()
