@@ -168,6 +168,8 @@ class Ranks:
             import torch.distributed as dist
 
             self.most(0)  # no one goes while another one still needs it
+            # One that lives on until the interpreter ends aborts the process then, now and again.
+            self._control = None
             dist.destroy_process_group()
             self.count, self.rank = 1, 0
 

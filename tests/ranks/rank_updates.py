@@ -20,6 +20,8 @@ from update_oracle import random_batch
 from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.learn.batch import Batch, UpdateTrace
+from tdmpc2_fast.learn.kernel_update import KernelUpdate
+from tdmpc2_fast.learn.torch_update import TorchUpdate
 from tdmpc2_fast.rng import UpdateNoise, generator
 from tdmpc2_fast.runtime.ranks import ALONE, Ranks, joined
 
@@ -66,31 +68,50 @@ def given(cfg: Config, i: int, ranks: Ranks = ALONE) -> tuple[Batch, UpdateNoise
 
 
 def updates(cfg: Config, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Return metrics and gradients of the first update, and the parameters after the last, of which one is undrawn."""
+    """Return what came of `UPDATES` from given draws, of one that drew its own, and of one that is not finite.
+
+    metrics: of each of the first. grads: of the first one. given, params: parameters after those, and after the next.
+    noise: see `_noise`. said: by the last one. kept: whether it changed no parameter.
+    """
     agent, trace = agent_of(cfg, ranks), UpdateTrace.empty()
-    metrics = [
-        agent.updater.step(*given(cfg, i, ranks), trace if i == 0 else None)  # by name, a rank's own batch
-        for i in range(UPDATES)
-    ]
+    metrics = [agent.updater.step(*given(cfg, i, ranks), trace if i == 0 else None) for i in range(UPDATES)]
+    learned = _tensors(agent)
     batch, _ = given(cfg, UPDATES, ranks)
     drawn = agent.updater.step(batch)  # from draws of its own
     spoilt = batch._replace(reward=batch.reward + (torch.nan if ranks.rank == ranks.count - 1 else 0))
-    before = {k: v.clone() for k, v in agent.model.state_dict().items() if torch.is_tensor(v)}
+    noise, before = _noise(agent), _tensors(agent)
     said = ""
     try:
         agent.updater.step(spoilt)
         agent.updater.synchronise()
     except NonFiniteError as e:
         said = str(e)
-    after = {k: v for k, v in agent.model.state_dict().items() if torch.is_tensor(v)}
+    after = _tensors(agent)
     return dict(
         metrics=metrics,
+        given=learned,
         drawn=drawn,
+        noise=noise,
         grads=trace.grads,
         params=before,
         said=said,
         kept=all(torch.equal(before[k], after[k]) for k in before),
     )
+
+
+def _tensors(agent: TDMPC2) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in agent.model.state_dict().items() if torch.is_tensor(v)}
+
+
+def _noise(agent: TDMPC2) -> dict[str, Tensor]:
+    """Return what the update before drew by kernels, or what the next one will draw by torch."""
+    update = agent.updater._update
+    if isinstance(update, KernelUpdate):
+        draws = update.chain.draws
+        return dict(td_eps=draws.td_eps.clone(), members=draws.members.clone())
+    assert isinstance(update, TorchUpdate)
+    noise = UpdateNoise.draw(update.cfg, update.generator, None, update.own_generator)
+    return dict(td_eps=noise.td_eps, members=torch.stack([noise.td_members, noise.pi_members]))
 
 
 def main() -> None:
