@@ -8,7 +8,7 @@ planner, however often the environment repeats the action.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from tdmpc2_fast.kernels.layers.sizes import MODEL_SIZES as MODEL_SIZES
 from .config_values import checked, plain
 from .environment import sizes_of
 from .errors import ConfigError, did_you_mean, kind_of
-from .task_sets import TASK_SETS, set_dims, set_keys
+from .task_sets import TASK_SETS, keys_of, set_dims, set_keys
 from .task_sets import task_embedding_dim as task_embedding_dim
 
 _CHANNEL_LATENTS = 16  # of the pixel encoder's latent, per channel
@@ -27,7 +27,6 @@ DEFAULT_DIMS = MODEL_SIZES[5] | dict(num_channels=32)
 """Architecture where neither `model_size` nor the dims themselves are given, as in `config.yaml`."""
 
 LARGE_ACTION_DIM = 20
-_NOT_GIVEN: tuple[Any, ...] = (None, False, 0, ())
 _RETIRED = ("compile",)  # keys of older versions
 _OFFICIAL_ONLY = ("task_title", "obs_shapes", "bin_size", *_RETIRED)  # which look like other keys mistyped
 
@@ -54,7 +53,8 @@ class Config:
     Build one with keyword arguments, `Config.from_dict` or `Config.from_official`; every
     value is checked on construction and a bad one raises `ConfigError`. `obs_shape`,
     `action_dim` and `episode_length` come from the environment (`with_env`); of `task="mt30"`
-    and `"mt80"` they are known, and so is everything else of a multi-task model.
+    and `"mt80"` they are known, and so is everything else of a multi-task model. `tasks` makes a set of one's own, of
+    the name `task`: complete where all of them are official ones whose sizes `task_sets` has, else by `with_tasks`.
     """
 
     key = partial(_key, "environment")
@@ -151,7 +151,7 @@ class Config:
     episode_length: int | None = key(None, "decisions per episode", low=1)
     seed_steps: int | None = key(None, "random decisions at the start; default max(1000, 5 episodes)", low=1)
     multitask: bool = key(False, "one model for several tasks")
-    tasks: tuple[str, ...] = key((), "names of the tasks of a multi-task model")
+    tasks: tuple[str, ...] = key((), "names of the tasks of one multi-task model, whose own name is `task`")
     action_dims: tuple[int, ...] = key((), "action width per task (multi-task)")
     episode_lengths: tuple[int, ...] = key((), "decisions per episode per task (multi-task)")
 
@@ -182,6 +182,14 @@ class Config:
         "implementation of the ops: kernels of a GPU (triton) or a CPU (cpu), or torch",
         choices=("auto", "torch", "triton", "cpu"),
     )
+    init: str | None = key(None, "checkpoint to fine-tune from: weights that fit are taken, the rest begins anew")
+    init_task: str | None = key(None, "task of init whose embedding a new one begins with; none: the mean of all")
+    freeze: str | None = key(
+        None, "parts of the world model that do not learn", choices=(None, "encoder", "encoder+dynamics")
+    )
+    mix: float | None = key(
+        None, "share of each batch from data_dir in online training; none trains on the data alone", low=0, high=1
+    )
     task_grad_leak: bool = key(
         True, "multi-task: the policy loss's task-embedding gradient enters the next world update, as official"
     )
@@ -194,7 +202,10 @@ class Config:
         known: dict[str, Any] = {}
         if isinstance(self.task, str) and self.task in TASK_SETS:
             dims = dims | set_dims(self.task, size)
-            known = {k: v for k, v in set_keys(self.task, size).items() if getattr(self, k) in _NOT_GIVEN}
+            known = set_keys(self.task, size)
+        elif isinstance(self.tasks, (tuple, list)) and self.tasks:
+            known = keys_of(tuple(self.tasks), self.task, size)
+        known = {k: v for k, v in known.items() if not _given(getattr(self, k))}
         if self.obs == "rgb":
             dims = dims | self._pixel_dims(dims["latent_dim"])
         for name, f in fields.items():
@@ -230,6 +241,14 @@ class Config:
             flat, channels = each * self.num_channels, self.latent_dim // each
             ways = f"{each}*num_channels = {flat} where obs=rgb, or with it num_channels={channels}"
             need(self.latent_dim == flat, "latent_dim", ways)
+        need(
+            self.init is None or self.checkpoint is None,
+            "init",
+            "none where checkpoint is given, which sets all weights",
+        )
+        need(self.init_task is None or self.init is not None, "init_task", "none without init")
+        need(self.mix is None or self.data_dir is not None, "mix", "none without data_dir")
+        need(self.mix is None or 0 < self.mix < 1, "mix", "between 0 and 1, or none to train on the data alone")
         if self.obs_shape is not None:
             need(self.obs in self.obs_shape, "obs_shape", f"the kind that obs={self.obs} asks for among them")
             shape = self.obs_shape[self.obs]
@@ -239,9 +258,12 @@ class Config:
             else:
                 ways = "one dimension of 'state': flatten it, or take images with obs=rgb"
                 need(len(shape) == 1, "obs_shape", ways)
-        if self.multitask:
+        if self.multitask or self.tasks:
             need(self.obs == "state", "obs", "state in a multi-task model")
             need(not self.episodic, "episodic", "false in a multi-task model")
+            need(all(isinstance(name, str) and name for name in self.tasks), "tasks", "names of tasks")
+            need(len({*self.tasks}) == len(self.tasks), "tasks", "each task once")
+        if self.multitask:
             need(len(self.tasks) > 0, "tasks", "at least one task name where multitask=true")
             need(self.task_dim > 0, "task_dim", "at least 1 where multitask=true")
             for key in ("action_dims", "episode_lengths"):
@@ -250,7 +272,7 @@ class Config:
                 need(min(entries) >= 1, key, "at least 1 for each task")
             widest = self.action_dim or max(self.action_dims)
             need(max(self.action_dims) <= widest, "action_dims", f"at most action_dim ({widest})")
-        else:
+        elif not self.tasks:
             need(self.task_dim == 0, "task_dim", "0 in a single-task model")
 
     @property
@@ -314,20 +336,48 @@ class Config:
         cfg = self.replace(obs_shape=obs_shape, action_dim=action_dim, episode_length=episode_length)
         return cfg.replace(seed_steps=self.seed_steps or max(1000, 5 * cfg.need("episode_length")))
 
+    def with_tasks(self, sizes: Sequence[tuple[int, int, int]] = ()) -> Config:
+        """Return the config of a multi-task model, completed by the sizes of its tasks' environments.
+
+        Seeding takes five episodes of each task, as it takes five of a single one.
+
+        sizes: width of observation and action and decisions per episode of each of `tasks`, in their order; none
+            where they are known already.
+        """
+        cfg = self
+        if sizes:
+            widths, actions, lengths = zip(*sizes, strict=True)
+            cfg = self.replace(
+                multitask=True,
+                obs_shape={"state": (max(widths),)},
+                action_dims=actions,
+                action_dim=max(actions),
+                episode_lengths=lengths,
+                episode_length=max(lengths),
+                task_dim=self.task_dim or task_embedding_dim(self.task, self.model_size),
+            )
+        return cfg.replace(seed_steps=self.seed_steps or max(1000, 5 * sum(cfg.episode_lengths)))
+
+    def of_task(self, name: str) -> Config:
+        """Return the config of one of `tasks` alone, without what its environment fills in."""
+        return self.replace(task=name, tasks=(), seed_steps=None)
+
     def replace(self, **changes: Any) -> Config:
         """Return a copy with some keys changed, validated again.
 
         Other keys keep their values, except that another `model_size` brings its own dims, that a set of tasks
-        (mt30, mt80) brings its own keys, and that `latent_dim` and `num_channels` follow each other where obs=rgb.
+        (mt30, mt80) or other `tasks` bring their own keys, and that `latent_dim` and `num_channels` follow each other
+        where obs=rgb.
         """
         _check_known(changes)
         task, resized = changes.get("task", self.task), changes.get("model_size", self.model_size) != self.model_size
         if resized:
             changes = {**dict.fromkeys(DEFAULT_DIMS), **changes}
-        if task != self.task and self.multitask and self.task in TASK_SETS:
-            left = {f.name: f.default for f in dataclasses.fields(self) if f.name in set_keys(self.task, None)}
+        leaves = task != self.task and self.multitask and self.task in TASK_SETS
+        if leaves or tuple(changes.get("tasks", self.tasks)) != self.tasks:
+            left = {f.name: f.default for f in dataclasses.fields(self) if f.name in set_keys("mt30", None)}
             changes = {**left, **changes}
-        elif resized and task in TASK_SETS and self.tasks == TASK_SETS[task]:
+        elif resized and self.task_dim == task_embedding_dim(self.task, self.model_size):
             changes = {"task_dim": 0, **changes}
         pixels, given = changes.get("obs", self.obs) == "rgb", {"latent_dim", "num_channels"} & changes.keys()
         if pixels and len(given) == 1:
@@ -389,6 +439,11 @@ class Config:
                 values.pop(key, None)
             values["task_dim"] = 0
         return cls(**values)
+
+
+def _given(value: Any) -> bool:
+    """Tell whether a key of a set of tasks was given; an array always is."""
+    return not (value is None or (isinstance(value, (bool, int, tuple, list)) and not value))
 
 
 def _check_known(keys: Iterable[Any]) -> None:

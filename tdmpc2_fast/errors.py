@@ -21,6 +21,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, unsafe or of another model."""
 
 
+class DataError(ValueError):
+    """A data set that is missing, damaged, unsafe or of another form."""
+
+
 class BackendError(RuntimeError):
     """A compute backend that cannot run here; the message says why."""
 

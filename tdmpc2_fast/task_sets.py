@@ -90,9 +90,18 @@ def settings_of(task: str) -> dict[str, Any]:
 
 def set_keys(task_set: str, model_size: int | None) -> dict[str, Any]:
     """Return the config keys of a multi-task model of a set: its tasks, their widths and lengths, the embedding's."""
-    names = TASK_SETS[task_set]
-    tasks = [TASKS[name] for name in names]
+    return keys_of(TASK_SETS[task_set], task_set, model_size)
+
+
+def keys_of(names: tuple[str, ...], task_set: str, model_size: int | None) -> dict[str, Any]:
+    """Return the config keys of a multi-task model of these tasks; none where the sizes of one are not known here.
+
+    task_set: what the set is called.
+    """
+    tasks = [TASKS.get(name, OfficialTask(0)) for name in names]
     widths = [(t.obs_dim, t.action_dim) for t in tasks if t.obs_dim is not None and t.action_dim is not None]
+    if len(widths) < len(names):
+        return {}
     lengths = tuple(t.episode_length for t in tasks)
     return dict(
         multitask=True,

@@ -50,18 +50,19 @@ class ClaimError(Exception):
 
 
 class Storage(NamedTuple):
-    """A piece of memory that a pickle asks for: its name in the file, the bytes it claims, and of a number."""
+    """A piece of memory that a pickle asks for: its name in the file, the bytes it claims, and of a number, its kind."""
 
     key: str
     nbytes: int
     itemsize: int
+    kind: str
 
 
-class _Called:
-    """What came of calling a name: nothing."""
+class Called:
+    """What came of calling a name: nothing but the name and the arguments."""
 
-    def __init__(self, *args: Any) -> None:
-        self.args = args
+    def __init__(self, name: str, args: tuple[Any, ...]) -> None:
+        self.name, self.args = name, args
 
     def __setstate__(self, state: Any) -> None: ...
 
@@ -72,7 +73,7 @@ class _Dict(dict[Any, Any]):
     def __setstate__(self, state: Any) -> None: ...
 
 
-class _Name:
+class Name:
     """A class or function that a pickle names; calling it checks what it would make."""
 
     def __init__(self, name: str) -> None:
@@ -87,10 +88,12 @@ class _Name:
             return tuple(*args)
         if self.name.startswith("torch._utils._rebuild_tensor"):
             _check_tensor(*args[:4])
-        return _Called(*args)
+        return Called(self.name, args)
 
 
-class _Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only claims
+class Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only claims
+    """Reads a pickle into dicts, lists, names and what calls of them are; `storages` has what it asks for by key."""
+
     # Of protocol 5, which torch does not write: they allocate first and read then.
     dispatch = {  # noqa: RUF012
         op: f
@@ -114,24 +117,24 @@ class _Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full in _HARMLESS or _DTYPE.match(full) or _STORAGE.match(full):
-            return _Name(full)
+            return Name(full)
         raise RefusedError(full[:200])
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, storage, key, _, numel = pid[:5] if isinstance(pid, tuple) else ()
-        of = _STORAGE.match(getattr(storage, "name", "").replace("torch.storage.", "torch."))
+        of = _STORAGE.match((storage.name if isinstance(storage, Name) else "").replace("torch.storage.", "torch."))
         plain = kind == "storage" and isinstance(key, (str, int)) and type(numel) is int
         if not plain or of is None or not 0 <= numel < 1 << _BITS:
             raise ClaimError("a storage of another kind than torch writes")
         itemsize = _BYTES.get(of[1], 1)
-        found = Storage(str(key), numel * itemsize, itemsize)
+        found = Storage(str(key), numel * itemsize, itemsize, of[1])
         if self.storages.setdefault(found.key, found).nbytes != found.nbytes:
             raise ClaimError(f"storage {found.key} of two sizes")
         return found
 
 
 for _what in ("setitem", "setitems", "dict", "additems", "frozenset"):
-    _Unpickler.dispatch[getattr(pickle, _what.upper())[0]] = functools.partial(_Unpickler._checked, what=_what)
+    Unpickler.dispatch[getattr(pickle, _what.upper())[0]] = functools.partial(Unpickler._checked, what=_what)
 
 
 def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> None:
@@ -164,8 +167,13 @@ def zipped(data: bytes, held: Mapping[str, int]) -> None:
         ClaimError: a storage or tensor is larger than what is held.
         Exception: it is damaged.
     """
-    unpickler = _Unpickler(io.BytesIO(data))
-    _check_depth(unpickler.load())
+    unpickler = Unpickler(io.BytesIO(data))
+    check_depth(unpickler.load())
+    check_storages(unpickler, held)
+
+
+def check_storages(unpickler: Unpickler, held: Mapping[str, int]) -> None:
+    """Raise `ClaimError` where a pickle that was read asks for a storage larger than the bytes `held` of it."""
     for key, storage in unpickler.storages.items():
         if held.get(key, -1) < storage.nbytes:
             there = max(held.get(key, 0), 0)
@@ -178,20 +186,20 @@ def plain(head: bytes, size: int) -> bool:
     head: its first `MOST_BYTES`. Raises as `zipped`.
     """
     file = io.BytesIO(head)
-    first = _Unpickler(file).load()
+    first = Unpickler(file).load()
     if first != MAGIC:
-        _check_depth(first)
+        check_depth(first)
         return False
     for _ in range(_LEGACY_HEAD - 1):
-        _Unpickler(file).load()
-    unpickler = _Unpickler(file)
-    _check_depth(unpickler.load())
+        Unpickler(file).load()
+    unpickler = Unpickler(file)
+    check_depth(unpickler.load())
     if (claimed := sum(s.nbytes for s in unpickler.storages.values())) > size:
         raise ClaimError(f"storages of {claimed:,} bytes in a file of {size:,}")
     return True
 
 
-def _check_depth(made: Any) -> None:
+def check_depth(made: Any) -> None:
     """Raise `ClaimError` where dicts and lists are in one another deeper than a state dict's."""
     level, seen = {id(made): made}, {id(made)}
     for _ in range(_TOO_DEEP):

@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import CheckpointError
 from . import dry_pickle
@@ -20,6 +21,9 @@ _HEAD = 4096
 _LONGEST_HEADER = 100_000_000  # of a safetensors file, which refuses longer ones itself
 _NEWEST_PROTOCOL = 3  # of a pickle, that torch.load(weights_only=True) reads
 _MOST_ENTRIES = 65_535
+_MOST_DIRECTORY = 16 << 20  # bytes of an archive's table of contents, which become objects at once
+_LONGEST_END = 22 + 65_535  # of a zip archive: its last record and a comment
+_DAMAGED = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError)
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -142,23 +146,57 @@ def _safetensors(path: Path, length: int) -> str | None:
 
 def _archive(path: Path, size: int) -> str | None:
     """Say what is in a zip archive that is not what `torch.save` writes."""
+    inner = entries(path)
+    if isinstance(inner, str):
+        return inner
     try:
         with zipfile.ZipFile(path) as z:
-            entries = z.infolist()
-            top = entries[0].filename.partition("/")[0] + "/" if entries else ""  # torch puts all into one folder
-            top = top if all(e.filename.startswith(top) for e in entries) else ""
-            inner = {e.filename.removeprefix(top): e for e in entries}
-            if (what := _other_archive(inner)) is not None:
-                return what
-            if (wrong := _wrong_sizes(entries, size)) is not None:
-                return wrong
             data, held = z.read(inner["data.pkl"]), {k[5:]: e.file_size for k, e in inner.items() if k[:5] == "data/"}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as e:
+    except _DAMAGED as e:
         return f"a zip archive that is truncated or damaged ({e})"
-    what = _tried(data, lambda: dry_pickle.zipped(data, held))
+    what = tried(data, lambda: dry_pickle.zipped(data, held))
     if what is None and data[:1] == pickle.PROTO and data[1] > _NEWEST_PROTOCOL:
         what = f"a pickle of protocol {data[1]}, which torch opens no weights of: torch.save takes 2 by itself"
     return what
+
+
+def entries(path: Path) -> dict[str, zipfile.ZipInfo] | str:
+    """Return the entries of an archive that `torch.save` wrote, by their names in it; of another file, what it is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        head = f.read(_HEAD)
+        if not head.startswith(b"PK"):
+            return _kind(path, head, size) or "a file of torch before 1.6"
+        if (held := _directory_bytes(f, size)) > _MOST_DIRECTORY:
+            return f"a zip archive whose table of contents claims {held:,} bytes, allowed: {_MOST_DIRECTORY:,}"
+    try:
+        with zipfile.ZipFile(path) as z:
+            found = z.infolist()
+            top = found[0].filename.partition("/")[0] + "/" if found else ""  # torch puts all into one folder
+            top = top if all(e.filename.startswith(top) for e in found) else ""
+            inner = {e.filename.removeprefix(top): e for e in found}
+            return _other_archive(inner) or _wrong_sizes(found, size) or inner
+    except _DAMAGED as e:
+        return f"a zip archive that is truncated or damaged ({e})"
+
+
+def _directory_bytes(f: BinaryIO, size: int) -> int:
+    """Return the bytes that the table of contents of an archive claims; 0 where there is none."""
+    f.seek(max(size - _LONGEST_END, 0))
+    tail = f.read(_LONGEST_END)
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) < at + 22:
+        return 0
+    held = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if tail[max(at - 20, 0) : at].startswith(b"PK\6\7"):  # the larger one stands elsewhere
+        f.seek(min(int.from_bytes(tail[at - 12 : at - 4], "little"), size))
+        record = f.read(56)
+        held = int.from_bytes(record[40:48], "little") if record.startswith(b"PK\6\6") else held
+    return held
 
 
 def _other_archive(inner: dict[str, zipfile.ZipInfo]) -> str | None:
@@ -204,10 +242,10 @@ def _pickle(path: Path, size: int) -> str | None:
     def other() -> str | None:
         return None if dry_pickle.plain(head, size) else "a pickle that torch.save has not written, and refused"
 
-    return _tried(head, other)
+    return tried(head, other)
 
 
-def _tried(data: bytes, check: Callable[[], str | None]) -> str | None:
+def tried(data: bytes, check: Callable[[], str | None]) -> str | None:
     """Return what a check says, or what its errors say of the pickle `data`."""
     try:
         return check()

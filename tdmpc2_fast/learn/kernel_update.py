@@ -72,6 +72,7 @@ class KernelUpdate(UpdateBackend):
         if ranks.count > 1:
             inputs.own_rng.copy_(torch.tensor([stream_seed(cfg.seed, f"update of {ranks}"), 0]))
         self._tasks = Tasks(model, self.chain, self.flat.grads["_task_emb.weight"]) if cfg.multitask else None
+        self._frozen = [self.flat.grads[name] for name in model.frozen()]
         images = cfg.horizon + 1, self.chain.sizes.batch, *cfg.observation_shape
         self._images = torch.zeros(images, dtype=torch.uint8, device=device) if cfg.obs == "rgb" else None
         self._z0: Tensor | None = None
@@ -223,6 +224,8 @@ class KernelUpdate(UpdateBackend):
             chain.encoder_gradients(encoded, gradient)
         if tasks is not None:
             host(partial(tasks.add_world_gradient, trace))
+        if self._frozen:  # without a gradient neither the norm nor Adam's moments know of them
+            host(partial(torch._foreach_zero_, self._frozen))
         if self.cfg.episodic:
             host(self._termination_statistics)
         chain.step_world()

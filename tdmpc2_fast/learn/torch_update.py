@@ -61,6 +61,7 @@ class TorchUpdate(UpdateBackend):
         self.discount: Tensor | float = cfg.discounts[0]
         if cfg.multitask:
             self.discount = torch.tensor(cfg.discounts, device=device, dtype=model.dtype)
+        self._frozen = model.frozen()
         self.steps = 0
 
     @override
@@ -104,6 +105,8 @@ class TorchUpdate(UpdateBackend):
             if f"{prefix}.step" not in state:  # it has not taken a step
                 continue
             for name, p in params.items():
+                if f"{MOMENTS[0]}.{name}" not in state:  # it is frozen
+                    continue
                 moments = {key: torch.empty_like(p).copy_(state[f"{key}.{name}"]) for key in MOMENTS}
                 step = state[f"{prefix}.step"].to(device, torch.float32).reshape(()).clone()
                 optim.state[p] = dict(step=step, **moments)
@@ -144,6 +147,8 @@ class TorchUpdate(UpdateBackend):
         zs, info = self._world_losses(batch, e, next_z, td_target, noise)
         (info["total_loss"] / self.ranks.count).backward()
         params = dict(model.world_parameters())
+        for name in self._frozen:
+            params[name].grad = None  # neither in the norm nor in the step
         info["grad_norm"] = self._clip(params, info, trace)
         self.optim.step()
         self.optim.zero_grad(set_to_none=True)

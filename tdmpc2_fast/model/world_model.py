@@ -129,6 +129,11 @@ class WorldModel(nn.Module):
             if p.requires_grad and not name.startswith("_pi."):
                 yield name, p
 
+    def frozen(self) -> list[str]:
+        """Return the names of the parameters that no update moves, since `freeze` names their part."""
+        parts = tuple(f"_{part}." for part in (self.cfg.freeze or "").split("+") if part)
+        return [name for name, _ in self.named_parameters() if name.startswith(parts)] if parts else []
+
     def places(self) -> Iterator[tuple[str, dict[str, nn.Parameter | None], str]]:
         """Yield each parameter's name, and the dict and key where its module keeps it.
 

@@ -320,3 +320,47 @@ def test_a_key_of_the_environment_that_is_not_set_is_named() -> None:
     with pytest.raises(ConfigError, match="'obs_shape' is not set"):
         _ = Config().observation_shape
     assert Config().with_env({"state": (3,)}, 2, 9).observation_shape == (3,)
+
+
+OWN_SET = dict(task="two", tasks=["walker-walk", "cup-catch"])
+
+
+def test_a_set_of_ones_own_is_complete_where_its_tasks_are_official() -> None:
+    cfg = Config(**OWN_SET)  # type: ignore[arg-type]
+    assert (cfg.multitask, cfg.task_dim, cfg.action_dims, cfg.action_dim) == (True, 64, (6, 2), 6)
+    assert (cfg.obs_shape, cfg.episode_lengths, cfg.episode_length) == ({"state": (24,)}, (500, 500), 500)
+    assert cfg.with_tasks().seed_steps == 5000  # five episodes of each
+    assert cfg == Config.from_dict(cfg.to_dict())
+    assert (cfg.replace(model_size=1).task_dim, cfg.replace(model_size=1).replace(model_size=5).task_dim) == (96, 64)
+    assert Config(**OWN_SET, task_dim=7).replace(model_size=1).task_dim == 7  # type: ignore[arg-type]
+    one = cfg.of_task("cup-catch")
+    assert (one.task, one.multitask, one.tasks, one.action_dims, one.task_dim) == ("cup-catch", False, (), (), 0)
+    assert (one.obs_shape, one.action_dim, one.episode_length, one.episode_lengths) == (None, None, None, ())
+    assert cfg.replace(tasks=("cup-catch",)).action_dims == (2,)
+
+
+def test_a_set_of_other_tasks_is_completed_by_their_environments() -> None:
+    cfg = Config(task="two", tasks=("walker-walk", "Pendulum-v1"), model_size=1)
+    assert (cfg.multitask, cfg.action_dims, cfg.task_dim) == (False, (), 0)
+    with pytest.raises(ConfigError, match=r"action_dim.*environment"):
+        cfg.need("action_dim")
+    done = cfg.with_tasks([(24, 6, 500), (3, 1, 200)])
+    assert (done.multitask, done.task_dim, done.action_dims, done.action_dim) == (True, 96, (6, 1), 6)
+    assert (done.obs_shape, done.episode_lengths, done.seed_steps) == ({"state": (24,)}, (500, 200), 3500)
+    assert done.discounts == [done.discount(500), done.discount(200)]
+    assert done == Config.from_dict(done.to_dict()) == done.with_tasks()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(tasks=("a", "b", "a")), ["tasks", "each task once"]),
+        (dict(tasks=(1,)), ["tasks", "names of tasks"]),
+        (dict(tasks=("a",), obs="rgb"), ["obs", "rgb", "multi-task"]),
+        (dict(tasks=("a",), episodic=True), ["episodic", "false in a multi-task model"]),
+    ],
+)
+def test_sets_that_no_model_can_have_are_refused(values: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        Config(**{**OWN_SET, **values})  # type: ignore[arg-type]
+    assert all(word in str(e.value) for word in words)

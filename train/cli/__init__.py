@@ -11,9 +11,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError, InputError
+from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError, DataError, InputError
 
-_MISTAKES = (BackendError, CheckpointError, ConfigError, InputError)
+_MISTAKES = (BackendError, CheckpointError, ConfigError, DataError, InputError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

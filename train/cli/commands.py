@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def train(words: Sequence[str]) -> int:
     """Train an agent, or several in a sweep.
 
-    Several values, as in seed=1,2,3 or seed=1..3, run one after another.
+    Several values, as in seed=1,2,3 or seed=1..3, run one after another. One model learns several tasks with
+    task=walker-walk,cup-catch as=NAME.
     """
     options, words = keys.options(words, keys.Options)
     each = sweep.expand(words)
@@ -36,7 +37,8 @@ def train(words: Sequence[str]) -> int:
     from ..envs import suite_of
 
     for cfg in configs:  # all mistakes are answered before the first run starts
-        suite_of(cfg.task)
+        for name in cfg.tasks or (cfg.task,):
+            suite_of(name)
     if options.job is not None:
         run = sweep.pick(each, options.job)
         if not options.dry_run:

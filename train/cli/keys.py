@@ -22,6 +22,8 @@ from tdmpc2_fast.config_values import checked, describe_range
 from tdmpc2_fast.errors import ConfigError, did_you_mean, nearest
 from tdmpc2_fast.export import DEFAULT_OPSET, OPSETS
 
+from . import task_sets
+
 _MULTI_TASK_BATCH = 1024
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
@@ -55,7 +57,7 @@ _FROM_ENV = "it comes from the environment"
 NOT_NEEDED: dict[str, str] = {
     "task_title": "it is a title made from the task's name",
     "multitask": "it follows from the task",
-    "tasks": "they follow from the task",
+    "tasks": "they follow from the task; of several, task=A,B as=NAME",
     "obs_shape": _FROM_ENV,
     "action_dim": _FROM_ENV,
     "obs_shapes": "they come from the environments of a multi-task run",
@@ -89,9 +91,13 @@ class Options:
     """Keys of the command `train` itself, which are no part of a run's config."""
 
     preset: str | None = _option(None, "settings by name; keys given beside it win", choices=(None, *PRESETS))
+    as_: str | None = _option(None, "one model for all tasks of task=A,B,..., by this name; else they are a sweep")
     dry_run: bool = _option(False, "print the command of every run of a sweep and run none")
     job: int | None = _option(None, "run only this one of a sweep's runs, counted from 1", low=1)
     debug: bool = _option(False, "show where an error came from, as TDMPC2_DEBUG=1 does for every command")
+
+
+Options.__dataclass_fields__["as_"].name = "as"  # which is no name that a field can be given
 
 
 @dataclass(frozen=True)
@@ -161,11 +167,12 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
     """Return the values of `key=value` words for `Config.from_dict`; a bad word raises `ConfigError`.
 
     Official keys that have no meaning here go to `note` with the reason; `???` leaves a key at
-    its default. `presets` allows `preset=NAME`.
+    its default. `presets` allows `preset=NAME`, and `as=NAME` with the tasks of one model.
     """
     values: dict[str, Any] = {}
     seen: set[str] = set()
     preset: dict[str, Any] = {}
+    name: str | None = None
     for i, word in enumerate(words):
         key, text = pair(word, words[i + 1 :])
         if key == "disable_wandb":
@@ -183,6 +190,8 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
             note(f"{key} has no effect: {NOT_NEEDED[key]}")
         elif key == "preset" and presets:
             preset = PRESETS.get(value_of(OPTION_FIELDS[key], text), {})
+        elif key == "as" and presets:
+            name = value_of(OPTION_FIELDS[key], text)
         elif key == "env_kwargs" or key.startswith("env_kwargs."):
             name = key.partition(".")[2] or "KEY"
             raise ConfigError(f"config key {key!r}: allowed: one by one, env.{name}=VALUE")
@@ -193,7 +202,10 @@ def parse(words: Sequence[str], note: Callable[[str], object] = to_stderr, prese
         else:
             hint = did_you_mean(key, _KNOWN) or " tdmpc2-fast train --help lists the keys."
             raise ConfigError(f"unknown config key {key!r}.{hint}{_range_of_nearest(key)}")
-    return {**preset, **values}
+    values = {**preset, **values}
+    if presets and (name is not None or task_sets.is_file(str(values.get("task")))):
+        values |= task_sets.one_model(values.get("task", Config.task), name)
+    return values
 
 
 def settings(env_kwargs: Mapping[str, Any] | None, prefix: str = "env") -> dict[str, Any]:
@@ -247,9 +259,10 @@ def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
     """Return a command's options, read from the words, and the words that are left.
 
     `plot`, `plan` and `export` take theirs with dashes, too: `--reference DIR`. `preset` stays among the words, since a
-    sweep may go over it. Hydra's `--multirun` is dropped: several values are always a sweep here.
+    sweep may go over it, and so does `as`, which is a run's. Hydra's `--multirun` is
+    dropped: several values are always a sweep here.
     """
-    known = {f.name: f for f in dataclasses.fields(kind) if f.name != "preset"}
+    known = {f.name: f for f in dataclasses.fields(kind) if f.name not in ("preset", "as")}
     found: dict[str, Any] = {}
     rest = []
     for word in words if kind is Options else _undashed(words, known):

@@ -64,9 +64,13 @@ def expand(words: Sequence[str]) -> list[Run]:
     """Return the runs these words ask for, the last key varying fastest; one where no key has several values.
 
     Runs that differ in more than task, seed and exp_name get the other keys into their exp_name; a
-    `work_dir` for all becomes a folder with a folder for each.
+    `work_dir` for all becomes a folder with a folder for each. With `as=NAME` the tasks are those of one model.
     """
-    choices = [_choices(word, words[i + 1 :]) for i, word in enumerate(words)]
+    one_model = any(word.lstrip("+").startswith("as=") for word in words)
+    choices = [
+        [word] if one_model and word.lstrip("+").startswith("task=") else _choices(word, words[i + 1 :])
+        for i, word in enumerate(words)
+    ]
     swept = [i for i, values in enumerate(choices) if len(values) > 1]
     if not swept:
         return [Run(tuple(words), "")]

@@ -15,12 +15,14 @@ from tdmpc2_fast.errors import ConfigError, nearest
 from . import dmcontrol, gymnasium_tasks
 from .answers import EnvError, NotHereError
 from .apart.remote import Apart, installed
-from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step
+from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step, whole_sizes
 from .catalogue import PLANNED
 from .device import playground
 from .device.base import DeviceEnvironments
+from .multitask import TaskEnv
 
 _TRY_DECISIONS, _TRY_SECONDS = 200, 1.0
+_SHORTEST_TRIES = 10  # of many tasks, each has a tenth of the time
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,25 @@ SUITES: dict[str, Suite] = {
 
 
 def make_env(cfg: Config, seed: int) -> Env:
-    """Make the environment of `cfg.task`, seeded.
+    """Make the environment of `cfg.task`, seeded; of several tasks, one that plays them in turn.
 
     Raises:
         ConfigError: an unknown task (with the nearest names and the extras that add more),
             or one that needs a package that is not installed.
     """
+    return TaskEnv(cfg, seed, _one_of_several) if cfg.tasks else _make_one(cfg, seed)
+
+
+def _one_of_several(cfg: Config, seed: int) -> Env:
+    if suite_of(cfg.task).together is not None:
+        raise ConfigError(
+            f"config key 'tasks': {cfg.task} is of a simulator that steps many environments of one task at once, "
+            "allowed in a multi-task model: other tasks"
+        )
+    return _make_one(cfg, seed)
+
+
+def _make_one(cfg: Config, seed: int) -> Env:
     suite = suite_of(cfg.task)
     try:
         return suite.make(cfg, seed)
@@ -113,10 +128,9 @@ def complete(cfg: Config, env: Env) -> Config:
     Raises:
         ConfigError: an `episode_length` the task does not have, or sizes of the environment that are no whole numbers.
     """
-    for name in ("action_dim", "max_episode_steps", "action_repeat"):
-        value = getattr(env, name, None)
-        if type(value) is not int or value < 1:  # they go into files, which hold no number of numpy's
-            raise ConfigError(f"config key 'task': {cfg.task}: {name} is {value!r}, allowed: an int of at least 1")
+    if isinstance(env, TaskEnv):
+        return env.complete(cfg)
+    whole_sizes(env, cfg.task)
     length = env.max_episode_steps
     if cfg.episode_length not in (None, length):
         raise ConfigError(f"config key 'episode_length': got {cfg.episode_length}, allowed: {length} for {cfg.task}")
@@ -147,7 +161,7 @@ def tried(cfg: Config, make: Callable[[Config], Env] | None = None, steps: bool 
     """Return the completed config of a run whose environment answered a try with random actions.
 
     The try is at most an episode, 200 decisions and a second long, so that mistakes are told before
-    the run begins and not after an hour.
+    the run begins and not after an hour. Several tasks are tried one after another, each for a shorter time.
 
     make: makes the environment; default by `cfg.task`.
     steps: whether steps are tried; else only what the environment tells of itself is looked at.
@@ -160,26 +174,28 @@ def tried(cfg: Config, make: Callable[[Config], Env] | None = None, steps: bool 
     env = make_env(cfg, cfg.seed) if make is None else make(cfg)
     try:
         cfg = complete(cfg, env)
-        if cfg.horizon > env.max_episode_steps:
-            raise ConfigError(
-                f"config key 'horizon': got {cfg.horizon}, allowed: at most {env.max_episode_steps}, the decisions of "
-                f"an episode of {cfg.task}"
-            )
-        if steps:
-            _try(cfg, env)
+        each = {cfg.task: env} if not isinstance(env, TaskEnv) else {one.name: one for one in env.each()}
+        for name, one in each.items():
+            if cfg.horizon > one.max_episode_steps:
+                raise ConfigError(
+                    f"config key 'horizon': got {cfg.horizon}, allowed: at most {one.max_episode_steps}, the decisions "
+                    f"of an episode of {name}"
+                )
+            if steps:
+                _try(cfg, one, name, _TRY_SECONDS / min(len(each), _SHORTEST_TRIES))
     finally:
         close_all([env])
     return cfg
 
 
-def _try(cfg: Config, env: Env) -> None:
-    rng, end, decisions = np.random.default_rng(cfg.seed), time.monotonic() + _TRY_SECONDS, 0
+def _try(cfg: Config, env: Env, name: str, seconds: float) -> None:
+    rng, end, decisions = np.random.default_rng(cfg.seed), time.monotonic() + seconds, 0
     try:
         reset(env)
         while decisions < _TRY_DECISIONS and time.monotonic() < end:
             found = step(env, rng.uniform(-1, 1, env.action_dim).astype(np.float32))
             decisions += 1
-            check_episodic(cfg, found)
+            check_episodic(cfg, found, name)
             if found.terminated or found.truncated:
                 break
     except ConfigError:
@@ -187,17 +203,26 @@ def _try(cfg: Config, env: Env) -> None:
     except FAILURES as e:
         if cfg.on_env_error == "drop":
             return
-        where = f"{cfg.task} failed in decision {decisions + 1} of a try with random actions"
+        where = f"{name} failed in decision {decisions + 1} of a try with random actions"
         if isinstance(e, (EnvError, SystemExit)):
             raise ConfigError(f"config key 'task': {where}: {in_a_line(e)}") from e
         e.add_note(f"{where}, before the run; on_env_error=drop goes on without such episodes")
         raise
 
 
-def check_episodic(cfg: Config, found: Step) -> None:
-    """Raise `ConfigError` where an episode was terminated and the model has no part that learns that."""
-    if found.terminated and not cfg.episodic:
-        raise ConfigError(f"config key 'episodic': {cfg.task} terminated an episode; set episodic=true")
+def check_episodic(cfg: Config, found: Step, task: str | None = None) -> None:
+    """Raise `ConfigError` where an episode was terminated and the model has no part that learns that.
+
+    task: that it was of; default `cfg.task`.
+    """
+    if not found.terminated or cfg.episodic:
+        return
+    if cfg.multitask:
+        raise ConfigError(
+            f"config key 'tasks': {task} terminated an episode, which a multi-task model cannot learn; allowed: tasks "
+            "that end by time alone"
+        )
+    raise ConfigError(f"config key 'episodic': {cfg.task} terminated an episode; set episodic=true")
 
 
 def _unknown(task: str) -> str:

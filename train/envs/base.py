@@ -115,6 +115,10 @@ class Environments(Protocol):
         """Return what came of it; None where the environment had to be made anew and its episode is lost."""
         ...
 
+    def tasks(self) -> Sequence[int]:
+        """Return the task of each environment's episode, by index in `cfg.tasks`; of one task alone, none."""
+        return ()
+
     def states(self) -> list[EnvState | None]:
         """Return where each stands between two steps; None where it was made anew and its episode is lost."""
         ...
@@ -168,6 +172,14 @@ def check_actions(actions: NDArray[Any], obs: NDArray[Any]) -> None:
     if not np.isfinite(actions).all():
         most = np.abs(obs.astype(np.float64)).max()
         raise NonFiniteError(f"action: got NaN from the agent, for observations of up to {most:.3g}; scale them down")
+
+
+def whole_sizes(env: Env, task: str) -> None:
+    """Raise `ConfigError` where sizes of an environment are no whole numbers: of numpy's, files hold none."""
+    for name in ("action_dim", "max_episode_steps", "action_repeat"):
+        value = getattr(env, name, None)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"config key 'task': {task}: {name} is {value!r}, allowed: an int of at least 1")
 
 
 def state_of(env: Env) -> Any:

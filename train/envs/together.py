@@ -12,11 +12,12 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.runtime.cores import cores
 
-from . import dmcontrol, suite_of
+from . import dmcontrol, make_env, suite_of
 from .apart.held import Held
 from .apart.workers import Workers
 from .base import FAILURES, Actions, Array, Env, Environments, EnvState, Failures, Step, close_all, env_seed, step
 from .device.base import DeviceEnvironments
+from .multitask import placed, task_of
 
 
 class InProcess(Environments):
@@ -50,7 +51,7 @@ class InProcess(Environments):
         return self._held.envs
 
     def _made(self, i: int) -> Env:
-        return self._make(self.cfg, env_seed(self.cfg.seed, i, self.restarts + self.failures.dropped))
+        return placed(self._make, self.cfg, i, self.restarts + self.failures.dropped)
 
     @override
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
@@ -79,6 +80,10 @@ class InProcess(Environments):
                 found.append(None)
         self.failures.count(found)
         return found
+
+    @override
+    def tasks(self) -> list[int]:
+        return [task_of(env) for env in self.envs.values()]
 
     @override
     def states(self) -> list[EnvState | None]:
@@ -115,6 +120,7 @@ def environments(
     Raises:
         ConfigError: worker processes cannot make what this one could, or there are to be some beside a simulator.
     """
+    make = make_env if cfg.tasks and make is None else make
     suite = suite_of(cfg.task) if make is None else None
     if suite is not None and suite.together is not None:
         if cfg.env_workers:

@@ -72,7 +72,7 @@ class Lines(Quiet):
             return
         reward = s.row.get("episode_reward")
         shown = "" if reward is None else f"  return {reward:8.1f}"
-        speed = "" if s.rate is None else f"  {s.rate:6.1f} decisions/s"
+        speed = "" if s.rate is None else f"  {s.rate:6.1f} {s.unit}/s"
         losses = "".join(f"  {name} {value:.4g}" for name, value in s.losses)
         _print(f"{head}{shown}{speed}{losses}  {hms(s.elapsed)}  left {hms(s.left)}")
 

@@ -47,7 +47,7 @@ def table(s: Status, width: int, height: int) -> Panel:
         (
             "speed",
             [
-                item("", "-" if s.rate is None else f"{s.rate:,.1f}", "decisions/s"),
+                item("", "-" if s.rate is None else f"{s.rate:,.1f}", f"{s.unit}/s"),
                 item("elapsed", hms(elapsed)),
                 item("left", hms(s.left)),
             ],
@@ -55,14 +55,14 @@ def table(s: Status, width: int, height: int) -> Panel:
         (
             "return",
             [
-                number("episode", s.row.get("episode_reward")),
+                *([number("episode", s.row.get("episode_reward"))] if s.plays else []),
                 number("evaluation", s.last_eval),
                 number("best", s.best_eval),
             ],
         ),
         ("losses", [number(name, value, ".4g") for name, value in s.losses] or [Text("-")]),
         ("gradient", [metric("norm", "grad_norm"), metric("policy norm", "pi_grad_norm")]),
-        ("replay", [item("", f"{s.replay:.0%}", "full")]),
+        *([("replay", [item("", f"{s.replay:.0%}", "full")])] if s.plays else []),
         ("time", [item(name, f"{share:.0%}") for name, share in shares.items()]),
         ("about", [t for k, v in s.about.items() for t in _fold(f"{k} {v}", room)]),
         ("files", _fold(str(s.folder), room)),
@@ -77,7 +77,7 @@ def table(s: Status, width: int, height: int) -> Panel:
             used += 1
     for i, line in enumerate(_recent(s, room, 1000 if s.over else height - 1 - used)):
         grid.add_row("" if i else "notes", line)
-    count = Text(f"{s.decisions:,} / {s.cfg.steps:,} decisions {s.percent}", "bold")
+    count = Text(f"{s.decisions:,} / {s.cfg.steps:,} {s.unit} {s.percent}", "bold")
     bar = Table.grid(padding=(0, 2, 0, 0))
     bar.add_column(width=max(inner - count.cell_len - 2, 1))
     bar.add_column(no_wrap=True)

@@ -16,6 +16,8 @@ from .status import Clock, Status, counted
 
 WALL_CLOCK = ("elapsed_time", "decisions_per_second")
 """The last columns of `train.csv`: what two equal runs differ in."""
+WALL_CLOCK_OFFLINE = ("elapsed_time", "updates_per_second", "draw_time")
+"""The same of a run from data: `draw_time` counts the seconds that updates waited for their batches."""
 
 
 class RunLog:
@@ -29,6 +31,7 @@ class RunLog:
         folder: the run folder.
         action_repeat: environment steps per decision.
         about: facts for the header, in order, e.g. `{"model": "1,012,345 parameters", "device": "cpu"}`.
+        unit: what the run counts: decisions, or the updates of one that has no environment.
         resumed: what `state` returned when the checkpoint was written that the run goes on from.
             Rows after it are taken back: they belong to a stretch that is run again.
 
@@ -44,10 +47,11 @@ class RunLog:
         action_repeat: int,
         about: Mapping[str, str],
         resumed: Mapping[str, Any] | None = None,
+        unit: str = "decisions",
     ) -> None:
-        self.cfg, self.action_repeat = cfg, action_repeat
+        self.cfg, self.action_repeat, self.unit = cfg, action_repeat, unit
         self.clock = Clock()
-        self._status = Status(cfg, folder, action_repeat, about, self.clock)
+        self._status = Status(cfg, folder, action_repeat, about, self.clock, unit)
         self._closed = False
         self._warned: set[str] = set()
         saved: Mapping[str, Any] = resumed or {}
@@ -87,16 +91,47 @@ class RunLog:
 
     def episode(self, decisions: int, row: Mapping[str, Any]) -> None:
         """Write the row of a training episode that has ended; None is what is not known yet."""
-        self._status.row = row
-        rate = self._status.rate
-        clock = round(self._status.elapsed, 2), None if rate is None else round(rate, 3)
-        self._write("train", decisions, dict(decisions=decisions, **row, **dict(zip(WALL_CLOCK, clock, strict=True))))
+        self._row(decisions, row, dict(zip(WALL_CLOCK, self._clocks(), strict=True)))
 
-    def evaluation(self, decisions: int, mean: float, std: float, episodes: int, success: float = 0.0) -> None:
-        """Write the mean and the spread of the returns of an evaluation after so many decisions of training."""
+    def updates(self, updates: int, row: Mapping[str, Any]) -> None:
+        """Write the row of a run from data after so many updates."""
+        clocks = *self._clocks(), round(self.clock.seconds.get("draw", 0.0), 3)
+        self._row(updates, row, dict(zip(WALL_CLOCK_OFFLINE, clocks, strict=True)))
+
+    def _clocks(self) -> tuple[float, float | None]:
+        rate = self._status.rate
+        return round(self._status.elapsed, 2), None if rate is None else round(rate, 3)
+
+    def _row(self, count: int, row: Mapping[str, Any], clocks: Mapping[str, Any]) -> None:
+        self._status.row = row
+        self._write("train", count, {self.unit: count, **row, **clocks})
+
+    def time_split(self) -> str:
+        """Say what share of its time each part of the run took, in words."""
+        total = max(self._status.elapsed, 1e-9)
+        return ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in self.clock.so_far().items())
+
+    def evaluation(
+        self,
+        decisions: int,
+        mean: float,
+        std: float,
+        episodes: int,
+        success: float = 0.0,
+        more: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Write the mean and the spread of the returns of an evaluation after so many decisions of training.
+
+        more: of several tasks, `normalized_score`, and `return+TASK` and `success+TASK` of each.
+        """
+        more = more or {}
         self._status.evaluated(mean)
-        self._write("eval", decisions, {"return": mean, "return_std": std, "success": success})
+        self._write("eval", decisions, {"return": mean, "return_std": std, "success": success, **more})
         succeeded = f"  success {success:.2f}" if success else ""
+        if (score := more.get("normalized_score")) is not None:
+            succeeded += f"  score {score:.1f}"
+        if each := [f"{k.partition('+')[2]} {v:.1f}" for k, v in more.items() if k.startswith("return+")]:
+            self._display.note("tasks  " + ", ".join(each))
         self._display.note(
             f"eval   step {decisions * self.action_repeat:>9,}  return {mean:8.1f} ± {std:.1f}{succeeded}"
             f"  ({counted(episodes, 'episode')})"

@@ -146,6 +146,8 @@ class Sink(Protocol):
 class Csv(Sink):
     """Writes `eval.csv` with the official columns, `train.csv` with all there is, and `success.csv` where there is any.
 
+    Of several tasks `eval.csv` also has `normalized_score`, and `return+TASK` and `success+TASK` of each.
+
     Of a task that has no success nothing is known until the end, so rows of `success.csv` wait for the first one.
     """
 
@@ -167,7 +169,8 @@ class Csv(Sink):
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if kind == "eval":
             self._succeeded(step, values.get("success") or 0.0)
-            self._append(kind, dict(step=step, reward=round(values["return"], 1), seed=self._seed))
+            own = {k: None if v is None else round(v, 4) for k, v in values.items() if _of_tasks(k)}
+            self._append(kind, dict(step=step, reward=round(values["return"], 1), seed=self._seed, **own))
         else:
             self._append(kind, dict(step=step, **values))
 
@@ -192,6 +195,18 @@ class Csv(Sink):
     def close(self) -> str | None:
         lost = [(f.close(), f.path.name) for f in self._files.values()]
         return ", ".join(f"{rows} of {name}" for rows, name in lost if rows) or None
+
+
+def _of_tasks(name: str) -> bool:
+    """Tell whether a value is of an evaluation of several tasks."""
+    return name == "normalized_score" or "+" in name
+
+
+def by_task(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return numbers alone: those of an episode of one of several tasks under the official names, `NAME+TASK`."""
+    task = values.get("task")
+    names = {k: f"{k}+{task}" if task and k.startswith("episode_") else k for k in values if k != "task"}
+    return {name: values[k] for k, name in names.items()}
 
 
 def _line(cells: Sequence[Any]) -> bytes:
@@ -233,7 +248,9 @@ class TensorBoard(Sink):
     @override
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         scalars = [
-            self._summary.Value(tag=f"{kind}/{k}", simple_value=float(v)) for k, v in values.items() if v is not None
+            self._summary.Value(tag=f"{kind}/{k}", simple_value=float(v))
+            for k, v in by_task(values).items()
+            if v is not None
         ]
         self._file.append(self._record(step=step, summary=self._summary(value=scalars)))
 
@@ -310,7 +327,11 @@ class WandB(Sink):
         if self._run is None or step < self._run.step:  # what the server has already stays
             return
         official = {"return": "episode_reward", "return_std": "episode_reward_std", "success": "episode_success"}
-        named = {official.get(k, k): v for k, v in dict(step=step, **values).items() if v is not None}
+        named = {}
+        for k, v in dict(step=step, **by_task(values)).items():
+            name, plus, task = k.partition("+")
+            if v is not None:
+                named[official.get(name, name) + plus + task] = v
         try:
             self._run.log({f"{kind}/{k}": v for k, v in named.items()}, step=step)
         except Exception as e:  # a service that died: nothing of it is worth the run

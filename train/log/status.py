@@ -14,7 +14,7 @@ from tdmpc2_fast.learn.metrics import metric_names
 
 _RATE_SECONDS, _BETWEEN_SAMPLES = 60.0, 0.5
 _PACE_SECONDS, _WORTH_A_LINE = 3.0, 10.0  # until an evaluation's pace is known; how long one is that is told of
-_PARTS = ("environment", "plan", "update", "evaluation")
+_PARTS = ("environment", "plan", "draw", "update", "evaluation")
 _KEPT = ("decisions", "replay", "last_eval", "best_eval", "eval_seconds")
 
 
@@ -47,8 +47,17 @@ class Clock:
 class Status:
     """What is known of a run: `RunLog` writes it, displays read it. It keeps no tensor."""
 
-    def __init__(self, cfg: Config, folder: Path, action_repeat: int, about: Mapping[str, str], clock: Clock) -> None:
-        self.cfg, self.folder, self.action_repeat = cfg, folder, action_repeat
+    def __init__(
+        self,
+        cfg: Config,
+        folder: Path,
+        action_repeat: int,
+        about: Mapping[str, str],
+        clock: Clock,
+        unit: str = "decisions",
+    ) -> None:
+        self.cfg, self.folder, self.action_repeat, self.unit = cfg, folder, action_repeat, unit
+        self.plays = unit == "decisions"
         self.about, self.clock = dict(about), clock
         self.decisions, self.replay = 0, 0.0
         self.row: Mapping[str, Any] = {}  # the last training episode
@@ -111,11 +120,12 @@ class Status:
         if each < _WORTH_A_LINE:
             return None
         count, length = self._evaluations + (self.decisions < cfg.steps), cfg.episode_length or total
-        episodes = f"{counted(cfg.eval_episodes, 'episode')} of up to {length:,} decisions"
+        each_time = cfg.eval_episodes * max(len(cfg.tasks), 1)
+        episodes = f"{counted(each_time, 'episode')} of up to {length:,} decisions"
         text = f"an evaluation takes about {hms(each)}: {episodes}; this run has {count}"
         # In plans of one environment: an update takes about as long as one.
-        training = max(cfg.steps - self._seed_steps, 0) + cfg.utd * cfg.steps
-        if cfg.mpc and count * cfg.eval_episodes * length > training:
+        training = cfg.steps if not self.plays else max(cfg.steps - self._seed_steps, 0) + cfg.utd * cfg.steps
+        if cfg.mpc and count * each_time * length > training:
             ways = ["a smaller eval_episodes"] * (cfg.eval_episodes > 1) + ["a larger eval_freq"] * (count > 2)
             text += f", probably most of its time. What shortens it: {' or '.join(ways) or 'more steps'}"
         return text
@@ -136,7 +146,7 @@ class Status:
     @property
     def seeding(self) -> bool:
         """Tells whether actions are random so far."""
-        return self.decisions <= self._seed_steps
+        return self.plays and self.decisions <= self._seed_steps
 
     @property
     def percent(self) -> str:
@@ -145,7 +155,7 @@ class Status:
 
     @property
     def rate(self) -> float | None:
-        """Decisions per second in the last minute, pretraining and evaluations left out."""
+        """Decisions (or updates) per second in the last minute, pretraining and evaluations left out."""
         if not self._samples:
             return None
         (start, first), (end, last) = self._samples[0], self._sample()
@@ -174,13 +184,14 @@ class Status:
 
     @property
     def _seed_steps(self) -> int:
-        return self.cfg.seed_steps or 0
+        return (self.cfg.seed_steps or 0) if self.plays else 0
 
     @property
     def _evaluations(self) -> int:
         """How many come after this decision, the one at the end included; an episode has one at most."""
         cfg = self.cfg
-        period = max(cfg.eval_freq, 0 if cfg.episodic else cfg.num_envs * (cfg.episode_length or 0))
+        boundaries = 0 if cfg.episodic or not self.plays else cfg.num_envs * (cfg.episode_length or 0)
+        period = max(cfg.eval_freq, boundaries)
         return max((cfg.steps - 1) // period - self.decisions // period, 0) + 1
 
     def _sample(self) -> tuple[float, int]:

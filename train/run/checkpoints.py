@@ -68,12 +68,13 @@ class Checkpoints:
         model: WorldModel,
         tensors: Mapping[str, Tensor],
         values: Mapping[str, Any],
-        buffer: ReplayBuffer,
+        buffer: ReplayBuffer | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint; return its folder.
 
-        values: JSON-ready, `decisions` among them; about: what `trained` is to tell of the weights.
+        values: JSON-ready, `decisions` among them; buffer: the replay, where there is one; about: what `trained` is to
+            tell of the weights.
 
         Raises:
             OSError: it cannot be written; earlier ones are as they were.
@@ -87,7 +88,7 @@ class Checkpoints:
             if tmp.exists():  # of a run that was killed while it wrote the same one
                 shutil.rmtree(tmp)
             tmp.mkdir()
-            chunks = self.replay.save(buffer)
+            chunks = [] if buffer is None else self.replay.save(buffer)
             _tell(checkpoint.save(model, tmp / _WEIGHTS).with_suffix(".json"), about)
             write_tensors(tmp / "training.safetensors", tensors)
             manifest = dict(
@@ -191,7 +192,8 @@ class Checkpoints:
                 (path / "manifest.json").unlink(missing_ok=True)  # first: without it, it is none
                 shutil.rmtree(path)
         needed = {c["file"] for p in kept for c in json.loads((p / "manifest.json").read_text())["replay"]}
-        self.replay.prune(needed)
+        if self.replay.folder.exists():
+            self.replay.prune(needed)
 
 
 def trained(path: Path) -> str:
@@ -204,7 +206,8 @@ def trained(path: Path) -> str:
     if not of_these:
         return "step and return unknown"
     updates = f"{facts['updates']:,} updates" if facts["updates"] else "no update yet"
-    text = f"step {facts['step']:,} ({facts['decisions']:,} decisions, {updates})"
+    played = f"{facts['decisions']:,} decisions, " if "decisions" in facts else ""
+    text = f"step {facts['step']:,} ({played}{updates})"
     if "return" not in facts:
         return f"{text}, not evaluated"
     return f"{text}, {returned(facts['return'], facts['return_std'], facts['episodes'])}"

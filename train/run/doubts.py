@@ -32,7 +32,7 @@ class Doubts:
     def episode(self, episode: Played) -> None:
         """Look at the rewards of an episode that has ended, and at what they add up to."""
         self._longest = max(self._longest, len(episode))
-        discount = self.cfg.discounts[0]
+        discount = self.cfg.discounts[episode.task or 0]
         low, high = self._range
         # No return can be larger than this: rewards on a device need not be waited for.
         if episode.peak <= 0.999 * (1 - discount) * min(-low, high):
@@ -75,7 +75,7 @@ class Doubts:
     def _why_too_short(self) -> str | None:
         """Return why a run of `steps` decisions ends before its first update; None where it need not."""
         cfg = self.cfg
-        seed, length, envs = cfg.seed_steps or 0, cfg.episode_length or 0, cfg.num_envs
+        seed, length, envs = cfg.seed_steps or 0, min(cfg.episode_lengths or (cfg.episode_length or 0,)), cfg.num_envs
         # An update takes more than `seed_steps` decisions, and an episode that has ended.
         random, ended = seed // envs * envs, (cfg.horizon if cfg.episodic else length) * envs
         if cfg.steps > max(random, ended):

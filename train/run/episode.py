@@ -21,6 +21,11 @@ class Played(Protocol):
         ...
 
     @property
+    def task(self) -> int | None:
+        """Its index in a multi-task model."""
+        ...
+
+    @property
     def total(self) -> float:
         """Its return."""
         ...
@@ -51,9 +56,13 @@ class Played(Protocol):
 
 
 class Episode:
-    """The steps of one episode as they come; row 0 is the reset, with NaN action and reward."""
+    """The steps of one episode as they come; row 0 is the reset, with NaN action and reward.
 
-    def __init__(self, obs: Array, action_dim: int) -> None:
+    task: its index in a multi-task model.
+    """
+
+    def __init__(self, obs: Array, action_dim: int, task: int | None = None) -> None:
+        self.task = task
         self.obs = [obs]
         self.action = [np.full(action_dim, np.nan, dtype=np.float32)]
         self.reward, self.terminated = [np.nan], [np.nan]
@@ -99,12 +108,13 @@ class Episode:
 
     def rows(self) -> dict[str, Any]:
         """Return the episode as `ReplayBuffer.add` takes it."""
-        return dict(
+        rows = dict(
             obs=np.stack(self.obs),
             action=np.stack(self.action),
             reward=np.asarray(self.reward, dtype=np.float32),
             terminated=np.asarray(self.terminated, dtype=np.float32),
         )
+        return rows if self.task is None else rows | dict(task=np.full(len(self.obs), self.task))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it, for `replayed`."""
@@ -112,10 +122,13 @@ class Episode:
         return {k: torch.from_numpy(v) for k, v in (self.rows() | exact).items()}
 
     @classmethod
-    def replayed(cls, kept: Mapping[str, Tensor], steps: list[Step]) -> Episode | None:
-        """Return the episode that `tensors` was called of, played again; None where it came out differently."""
+    def replayed(cls, kept: Mapping[str, Tensor], steps: list[Step], task: int | None = None) -> Episode | None:
+        """Return the episode that `tensors` was called of, played again; None where it came out differently.
+
+        task: that it was played again in.
+        """
         action = kept["action"].numpy()
-        episode = cls(steps[0].obs, action.shape[1])
+        episode = cls(steps[0].obs, action.shape[1], task)
         for a, step in zip(action[1:], steps[1:], strict=True):
             episode.append(a, step)
         same = all(_equal(x.numpy(), kept[k].numpy()) for k, x in episode.tensors().items())

@@ -12,18 +12,16 @@ from tdmpc2_fast.agent import TDMPC2
 
 from ..log.sinks import Sink
 
-_KINDS = {"train": "episode", "eval": "evaluation"}
-
 
 class Event(NamedTuple):
-    """Something that happened: an episode of training ended, or an evaluation.
+    """Something that happened: an episode of training ended, updates from data were made, or an evaluation.
 
-    Values of an episode are those of a row of `train.csv`, `episode_reward` among them; of an evaluation `return`,
-    `return_std` and `success`.
+    Values of an episode are those of a row of `train.csv`, `episode_reward` among them, and so are those of updates,
+    which have losses only; of an evaluation `return`, `return_std` and `success`.
     """
 
-    kind: str  # episode or evaluation
-    step: int  # environment steps, as in the files
+    kind: str  # episode, updates or evaluation
+    step: int  # environment steps, or updates, as in the files
     values: Mapping[str, Any]
     agent: TDMPC2
 
@@ -51,7 +49,8 @@ class Calls(Sink):
 
     @override
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        event = Event(_KINDS[kind], step, {k: v for k, v in values.items() if v is not None}, self._run.agent)
+        what = "evaluation" if kind == "eval" else "episode" if "episode_reward" in values else "updates"
+        event = Event(what, step, {k: v for k, v in values.items() if v is not None}, self._run.agent)
         for callback in self._callbacks:
             answer = callback(event)
             if isinstance(answer, (bool, np.bool_)) and not answer:

@@ -23,6 +23,7 @@ from .checkpoints import Checkpoints, Saved, trained
 from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder
+from .loops.base import Trainer
 from .stop import Stop, Stopped
 from .threads import choose_threads
 from .trainer import OnlineTrainer
@@ -182,10 +183,10 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], g
         else:
             tell(mean_return=found.mean_return, std_return=found.std_return)
             result = returned(found.mean_return, found.std_return, len(found.returns))
-            if dropped := trainer.rollouts.failures.dropped:
-                result += f"; {dropped} training episodes were dropped, since their environment failed"
+            if more := trainer.result():
+                result += f"; {more}"
             if not trainer.agent.updater.steps:
-                why = "a callback ended it" if trainer.ended else trainer.doubts.why_nothing_learned(trainer.buffer)
+                why = "a callback ended it" if trainer.ended else trainer.why_nothing_learned()
                 why = f"nothing was learned: {why}"
                 tell(error=why)
                 summary = [f"done, but {why}", result, *_files(folder)]
@@ -215,7 +216,7 @@ def _files(folder: Path) -> list[str]:
     return [f"  {name:12} {text}" + (f": {trained(Path(text))}" if name == "weights" else "") for name, text in found]
 
 
-def _how_to_go_on(trainer: OnlineTrainer) -> list[str]:
+def _how_to_go_on(trainer: Trainer) -> list[str]:
     last = trainer.checkpoints.last()
     if last is None:
         return [f"no checkpoint was written{'' if trainer.cfg.save_agent else ' (save_agent=false)'}"]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from ..envs.given import Source
 from ..log.run_log import RunLog
 from .checkpoints import Checkpoints, Saved
 from .evaluate import Evaluator
-from .rollouts import Rollouts
 
 
 @dataclass
@@ -30,7 +28,7 @@ class Progress:
     updates_due: float = 0.0
     seeded: bool = False  # the agent acts, and learns
     evaluated_at: int = -1  # decisions
-    best: float | None = None  # mean return of an evaluation
+    best: float | None = None  # `Evaluation.merit`
 
 
 class Resumable(Protocol):
@@ -38,16 +36,26 @@ class Resumable(Protocol):
 
     cfg: Config
     agent: TDMPC2
-    buffer: ReplayBuffer
-    rollouts: Rollouts
     evaluator: Evaluator | None
     evaluation: Source
     checkpoints: Checkpoints
     log: RunLog
     progress: Progress
-    random: np.random.Generator
     metrics: dict[str, Tensor]
     evaluated: dict[str, Any]
+
+    @property
+    def replay(self) -> ReplayBuffer | None:
+        """What it has played, where it plays."""
+        ...
+
+    def state(self, whole: bool) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """Return what this kind of run keeps beside."""
+        ...
+
+    def restore(self, parts: Mapping[str, Mapping[str, Tensor]], saved: Saved) -> None:
+        """Take up what `state` returned."""
+        ...
 
 
 def save(run: Resumable, whole: bool) -> bool:
@@ -59,7 +67,7 @@ def save(run: Resumable, whole: bool) -> bool:
         if not all(bool(p.isfinite().all()) for p in run.agent.model.parameters()):
             run.log.warn("no checkpoint: weights are not finite; the last one stays")
             return False
-        run.checkpoints.save(run.agent.model, *_state(run, whole), run.buffer, about_weights(run))
+        run.checkpoints.save(run.agent.model, *_state(run, whole), run.replay, about_weights(run))
         return True
     except OSError as e:
         run.log.warn(
@@ -76,7 +84,8 @@ def save(run: Resumable, whole: bool) -> bool:
 def about_weights(run: Resumable) -> dict[str, Any]:
     """Return what `checkpoints.trained` tells of the weights as they are."""
     decisions = run.progress.decisions
-    facts = dict(step=decisions * run.log.action_repeat, decisions=decisions, updates=run.agent.updater.steps)
+    facts = dict(step=decisions * run.log.action_repeat, updates=run.agent.updater.steps)
+    facts |= dict(decisions=decisions) if run.log.unit == "decisions" else {}
     return facts | (run.evaluated if run.progress.evaluated_at == decisions else {})
 
 
@@ -85,18 +94,14 @@ def _state(run: Resumable, whole: bool) -> tuple[dict[str, Tensor], dict[str, An
     parts: dict[str, Mapping[str, Tensor]] = dict(
         planner=run.agent.planner.state(),
         updater=run.agent.updater.state(),
-        replay=run.buffer.state(),
         metrics=run.metrics,
     )
     if run.evaluator is not None:
         parts["evaluation"] = run.evaluator.planner.state()
-    under_way, envs = run.rollouts.state(run.log.warn_once) if whole else ({}, None)
-    parts |= under_way
+    own, more = run.state(whole)
+    parts |= own
     values = asdict(run.progress) | dict(
-        random=run.random.bit_generator.state,
-        envs=envs,
-        restarts=run.rollouts.restarts,
-        dropped=run.rollouts.failures.dropped,
+        **more,
         evaluation=None if run.evaluator is None else run.evaluator.states(),
         log=run.log.state(),
         made_by=_made_by(run),
@@ -119,17 +124,12 @@ def restore(run: Resumable, saved: Saved) -> None:
     checkpoint.load_into(agent.model, saved.weights, repr(str(saved.folder)))
     agent.updater.load_state(parts.get("updater", {}))
     agent.planner.load_state(parts["planner"])
-    run.buffer.restore(parts["replay"], run.checkpoints.replay.read(saved.chunks))
     run.metrics = {k: x.to(agent.device) for k, x in parts.get("metrics", {}).items()}
     run.progress = Progress(**{f.name: values[f.name] for f in fields(Progress)})
-    run.random.bit_generator.state = values["random"]
     if values["evaluation"] is not None:
         run.evaluator = Evaluator(agent, run.evaluation)
         run.evaluator.restore(values["evaluation"], parts["evaluation"])
-    if values["envs"] is None:
-        run.log.note("the episodes under way are not in the checkpoint: new ones are begun")
-    else:
-        run.rollouts.restore(parts, values["envs"], run.log.warn)
+    run.restore(parts, saved)
     before, now = values["made_by"], _made_by(run)
     changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
     if changed:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, InputError
@@ -22,7 +23,8 @@ from tdmpc2_fast.errors import ConfigError, InputError
 from ...signals import SIGNALS
 from .. import patience
 from ..answers import EnvError, NotHereError
-from ..base import Env, RenderError, close_all, in_a_line, step
+from ..base import Actions, Env, EnvState, RenderError, Step, close_all, in_a_line, step
+from ..multitask import placed, task_of
 from .held import Held
 
 BEGUN = "begun"
@@ -51,24 +53,26 @@ class Obey(Held):
         self,
         cfg: Config,
         make: Callable[[Config, int], Env],
-        seeds: Mapping[int, int],
+        which: Sequence[int],
+        anew: int,
         memory: Any,
         row: np.dtype[Any],
     ) -> None:
-        super().__init__({i: make(cfg, seed) for i, seed in seeds.items()})
+        super().__init__({i: placed(make, cfg, i, anew) for i in which})
         self._cfg, self._make = cfg, make
         self._rows = rows_of(memory, row)
 
-    def make_anew(self, i: int, seed: int) -> None:
-        """Replace environment i."""
+    def make_anew(self, i: int, anew: int) -> None:
+        """Replace environment i; `anew` is as for `placed`."""
         close_all([self.envs[i]])
-        self.envs[i] = self._make(self._cfg, seed)
+        self.envs[i] = placed(self._make, self._cfg, i, anew)
 
     def reset(self, which: Sequence[int]) -> Failed:
         """Start episodes and write their observations; return the errors of those that failed."""
 
         def begin(i: int) -> None:
             self._rows["obs"][i] = self.begin(i)
+            self._rows["task"][i] = task_of(self.envs[i])
 
         return self._each(which, begin)
 
@@ -81,6 +85,13 @@ class Obey(Held):
                 self._rows[name][i] = value
 
         return self._each(self.envs, decide)
+
+    @override
+    def restore(self, states: Mapping[int, EnvState], actions: Mapping[int, Actions]) -> dict[int, list[Step]]:
+        found = super().restore(states, actions)
+        for i, env in self.envs.items():
+            self._rows["task"][i] = task_of(env)
+        return found
 
     def _each(self, which: Iterable[int], do: Callable[[int], None]) -> Failed:
         failed: Failed = {}

@@ -40,7 +40,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
 from ..answers import EnvError
-from ..base import Actions, Array, Env, Environments, EnvState, Failures, Step, env_seed
+from ..base import Actions, Array, Env, Environments, EnvState, Failures, Step
 from .processes import GuestProcess, SharedFile
 from .serve import BEGUN, Failed, Obey, rows_of, serve
 
@@ -106,7 +106,7 @@ class Workers(Environments):
         obs = ("obs", np.uint8 if cfg.obs == "rgb" else np.float32, cfg.observation_shape)
         action = ("action", np.float32, (cfg.need("action_dim"),))
         results = [("reward", np.float64), ("terminated", np.bool_), ("truncated", np.bool_), ("success", np.float64)]
-        self._row = np.dtype([obs, action, *results], align=True)
+        self._row = np.dtype([obs, action, *results, ("task", np.int64)], align=True)
         size = cfg.num_envs * self._row.itemsize
         self._memory: Any = SharedFile(size) if python is not None else _spawn.RawArray("b", size)
         self._rows: NDArray[Any] = rows_of(self._memory, self._row)
@@ -164,6 +164,11 @@ class Workers(Environments):
         return found
 
     @override
+    def tasks(self) -> list[int]:
+        found: list[int] = self._rows["task"].tolist()
+        return found
+
+    @override
     def states(self) -> list[EnvState | None]:
         found: dict[int, EnvState] = {}
         for worker, answer in self._ask_all(lambda worker: ("states",)):
@@ -204,8 +209,7 @@ class Workers(Environments):
         _close(self._workers)
 
     def _start(self, indices: list[int]) -> _Worker:
-        seeds = {i: self._seed(i) for i in indices}
-        made = functools.partial(Obey, self.cfg, self._make, seeds, self._memory, self._row)
+        made = functools.partial(Obey, self.cfg, self._make, indices, self._anew, self._memory, self._row)
         if self._python is not None:
             guest = GuestProcess(self._python, made, self._memory)
             return _Worker(indices, guest, guest.pipe)
@@ -231,13 +235,14 @@ class Workers(Environments):
         failed: Failed = self._workers[k].answer
         for i, (ours, line, trace) in failed.items():
             self.failures.take(i, ours or EnvError(line), "" if ours else trace)
-            self._workers[k].tell("make_anew", i, self._seed(i))
+            self._workers[k].tell("make_anew", i, self._anew)
             if not self._answered(k, time.monotonic()):
                 return self._workers[k].indices
         return list(failed)
 
-    def _seed(self, i: int) -> int:
-        return env_seed(self.cfg.seed, i, self.restarts + self.failures.dropped)
+    @property
+    def _anew(self) -> int:
+        return self.restarts + self.failures.dropped
 
     def _answered(self, k: int, start: float) -> bool:
         """Wait for the answer of process k, whose time runs from `start`; start the process anew if it fails."""

@@ -41,6 +41,7 @@ class DeviceEpisode:
     peak: float
     success: float
     terminates: bool
+    task: int | None = None  # these simulators step one alone
 
     def __len__(self) -> int:
         return len(self.steps["reward"]) - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,19 +57,29 @@ class HostRollouts(Rollouts):
         which = [i for i, e in enumerate(self.episodes) if e is None]
         if which:
             for i, obs in self.envs.reset(which).items():
-                self.episodes[i] = Episode(obs, self.cfg.need("action_dim"))
+                self.episodes[i] = Episode(obs, self.cfg.need("action_dim"), self._task_of(i))
+
+    def _task_of(self, i: int) -> int | None:
+        return self.envs.tasks()[i] if self.cfg.multitask else None
 
     @override
     def take(self, actions: Actions) -> None:
         self._actions = actions
+        if self.cfg.multitask:  # a task's own dimensions alone are done, and zeros in the others learned
+            widths = np.array(self.cfg.action_dims)[self._tasks(self.running())]
+            self._actions = np.where(np.arange(actions.shape[1]) < widths[:, None], actions, np.float32(0))
 
     @override
     def act(self, agent: TDMPC2) -> None:
         episodes = self.running()
         obs = torch.from_numpy(np.stack([e.obs[-1] for e in episodes]))
         t0 = torch.tensor([len(e) == 0 for e in episodes])
-        self._actions = agent.act(obs, t0).numpy()
+        task = torch.tensor(self._tasks(episodes)) if self.cfg.multitask else None
+        self._actions = agent.act(obs, t0, task=task).numpy()
         check_actions(self._actions, obs.numpy())
+
+    def _tasks(self, episodes: Sequence[Episode]) -> list[int]:
+        return [e.task for e in episodes if e.task is not None]
 
     @override
     def step_async(self) -> None:
@@ -83,7 +93,7 @@ class HostRollouts(Rollouts):
             if step is None:
                 self.episodes[i] = None
                 continue
-            check_episodic(self.cfg, step)
+            check_episodic(self.cfg, step, None if episode.task is None else self.cfg.tasks[episode.task])
             episode.append(self._actions[i], step)
 
     def running(self) -> list[Episode]:
@@ -107,7 +117,7 @@ class HostRollouts(Rollouts):
         kept = {i: parts[f"episode {i}"] for i in range(len(states)) if f"episode {i}" in parts}
         actions = {i: k["action"].numpy()[1:] for i, k in kept.items()}
         for i, steps in self.envs.restore(states, actions).items():
-            self.episodes[i] = Episode.replayed(kept[i], steps)
+            self.episodes[i] = Episode.replayed(kept[i], steps, self._task_of(i))
             if self.episodes[i] is None:
                 warn(
                     f"{self.cfg.task}, environment {i}: the same actions gave other observations, so the episode under "

@@ -1,0 +1,1 @@
+"""What the loops of a run share, and the one without an environment."""
