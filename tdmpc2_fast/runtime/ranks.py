@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..errors import ConfigError, RanksError
+from ..errors import CheckpointError, ConfigError, RanksError
 from ..seeds import stream_seed
+
+_TOLD: dict[str, type[Exception]] = dict(checkpoint=CheckpointError, config=ConfigError, disk=OSError)
 
 
 class Ranks:
@@ -69,10 +71,13 @@ class Ranks:
         """
         if self.count == 1:
             return cfg
-        seed = cfg.seed if self.first else stream_seed(cfg.seed, repr(self)) % 2**32
         equal = {key: self.equal(cfg, key) for key in ("num_envs", "batch_size")}
         sizes = {key: -(-getattr(cfg, key) // self.count) for key in ("buffer_size", "steps")}
-        return cfg.replace(seed=seed, **equal, **sizes)
+        return cfg.replace(seed=self.own_seed(cfg), **equal, **sizes)
+
+    def own_seed(self, cfg: Config) -> int:
+        """Return the seed of what this rank draws for itself; the first one's is the run's."""
+        return cfg.seed if self.first else stream_seed(cfg.seed, repr(self)) % 2**32
 
     # ---- tensors of an update, on the device
 
@@ -143,6 +148,33 @@ class Ranks:
         with self._reached():
             dist.all_gather(found, mine, self._control)
         return [json.loads(bytes(x.tolist())) for x in found]
+
+    def every(self, holds: bool) -> bool:
+        """Tell whether something holds on all ranks."""
+        return not self.most(int(not holds))[0]
+
+    def any(self, holds: bool) -> bool:
+        """Tell whether something holds on a rank."""
+        return bool(self.most(int(holds))[0])
+
+    def done(self, work: Callable[[], Any]) -> list[Any]:
+        """Do something on each rank; return what it gave, JSON-ready, in the order of the ranks.
+
+        What one rank raises of `_TOLD` all of them raise, so that none waits for another.
+        """
+        if self.count == 1:
+            return [work()]
+        found: dict[str, Any] = {}
+        try:
+            found["value"] = work()
+        except tuple(_TOLD.values()) as e:
+            kind = next(name for name, kind in _TOLD.items() if isinstance(e, kind))
+            found = dict(kind=kind, text=str(e))
+        each = self.told(found)
+        for rank, x in enumerate(each):
+            if "kind" in x:
+                raise _TOLD[x["kind"]](x["text"] if rank == 0 else f"rank {rank}: {x['text']}")
+        return [x["value"] for x in each]
 
     def of_first(self, value: Any = None) -> Any:
         """Return what the first rank gave, JSON-ready; what the others give does not matter."""

@@ -54,7 +54,7 @@ CASES_RUN = [(count, name) for count in ("2", "4") for name in NAMES] + [("2", n
 def test_ranks_equal_one_process_with_the_whole_batch(
     found: dict[str, list[dict[str, Any]]], count: str, name: str
 ) -> None:
-    cfg, ranks = case(name), found[count]
+    cfg, ranks = case(name), [rank[name] for rank in found[count]]
     one = updates(cfg.replace(backend="torch"))
     exact = agent_of(cfg.replace(backend="torch"))
     exact.model.double()

@@ -83,7 +83,9 @@ class DataSet:
 def found_index(folder: Path) -> Index:
     """Read the index of a folder; errors are those of `DataSet.open`."""
     if not folder.is_dir():
-        raise DataError(f"data {str(folder)!r}: {'is a file' if folder.exists() else 'is not there'}, allowed: a folder")
+        raise DataError(
+            f"data {str(folder)!r}: {'is a file' if folder.exists() else 'is not there'}, allowed: a folder"
+        )
     path = folder / INDEX
     if not path.is_file() or path.is_symlink():
         what = f"has no {INDEX}"

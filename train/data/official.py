@@ -116,7 +116,9 @@ def _checked(file: TensorDictFile) -> dict[str, Column]:
             raise _error(file, f"{name!r} has the shape {column.shape}, allowed: {form}")
         kinds = dict(task="iuf", terminated="fbiu").get(name, "f")
         if column.dtype.kind not in kinds:
-            raise _error(file, f"{name!r} is of {column.dtype}, allowed: {'whole' if name == 'task' else 'real'} numbers")
+            raise _error(
+                file, f"{name!r} is of {column.dtype}, allowed: {'whole' if name == 'task' else 'real'} numbers"
+            )
     if file.shape[1] < 2:
         raise _error(file, f"has episodes of {file.shape[1]} rows, allowed: at least 2, the reset and a decision")
     if file.shape[1] * (used["obs"].shape[2] + used["action"].shape[2]) > _LONGEST_EPISODE:
