@@ -7,10 +7,11 @@ little texts, goes by gloo in a group of its own, so that a GPU is not waited fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -182,28 +183,33 @@ class Ranks:
 
     # ---- beginning and end
 
-    @contextmanager
+    @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as e:  # torch.distributed's errors are such
-            said = " ".join(str(e).split())[:200]
+            said = re.sub(r"\[/\S+\] ", "", " ".join(str(e).split()))[:160]
             raise RanksError(
                 f"{self}: the others cannot be reached any more: one of them ended, or hung for longer than "
                 f"rank_timeout allows ({said}). The run ends; what was written last is whole, and "
                 "resume=auto goes on from there"
             ) from e
 
-    def leave(self) -> None:
-        """End the process group, when all ranks are through."""
-        if self.count > 1:
-            import torch.distributed as dist
+    def leave(self, well: bool = True) -> None:
+        """End the process group: when all ranks are through, or where this one cannot go on, at once."""
+        if self.count == 1:
+            return
+        import torch.distributed as dist
 
+        if well:
             self.most(0)  # no one goes while another one still needs it
-            # One that lives on until the interpreter ends aborts the process then, now and again.
-            self._control = None
-            dist.destroy_process_group()
-            self.count, self.rank = 1, 0
+        # A group of gloo that lives on until the interpreter ends aborts the process then, now and again. One of NCCL
+        # would wait for what is under way on the device, and its end is that of the process.
+        self._control = None
+        if well or dist.get_backend() == "gloo":
+            with contextlib.nullcontext() if well else contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+        self.rank, self.count = 0, 1
 
 
 ALONE = Ranks()
@@ -213,6 +219,18 @@ ALONE = Ranks()
 def under_torchrun() -> bool:
     """Tell whether this process is one of several that torchrun, or SLURM through it, started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def among(device: str, minutes: float) -> Iterator[Ranks]:
+    """Be one of the ranks within; arguments and errors are those of `joined`."""
+    ranks = joined(device, minutes)
+    try:
+        yield ranks
+    except BaseException:
+        ranks.leave(well=False)
+        raise
+    ranks.leave()
 
 
 def joined(device: str, minutes: float) -> Ranks:
@@ -249,7 +267,11 @@ def joined(device: str, minutes: float) -> Ranks:
     timeout = timedelta(minutes=minutes)
     try:
         own = torch.device("cuda", local) if on_gpu else None
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=own)
+        store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart, and what is left in it leads to processes that are gone.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        kind = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(kind, store=store, rank=rank, world_size=count, timeout=timeout, device_id=own)
         control = dist.new_group(backend="gloo", timeout=timeout)
     except RuntimeError as e:
         raise RanksError(f"rank {os.environ['RANK']}: the others did not come: {' '.join(str(e).split())[:300]}") from e

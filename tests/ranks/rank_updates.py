@@ -7,7 +7,11 @@ Each rank writes OUT/RANK.pt: for each case what `updates` returns, and what it 
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,24 @@ UPDATES = 4
 _AT = dict(obs=1, action=1, reward=1, terminated=1, task=0, td_eps=1, pi_eps=1, value_dropout=2, pi_dropout=2)
 _CPU = torch.device("cpu")
 _AT |= dict(shift_next=1, shift_first=0)
+
+
+def torchrun(count: int, *words: object, options: Sequence[str] = (), **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a program, or with "-m" a module, on ranks of this machine; options: of torchrun."""
+    here = Path(__file__).parents[1]
+    path = [here, *(here / x for x in ("support", "support/oracles", "ranks"))]
+    call = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(count)]
+    env = dict(PYTHONPATH=os.pathsep.join(map(str, path)), OMP_NUM_THREADS="1") | env
+    call += ["--master-port", str(_free_port())]
+    return subprocess.run(
+        [*call, *map(str, words)], env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def case(name: str) -> Config:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from conftest import PYTHONPATH, ROOT
-from rank_updates import UPDATES, agent_of, case, given, updates
+from conftest import ROOT
+from rank_updates import UPDATES, agent_of, case, given, torchrun, updates
 from small_configs import tiny_config
 from update_oracle import doubled
 
@@ -23,15 +20,6 @@ from tdmpc2_fast.runtime.ranks import ALONE, Ranks, joined
 BACKENDS = ["torch", *([] if why_not_built() else ["cpu"])]
 NAMES = [f"{name}-{backend}" for backend in BACKENDS for name in ("plain", "episodic", "multitask")]
 INTERPRETED = ["small-triton"] * (triton is not None)
-
-
-def torchrun(count: int, *words: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a program on ranks of this machine."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    path = dict(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(ROOT / "tests/ranks")]), OMP_NUM_THREADS="1")
-    return subprocess.run(
-        [*call, *map(str, words)], env=os.environ | path | env, capture_output=True, text=True, timeout=300
-    )
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.runtime.backend import on_this_machine
-from tdmpc2_fast.runtime.ranks import Ranks, joined, under_torchrun
+from tdmpc2_fast.runtime.ranks import Ranks, among, under_torchrun
 
 from ..envs import beside, same_form, tried
 from ..envs.apart.workers import leave_if_imported_anew
@@ -77,14 +77,12 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     given = given or Given()
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
-    ranks = joined(cfg.device, cfg.rank_timeout)
     if cfg.resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
             "config key 'resume': got None under torchrun --max-restarts, allowed: auto, or a restart would begin anew"
         )
-    outcome = _start(cfg, values, given, ranks)
-    ranks.leave()
-    return outcome
+    with among(cfg.device, cfg.rank_timeout) as ranks:
+        return _start(cfg, values, given, ranks)
 
 
 def _start(cfg: Config, values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
@@ -135,10 +133,8 @@ def resume(run: str | Path, values: Mapping[str, Any], given: Given | None = Non
     begun = json.loads((folder / "config.json").read_text()) if under_torchrun() else {}
     keys = {k: values.get(k, begun.get(k)) for k in ("device", "rank_timeout")}
     cfg = Config.from_dict({k: x for k, x in keys.items() if x is not None})
-    ranks = joined(cfg.device, cfg.rank_timeout)
-    outcome = _resume(folder, values, given or Given(), ranks)
-    ranks.leave()
-    return outcome
+    with among(cfg.device, cfg.rank_timeout) as ranks:
+        return _resume(folder, values, given or Given(), ranks)
 
 
 def _resume(folder: Path, values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
