@@ -6,7 +6,7 @@
     update(n, b) = FLOP(b) / rate + launches gap + bytes / HBM + world + gather + policy + metrics
     all-reduce(G, n) = start + 2 (g-1)/g G / NVLink + 2 (m-1)/m (G/g) / NIC + 2 log2(g) hop + 2 log2(m) leap
 
-with b slices on each of n GPUs, m machines of g, and a NIC for each GPU. FLOP are those of the products as tiles execute
+with b slices on each of n GPUs, m machines of g, and a NIC for each GPU. FLOP are those of products as tiles execute
 them, so that a batch too small for its tiles is paid for. Collectives wait for what comes before them and hold up what
 comes after: nothing of them is hidden behind products.
 """

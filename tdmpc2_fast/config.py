@@ -15,13 +15,12 @@ from typing import Any
 
 from tdmpc2_fast.kernels.layers.sizes import MODEL_SIZES as MODEL_SIZES
 
+from .config_relations import CHANNEL_LATENTS, check_relations
 from .config_values import checked, plain
 from .environment import sizes_of
 from .errors import ConfigError, did_you_mean, kind_of
 from .task_sets import TASK_SETS, keys_of, set_dims, set_keys
 from .task_sets import task_embedding_dim as task_embedding_dim
-
-_CHANNEL_LATENTS = 16  # of the pixel encoder's latent, per channel
 
 DEFAULT_DIMS = MODEL_SIZES[5] | dict(num_channels=32)
 """Architecture where neither `model_size` nor the dims themselves are given, as in `config.yaml`."""
@@ -214,69 +213,16 @@ class Config:
         for name, f in fields.items():
             value = known.get(name, getattr(self, name))
             object.__setattr__(self, name, checked(f, dims.get(name) if value is None else value))
-        self._check_relations()
+        check_relations(self)
 
     def _pixel_dims(self, latent_dim: int) -> dict[str, Any]:
         """Return the latent's width or the pixel encoder's channels, whichever follows from the other."""
         width, channels = plain(self.latent_dim), plain(self.num_channels)
         if width is None and isinstance(channels, (int, float)):
-            return dict(latent_dim=_CHANNEL_LATENTS * channels)
+            return dict(latent_dim=CHANNEL_LATENTS * channels)
         width = latent_dim if width is None else width
-        follows = isinstance(width, (int, float)) and width >= _CHANNEL_LATENTS
-        return dict(num_channels=width // _CHANNEL_LATENTS) if follows else {}
-
-    def _check_relations(self) -> None:
-        def need(ok: bool, key: str, allowed: str) -> None:
-            if not ok:
-                raise ConfigError(f"config key {key!r}: got {getattr(self, key)!r}, allowed: {allowed}")
-
-        n, p = self.num_samples, self.num_pi_trajs
-        need(self.num_elites <= n, "num_elites", f"at most num_samples ({n})")
-        need(p <= n, "num_pi_trajs", f"at most num_samples ({n})")
-        need(self.min_std <= self.max_std, "min_std", f"at most max_std ({self.max_std})")
-        need(self.log_std_min < self.log_std_max, "log_std_min", f"less than log_std_max ({self.log_std_max})")
-        need(self.vmin < self.vmax, "vmin", f"less than vmax ({self.vmax})")
-        need(self.discount_min <= self.discount_max, "discount_min", f"at most discount_max ({self.discount_max})")
-        need(self.latent_dim % self.simnorm_dim == 0, "latent_dim", f"a multiple of simnorm_dim ({self.simnorm_dim})")
-        if self.obs == "rgb":
-            each = _CHANNEL_LATENTS
-            need(self.latent_dim % each == 0, "latent_dim", f"a multiple of {each} where obs=rgb")
-            flat, channels = each * self.num_channels, self.latent_dim // each
-            ways = f"{each}*num_channels = {flat} where obs=rgb, or with it num_channels={channels}"
-            need(self.latent_dim == flat, "latent_dim", ways)
-        need(
-            self.init is None or self.checkpoint is None,
-            "init",
-            "none where checkpoint is given, which sets all weights",
-        )
-        need(self.init_task is None or self.init is not None, "init_task", "none without init")
-        need(self.mix is None or self.data_dir is not None, "mix", "none without data_dir")
-        need(self.mix is None or 0 < self.mix < 1, "mix", "between 0 and 1, or none to train on the data alone")
-        if self.obs_shape is not None:
-            need(self.obs in self.obs_shape, "obs_shape", f"the kind that obs={self.obs} asks for among them")
-            shape = self.obs_shape[self.obs]
-            if self.obs == "rgb":
-                ways = "(channels, 64, 64) of 'rgb', channels first; the command `train` turns and scales images itself"
-                need(len(shape) == 3 and shape[1:] == (64, 64), "obs_shape", ways)
-            else:
-                ways = "one dimension of 'state': flatten it, or take images with obs=rgb"
-                need(len(shape) == 1, "obs_shape", ways)
-        if self.multitask or self.tasks:
-            need(self.obs == "state", "obs", "state in a multi-task model")
-            need(not self.episodic, "episodic", "false in a multi-task model")
-            need(all(isinstance(name, str) and name for name in self.tasks), "tasks", "names of tasks")
-            need(len({*self.tasks}) == len(self.tasks), "tasks", "each task once")
-        if self.multitask:
-            need(len(self.tasks) > 0, "tasks", "at least one task name where multitask=true")
-            need(self.task_dim > 0, "task_dim", "at least 1 where multitask=true")
-            for key in ("action_dims", "episode_lengths"):
-                entries = getattr(self, key)
-                need(len(entries) == len(self.tasks), key, f"one entry per task ({len(self.tasks)})")
-                need(min(entries) >= 1, key, "at least 1 for each task")
-            widest = self.action_dim or max(self.action_dims)
-            need(max(self.action_dims) <= widest, "action_dims", f"at most action_dim ({widest})")
-        elif not self.tasks:
-            need(self.task_dim == 0, "task_dim", "0 in a single-task model")
+        follows = isinstance(width, (int, float)) and width >= CHANNEL_LATENTS
+        return dict(num_channels=width // CHANNEL_LATENTS) if follows else {}
 
     @property
     def effective_iterations(self) -> int:
@@ -362,8 +308,9 @@ class Config:
         return cfg.replace(seed_steps=self.seed_steps or max(1000, 5 * sum(cfg.episode_lengths)))
 
     def of_task(self, name: str) -> Config:
-        """Return the config of one of `tasks` alone, without what its environment fills in."""
-        return self.replace(task=name, tasks=(), seed_steps=None)
+        """Return the config of one of `tasks` alone, without what its environment fills in but for its length."""
+        length = self.episode_lengths[self.tasks.index(name)] if self.multitask else None
+        return self.replace(task=name, tasks=(), seed_steps=None, episode_length=length)
 
     def replace(self, **changes: Any) -> Config:
         """Return a copy with some keys changed, validated again.

@@ -6,8 +6,12 @@ where they were recorded. The order of a set's tasks is that of the rows of its 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from .errors import ConfigError
 
 _DMCONTROL = """
 walker 24 6: stand walk run walk-backwards run-backwards
@@ -47,6 +51,7 @@ myo-obj-hold-hard myo-key-turn myo-key-turn-hard myo-pen-twirl myo-pen-twirl-har
 """
 _MUJOCO = {"mujoco-walker": 1000, "mujoco-halfcheetah": 1000, "bipedal-walker": 1600, "lunarlander-continuous": 500}
 _WIDE_TASK_EMBEDDING = (1, 317)
+_NAME = re.compile(r"\w[\w.+-]*")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,18 @@ TASKS: dict[str, OfficialTask] = {
 
 TASK_SETS: dict[str, tuple[str, ...]] = {"mt30": (*_MT30.split(),), "mt80": (*_MT30.split(), *_MT50)}
 """The tasks of the official multi-task models, in order."""
+
+
+def own_set(tasks: Sequence[str], name: str | None) -> dict[str, Any]:
+    """Return the config keys of one model for these tasks, by the name of the set.
+
+    Raises:
+        ConfigError: no name, or one that is taken or cannot be a folder's.
+    """
+    if name is None or not _NAME.fullmatch(name) or name in TASK_SETS or name in TASKS:
+        taken = "other than those of tasks and sets there are"
+        raise ConfigError(f"config key 'as': got {name!r}, allowed: a name of letters, digits and ._+-, {taken}")
+    return dict(task=name, tasks=list(tasks))
 
 
 def settings_of(task: str) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.agent import load as load_agent
 from tdmpc2_fast.errors import ConfigError, InputError, kind_of
 from tdmpc2_fast.plan.planner import Planner
+from tdmpc2_fast.task_sets import own_set
 
 from .envs import same_form
 from .envs.given import source_of
-from .run.evaluate import Evaluation, Evaluator
+from .run.evaluate import Evaluation, Evaluator, named
 from .run.events import Callback, Event
 
 __all__ = ["Agent", "Callback", "Evaluation", "Event", "Interrupted", "train"]
@@ -63,17 +64,25 @@ class Agent:
         """Begin a new episode: the next plan starts from no earlier one, the next image fills its stack of frames."""
         self._begun = False
 
-    def act(self, obs: Any, t0: bool | None = None, eval_mode: bool = True) -> NDArray[Any] | Any:
+    def act(
+        self, obs: Any, t0: bool | None = None, eval_mode: bool = True, task: str | None = None
+    ) -> NDArray[Any] | Any:
         """Return the environment's action for one observation of its observation space.
 
         Args:
             obs: as `reset` and `step` of the environment return it.
             t0: whether it begins an episode; None: whether it is the first since `reset`, or at all.
             eval_mode: leave out exploration noise.
+            task: the one of a multi-task model that the environment is of, by its name.
 
         Returns:
             an action of the environment's action space, in its shape and dtype.
+
+        Raises:
+            ConfigError: no task, or one that the model does not have.
         """
+        if self.cfg.multitask:
+            return self._act_in(obs, t0, eval_mode, task)
         first = not self._begun if t0 is None else t0
         self._begun = True
         seen, done = getattr(self._form, "seen", None), getattr(self._form, "done", None)
@@ -87,22 +96,51 @@ class Agent:
         found: NDArray[np.float32] = action.cpu().numpy()
         return found if done is None else done(found)
 
-    def evaluate(self, env: Any = None, episodes: int | None = None, video: str | Path | None = None) -> Evaluation:
+    def _act_in(self, obs: Any, t0: bool | None, eval_mode: bool, task: str | None) -> NDArray[np.float32]:
+        cfg = self.cfg
+        if task is None:
+            raise ConfigError(f"task: got None, allowed: {', '.join(cfg.tasks)}")
+        index = cfg.tasks.index(named(cfg, [task])[0])
+        first = not self._begun if t0 is None else t0
+        self._begun = True
+        state = np.asarray(obs, np.float32).ravel()
+        width = cfg.observation_shape[0]
+        if len(state) > width:
+            raise InputError(f"obs: got {len(state)} numbers, allowed: at most {width}")
+        batch = torch.from_numpy(np.pad(state, (0, width - len(state)))).unsqueeze(0)
+        if cfg.mpc:
+            self._planner = self._planner or Planner(self.tdmpc2.model, 1)
+            action = self._planner.plan(batch, t0=first, eval_mode=eval_mode, task=index)[0]
+        else:
+            action = self.tdmpc2.act(batch, eval_mode=eval_mode, task=index)[0]
+        found: NDArray[np.float32] = action.cpu().numpy()[: cfg.action_dims[index]]
+        return found
+
+    def evaluate(
+        self,
+        env: Any = None,
+        episodes: int | None = None,
+        video: str | Path | None = None,
+        tasks: Sequence[str] = (),
+    ) -> Evaluation:
         """Play episodes without exploration, and return what came of them.
 
         Args:
             env: where, as `train` takes it; None: the environment it was trained in.
             episodes: how many; None: `eval_episodes` of the config.
             video: an mp4 of the first one, where given.
+            tasks: those of a multi-task model to play; default all.
 
         Raises:
-            ConfigError: an environment with other observations or actions.
+            ConfigError: an environment with other observations or actions, or a task that the model does not have.
         """
+        if self.cfg.multitask and env is not None:
+            raise ConfigError(f"env: got {kind_of(env)}, allowed: tasks=, names of tasks of the model")
         source = self._source if env is None else source_of(env)
         cfg = self.cfg if episodes is None else self.cfg.replace(eval_episodes=episodes)
-        evaluator = Evaluator(self.tdmpc2, source, cfg)
+        evaluator = Evaluator(self.tdmpc2, source, cfg, tasks)
         try:
-            for each in evaluator.envs:
+            for each in evaluator.envs if not cfg.multitask else ():
                 same_form(each, self.cfg)
             return evaluator.run(video=None if video is None else Path(video))
         finally:
@@ -122,6 +160,7 @@ def train(
     *,
     callbacks: Callback | Sequence[Callback] | None = None,
     eval_env: Any = None,
+    as_: str | None = None,
     tell: Callable[..., None] = lambda **facts: None,
     **keys: Any,
 ) -> Agent:
@@ -129,13 +168,16 @@ def train(
 
         agent = tdmpc2_fast.train("walker-walk", steps=100_000)
         agent = tdmpc2_fast.train(gymnasium.make("Pendulum-v1"), steps=20_000, model_size=1)
+        agent = tdmpc2_fast.train(["walker-walk", "cup-catch"], as_="two", steps=200_000)  # one model for both
 
     Files go to a folder of their own, as of the command: `work_dir=`, or runs/TASK/EXP_NAME/SEED.
 
     Args:
-        env: the name of a task; a Gymnasium id; a `gymnasium.Env`; a function that makes one; or a
-            `gymnasium.vector.VectorEnv`. One environment is trained and evaluated in, an episode after another; a
-            function is called for each environment that is wanted. What is handed over stays open.
+        env: the name of a task, or a list of several, which one model learns; a Gymnasium id; a `gymnasium.Env`; a
+            function that makes one; or a `gymnasium.vector.VectorEnv`. One environment is trained and evaluated in, an
+            episode after another; a function is called for each environment that is wanted. What is handed over stays
+            open.
+        as_: what several tasks are called together.
         callbacks: functions that are told of every `Event`; one that returns False ends the run.
         eval_env: where it is evaluated, as `env`; default the same, or others of its kind.
         tell: told the folder, and the last evaluation.
@@ -148,6 +190,7 @@ def train(
     """
     from .run import lifecycle
 
+    env, keys = _of_several(env, as_, keys)
     source = source_of(env)
     for key, value in source.keys.items():
         if keys.get(key, value) != value and key != "task":
@@ -165,3 +208,13 @@ def train(
     agent = Agent(outcome.agent or load_agent(outcome.folder), source)
     agent.folder, agent.evaluation, agent.status = outcome.folder, outcome.evaluation, outcome.status
     return agent
+
+
+def _of_several(env: Any, name: str | None, keys: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return environment and keys of a run where a list of tasks is given, and both as they are where none is."""
+    listed = keys.get("task") if env is None else env
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(task, str) for task in listed):
+        if name is not None:
+            raise ConfigError(f"as_: got {name!r}, allowed: the name of several tasks, where a list of them is given")
+        return env, keys
+    return None, keys | own_set(listed, name)

@@ -50,7 +50,7 @@ class ClaimError(Exception):
 
 
 class Storage(NamedTuple):
-    """A piece of memory that a pickle asks for: its name in the file, the bytes it claims, and of a number, its kind."""
+    """Memory that a pickle asks for: its name in the file, the bytes it claims, and of a number, and of what kind."""
 
     key: str
     nbytes: int
@@ -64,7 +64,8 @@ class Called:
     def __init__(self, name: str, args: tuple[Any, ...]) -> None:
         self.name, self.args = name, args
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None:
+        """Take the state that a pickle gives the object, and do nothing with it."""
 
 
 class _Dict(dict[Any, Any]):
@@ -80,6 +81,7 @@ class Name:
         self.name = name
 
     def __call__(self, *args: Any) -> Any:
+        """Return what stands for the object that would be made."""
         if self.name == "collections.OrderedDict":
             pairs: list[Any] = list(*args)
             _check_keys(k for k, _ in pairs)
@@ -115,12 +117,14 @@ class Unpickler(pickle._Unpickler):  # in Python: no op allocates what it only c
         getattr(pickle._Unpickler, f"load_{what}")(self)
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name, or raise `RefusedError`."""
         full = f"{module}.{name}"
         if full in _HARMLESS or _DTYPE.match(full) or _STORAGE.match(full):
             return Name(full)
         raise RefusedError(full[:200])
 
     def persistent_load(self, pid: Any) -> Storage:
+        """Return a storage that the pickle refers to, or raise `ClaimError`."""
         kind, storage, key, _, numel = pid[:5] if isinstance(pid, tuple) else ()
         of = _STORAGE.match((storage.name if isinstance(storage, Name) else "").replace("torch.storage.", "torch."))
         plain = kind == "storage" and isinstance(key, (str, int)) and type(numel) is int

@@ -12,12 +12,13 @@ the archive's table of contents before anything is read.
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ class _Made(dict[Any, Any]):
 
 
 class _Reader(dry_pickle.Unpickler):
-    dispatch = {**dry_pickle.Unpickler.dispatch}  # noqa: RUF012
+    dispatch: ClassVar[dict[int, Callable[[_Reader], None]]] = {**dry_pickle.Unpickler.dispatch}
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -174,7 +175,7 @@ class TensorDictFile:
         ends = [found[k] + e.file_size for k, e in self._entries.items()]
         order = sorted(range(len(ends)), key=lambda i: ends[i])
         starts = list(found.values())
-        if any(starts[b] < ends[a] for a, b in zip(order, order[1:], strict=False)):
+        if any(starts[b] < ends[a] for a, b in itertools.pairwise(order)):
             raise ValueError("parts of it overlap")
         if ends and max(ends) > self.path.stat().st_size:
             raise ValueError("a part of it ends behind the end of the file")

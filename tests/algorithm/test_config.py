@@ -335,7 +335,7 @@ def test_a_set_of_ones_own_is_complete_where_its_tasks_are_official() -> None:
     assert Config(**OWN_SET, task_dim=7).replace(model_size=1).task_dim == 7  # type: ignore[arg-type]
     one = cfg.of_task("cup-catch")
     assert (one.task, one.multitask, one.tasks, one.action_dims, one.task_dim) == ("cup-catch", False, (), (), 0)
-    assert (one.obs_shape, one.action_dim, one.episode_length, one.episode_lengths) == (None, None, None, ())
+    assert (one.obs_shape, one.action_dim, one.episode_length, one.episode_lengths) == (None, None, 500, ())
     assert cfg.replace(tasks=("cup-catch",)).action_dims == (2,)
 
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 from tdmpc2_fast import __version__
 from tdmpc2_fast.errors import did_you_mean
 
-from . import commands, completion, export, keys, tables, tasks
+from . import commands, completion, data, export, keys, tables, tasks
 
 Body = Callable[[Sequence[str]], int]
 _EXAMPLES = """\b
@@ -146,13 +146,15 @@ class App(click.Group):
 COMMANDS = (
     Words("train", commands.train, "[key=value ...]", config=True, own=keys.Options),
     Words("resume", commands.resume, "RUN [key=value ...]", config=True),
-    Words("eval", commands.evaluate, "CHECKPOINT [key=value ...]", config=True),
+    Words("eval", commands.evaluate, "CHECKPOINT [key=value ...]", config=True, own=keys.EvalOptions),
     Words("plot", commands.plot, "RUN ... [key=value ...]", own=keys.PlotOptions),
     Words("plan", commands.plan, "CHECKPOINT [key=value ...]", config=True, own=keys.PlanOptions),
     Words("export", export.export, "RUN [key=value ...]", own=keys.ExportOptions),
     Words("tasks", tasks.tasks, "[TEXT] [--check]", own=keys.TasksOptions),
     Words("suites", tasks.suites, "[install|remove NAME ...] [key=value ...]", own=keys.SuitesOptions),
     Words("info", commands.info, "[CHECKPOINT]"),
+    Words("collect", data.collect, "SOURCE ... out=FOLDER [key=value ...]", config=True, own=keys.CollectOptions),
+    Words("data", data.data, "info FOLDER | check FOLDER | convert SOURCE ... out=FOLDER", own=keys.DataOptions),
 )
 app = App(
     help="TD-MPC2: train an agent, look at it, measure it. COMMAND --help lists the keys of a command.",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,10 +111,17 @@ def plan(words: Sequence[str]) -> int:
     given = _only(paths, "plan CHECKPOINT [decision=N] [out=FILE] [key=value ...]")
     values = keys.parse(words, presets=False)
     from ..envs import make_env
+    from ..envs.multitask import TaskEnv
     from ..pictures.plan_picture import draw_plan
+    from ..run.evaluate import named
 
     path, agent = _agent(given, values)
+    names = named(agent.cfg, _names(options.tasks))
+    if agent.cfg.multitask and len(names) > 1:
+        raise ConfigError(f"config key 'tasks': got {options.tasks}, allowed: one of {', '.join(agent.cfg.tasks)}")
     env = make_env(agent.cfg, agent.cfg.seed)
+    if isinstance(env, TaskEnv):
+        env = env.of(agent.cfg.tasks.index(names[0]))
     try:
         out = Path(options.out).expanduser() if options.out else path.with_name(f"{path.stem}-plan.png")
         print(draw_plan(agent, env, options.decision, out))
@@ -126,8 +134,10 @@ def evaluate(words: Sequence[str]) -> int:
     """Play episodes with a checkpoint.
 
     CHECKPOINT is a file or a run folder, of which it takes the best one (checkpoint=PATH says the
-    same). Keys given here win over those in the checkpoint; save_video=true films the first episode.
+    same). Keys given here win over those in the checkpoint; save_video=true films the first episode. Of a multi-task
+    model all tasks are played, or those of tasks=A,B.
     """
+    options, words = keys.options(words, keys.EvalOptions)
     paths, words = keys.arguments(words)
     values = keys.parse(words, presets=False)
     paths += [values["checkpoint"]] if values.get("checkpoint") else []
@@ -136,7 +146,7 @@ def evaluate(words: Sequence[str]) -> int:
     from ..run.evaluate import Evaluator
 
     path, agent = _agent(given, values)
-    evaluator = Evaluator(agent)
+    evaluator = Evaluator(agent, tasks=_names(options.tasks))
     video = _free(path.with_suffix(".mp4")) if values.get("save_video") else None
     try:
         hidden = not sys.stderr.isatty()
@@ -149,9 +159,14 @@ def evaluate(words: Sequence[str]) -> int:
             found = evaluator.run(busy=busy, video=video, warn=keys.to_stderr)
     finally:
         evaluator.close()
-    for i, (value, length) in enumerate(zip(found.returns, found.lengths, strict=True)):
+    for i, (value, length) in enumerate(zip(found.returns, found.lengths, strict=True)) if not found.by_task else ():
         print(f"episode {i:3}  return {value:8.1f}  decisions {length}")
-    print(f"{agent.cfg.task}: {returned(found.mean_return, found.std_return, len(found.returns))}")
+    for name, of in found.by_task.items():
+        succeeded = f", success {mean:.2f}" if (mean := sum(of.successes) / len(of.successes)) else ""
+        print(f"{name}: {returned(of.mean_return, of.std_return, len(of.returns))}{succeeded}")
+    scored = f", normalised score {found.normalized_score:.1f}" if math.isfinite(found.normalized_score) else ""
+    result = returned(found.mean_return, found.std_return, len(found.returns))
+    print(f"{agent.cfg.task}: {result}{scored if found.by_task else ''}")
     if video is not None and video.exists():
         print(video)
     return 0
@@ -245,7 +260,9 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     if saved is None:
         cfg = OfficialModel(state, repr(str(path))).config(values, partial=True)
     else:
-        cfg = Config.from_dict({k: v for k, v in saved.to_dict().items() if k not in keys.FILLED_IN})
+        # Of several tasks the environments are as the config says; that of one task is asked anew.
+        known = saved.to_dict().items()
+        cfg = Config.from_dict({k: v for k, v in known if saved.multitask or k not in keys.FILLED_IN})
     cfg = cfg.replace(**{**beside(values, cfg), "checkpoint": str(path)})
     cfg = on_this_machine(cfg, values, note=keys.to_stderr)
     env = make_env(cfg, cfg.seed)
@@ -257,6 +274,10 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     print(f"{path}: {trained(path)}")
     # What is drawn and filmed lies beside a file, but not in the Hub's cache.
     return Path(path.name) if is_address(given) else path, agent
+
+
+def _names(tasks: str | None) -> list[str]:
+    return [] if tasks is None else [name.strip() for name in tasks.split(",")]
 
 
 def _free(path: Path) -> Path:

@@ -110,8 +110,17 @@ class PlotOptions:
 
 
 @dataclass(frozen=True)
+class EvalOptions:
+    """Keys of the command `eval`, beside those of a config."""
+
+    tasks: str | None = _option(None, "of a multi-task model, those to play, as in walker-walk,cup-catch; none: all")
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """Keys of the command `plan`, beside those of a config."""
+
+    tasks: str | None = _option(None, "of a multi-task model, the one to play")
 
     decision: int | None = _option(
         None, "decisions of the episode that come before the one drawn; none: 50, or what a shorter episode has", low=0
@@ -144,6 +153,29 @@ class ExportOptions:
     out: str | None = _option(None, "a folder, or the file of the plan; none writes beside the checkpoint")
     opset: int | None = _option(None, f"of ONNX; none: {DEFAULT_OPSET}", low=OPSETS[0], high=OPSETS[1])
     compiled: bool = _option(False, "with format=torch: compiled for this machine by AOTInductor, which takes minutes")
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """Keys of the command `collect`, beside those of a config."""
+
+    out: str | None = _option(None, "folder of the data set; what is in it stays")
+    episodes: int | None = _option(
+        None, "episodes of each source and task that the set is to have; none: 100, or all of a replay", low=1
+    )
+    noise: bool = _option(False, "let agents explore as in training")
+    replay: bool = _option(False, "take the episodes in the replay of a run, and play none")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Keys of the command `data`."""
+
+    out: str | None = _option(None, "with convert: folder of the new data set")
+    tasks: str | None = _option(
+        None,
+        "with convert: mt30, mt80 or names in the order of official files' task numbers; of Minari, the task's name",
+    )
 
 
 CONFIG_FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name not in FILLED_IN}
@@ -252,7 +284,18 @@ def _setting(key: str, text: str) -> Any:
     return text
 
 
-T = TypeVar("T", Options, PlotOptions, PlanOptions, ExportOptions, TasksOptions, SuitesOptions)
+T = TypeVar(
+    "T",
+    Options,
+    PlotOptions,
+    EvalOptions,
+    PlanOptions,
+    ExportOptions,
+    TasksOptions,
+    SuitesOptions,
+    CollectOptions,
+    DataOptions,
+)
 
 
 def options(words: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tdmpc2_fast.errors import ConfigError
-from tdmpc2_fast.task_sets import TASK_SETS, TASKS
+from tdmpc2_fast.task_sets import own_set
 
 _FILES = (".yaml", ".yml")
-_NAME = re.compile(r"\w[\w.+-]*")
 _FORM = "`name: NAME`, `tasks:` and under it `- TASK` lines"
 
 
@@ -36,19 +35,7 @@ def one_model(task: str, name: str | None) -> dict[str, Any]:
         tasks = [word.strip() for word in task.split(",")]
     if "" in tasks or not tasks:
         raise ConfigError(f"config key 'task': got {task!r}, allowed with as=: a task between any two commas")
-    return named(tasks, name)
-
-
-def named(tasks: list[str], name: str | None) -> dict[str, Any]:
-    """Return the config keys of one model for these tasks, by the name of the set.
-
-    Raises:
-        ConfigError: no name, or one that is taken or cannot be a folder's.
-    """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in TASK_SETS or name in TASKS:
-        taken = ", other than those of tasks and sets there are"
-        raise ConfigError(f"config key 'as': got {name!r}, allowed: a name of letters, digits and ._+-{taken}")
-    return dict(task=name, tasks=tasks)
+    return own_set(tasks, name)
 
 
 def _read(path: Path) -> tuple[str, list[str]]:

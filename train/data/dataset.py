@@ -13,13 +13,11 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tdmpc2_fast.errors import DataError
 
 from .index import INDEX, UNFINISHED, Index, Shard, Task, read
 from .maps import Maps
-from .rows import Episodes, Lengths, Rows
+from .rows import Episodes, Lengths, Rows, cut, firsts
 from .shard import ShardFile
 
 
@@ -89,7 +87,7 @@ def found_index(folder: Path) -> Index:
     path = folder / INDEX
     if not path.is_file() or path.is_symlink():
         what = f"has no {INDEX}"
-        if (folder / UNFINISHED).exists():
+        if any(folder.glob(UNFINISHED)):
             what = "is not finished: the command that was writing it goes on where it stopped"
         elif any(folder.glob("*.pt")):
             what += f": tdmpc2-fast data convert {folder} out=FOLDER makes a data set of these .pt files"
@@ -102,7 +100,8 @@ class ShardEpisodes:
 
     def __init__(self, maps: Maps, number: int, shard: Shard, task: Task) -> None:
         self._maps, self._number, self._shard = maps, number, shard
-        self.task, self.obs_dim, self.action_dim, self.origin = task.name, task.obs_dim, task.action_dim, shard.origin
+        self.task, self.obs_dim, self.action_dim = task.name, task.obs_dim, task.action_dim
+        self.origin, self.identity = shard.origin, shard.sha256
 
     @functools.cached_property
     def lengths(self) -> Lengths:
@@ -111,12 +110,12 @@ class ShardEpisodes:
 
     @functools.cached_property
     def _firsts(self) -> Lengths:
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
+        return firsts(self.lengths)
 
     def rows(self, first: int, stop: int) -> Rows:
         """Return episodes from `first` to before `stop`, in memory of their own."""
         a, b = (int(self._firsts[i]) for i in (first, stop))
-        found = Rows(*(x[a:b].copy() for x in self._maps[self._number]))
+        found = cut(self._maps[self._number], a, b)
         self._maps.look()
         return found
 

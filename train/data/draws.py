@@ -8,6 +8,7 @@ has the r-th part: 4 ranks of 256 slices draw what one rank of 1,024 draws, bit 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -83,7 +84,8 @@ class Draws:
         self._ahead.popleft()
         self._next += 1
         self._ahead.append(self._pool.submit(self.batch, self._next + len(self._ahead)))
-        return Batch(*(None if x is None else x.to(self.device, non_blocking=True) for x in found))
+        there = {k: x.to(self.device, non_blocking=True) for k, x in found._asdict().items() if x is not None}
+        return found._replace(**there)
 
     def batch(self, number: int) -> Batch:
         """Return batch `number`, counted from 0, on the CPU, whatever was drawn before it."""
@@ -97,7 +99,7 @@ class Draws:
         found, (obs, action, reward, terminated, task) = self._empty(count)
         order = np.argsort(shard, kind="stable")
         bounds = np.flatnonzero(np.diff(shard[order], prepend=-1, append=len(self._before)))
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        for a, b in itertools.pairwise(bounds):
             columns = order[a:b]
             number_of, index, ends = self._shards[shard[columns[0]]]
             rows = self.data.maps[number_of]

@@ -7,6 +7,7 @@ that is known, and a checksum covers all of it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -24,8 +25,8 @@ from .rows import Lengths
 
 FORMAT = "tdmpc2-fast-data/1"
 INDEX = "index.json"
-UNFINISHED = "unfinished.json"
-"""An index of what is there of a set that is being written."""
+UNFINISHED = "unfinished-*.json"
+"""Indices of what is there of a set that is being written."""
 _MOST_BYTES = 64 << 20
 _MOST_SHARDS = 100_000
 _MOST_WIDTH = 1_000_000
@@ -101,7 +102,7 @@ def run_lengths(lengths: Lengths) -> tuple[tuple[int, int], ...]:
     """Return lengths as pairs of a length and how often it comes in a row."""
     change = np.flatnonzero(np.diff(lengths)) + 1
     starts = np.concatenate([[0], change, [len(lengths)]])
-    return tuple((int(lengths[a]), int(b - a)) for a, b in zip(starts[:-1], starts[1:], strict=True))
+    return tuple((int(lengths[a]), int(b - a)) for a, b in itertools.pairwise(starts))
 
 
 def read(path: Path) -> Index:
@@ -179,7 +180,7 @@ def task_name(name: Any, where: str) -> str:
 
 
 def _shard(found: Any, where: str, tasks: tuple[Task, ...]) -> Shard:
-    x = _object(found, where, {f for f in Shard.__dataclass_fields__})
+    x = _object(found, where, set(Shard.__dataclass_fields__))
     file, sha256, origin = (x[k] for k in ("file", "sha256", "origin"))
     if not isinstance(file, str) or not _FILE.fullmatch(file):
         raise DataError(f"{where}.file: got {str(file)[:_MOST_TEXT]!r}, allowed: NAME.safetensors in the same folder")

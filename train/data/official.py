@@ -59,7 +59,7 @@ class _OfTask:
     ) -> None:
         self._file, self._columns, self._which = file, columns, which
         known, widths = TASKS.get(name), (columns["obs"].shape[2], columns["action"].shape[2])
-        self.task, self.origin = name, origin
+        self.task, self.origin, self.identity = name, origin, origin
         self.obs_dim, self.action_dim = widths
         if known is not None and known.obs_dim is not None and known.action_dim is not None:
             self.obs_dim, self.action_dim = known.obs_dim, known.action_dim

@@ -1,7 +1,8 @@
-"""Episodes as rows, and what must be true of them: the form in which every source gives them and every shard has them."""
+"""Episodes as rows, in the form that every source gives and every shard has, and what must be true of them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -30,16 +31,38 @@ class Rows(NamedTuple):
 class Episodes(Protocol):
     """Episodes of one task from one place, read when they are asked for."""
 
-    task: str
-    obs_dim: int
-    action_dim: int
-    origin: str
-    """Where they come from, in a line."""
-    lengths: Lengths
-    """Rows of each episode."""
+    @property
+    def task(self) -> str:
+        """The name of their task."""
+        ...
+
+    @property
+    def obs_dim(self) -> int:
+        """O."""
+        ...
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Where they come from, in a line."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What no other episodes of the same lengths have."""
+        ...
+
+    @property
+    def lengths(self) -> Lengths:
+        """Rows of each episode."""
+        ...
 
     def rows(self, first: int, stop: int) -> Rows:
-        """Return episodes from `first` to before `stop`."""
+        """Return episodes from `first` to before `stop`, in memory of their own."""
         ...
 
 
@@ -53,10 +76,15 @@ class Kept(NamedTuple):
     lengths: Lengths
     held: Rows
 
+    @property
+    def identity(self) -> str:
+        """What no other episodes of the same lengths have."""
+        return hashlib.sha256(b"".join(x.tobytes() for x in self.held)).hexdigest()
+
     def rows(self, first: int, stop: int) -> Rows:
         """Return episodes from `first` to before `stop`."""
         ends = np.concatenate([[0], np.cumsum(self.lengths)])
-        return Rows(*(x[ends[first] : ends[stop]] for x in self.held))
+        return cut(self.held, int(ends[first]), int(ends[stop]))
 
 
 def kept(task: str, episodes: Sequence[dict[str, Any]], origin: str) -> Kept:
@@ -66,6 +94,12 @@ def kept(task: str, episodes: Sequence[dict[str, Any]], origin: str) -> Kept:
     ends = np.concatenate([np.nan_to_num(np.asarray(e["terminated"], np.float32)) > 0.5 for e in episodes])
     rows = Rows(parts["obs"], parts["action"], parts["reward"], ends)
     return Kept(task, rows.obs.shape[1], rows.action.shape[1], origin, lengths, rows)
+
+
+def cut(rows: Rows, start: int, stop: int) -> Rows:
+    """Return rows from `start` to before `stop`, in memory of their own."""
+    x = rows
+    return Rows(*(y[start:stop].copy() for y in (x.obs, x.action, x.reward)), x.terminated[start:stop].copy())
 
 
 def firsts(lengths: Lengths) -> Lengths:

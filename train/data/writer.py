@@ -1,12 +1,14 @@
 """Writes data sets: shard by shard, each whole or absent, and the index last.
 
-What is there of a set that is not finished stands in `unfinished.json`. The next try keeps the shards whose checksums
-are right, and writes the others. A set that grows is, until its new index takes the place of the old one, the old set.
+What is there of a set that is not finished stands in `unfinished-KEY.json`, KEY telling from what it is made. The next
+try of the same keeps the shards whose checksums are right, and writes the others. A set that grows is, until its new
+index takes the place of the old one, the old set.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +66,7 @@ def write(
         OSError: it cannot be written; what was there is as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder, "data"):
         old = found_index(folder) if (folder / INDEX).exists() else None
         tasks, chains = _tasks(old, parts)
         plan = [
@@ -74,23 +76,22 @@ def write(
         ]
         if not plan:
             raise DataError(f"data {str(folder)!r}: got no episodes, allowed: at least one")
-        kept = {s.file: s for s in _unfinished(folder)}
+        begun = folder / f"unfinished-{_key(tasks, chains, shard_bytes)}.json"
+        kept = {s.file: s for s in _shards(begun)}
         _check_room(folder, sum(int(c.lengths.sum()) * tasks[n].row_bytes for n, c in chains.items()), kept)
         done: list[Shard] = []
         begin = 1 + max((_number(s.file) for s in (() if old is None else old.shards)), default=-1)
         for i, (number, first, stop) in enumerate(plan):
             path = folder / f"{begin + i:05d}-{_slug(tasks[number].name)}.safetensors"
-            made = _kept(path, kept.get(path.name), number, chains[number], first, stop)
+            made = _whole(path, kept.get(path.name))
             how = "is there" if made else "written"
             made = made or _written(path, number, tasks[number], chains[number], first, stop)
             done.append(made)
-            Index(tasks, tuple(done)).write(folder / UNFINISHED)
+            Index(tasks, tuple(done)).write(begun)
             tell(f"{i + 1}/{len(plan)} {path.name}: {made.episodes:,} episodes, {made.bytes / 1e6:,.1f} MB, {how}")
         index = Index(tasks, (*(() if old is None else old.shards), *done))
         index.write(folder / INDEX)
-        (folder / UNFINISHED).unlink()
-        for name in kept.keys() - {s.file for s in index.shards}:  # of another try
-            (folder / name).unlink(missing_ok=True)
+        _tidy(folder, index)
     return index
 
 
@@ -151,12 +152,10 @@ def _summary(each: np.ndarray) -> tuple[float, float, float]:
     return low, min(max(float(each.mean()), low), high), high
 
 
-def _kept(path: Path, told: Shard | None, number: int, chain: _Chain, first: int, stop: int) -> Shard | None:
-    """Return the shard that an earlier try wrote, if it is the one meant and whole."""
-    if told is None or (told.task, told.origin) != (number, _origin(chain, first, stop)):
-        return None
-    same = told.lengths == run_lengths(chain.lengths[first:stop])
-    return told if same and path.is_file() and not path.is_symlink() and sha256(path) == told.sha256 else None
+def _whole(path: Path, told: Shard | None) -> Shard | None:
+    """Return the shard that an earlier try wrote, if it is whole."""
+    there = told is not None and path.is_file() and not path.is_symlink()
+    return told if there and told is not None and sha256(path) == told.sha256 else None
 
 
 def _origin(chain: _Chain, first: int, stop: int) -> str:
@@ -165,11 +164,30 @@ def _origin(chain: _Chain, first: int, stop: int) -> str:
     return text if len(text) <= _MOST_TEXT else text[: _MOST_TEXT - 1] + "…"
 
 
-def _unfinished(folder: Path) -> tuple[Shard, ...]:
+def _key(tasks: Sequence[Task], chains: dict[int, _Chain], shard_bytes: int) -> str:
+    """Return a name of what is written: of other episodes, or in other shards, it is another."""
+    found = hashlib.sha256(repr((tasks, shard_bytes)).encode())
+    for number, chain in chains.items():
+        found.update(repr((number, [p.identity for p in chain.parts])).encode())
+        found.update(chain.lengths.tobytes())
+    return found.hexdigest()[:16]
+
+
+def _shards(begun: Path) -> tuple[Shard, ...]:
     """Return what an earlier try has written; nothing where it does not tell in a form that can be read."""
     with contextlib.suppress(DataError, FileNotFoundError):
-        return read(folder / UNFINISHED).shards
+        return read(begun).shards
     return ()
+
+
+def _tidy(folder: Path, index: Index) -> None:
+    """Remove what tries that were not finished have left beside a set."""
+    needed = {s.file for s in index.shards}
+    for begun in folder.glob(UNFINISHED):
+        for shard_ in _shards(begun):
+            if shard_.file not in needed:
+                (folder / shard_.file).unlink(missing_ok=True)
+        begun.unlink()
 
 
 def _check_room(folder: Path, needed: int, kept: dict[str, Shard]) -> None:

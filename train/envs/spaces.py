@@ -144,7 +144,7 @@ class ObservationSpace:
 
     def __init__(self, space: Any, kind: str, name: str) -> None:
         refuse = functools.partial(_refused, name, "observation", space)
-        self._parts = list(_parts(space))
+        self._parts = list(parts(space))
         images = [path for path, part in self._parts if is_image(part)]
         others = [path for path, _ in self._parts if path not in images]
         self._images: Images | None = None
@@ -196,7 +196,7 @@ class ObservationSpace:
         return np.concatenate([_flat(part, value, field) for part, value, field in found])
 
 
-def _parts(space: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def parts(space: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield path and space of every part of a Dict or Tuple, in order; of another space, itself."""
     import gymnasium
 
@@ -208,7 +208,7 @@ def _parts(space: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
         yield path, space
         return
     for key, part in inner:
-        yield from _parts(part, (*path, key))
+        yield from parts(part, (*path, key))
 
 
 def _refused(name: str, kind: str, space: Any, key: str, what: str) -> ConfigError:

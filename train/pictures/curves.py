@@ -22,6 +22,7 @@ from tdmpc2_fast.errors import InputError, nearest
 from ..envs import dmcontrol
 
 COLUMNS = ("step", "reward", "seed")
+_SCORE, _OF_TASK = "normalized_score", "return+"  # what `eval.csv` has besides of several tasks
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3  # Student's t interval of two seeds is nine times as wide as they lie apart and fills any picture
 _ALLOWED = "a run folder (eval.csv and config.json), a folder above runs, or a CSV file with step,reward,seed"
@@ -34,13 +35,17 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """One seed of one method (`label`) on one task: `steps` (N,) ascending, `returns` (N,)."""
+    """One seed of one method (`label`) on one task: `steps` (N,) ascending, `returns` (N,).
+
+    scored: whether `task` is a set of tasks, and the numbers its normalised scores.
+    """
 
     label: str
     task: str
     seed: int
     steps: Floats
     returns: Floats
+    scored: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +97,9 @@ def read_curves(file: Path) -> list[Curve]:
     """Read the curves of one CSV file, one for each seed.
 
     Task and label are `task` and `exp_name` of the `config.json` beside an `eval.csv`, and the names of any other
-    file and its folder. Of a step that comes twice the last row counts: a resumed run may evaluate again.
+    file and its folder. Of a step that comes twice the last row counts: a resumed run may evaluate again. A run of
+    several tasks has the curve of its normalised score, or without one of the mean return, and one of each task,
+    whose label says of which set.
 
     Raises:
         InputError: a file that is missing, empty or malformed; it names the line.
@@ -101,13 +108,26 @@ def read_curves(file: Path) -> list[Curve]:
         label, task = _names(file.with_name("config.json"))
     else:
         label, task = file.resolve().parent.name, file.stem
+    rows, several = _rows(file)
+    scores = several.pop(_SCORE, [])
+    scored = bool(scores) and None not in scores
+    curves = _by_seed(rows, scores if scored else [reward for _, reward, _ in rows], label, task, scored)
+    for column, values in several.items():
+        curves += _by_seed(rows, values, f"{label} of {task}", column.removeprefix(_OF_TASK), False)
+    return curves
+
+
+def _by_seed(
+    rows: Sequence[tuple[int, float, int]], values: Sequence[float | None], label: str, task: str, scored: bool
+) -> list[Curve]:
     seeds: dict[int, dict[int, float]] = {}
-    for step, reward, seed in _rows(file):
-        seeds.setdefault(seed, {})[step] = reward
+    for (step, _, seed), value in zip(rows, values, strict=True):
+        if value is not None:
+            seeds.setdefault(seed, {})[step] = value
     curves = []
-    for seed, values in sorted(seeds.items()):
-        steps = sorted(values)
-        curves.append(Curve(label, task, seed, np.array(steps, float), np.array([values[s] for s in steps])))
+    for seed, found in sorted(seeds.items()):
+        steps = sorted(found)
+        curves.append(Curve(label, task, seed, np.array(steps, float), np.array([found[s] for s in steps]), scored))
     return curves
 
 
@@ -119,8 +139,10 @@ def _names(config: Path) -> tuple[str, str]:
         raise InputError(f"{config}: got {type(e).__name__} ({e}), allowed: the config.json of a run") from e
 
 
-def _rows(file: Path) -> list[tuple[int, float, int]]:
+def _rows(file: Path) -> tuple[list[tuple[int, float, int]], dict[str, list[float | None]]]:
+    """Return step, reward and seed of each row, and the columns that are of several tasks."""
     rows = []
+    several: dict[str, list[float | None]] = {}
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
@@ -128,15 +150,30 @@ def _rows(file: Path) -> list[tuple[int, float, int]]:
             if missing:
                 came = ",".join(reader.fieldnames or ()) or "an empty file"
                 raise InputError(f"{file}, line 1: got {came!r}, allowed: the columns {','.join(COLUMNS)}")
+            several = {c: [] for c in reader.fieldnames or () if c == _SCORE or c.startswith(_OF_TASK)}
             for row in reader:
-                rows.append(_row(row, f"{file}, line {reader.line_num}"))
+                where = f"{file}, line {reader.line_num}"
+                rows.append(_row(row, where))
+                for column, values in several.items():
+                    values.append(_number(row, column, where))
     except OSError as e:
         raise InputError(f"{file}: cannot be read: {e.strerror}") from e
     except (UnicodeDecodeError, csv.Error) as e:
         raise InputError(f"{file}: not a CSV file in UTF-8: {e}") from e
     if not rows:
         raise InputError(f"{file}, line 2: got nothing, allowed: at least one row of {','.join(COLUMNS)}")
-    return rows
+    return rows, several
+
+
+def _number(row: Mapping[str, str | None], column: str, where: str) -> float | None:
+    text = row[column]
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise InputError(f"{where}: got {column}={text}, allowed: a finite number, or nothing")
+    return value
 
 
 def _row(row: Mapping[str, str | None], where: str) -> tuple[int, float, int]:

@@ -19,6 +19,7 @@ from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.seeds import stream_seed
 
 from ..envs.base import Array, Env, reset, state_of, step
+from ..envs.multitask import Padded
 from .frames import rgb
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def draw_plan(
     cannot be drawn, the picture is made without it and a line says why.
 
     Args:
-        agent: of one task.
-        env: its environment.
+        agent: what plans.
+        env: its environment; of a multi-task model that of one of its tasks, `envs.multitask.Padded`.
         decision: how many decisions come before the one drawn; None for 50 or, where the episode is
             shorter, all but its last, which a line then says.
         out: a name ending in `.png` or `.svg`.
@@ -56,6 +57,9 @@ def draw_plan(
     start, random = {name: x.clone() for name, x in planner.state().items()}, state_of(env)
     before = min(_DECISION, env.max_episode_steps - 1) if decision is None else decision
     obs, played = _play(planner, env, before)
+    task, name, live = None, agent.cfg.task, None
+    if isinstance(env, Padded):
+        task, name, live = env.task, env.name, range(min(env.env.action_dim, _MOST_DIMS))
     while obs is None:
         if decision is not None:
             raise InputError(f"decision: got {decision}, allowed: below {played}, where the episode ended")
@@ -71,15 +75,23 @@ def draw_plan(
         frame = rgb(env.render())
     except Exception as e:  # drivers and other people's environments raise what they like
         print(f"note: the plan is drawn without its environment: {e}")
-    title = f"{agent.cfg.task}, decision {before}"
-    return plan_picture(planner, torch.from_numpy(obs[None]), out, t0=before == 0, title=title, frame=frame, dims=dims)
+    return plan_picture(
+        planner,
+        torch.from_numpy(obs[None]),
+        out,
+        t0=before == 0,
+        task=task,
+        title=f"{name}, decision {before}",
+        frame=frame,
+        dims=live if dims is None else dims,
+    )
 
 
 def _play(planner: Planner, env: Env, count: int) -> tuple[Array | None, int]:
     """Play `count` decisions of a new episode; return the observation, None where it ended, and how many were made."""
-    obs = reset(env)
+    obs, task = reset(env), env.task if isinstance(env, Padded) else None
     for i in range(count):
-        action = planner.plan(torch.from_numpy(obs[None]), t0=i == 0, eval_mode=True)
+        action = planner.plan(torch.from_numpy(obs[None]), t0=i == 0, eval_mode=True, task=task)
         found = step(env, action[0].cpu().numpy())
         if found.terminated or found.truncated:
             return None, i + 1

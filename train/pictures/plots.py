@@ -36,6 +36,7 @@ _OURS = ("#D55E00", "#0072B2", "#000000")
 _PUBLISHED = ("#56B4E9", "#009E73", "#5A5A5A", "#CC79A7", "#E69F00")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)))
 _MOST_COLUMNS = 3
+_MANY = 15  # panels, from which on there are twice as many columns
 _MOST_MARKERS = 8
 _LEAST_SHARE = 0.4  # of a panel's height that the curves keep, however far their bands reach
 _LARGE = 1e5  # from here on values are written as steps are
@@ -115,7 +116,7 @@ def plot_runs(
         raise InputError(f"max_step: got {max_step}, allowed: above 0")
     files = find_runs([Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)])
     runs = group(c for f in files for c in read_curves(f))
-    tasks = sorted({task for task, _ in runs})
+    tasks = [task for task, scored in _tasks(runs).items() if not scored]
     _say_what_is_cut(runs)
     published = group(read_reference(reference, tasks)) if reference else {}
     single = len(files) == 1 and files[0].name == "eval.csv"
@@ -136,6 +137,12 @@ def plot_runs(
     return targets
 
 
+def _tasks(runs: Groups) -> dict[str, bool]:
+    """Return the tasks in the order of their panels, sets first, and whether each is a set with scores."""
+    found = {task: curves[0].scored for (task, _), curves in runs.items()}
+    return dict(sorted(found.items(), key=lambda item: (not item[1], item[0])))
+
+
 def _say_what_is_cut(runs: Groups) -> None:
     for (task, label), curves in runs.items():
         first, last = (pick(curves, key=lambda c: float(c.steps[-1])) for pick in (min, max))
@@ -151,15 +158,17 @@ def draw(runs: Groups, published: Groups, max_step: float | None = None) -> Figu
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     lines = _lines(runs, published)
-    tasks = sorted({task for task, _ in runs})
     panels = []
-    for task in tasks:
+    tasks = _tasks(runs)
+    for task, scored in tasks.items():
         ours = {label: curves for (t, label), curves in runs.items() if t == task}
         theirs = {label: curves for (t, label), curves in published.items() if t == task}
-        panels.append(_Panel(task, "episode return", full_return(task), _means(ours), _means(theirs), ours))
-    if len(tasks) > 1 and (iqms := _iqms(runs, published, tasks)):
-        panels.append(_Panel(f"IQM of {len(tasks)} tasks", "return / 1000", 1.0, *iqms, {}))
-    columns = min(len(panels), _MOST_COLUMNS)
+        ylabel, full = ("normalised score", 100.0) if scored else ("episode return", full_return(task))
+        panels.append(_Panel(task, ylabel, full, _means(ours), _means(theirs), ours))
+    single = [task for task, scored in tasks.items() if not scored]
+    if len(single) > 1 and (iqms := _iqms(runs, published, single)):
+        panels.append(_Panel(f"IQM of {len(single)} tasks", "return / 1000", 1.0, *iqms, {}))
+    columns = min(len(panels), _MOST_COLUMNS if len(panels) <= _MANY else 2 * _MOST_COLUMNS)
     height = -(-len(panels) // columns)
     size = (5.6, 4.2) if len(panels) == 1 else (3.7 * columns, 3.0 * height + 0.5)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.06))

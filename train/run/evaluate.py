@@ -98,9 +98,16 @@ def score(task: str, returns: Sequence[float], successes: Sequence[float]) -> fl
 def named(cfg: Config, tasks: Sequence[str] = ()) -> list[str]:
     """Return these tasks of a multi-task model, in its order; all of them where none is named.
 
+    Of a model of one task that is this one.
+
     Raises:
         ConfigError: one that it does not have.
     """
+    if not cfg.multitask:
+        if tasks:
+            got = ",".join(tasks)
+            raise ConfigError(f"config key 'tasks': got {got}, allowed: none, of a model of {cfg.task} alone")
+        return [cfg.task]
     for name in tasks:
         if name not in cfg.tasks:
             close = did_you_mean(name, cfg.tasks)
@@ -136,7 +143,7 @@ class Evaluator:
     ) -> None:
         cfg = cfg or agent.cfg
         self.agent, self.cfg, self._source = agent, cfg, source or Source()
-        self.tasks = named(cfg, tasks) if cfg.multitask else [cfg.task]
+        self.tasks = named(cfg, tasks)
         count = 1 if self._source.shared else min(cfg.eval_episodes, max(1, _MOST_ENVS // len(self.tasks)))
         # Environment i is of task i modulo their number.
         self.envs: list[Env] = []

@@ -78,8 +78,8 @@ def discard(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to this run.
+def locked(folder: Path, what: str = "run") -> Iterator[None]:
+    """Keep other processes from writing to this run, or what else it is.
 
     Raises:
         ConfigError: one is at it.
@@ -87,13 +87,13 @@ def locked(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with open(folder / _LOCK, "a+") as f:
+    with open(folder / f"{what}.lock", "a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
             raise ConfigError(
-                f"run {str(folder)!r}: process {f.read().strip() or '?'} is writing to it, allowed: one at a time"
+                f"{what} {str(folder)!r}: process {f.read().strip() or '?'} is writing to it, allowed: one at a time"
             ) from None
         f.truncate(0)
         f.write(f"{os.getpid()}\n")

@@ -29,15 +29,15 @@ from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder
 from .loops.base import Trainer
+from .loops.choice import check_data, fitted, is_offline, keys_of, trainer_of
 from .stop import Stop, Stopped
 from .threads import choose_threads
-from .trainer import OnlineTrainer
 
 CHANGEABLE = (
     *("steps", "eval_freq", "eval_episodes", "checkpoint_minutes", "keep_checkpoints", "save_video"),
     *("enable_wandb", "wandb_project", "wandb_entity", "wandb_silent", "tensorboard", "display"),
     *("device", "backend", "precision", "num_threads", "overlap", "env_workers"),
-    *("buffer_size", "on_env_error", "rank_timeout"),
+    *("buffer_size", "on_env_error", "data_dir", "rank_timeout"),
 )
 """Keys a run may go on with other values of: how long, where, what fits there, and what is shown. The rest is fixed."""
 
@@ -75,8 +75,13 @@ class Given:
 def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     """Begin a run, or with `resume=auto` go on with the one in its folder."""
     given = given or Given()
+    values = keys_of(values, given.source)
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
+    if cfg.tasks and not given.source.by_name:
+        raise ConfigError(
+            "env: got environments and `tasks`, allowed: one of them; several tasks are made by their names"
+        )
     if cfg.resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
             "config key 'resume': got None under torchrun --max-restarts, allowed: auto, or a restart would begin anew"
@@ -86,27 +91,30 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
 
 
 def _start(cfg: Config, values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
-    ranks.part(cfg)
+    ranks.equal(cfg, "batch_size")
+    if not is_offline(cfg):
+        ranks.equal(cfg, "num_envs")
     fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
     if given.evaluation is not None:
         close_all([same_form(given.evaluation.form(fixed), fixed)])
+    notes = [
+        f"{k}={getattr(fixed, k)}, fixed by the task {cfg.task}: the {getattr(cfg, k)} asked for has no effect"
+        for k in values
+        if getattr(fixed, k) != getattr(cfg, k)
+    ]
+    fixed = fitted(fixed)
+    check_data(fixed)
     begun = cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None
     if ranks.of_first(begun):
         as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
         return _resume(home(cfg), as_begun, given, ranks)
     if cfg.enable_wandb:
         wandb_package()
+    cfg = fixed if cfg.data_dir is not None or cfg.init is not None else cfg
     # Kept in config.json: other threads, other rounding.
     cfg = cfg.replace(num_threads=ranks.of_first(choose_threads(cfg)))
     choose_threads(cfg)
     folder = Path(ranks.done(lambda: str(new_folder(cfg)) if ranks.first else None)[0])
-    notes = [
-        f"{k}={getattr(fixed, k)}, fixed by the task {cfg.task}: the {getattr(cfg, k)} asked for has no effect"
-        for k in values
-        if getattr(fixed, k) != getattr(cfg, k)
-    ]
-    if cfg.data_dir:
-        notes.append("data_dir has no effect: training from data sets is not in this version")
     with _held(folder, ranks):
         try:
             return _run(cfg, folder, None, notes, given, ranks)
@@ -147,16 +155,16 @@ def _resume(folder: Path, values: Mapping[str, Any], given: Given, ranks: Ranks)
         cfg = on_this_machine(_changed(saved.cfg, values, folder), values, notes.append)
         if cfg.enable_wandb:
             wandb_package()
-        done = saved.values["decisions"]
+        done, unit = saved.values["decisions"], "updates" if is_offline(cfg) else "decisions"
         if saved.values["evaluated_at"] >= cfg.steps:
             more = 2 * max(cfg.steps, done)
             learned = "updater/steps" in saved.tensors
             how = "finished" if learned else "finished, and nothing was learned,"
             if ranks.first:
-                print(f"{how} at {done:,} decisions; to go on: {_call(folder, given.source, more)}")
+                print(f"{how} at {done:,} {unit}; to go on: {_call(folder, given.source, more)}")
             return Outcome(int(not learned), folder)
         choose_threads(cfg)
-        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} decisions from {saved.folder}"], given, ranks)
+        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} {unit} from {saved.folder}"], given, ranks)
 
 
 @contextlib.contextmanager
@@ -199,7 +207,7 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], g
     tell(folder=str(folder))
     stop = Stop()
     with stop.listening():
-        trainer = OnlineTrainer(cfg, folder, saved, stop, given.source, given.evaluation, ranks)
+        trainer = trainer_of(cfg, folder, saved, stop, given.source, given.evaluation, ranks)
         trainer.call(given.callbacks)
         summary: list[str] = []
         for note in notes:  # of a new run: what was asked for and has no effect

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.compat.state_dict import tensors_only
-from tdmpc2_fast.errors import CheckpointError, NonFiniteError
+from tdmpc2_fast.errors import NonFiniteError
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.train.envs import complete, make_env
 from tdmpc2_fast.train.log.run_log import WALL_CLOCK_OFFLINE
@@ -182,14 +182,6 @@ def test_data_that_is_not_finite_ends_it_with_whole_weights(tmp_path: Path) -> N
     with pytest.raises(NonFiniteError):
         trainer.run()
     assert all(bool(p.isfinite().all()) for p in trainer.agent.model.parameters())
-
-
-def test_other_data_is_refused(tmp_path: Path) -> None:
-    finished(trainer_in(tmp_path, steps=3))
-    cfg = config(steps=9)
-    saved = Checkpoints(tmp_path, keep=1).newest(print)
-    with pytest.raises(CheckpointError, match=r"data_dir holds data 5 episodes, allowed: what it began with, data 4"):
-        OfflineTrainer(cfg, Recorded(cfg), tmp_path, saved, facts=dict(data="5 episodes"))
 
 
 def test_callbacks_hear_of_updates_and_end_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.learn.metrics import metric_names
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
+from tdmpc2_fast.model.transfer import Donor, begin_from
 from tdmpc2_fast.runtime.ranks import ALONE, Ranks
 
 from ...envs.given import Source
@@ -210,7 +211,7 @@ class Trainer:
             try:
                 self.checkpoints.mark_best(resume.about_weights(self))
                 # What an agent returns that has learned nothing is no bar: a few lucky episodes would set it.
-                if self.agent.updater.steps or self.cfg.checkpoint is not None:
+                if self.agent.updater.steps or self.cfg.checkpoint is not None or self.cfg.init is not None:
                     now.best = found.merit
             except OSError as e:
                 self.log.warn(f"checkpoints/best stays what it was: {e}")
@@ -245,12 +246,14 @@ class Trainer:
 
 
 def begin_with(agent: TDMPC2, notes: list[str]) -> None:
-    """Take the weights of the checkpoint that a new run begins with, where one is given."""
-    given = agent.cfg.checkpoint
-    if given is not None:
-        path = checkpoint.find_checkpoint(given)
+    """Take the weights that a new run begins with, where a checkpoint is given: all of them, or those that fit."""
+    cfg = agent.cfg
+    if cfg.checkpoint is not None:
+        path = checkpoint.find_checkpoint(cfg.checkpoint)
         weights, made_with = checkpoint.read(path)
         checkpoint.load_into(agent.model, weights, repr(str(path)), notes.append, made_with)
+    elif cfg.init is not None:
+        notes.append(begin_from(agent.model, Donor.read(cfg.init), cfg.init_task))
 
 
 def about(agent: TDMPC2, ranks: Ranks = ALONE) -> dict[str, str]:

@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import CheckpointError
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.runtime.ranks import ALONE, Ranks
 
@@ -65,9 +64,6 @@ class OfflineTrainer(Trainer):
         source: where the environments come from that it is evaluated in; default by `cfg.task`.
         facts: what the header of the run says of the data.
         ranks: those that share the run; `data` gives each its share of a batch.
-
-    Raises:
-        CheckpointError: `saved` is of a run from other data.
     """
 
     def __init__(
@@ -86,13 +82,10 @@ class OfflineTrainer(Trainer):
             begin_with(agent, notes)
         super().__init__(agent, folder, stop, source, source, updates_on(agent.updater, overlap=False), ranks)
         self._agrees_every = _BETWEEN_AGREEMENTS
-        self.data, self._facts = data, dict(facts or {})
-        if saved is not None and saved.values["data"] != self._facts:
-            was = ", ".join(f"{k} {v}" for k, v in saved.values["data"].items())
-            now = ", ".join(f"{k} {v}" for k, v in self._facts.items())
-            raise CheckpointError(f"run {str(folder)!r}: data_dir holds {now}, allowed: what it began with, {was}")
+        self.data = data
         resumed = None if saved is None else saved.values["log"]
-        self.log = RunLog(cfg, folder, 1, about(agent, ranks) | self._facts, resumed, "updates", ranks.rank)
+        header = about(agent, ranks) | dict(facts or {})
+        self.log = RunLog(cfg, folder, 1, header, resumed, "updates", ranks.rank)
         for note in notes:
             self.log.note(note)
         self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints, ranks)
@@ -119,7 +112,7 @@ class OfflineTrainer(Trainer):
 
     @override
     def state(self, whole: bool) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        return dict(data=self.data.state()), dict(data=self._facts, written=self._written)
+        return dict(data=self.data.state()), dict(written=self._written)
 
     @override
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], saved: Saved) -> None:

@@ -1,0 +1,279 @@
+"""Episodes for a data set: played with random actions or by trained agents, or taken from a run's replay.
+
+Episodes are appended as they come, some at a time: stopped at any point, the set is whole and holds what was done. Each
+shard tells its origin, so the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tdmpc2_fast.agent import TDMPC2, load
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import DataError
+from tdmpc2_fast.learn.replay import ReplayBuffer
+from tdmpc2_fast.model import checkpoint
+from tdmpc2_fast.plan.planner import Planner
+from tdmpc2_fast.seeds import stream_seed
+
+from ..envs import make_env, same_form, suite_of, tried
+from ..envs.base import Actions, Env, check_actions, close_all, reset, step
+from ..run.checkpoints import Checkpoints
+from ..run.episode import Episode
+from ..run.stop import Stop
+from ..run.threads import choose_threads
+from .dataset import found_index
+from .index import INDEX
+from .rows import kept
+from .writer import write
+
+EPISODES = 100
+_MOST_ENVS = 16
+_APPEND_SECONDS, _APPEND_BYTES = 60.0, 64 << 20
+_NONE: dict[str, Any] = dict(
+    multitask=False,
+    tasks=(),
+    action_dims=(),
+    episode_lengths=(),
+    task_dim=0,
+    obs_shape=None,
+    action_dim=None,
+    episode_length=None,
+    seed_steps=None,
+)
+"""What a config has of a multi-task model, as one of a single task has it."""
+
+Tell = Callable[[str], None]
+Act = Callable[[NDArray[np.float32], bool], Actions]
+"""Observations (E, *obs_shape), and whether episodes begin, to actions (E, A)."""
+
+
+class Player(NamedTuple):
+    """Who plays a task, in how many environments at most.
+
+    origin: in a line, who it is; policy: what makes it act with the random numbers of a seed.
+    """
+
+    origin: str
+    cfg: Config
+    width: int
+    policy: Callable[[int], Act]
+    form: Config | None = None  # the agent's, where its observations must fit
+
+
+def collect(
+    source: str,
+    out: Path,
+    values: dict[str, Any],
+    episodes: int | None = None,
+    noise: bool = False,
+    replay: bool = False,
+    stop: Stop | None = None,
+    tell: Tell = lambda line: None,
+) -> None:
+    """Append episodes to a data set, which is made if it is not there.
+
+    Args:
+        source: a task's name, for random actions; a checkpoint; or a run's folder, for all of its checkpoints.
+        out: the data set's folder.
+        values: config keys: `seed`, `device` and settings of the environment.
+        episodes: how many of this source the set is to have, of each task; default 100, or all of a replay.
+        noise: let agents explore as in training.
+        replay: take the episodes that a run's replay holds, and play none.
+        stop: asked after every decision.
+        tell: told in a line of each append.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what was asked for cannot be; nothing was written.
+        Stopped: `stop` said so; what was done is in the set.
+    """
+    stop = stop or Stop()
+    if replay:
+        _from_replay(Path(source).expanduser(), out, episodes, tell)
+        return
+    players = [*_players(source, values, noise, tell)]
+    by_task = {task: [p for p in players if p.cfg.task == task] for task in dict.fromkeys(p.cfg.task for p in players)}
+    total = EPISODES if episodes is None else episodes
+    for sharing in by_task.values():
+        for i, player in enumerate(sharing):
+            count = total // len(sharing) + (i < total % len(sharing))
+            _play(player, out, count, stop, tell)
+
+
+def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None:
+    """Play until the set has so many episodes of this player."""
+    task = player.cfg.task
+    done = _there(out, task, player.origin)
+    if done >= count:
+        tell(f"{task}: {done:,} episodes are there ({player.origin})")
+        return
+    waiting: list[dict[str, Any]] = []
+    seed = stream_seed(player.cfg.seed, f"collect {task} {player.origin} {done}")
+    act, envs = player.policy(seed), list[Env]()
+
+    def append() -> None:
+        if waiting:
+            write(out, [kept(task, waiting, player.origin)])
+            totals = [float(np.nansum(e["reward"])) for e in waiting]
+            tell(
+                f"{task}: {done:,} of {count:,} episodes, return {np.mean(totals):.1f} ± {np.std(totals):.1f} of the "
+                f"last {len(totals)} ({player.origin})"
+            )
+            waiting.clear()
+
+    try:
+        for i in range(min(player.width, count - done)):
+            env = make_env(player.cfg, stream_seed(seed, f"env {i}") % 2**31)
+            envs.append(env)
+            if player.form is not None:
+                same_form(env, player.form)
+        last, nbytes = time.monotonic(), 0
+        while done < count:
+            for episode in _round(envs[: count - done], act, stop):
+                rows = episode.rows()
+                waiting.append(rows)
+                nbytes += sum(x.nbytes for x in rows.values())
+                done += 1
+            if time.monotonic() - last > _APPEND_SECONDS or nbytes > _APPEND_BYTES:
+                append()
+                last, nbytes = time.monotonic(), 0
+    finally:  # what was done is kept, whatever ended it
+        append()
+        close_all(envs)
+
+
+def _round(envs: Sequence[Env], act: Act, stop: Stop) -> list[Episode]:
+    """Play an episode in each environment, side by side."""
+    obs = [reset(env) for env in envs]
+    found = [Episode(o, env.action_dim) for o, env in zip(obs, envs, strict=True)]
+    first = True
+    while not all(e.ended for e in found):
+        seen = np.stack(obs).astype(np.float32)
+        actions = act(seen, first)
+        check_actions(actions, seen)
+        for i, env in enumerate(envs):
+            if not found[i].ended:
+                now = step(env, actions[i])
+                obs[i] = now.obs
+                found[i].append(actions[i], now)
+                found[i].ended |= len(found[i]) >= env.max_episode_steps
+        stop.check()
+        first = False
+    return found
+
+
+def _players(source: str, values: dict[str, Any], noise: bool, tell: Tell) -> Iterator[Player]:
+    path = Path(source).expanduser()
+    if not path.exists() and not path.with_name(f"{path.name}.safetensors").exists():
+        yield _random(source, values)
+        return
+    files = _checkpoints(path)
+    for file in files:
+        agent = load(file, **values)
+        choose_threads(agent.cfg)
+        if agent.cfg.obs != "state":
+            raise DataError(f"{source}: sees pixels, allowed: data sets are of states")
+        yield from _of_agent(agent, file, noise)
+
+
+def _random(task: str, values: dict[str, Any]) -> Player:
+    suite_of(task)
+    cfg = Config.from_dict({**values, "task": task, "episodic": True})  # whose episodes may terminate
+    if cfg.obs != "state":
+        raise DataError(f"config key 'obs': got {cfg.obs!r}, allowed: 'state', of which data sets are")
+    width = tried(cfg).need("action_dim")
+
+    def policy(seed: int) -> Act:
+        rng = np.random.default_rng(seed)
+        return lambda obs, first: rng.uniform(-1, 1, (len(obs), width)).astype(np.float32)
+
+    return Player(f"random actions, seed {cfg.seed}", cfg, 1, policy)
+
+
+def _of_agent(agent: TDMPC2, file: Path, noise: bool) -> Iterator[Player]:
+    """Yield a player for each task of an agent."""
+    cfg = agent.cfg
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    where = file.parent.name if file.parent.name != "checkpoints" and file.stem == "agent" else file.stem
+    origin = f"{cfg.exp_name} {where} ({digest}){' with noise' if noise else ''}, seed {cfg.seed}"
+    width = 1 if agent.device.type == "cpu" else _MOST_ENVS
+    for i, task in enumerate(cfg.tasks if cfg.multitask else (cfg.task,)):
+        single = cfg.replace(task=task, **_NONE) if cfg.multitask else cfg
+        policy = functools.partial(_Policy, agent, width, i if cfg.multitask else None, not noise)
+        form = None if cfg.multitask else cfg
+        yield Player(origin, single.replace(checkpoint=None), width, policy, form)
+
+
+class _Policy:
+    """An agent as a policy for environments of one of its tasks."""
+
+    def __init__(self, agent: TDMPC2, width: int, task: int | None, greedy: bool, seed: int) -> None:
+        self.agent, self.task, self.greedy = agent, task, greedy
+        self.planner = Planner(agent.model, width, seed=seed)
+        self.width = width
+
+    def __call__(self, obs: NDArray[np.float32], first: bool) -> Actions:
+        cfg, count = self.agent.cfg, len(obs)
+        seen = torch.zeros(self.width if cfg.mpc else count, *cfg.observation_shape)
+        seen[:count, : obs.shape[1]] = torch.from_numpy(obs)
+        if cfg.mpc:
+            action = self.planner.plan(seen, t0=first, eval_mode=self.greedy, task=self.task)
+        else:
+            action = self.agent.act(seen, eval_mode=self.greedy, task=self.task)
+        live = cfg.need("action_dim") if self.task is None else cfg.action_dims[self.task]
+        found: Actions = action[:count, :live].cpu().numpy()
+        return found
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """Return the files of the weights in a run's folder, oldest first; of another path, the one meant."""
+    found = sorted(path.glob("checkpoints/*-at-*/agent.safetensors"))
+    best = path / "checkpoints" / "best.safetensors"
+    if best.is_file() and not any(best.samefile(f) for f in found):
+        found.insert(0, best)  # the newest checkpoints are kept, and the best one
+    return found or [checkpoint.find_checkpoint(path)]
+
+
+def _there(out: Path, task: str, origin: str) -> int:
+    """Return how many episodes of a task and an origin a data set has."""
+    if not (out / INDEX).exists():
+        return 0
+    index = found_index(out)
+    return sum(s.episodes for s in index.shards if s.origin == origin and index.tasks[s.task].name == task)
+
+
+def _from_replay(run: Path, out: Path, episodes: int | None, tell: Tell) -> None:
+    """Append the newest episodes of a run's replay, oldest first."""
+    saved = Checkpoints(run, 1).newest(tell) if (run / "checkpoints").is_dir() else None
+    if saved is None:
+        raise DataError(f"{run}: has no checkpoint with a replay, allowed: the folder of a run")
+    if saved.cfg.obs != "state" or saved.cfg.multitask:
+        raise DataError(f"{run}: its replay is of pixels or several tasks, allowed: states of one task")
+    origin = f"replay of {saved.cfg.exp_name} seed {saved.cfg.seed}, {saved.folder.name}"
+    if _there(out, saved.cfg.task, origin):
+        tell(f"{saved.cfg.task}: its episodes are there ({origin})")
+        return
+    buffer = ReplayBuffer(saved.cfg.replace(device="cpu"))
+    state = {k.removeprefix("replay/"): x for k, x in saved.tensors.items() if k.startswith("replay/")}
+    buffer.restore(state, Checkpoints(run, 1).replay.read(saved.chunks))
+    table = state["episodes"].tolist()
+    oldest = buffer.written - len(buffer)
+    spans = [(max(start, oldest), start + length) for start, length in table]
+    spans = [(a, b) for a, b in spans if b - a > 1][-(episodes or len(spans)) :]
+    if not spans:
+        raise DataError(f"{run}: its replay holds no whole episode yet")
+    found = [{k: x.numpy() for k, x in buffer.steps(a, b).items()} for a, b in spans]
+    for e in found:
+        e["terminated"] = e["terminated"].astype(np.float32)
+    write(out, [kept(saved.cfg.task, found, origin)])
+    totals = [float(np.nansum(e["reward"][1:])) for e in found]
+    tell(f"{saved.cfg.task}: {len(found):,} episodes, return {np.mean(totals):.1f} ± {np.std(totals):.1f} ({origin})")

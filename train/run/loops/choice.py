@@ -1,0 +1,138 @@
+"""Which loop a config asks for: with environments, from a data set, or with both; and what comes before it.
+
+task=X                          environments alone
+task=X data_dir=FOLDER          the data set alone, as the official multi-task training
+task=X data_dir=FOLDER mix=0.5  environments, and half of each batch from the data set
+init=CHECKPOINT                 in each of them: weights for a new task begin as those of another model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import ConfigError, DataError
+from tdmpc2_fast.model.transfer import Donor
+from tdmpc2_fast.runtime.backend import resolve_device
+from tdmpc2_fast.task_sets import TASK_SETS
+
+from ...data.dataset import DataSet
+from ...data.draws import Draws
+from ...envs.given import Source
+from ...log.status import counted
+from ..checkpoints import Saved
+from ..stop import Stop
+from ..trainer import OnlineTrainer
+from .base import Trainer
+from .mixed import shares
+from .offline import OfflineTrainer
+
+_OFFICIAL_BATCH = 1024
+
+
+def is_offline(cfg: Config) -> bool:
+    """Tell whether a run learns from a data set alone, so that it counts updates."""
+    return cfg.data_dir is not None and cfg.mix is None
+
+
+def keys_of(values: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Return the keys of a run: those given, the architecture of the model it begins from, and the official batch.
+
+    Raises:
+        CheckpointError: no model can be read from `init`.
+        ConfigError: keys that go against that model, or environments that its kind cannot be trained in.
+    """
+    cfg = Config.from_dict(values)
+    if cfg.init is not None:
+        donor = Donor.read(cfg.init)
+        values = donor.keys(values)
+        if donor.cfg.multitask and not source.by_name:
+            raise ConfigError(
+                f"config key 'init': got {cfg.init!r}, a multi-task model, allowed: one of a single task where the "
+                "environment is an object, or a task by its name"
+            )
+    if cfg.task in TASK_SETS and is_offline(cfg) and values.get("batch_size") is None:
+        values = {**values, "batch_size": _OFFICIAL_BATCH}
+    return dict(values)
+
+
+def fitted(cfg: Config) -> Config:
+    """Return the completed config of a run that begins, in the widths of the model that it begins from."""
+    return cfg if cfg.init is None else Donor.read(cfg.init).fitted(cfg)
+
+
+def check_data(cfg: Config) -> None:
+    """Raise a `DataError` where a completed config and its data set do not go together."""
+    if cfg.data_dir is not None:
+        _opened(cfg).close()
+
+
+def _opened(cfg: Config) -> DataSet:
+    """Open the data set of a completed config.
+
+    Raises:
+        DataError: none, a damaged one, or one without the config's tasks or with others under their names.
+    """
+    if cfg.obs != "state":
+        raise ConfigError(f"config key 'obs': got {cfg.obs!r}, allowed with data_dir: 'state'")
+    assert cfg.data_dir is not None
+    data = DataSet.open(cfg.data_dir)
+    lengths = zip(cfg.tasks, cfg.episode_lengths, strict=True) if cfg.multitask else [(cfg.task, cfg.episode_length)]
+    allowed = dict(lengths)
+    for task in data.tasks:
+        most = allowed.get(task.name)
+        if most is not None and task.episode_length > most:
+            data.close()
+            raise DataError(
+                f"data {cfg.data_dir!r}: {task.name} has episodes of {task.episode_length} decisions, allowed: at most "
+                f"{most}, the length of the task's"
+            )
+        if task.terminated and task.name in allowed and not cfg.episodic:
+            data.close()
+            raise DataError(
+                f"data {cfg.data_dir!r}: {task.name} has {counted(task.terminated, 'episode')} that terminated, "
+                "allowed: none in a multi-task model; in one of a single task, set episodic=true"
+            )
+    try:
+        Draws(data, cfg, "cpu").close()
+    except DataError:
+        data.close()
+        raise
+    return data
+
+
+class _OwnDraws(Draws):
+    """Draws from a data set that nobody else reads."""
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self.data.close()
+
+
+def _facts(data: DataSet, cfg: Config) -> dict[str, str]:
+    own = [t for t in data.tasks if t.name in (cfg.tasks or (cfg.task,))]
+    steps = sum(t.steps for t in own)
+    return dict(data=f"{counted(sum(t.episodes for t in own), 'episode')}, {steps:,} decisions, of {data.folder}")
+
+
+def trainer_of(
+    cfg: Config, folder: Path, saved: Saved | None, stop: Stop, source: Source, evaluation: Source | None
+) -> Trainer:
+    """Make the trainer that a config asks for; with `data_dir` it is a completed one."""
+    if cfg.data_dir is None:
+        return OnlineTrainer(cfg, folder, saved, stop, source, evaluation)
+    data = _opened(cfg)
+    facts, (_, share) = _facts(data, cfg), shares(cfg)
+    draws = _OwnDraws(data, cfg.replace(batch_size=share or cfg.batch_size), resolve_device(cfg.device))
+    try:
+        if is_offline(cfg):
+            return OfflineTrainer(cfg, draws, folder, saved, stop, evaluation or source, facts)
+        return OnlineTrainer(cfg, folder, saved, stop, source, evaluation, draws, facts)
+    except BaseException:
+        draws.close()
+        raise
