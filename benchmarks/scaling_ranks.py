@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -35,17 +36,17 @@ def measured(repeats: int = _REPEATS, **model: object) -> str:
     model: config keys other than those of the 1M model at 64 slices a rank.
     """
     rows = [_run(n, repeats, {**_MODEL, **model}) for n in RANKS]
-    one = statistics.median(rows[0]["update"])
+    one = statistics.median(rows[0].update)
     load = os.getloadavg()[0]
     lines = ["| ranks | batch | update, ms | collectives apart | predicted | measured / predicted | slices/s |"]
     lines.append("| ---: |" + " ---: |" * 6)
     for n, row in zip(RANKS, rows, strict=True):
-        update = statistics.median(row["update"])
-        apart = statistics.median(row["collectives"]) if n > 1 else 0.0
+        update = statistics.median(row.update)
+        apart = statistics.median(row.collectives) if n > 1 else 0.0
         predicted = one * max(1, n / cores()) + apart
-        batch = n * row["slices"]
+        batch = n * row.slices
         lines.append(
-            f"| {n} | {batch} | {_spread(row['update'])} | {_spread(row['collectives']) if n > 1 else '0'} | "
+            f"| {n} | {batch} | {_spread(row.update)} | {_spread(row.collectives) if n > 1 else '0'} | "
             f"{1e3 * predicted:.1f} | {update / predicted:.2f} | {batch / update:,.0f} |"
         )
     return "\n".join([*lines, "", f"{cores()} cores, load {load:.1f}, {repeats} updates, median (quartiles)"])
@@ -56,15 +57,20 @@ def _spread(seconds: list[float]) -> str:
     return f"{middle:.1f} ({low:.1f}, {high:.1f})"
 
 
-def _run(n: int, repeats: int, model: dict[str, object]) -> dict[str, list[float] | int]:
+class _Times(NamedTuple):
+    update: list[float]  # seconds
+    collectives: list[float]
+    slices: int  # on each rank
+
+
+def _run(n: int, repeats: int, model: dict[str, object]) -> _Times:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     words = ["-m", __spec__.name, str(repeats), json.dumps(model)]
     env = os.environ | dict(OMP_NUM_THREADS="1")
     done = subprocess.run([*torchrun, *words], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{n} ranks: {done.stderr.strip()[-2000:]}")
-    found: dict[str, list[float] | int] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return _Times(*json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def _rank(repeats: int, model: dict[str, object]) -> None:
@@ -94,7 +100,7 @@ def _rank(repeats: int, model: dict[str, object]) -> None:
 
     apart = _timed(exchange, repeats, ranks)
     if ranks.first:
-        print(json.dumps(dict(update=updates, collectives=apart, slices=slices)), flush=True)
+        print(json.dumps(_Times(updates, apart, slices)), flush=True)
     ranks.leave()
 
 

@@ -336,7 +336,7 @@ class KernelUpdate(UpdateBackend):
         target = chain.inputs.terminated[0, -1, :, None]
         slope = chain.state.d_termination[2].x[0, -1].float()
         prob = slope / chain.losses.termination_weight[0, -1] + target
-        found = termination_statistics(*map(self._ranks.whole, (prob, target)))
+        found = termination_statistics(self._ranks.whole(prob), self._ranks.whole(target))
         if not self._statistics:
             self._statistics = {k: torch.zeros_like(v) for k, v in found.items()}
         for k, v in found.items():

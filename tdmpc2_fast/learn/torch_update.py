@@ -225,8 +225,8 @@ class TorchUpdate(UpdateBackend):
         if cfg.episodic:
             terminal = model.termination(zs[1:], unnormalized=True)
             info["termination_loss"] = F.binary_cross_entropy_with_logits(terminal, batch.terminated)
-            found = terminal[-1].detach().sigmoid(), batch.terminated[-1]
-            info |= termination_statistics(*map(self.ranks.whole, found))
+            whole = self.ranks.whole
+            info |= termination_statistics(whole(terminal[-1].detach().sigmoid()), whole(batch.terminated[-1]))
         info["total_loss"] = (
             cfg.consistency_coef * info["consistency_loss"]
             + cfg.reward_coef * info["reward_loss"]

@@ -101,7 +101,7 @@ class Checkpoints:
             OSError: it cannot be written; earlier ones are as they were.
         """
         ranks = self._ranks
-        folder = self.folder / ranks.done(lambda: self._next(values["decisions"]))[0]
+        folder = self.folder / str(ranks.done(lambda: self._next(values["decisions"]))[0])
         tmp = self.folder / f".{folder.name}.tmp"
 
         def write() -> dict[str, Any]:

@@ -58,12 +58,9 @@ class OnlineTrainer(Trainer):
         stop: looked at between steps.
         source: where its environments come from; default by `cfg.task`.
         evaluation: where those come from that it is evaluated in; default as `source`.
-<<<<<<< HEAD
-        ranks: those that share the run: each has its share of the environments, and a replay of what it plays.
-=======
         data: what a share of each batch comes from, where `mix` says so; closed at the end.
         facts: what the header of the run says of the data.
->>>>>>> offline
+        ranks: those that share the run: each has its share of the environments, and a replay of what it plays.
 
     Raises:
         ConfigError: the task terminates and `episodic` is not set, among others.
@@ -77,12 +74,9 @@ class OnlineTrainer(Trainer):
         stop: Stop | None = None,
         source: Source | None = None,
         evaluation: Source | None = None,
-<<<<<<< HEAD
-        ranks: Ranks = ALONE,
-=======
         data: Stream | None = None,
         facts: Mapping[str, str] | None = None,
->>>>>>> offline
+        ranks: Ranks = ALONE,
     ) -> None:
         leave_if_imported_anew()
         restarts, dropped = resume.made_anew(saved)
@@ -94,12 +88,8 @@ class OnlineTrainer(Trainer):
 
         # What acts, remembers and learns.
         notes = list(getattr(first, "notes", ()))
-<<<<<<< HEAD
-        self.buffer = ReplayBuffer(own, resolve_device(cfg.device))
-=======
-        self.buffer = ReplayBuffer(cfg.replace(batch_size=shares(cfg)[0]), resolve_device(cfg.device))
+        self.buffer = ReplayBuffer(own.replace(batch_size=shares(own)[0]), resolve_device(cfg.device))
         self.data, self.sampler = data, self.buffer if data is None else Mixed(self.buffer, data)
->>>>>>> offline
         stacked = getattr(first, "frames", 1)
         gbyte = self.buffer.check_memory(stacked) / 1e9
         if cfg.obs == "rgb":
@@ -116,11 +106,8 @@ class OnlineTrainer(Trainer):
 
         # What leaves traces, so that what fails above leaves none: files, then processes.
         resumed = None if saved is None else saved.values["log"]
-<<<<<<< HEAD
-        self.log = RunLog(cfg, folder, first.action_repeat, about(agent, ranks), resumed, rank=ranks.rank)
-=======
-        self.log = RunLog(cfg, folder, first.action_repeat, about(agent) | dict(facts or {}), resumed)
->>>>>>> offline
+        header = about(agent, ranks) | dict(facts or {})
+        self.log = RunLog(cfg, folder, first.action_repeat, header, resumed, rank=ranks.rank)
         for note in notes:
             self.log.note(note)
         self.doubts = Doubts(cfg, self.log.warn_once if ranks.first else lambda *_: None)
@@ -167,19 +154,14 @@ class OnlineTrainer(Trainer):
     @override
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], saved: Saved) -> None:
         values = saved.values
-<<<<<<< HEAD
         if saved.dealt:
             deal(saved, self.buffer, self.checkpoints.replay, self.ranks)
             self.log.note(f"{len(saved.dealt)} ranks wrote it, {self.ranks.count} go on: replays are dealt out anew")
         else:
             self.buffer.restore(parts["replay"], self.checkpoints.replay.read(saved.chunks))
             self.random.bit_generator.state = values["random"]
-=======
-        self.buffer.restore(parts["replay"], self.checkpoints.replay.read(saved.chunks))
-        self.random.bit_generator.state = values["random"]
         if self.data is not None:
             self.data.load_state(parts["data"])
->>>>>>> offline
         if values["envs"] is None:
             self.log.note("the episodes under way are not in the checkpoint: new ones are begun")
         else:
