@@ -267,9 +267,9 @@ def joined(device: str, minutes: float) -> Ranks:
     timeout = timedelta(minutes=minutes)
     try:
         own = torch.device("cuda", local) if on_gpu else None
-        store, rank, count = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, count = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
         # torchrun's store outlives a restart, and what is left in it leads to processes that are gone.
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
         kind = "nccl" if on_gpu else "gloo"
         dist.init_process_group(kind, store=store, rank=rank, world_size=count, timeout=timeout, device_id=own)
         control = dist.new_group(backend="gloo", timeout=timeout)
