@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, random_episode
+from data_sets import make_data
 from rank_updates import torchrun
 from safetensors.torch import load_file
 from small_configs import tiny_config
@@ -18,6 +20,7 @@ from typing_extensions import override
 
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.runtime.ranks import Ranks
+from tdmpc2_fast.train.cli.keys import parse
 from tdmpc2_fast.train.run import lifecycle
 from tdmpc2_fast.train.run.checkpoints import Part, Saved
 from tdmpc2_fast.train.run.dealing import deal, of_rank
@@ -25,14 +28,15 @@ from tdmpc2_fast.train.run.replay_files import ReplayFiles
 
 pytest.importorskip("gymnasium")
 
-EPISODE = 200  # of Pendulum-v1, which stops there
+EPISODE = 20
 KEYS = dict(
-    task="Pendulum-v1", latent_dim=16, mlp_dim=24, enc_dim=16, num_q=2, num_samples=16, num_elites=4, num_pi_trajs=2,
-    iterations=1, horizon=2, num_envs=4, env_workers=0, batch_size=8, seed_steps=600, utd=0.02, eval_freq=1600,
-    eval_episodes=3, buffer_size=1200, display="lines", tensorboard="false", backend="torch",
+    task="Pendulum-v1", episode_length=EPISODE, latent_dim=16, mlp_dim=24,
+    enc_dim=16, num_q=2, num_samples=16, num_elites=4, num_pi_trajs=2,
+    iterations=1, horizon=2, num_envs=4, env_workers=0, batch_size=8, seed_steps=60, utd=0.2, eval_freq=160,
+    eval_episodes=3, buffer_size=160, display="lines", tensorboard="false", backend="torch",
 )  # fmt: skip
-STEPS = 1600
-MINUTES = 0.5  # for what should take seconds
+STEPS = 160
+MINUTES = 3  # for seconds of a machine without other work, and less than `rank_timeout`
 
 
 def words(folder: Path, **changes: Any) -> list[str]:
@@ -71,8 +75,6 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy(folder: Path, to: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(folder, to / "copy"))
 
 
@@ -118,17 +120,17 @@ def test_another_number_of_ranks_goes_on_with_all_episodes(half: Path, tmp_path:
 def test_a_killed_rank_ends_the_run_and_a_restart_goes_on(tmp_path: Path) -> None:
     program, kill = ROOT / "tests/ranks/rank_run.py", STEPS
     begun = time.monotonic()
-    died = torchrun(2, program, kill, *words(tmp_path / "run", steps=2 * STEPS, eval_freq=800, resume="none"))
+    died = torchrun(2, program, kill, *words(tmp_path / "run", steps=2 * STEPS, eval_freq=80, resume="none"))
     assert died.returncode != 0
     assert time.monotonic() - begun < 60 * MINUTES
     assert "rank 1 of 2: the others cannot be reached any more: one of them ended" in died.stderr
     assert "resume=auto goes on from there" in died.stderr
     assert lifecycle.resume(tmp_path / "run", dict(steps=2 * STEPS)).status == 0
 
-    again = words(tmp_path / "again", steps=2 * STEPS, eval_freq=800, resume="auto")
+    again = words(tmp_path / "again", steps=2 * STEPS, eval_freq=80, resume="auto")
     done = torchrun(2, program, kill, *again, options=["--max-restarts", "1"])
     assert done.returncode == 0, done.stderr
-    assert "going on at 800 decisions" in done.stdout
+    assert "going on at 80 decisions" in done.stdout
     assert int(rows(tmp_path / "again", "eval.csv")[-1]["step"]) == 2 * STEPS
 
 
@@ -141,6 +143,23 @@ def test_what_cannot_be_is_said_before_it_begins(tmp_path: Path) -> None:
         assert done.returncode != 0
         assert said in done.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_ranks_share_a_data_set_and_one_process_goes_on(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", "Pendulum-v1", length=EPISODE)
+    keys = dict(data_dir=data, eval_episodes=1, eval_freq=1, num_envs=1)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert lifecycle.start(parse(words(one, steps=1, **keys))).status == 0
+    done = torchrun(2, "-m", "tdmpc2_fast.train", *words(two, steps=1, **keys))
+    assert done.returncode == 0, done.stderr
+    # What no noise of the ranks' own is in: these losses are of the same batch.
+    for key in ("consistency_loss", "reward_loss"):
+        ours, theirs = (float(rows(x, "train.csv")[0][key]) for x in (two, one))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    done = torchrun(2, "-m", "tdmpc2_fast.train", "resume", two, "steps=40", "eval_freq=40")
+    assert done.returncode == 0, done.stderr
+    assert lifecycle.resume(two, dict(steps=50)).status == 0
+    assert [int(row["step"]) for row in rows(two, "eval.csv")] == [0, 1, 40, 50]
 
 
 class _Told(Ranks):
