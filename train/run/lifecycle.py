@@ -24,7 +24,7 @@ from ..log.sinks import wandb_package
 from ..log.status import returned
 from ..pictures.plots import plot_runs
 from .checkpoints import Checkpoints, Saved, trained
-from .dealing import of_rank
+from .shared.dealing import of_rank
 from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder

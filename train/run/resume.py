@@ -20,7 +20,7 @@ from ..envs.given import Source
 from ..log.run_log import RunLog
 from .checkpoints import Checkpoints, Saved
 from .evaluate import Evaluator
-from .shared_evaluation import SharedEvaluator
+from .shared.evaluation import SharedEvaluator
 
 
 @dataclass

@@ -35,7 +35,7 @@ from ..envs.given import Source
 from ..log.run_log import RunLog
 from . import resume
 from .checkpoints import Checkpoints, Saved
-from .dealing import deal
+from .shared.dealing import deal
 from .doubts import Doubts
 from .episode import Played
 from .loops.base import Trainer, about, begin_with

@@ -32,7 +32,7 @@ from ..evaluate import Evaluation, Evaluator
 from ..events import Callback, Calls
 from ..overlap import Updates
 from ..resume import Progress
-from ..shared_evaluation import SharedEvaluator
+from ..shared.evaluation import SharedEvaluator
 from ..stop import Stop, Stopped
 
 

@@ -13,9 +13,9 @@ from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.plan.planner import Planner
 from tdmpc2_fast.runtime.ranks import Ranks
 
-from ..envs.given import Source
-from .evaluate import Evaluation, Evaluator
-from .stop import Stop, Stopped
+from ...envs.given import Source
+from ..evaluate import Evaluation, Evaluator
+from ..stop import Stop, Stopped
 
 
 class SharedEvaluator:

@@ -20,8 +20,8 @@ from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.learn.ring import pieces
 from tdmpc2_fast.runtime.ranks import Ranks
 
-from .checkpoints import Part, Saved
-from .replay_files import ReplayFiles
+from ..checkpoints import Part, Saved
+from ..replay_files import ReplayFiles
 
 _ALIKE = ("updater/", "metrics/", "data/")
 _OWN = "updater/rng.own"
