@@ -205,7 +205,7 @@ class Config:
         if isinstance(self.task, str) and self.task in TASK_SETS:
             dims = dims | set_dims(self.task, size)
             known = set_keys(self.task, size)
-        elif isinstance(self.tasks, (tuple, list)) and self.tasks:
+        elif isinstance(self.tasks, (tuple, list)) and self.tasks and not self.env_kwargs:  # which may change sizes
             known = keys_of(tuple(self.tasks), self.task, size)
         known = {k: v for k, v in known.items() if not _given(getattr(self, k))}
         if self.obs == "rgb":

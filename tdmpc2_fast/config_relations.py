@@ -25,6 +25,11 @@ def check_relations(cfg: Any) -> None:
     need(cfg.vmin < cfg.vmax, "vmin", f"less than vmax ({cfg.vmax})")
     need(cfg.discount_min <= cfg.discount_max, "discount_min", f"at most discount_max ({cfg.discount_max})")
     need(cfg.latent_dim % cfg.simnorm_dim == 0, "latent_dim", f"a multiple of simnorm_dim ({cfg.simnorm_dim})")
+    if cfg.multitask or cfg.tasks:
+        need(cfg.obs == "state", "obs", "state in a multi-task model")
+        need(not cfg.episodic, "episodic", "false in a multi-task model")
+        need(all(isinstance(name, str) and name for name in cfg.tasks), "tasks", "names of tasks")
+        need(len({*cfg.tasks}) == len(cfg.tasks), "tasks", "each task once")
     if cfg.obs == "rgb":
         each = CHANNEL_LATENTS
         need(cfg.latent_dim % each == 0, "latent_dim", f"a multiple of {each} where obs=rgb")
@@ -48,11 +53,6 @@ def check_relations(cfg: Any) -> None:
         else:
             ways = "one dimension of 'state': flatten it, or take images with obs=rgb"
             need(len(shape) == 1, "obs_shape", ways)
-    if cfg.multitask or cfg.tasks:
-        need(cfg.obs == "state", "obs", "state in a multi-task model")
-        need(not cfg.episodic, "episodic", "false in a multi-task model")
-        need(all(isinstance(name, str) and name for name in cfg.tasks), "tasks", "names of tasks")
-        need(len({*cfg.tasks}) == len(cfg.tasks), "tasks", "each task once")
     if cfg.multitask:
         need(len(cfg.tasks) > 0, "tasks", "at least one task name where multitask=true")
         need(cfg.task_dim > 0, "task_dim", "at least 1 where multitask=true")

@@ -106,10 +106,13 @@ NOT_HERE = {
     r"python train\.py": "the official code",
     r"torchrun |.*\n#SBATCH(.*\n)*srun torchrun": "several processes; tests/ranks has them",
     r"tdmpc2-fast train task=mw-": "has an interpreter of its own; `make suites` tries it",
+    r"tdmpc2-fast eval mt30-1M\.pt": "long episodes; tests/train/test_multitask_runs.py plays them",
     r"tdmpc2-fast suites install": "installs; tests/train/cli/test_tasks.py tries it",
     r"tdmpc2-fast tasks --check": "plays every task, which takes minutes; tests/train/cli/test_tasks.py plays some",
     r"tdmpc2-fast train task=playground:": "JAX and Playground; tests/train/device/test_playground.py trains on it",
     r"python robot_loop\.py": "tests/train/cli/test_export_command.py runs it",
+    r"tdmpc2-fast train .*(data_dir|init)=": "takes data and models; tests/train/run/test_from_data.py trains from some",
+    r"tdmpc2-fast data convert (mt30|minari)": "downloads; tests/train/data/ converts such files",
     r".*\[.+\.\.\.\]": "says what may stand there",
 }
 """Commands that no test runs as they are shown, and why."""

@@ -16,6 +16,7 @@ import point_mass
 import pytest
 import torch
 from conftest import ON_GPU, REHEARSED, TINY, random_episode, tiny_config
+from data_sets import make_data
 from going_on import check_goes_on
 from gpu_cases import CONFIGS, SEVERAL, Case
 from loop_oracle import everything
@@ -35,6 +36,8 @@ from tdmpc2_fast.plan.backend import PlanRequest
 from tdmpc2_fast.plan.kernel_plan import KernelPlan
 from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise
+from tdmpc2_fast.train.data.dataset import DataSet
+from tdmpc2_fast.train.data.draws import Draws
 from tdmpc2_fast.train.envs.base import Failures
 from tdmpc2_fast.train.run.rollouts import DeviceRollouts
 from tdmpc2_fast.train.run.trainer import OnlineTrainer
@@ -329,6 +332,25 @@ def test_a_thousand_updates_stay_finite_wait_for_nothing_and_see_new_data(precis
     update = agent.updater._update
     assert isinstance(update, KernelUpdate)
     assert (update.chain.inputs.obs[0, ..., 0] == 999).any()
+
+
+def test_updates_from_a_data_set_wait_for_nothing(tmp_path: Path, livened: Liven) -> None:
+    agent = fused_agent("multitask", livened)
+    cfg, (obs_dim,) = agent.cfg, agent.cfg.observation_shape
+    widths = {task: (obs_dim, a) for task, a in zip(cfg.tasks, cfg.action_dims, strict=True)}
+    draws = Draws(DataSet.open(make_data(tmp_path / "data", *cfg.tasks, **widths)), cfg, GPU)
+    for _ in range(2):  # the first one is captured
+        agent.updater.step(draws.sample())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [agent.updater.step(draws.sample())["total_loss"] for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    agent.updater.synchronise()
+    draws.close()
+    assert torch.stack(losses).isfinite().all()
+    assert isinstance(agent.updater._update, KernelUpdate)
+    assert agent.updater._update.why_eager is None
 
 
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.later), "torch"])

@@ -16,9 +16,9 @@ import itertools
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,22 +48,20 @@ class _Made(dict[Any, Any]):
         self.state = state
 
 
+def _new(reader: Any) -> None:
+    """Make what NEWOBJ asks for: nothing but its name."""
+    args, cls = reader.stack.pop(), reader.stack.pop()
+    if not isinstance(cls, dry_pickle.Name) or cls.name not in _KNOWN or args != ():
+        raise dry_pickle.RefusedError(getattr(cls, "name", "an object of no class"))
+    reader.stack.append(_Made(cls.name))
+
+
 class _Reader(dry_pickle.Unpickler):
-    dispatch: ClassVar[dict[int, Callable[[_Reader], None]]] = {**dry_pickle.Unpickler.dispatch}
+    dispatch = {**dry_pickle.Unpickler.dispatch, pickle.NEWOBJ[0]: _new}  # noqa: RUF012
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         return dry_pickle.Name(full) if full in _KNOWN else super().find_class(module, name)
-
-    def new(self) -> None:
-        """Make what NEWOBJ asks for: nothing but its name."""
-        args, cls = self.stack.pop(), self.stack.pop()
-        if not isinstance(cls, dry_pickle.Name) or cls.name not in _KNOWN or args != ():
-            raise dry_pickle.RefusedError(getattr(cls, "name", "an object of no class"))
-        self.stack.append(_Made(cls.name))
-
-
-_Reader.dispatch[pickle.NEWOBJ[0]] = _Reader.new
 
 
 class _View(NamedTuple):

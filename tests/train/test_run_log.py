@@ -400,3 +400,31 @@ def test_without_success_there_is_no_such_file(tmp_path: Path) -> None:
     stretch(log, 1, 4)
     log.close()
     assert not (tmp_path / "success.csv").exists()
+
+
+def test_several_tasks_have_columns_and_tags_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    log = RunLog(config(tensorboard=True), tmp_path, REPEAT, {})
+    for n, task in ((1, "walker-walk"), (2, "cup-catch")):
+        log.step(10 * n, 0.1)
+        log.episode(10 * n, dict(episode=n, task=task) | {k: v for k, v in row(n).items() if k != "episode"})
+    of_each = {"return+walker-walk": 100.04, "success+walker-walk": 0.0, "return+cup-catch": 0.0}
+    log.evaluation(20, 50.02, 1.0, 3, 0.0, {"normalized_score": 5.00204, **of_each})
+    log.evaluation(30, 50.02, 1.0, 3, 0.0, {"normalized_score": None, **of_each})
+    log.close()
+    assert files(tmp_path) == {
+        "eval.csv": "step,reward,seed,normalized_score,return+walker-walk,success+walker-walk,return+cup-catch\n"
+        "40,50.0,7,5.002,100.04,0.0,0.0\n60,50.0,7,,100.04,0.0,0.0\n",
+        "train.csv": "step,decisions,episode,task,episode_reward,episode_success,reward_loss\n"
+        "20,10,1,walker-walk,1.25,0.0,\n40,20,2,cup-catch,2.25,0.0,0.25\n",
+    }
+    found = scalars(tmp_path)
+    assert found["train/episode_reward+walker-walk"] == [(20, 1.25)]
+    assert found["train/episode_reward+cup-catch"] == [(40, 2.25)]
+    assert found["train/reward_loss"] == [(40, 0.25)]
+    assert found["eval/return+cup-catch"] == [(40, 0.0), (60, 0.0)]
+    assert [step for step, _ in found["eval/normalized_score"]] == [40]
+    assert not {"train/task", "train/episode_reward"} & {*found}
+    out = capsys.readouterr().out
+    assert "score 5.0" in out
+    assert "tasks  walker-walk 100.0, cup-catch 0.0" in out

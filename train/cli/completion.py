@@ -10,7 +10,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 
 from . import keys
 
-_FILES = ("checkpoint", "work_dir", "data_dir", "out", "reference")
+_FILES = ("checkpoint", "init", "work_dir", "data_dir", "out", "reference")
 
 
 def complete(words: Sequence[str], incomplete: str, own: type[Any] | None, config: bool) -> list[CompletionItem]:

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tdmpc2_fast.errors import ConfigError, did_you_mean
+from tdmpc2_fast.task_sets import TASK_SETS
 
 from . import keys, tables
+
+_SETS = "Sets of tasks"
 
 
 def tasks(words: Sequence[str]) -> int:
@@ -33,7 +36,7 @@ def tasks(words: Sequence[str]) -> int:
             f"no task has {text!r} in its name.{did_you_mean(text, known) or ' tdmpc2-fast tasks lists all.'}"
         )
     if options.check:
-        return _check(found)
+        return _check(group for group in found if group[0] != _SETS)
     parts: list[Any] = [
         tables.section(f"{title} ({len(names)}): {state or 'runs here'}", "  ".join(names))
         for title, state, names in found
@@ -47,19 +50,15 @@ def tasks(words: Sequence[str]) -> int:
 def _groups() -> list[tuple[str, str, list[str]]]:
     """Return title, what is missing, and names of tasks that lack the same."""
     from ..envs import SUITES
-    from ..envs.catalogue import PLANNED, lacks
+    from ..envs.catalogue import lacks
 
     groups: dict[tuple[str, str], list[str]] = {}
-    known: set[str] = set()
     for title, suite in SUITES.items():
         state = suite.needs()
         for name in suite.names:
             need = state or lacks(name)
             groups.setdefault((title, need), []).append(name)
-            known.add(name)
-    for name, title in PLANNED.items():
-        if name not in known:
-            groups.setdefault((title, "not in this version"), []).append(name)
+    groups[_SETS, "one model each, where all of its tasks run"] = [*TASK_SETS]
     return [(title, state, names) for (title, state), names in groups.items()]
 
 

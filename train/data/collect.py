@@ -113,8 +113,8 @@ def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None
     """Play until the set has so many episodes of this player."""
     task = player.cfg.task
     done = _there(out, task, player.origin)
+    tell(f"{task}: {done:,} of {count:,} episodes are there ({player.origin})")
     if done >= count:
-        tell(f"{task}: {done:,} episodes are there ({player.origin})")
         return
     waiting: list[dict[str, Any]] = []
     seed = stream_seed(player.cfg.seed, f"collect {task} {player.origin} {done}")

@@ -98,8 +98,8 @@ def kept(task: str, episodes: Sequence[dict[str, Any]], origin: str) -> Kept:
 
 def cut(rows: Rows, start: int, stop: int) -> Rows:
     """Return rows from `start` to before `stop`, in memory of their own."""
-    x = rows
-    return Rows(*(y[start:stop].copy() for y in (x.obs, x.action, x.reward)), x.terminated[start:stop].copy())
+    obs, action, reward = (x[start:stop].copy() for x in (rows.obs, rows.action, rows.reward))
+    return Rows(obs, action, reward, rows.terminated[start:stop].copy())
 
 
 def firsts(lengths: Lengths) -> Lengths:

@@ -67,6 +67,8 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "data"):
+        for left in folder.glob(".*.tmp"):  # by a process that was killed
+            left.unlink()
         old = found_index(folder) if (folder / INDEX).exists() else None
         tasks, chains = _tasks(old, parts)
         plan = [

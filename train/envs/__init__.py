@@ -16,7 +16,6 @@ from . import dmcontrol, gymnasium_tasks
 from .answers import EnvError, NotHereError
 from .apart.remote import Apart, installed
 from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step, whole_sizes
-from .catalogue import PLANNED
 from .device import playground
 from .device.base import DeviceEnvironments
 from .multitask import TaskEnv
@@ -226,8 +225,6 @@ def check_episodic(cfg: Config, found: Step, task: str | None = None) -> None:
 
 
 def _unknown(task: str) -> str:
-    if task in PLANNED:
-        return f"config key 'task': {task!r} belongs to {PLANNED[task]}, which this version does not have yet"
     known = [n for suite in SUITES.values() for n in suite.names]
     close = nearest(task, known, 5)
     text = f"config key 'task': unknown task {task!r}. "

@@ -232,20 +232,21 @@ class Failures:
         self, envs: list[Env] | dict[int, Env], index: int, error: BaseException, make: Callable[[int], Env]
     ) -> None:
         """Make environment `index` anew after an error; raises as `take` does."""
-        self.take(index, error)
+        self.take(index, error, name=getattr(envs[index], "name", None))
         close_all([envs[index]])
         envs[index] = make(index)
 
-    def take(self, index: int, error: BaseException, trace: str = "") -> None:
+    def take(self, index: int, error: BaseException, trace: str = "", name: str | None = None) -> None:
         """Drop the episode of environment `index`, which must then be made anew.
 
         trace: where the error came from, if that was in another process.
+        name: of the task that it plays; default `cfg.task`.
 
         Raises:
             EnvError: failures are to stop the run, or more were dropped than ten and a tenth of those that ended.
             Exception: where they stop it, an error of this process that is not ours, as it is.
         """
-        where = f"{self.cfg.task}, environment {index}"
+        where = f"{name or self.cfg.task}, environment {index}"
         if isinstance(error, SystemExit):
             error = EnvError(f"it called sys.exit({error.code!r})")
         if self.cfg.on_env_error == "stop":

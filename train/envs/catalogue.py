@@ -11,9 +11,6 @@ _BOX2D = ("bipedal-walker", "lunarlander-continuous", "BipedalWalker", "LunarLan
 _NOT_FOR_US = ("CartPole", "MountainCar", "Acrobot", "LunarLander", "GymV21Environment", "GymV26Environment")
 _MODULES_NOT_FOR_US = tuple(f"gymnasium.envs.{name}." for name in ("toy_text", "tabular", "phys2d"))
 
-PLANNED = dict.fromkeys(("mt30", "mt80"), "multi-task training")
-"""Names of the paper that nothing here trains yet, and what they belong to."""
-
 
 def lacks(task: str) -> str:
     """Advise what to install for a task of Gymnasium; the text is empty where nothing is known to be missing."""

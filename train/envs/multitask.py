@@ -156,6 +156,11 @@ class TaskEnv(Env):
         return shape[0], env.action_dim, env.max_episode_steps
 
     @property
+    def name(self) -> str:
+        """The task that is played, by its name."""
+        return self._cfg.tasks[self.task]
+
+    @property
     def obs_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """The widest task's."""
         return self._cfg.observation_shape

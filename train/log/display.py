@@ -71,7 +71,9 @@ class Lines(Quiet):
             _print(f"{head}  {what} {done:,} of {total:,}  {hms(s.elapsed)}")
             return
         reward = s.row.get("episode_reward")
-        shown = "" if reward is None else f"  return {reward:8.1f}"
+        shown = (
+            "" if reward is None else f"  return {reward:8.1f}" + (f" in {task}" if (task := s.row.get("task")) else "")
+        )
         speed = "" if s.rate is None else f"  {s.rate:6.1f} {s.unit}/s"
         losses = "".join(f"  {name} {value:.4g}" for name, value in s.losses)
         _print(f"{head}{shown}{speed}{losses}  {hms(s.elapsed)}  left {hms(s.left)}")

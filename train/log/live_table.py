@@ -58,6 +58,7 @@ def table(s: Status, width: int, height: int) -> Panel:
                 *([number("episode", s.row.get("episode_reward"))] if s.plays else []),
                 number("evaluation", s.last_eval),
                 number("best", s.best_eval),
+                *([item("task", s.row["task"])] if s.row.get("task") else []),
             ],
         ),
         ("losses", [number(name, value, ".4g") for name, value in s.losses] or [Text("-")]),

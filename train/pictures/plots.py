@@ -166,7 +166,10 @@ def draw(runs: Groups, published: Groups, max_step: float | None = None) -> Figu
         ylabel, full = ("normalised score", 100.0) if scored else ("episode return", full_return(task))
         panels.append(_Panel(task, ylabel, full, _means(ours), _means(theirs), ours))
     single = [task for task, scored in tasks.items() if not scored]
-    if len(single) > 1 and (iqms := _iqms(runs, published, single)):
+    of_tasks = {key: curves for key, curves in runs.items() if key[0] in single}
+    # Nobody who trained on a set asked for an IQM, so that there is none needs no warning.
+    wanted = len(single) == len(tasks) or all(full_return(task) for task in single)
+    if len(single) > 1 and wanted and (iqms := _iqms(of_tasks, published, single)):
         panels.append(_Panel(f"IQM of {len(single)} tasks", "return / 1000", 1.0, *iqms, {}))
     columns = min(len(panels), _MOST_COLUMNS if len(panels) <= _MANY else 2 * _MOST_COLUMNS)
     height = -(-len(panels) // columns)

@@ -144,7 +144,7 @@ class Evaluator:
         cfg = cfg or agent.cfg
         self.agent, self.cfg, self._source = agent, cfg, source or Source()
         self.tasks = named(cfg, tasks)
-        count = 1 if self._source.shared else min(cfg.eval_episodes, max(1, _MOST_ENVS // len(self.tasks)))
+        count = 1 if self._source.shared else min(cfg.eval_episodes, max(1, _MOST_ENVS // max(1, len(cfg.tasks))))
         # Environment i is of task i modulo their number.
         self.envs: list[Env] = []
         try:

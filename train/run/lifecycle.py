@@ -79,9 +79,7 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
     if cfg.tasks and not given.source.by_name:
-        raise ConfigError(
-            "env: got environments and `tasks`, allowed: one of them; several tasks are made by their names"
-        )
+        raise ConfigError("env: got environments beside `tasks`, allowed: none, since several tasks are made by name")
     if cfg.resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
             "config key 'resume': got None under torchrun --max-restarts, allowed: auto, or a restart would begin anew"

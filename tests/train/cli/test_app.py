@@ -95,7 +95,8 @@ class TestHelp:
         assert "\x1b" not in out
         assert max(map(len, out.splitlines())) <= width
         shown = [f for f in dataclasses.fields(Config) if f.name not in keys.FILLED_IN]
-        shown += dataclasses.fields(keys.Options) if command == "train" else []
+        own = dataclasses.fields(dict(train=keys.Options, eval=keys.EvalOptions)[command])
+        shown += own
         text = " ".join(out.split())
         for f in shown:
             assert f"  {f.name}={keys.default_text(f)} " in out
@@ -104,7 +105,7 @@ class TestHelp:
                 assert f.metadata["help"] in text
         assert ("preset=quick" in out) == (command == "train")
         assert "horizon=3                integer >= 1" in out
-        for key in keys.FILLED_IN:
+        for key in {*keys.FILLED_IN} - {f.name for f in own}:
             assert f"  {key}=" not in out
 
     def test_keys_are_grouped_as_in_config(self) -> None:
@@ -117,11 +118,11 @@ class TestHelp:
         shown = [f.name for fields in groups.values() for f in fields]
         assert shown == [*keys.OPTION_FIELDS, *keys.CONFIG_FIELDS]
 
-    @pytest.mark.parametrize("own", [keys.Options, keys.PlotOptions, keys.PlanOptions])
+    @pytest.mark.parametrize("own", [keys.Options, keys.PlotOptions, keys.EvalOptions, keys.PlanOptions])
     def test_defaults_can_be_typed(self, own: type[Any]) -> None:
         for fields in keys.groups(own).values():
             for f in fields:
-                default = Config.__dict__.get(f.name, f.default)
+                default = f.default if f in dataclasses.fields(own) else Config.__dict__.get(f.name, f.default)
                 got = keys.value_of(f, keys.default_text(f))
                 assert got == DEFAULT_DIMS.get(f.name, default), f.name
 

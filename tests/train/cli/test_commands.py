@@ -231,7 +231,7 @@ class TestFailures:
             raise error
 
         monkeypatch.setattr("tdmpc2_fast.train.envs.gymnasium_tasks.GymnasiumTask.step", fail)
-        monkeypatch.setattr("tdmpc2_fast.train.envs._try", lambda cfg, env: None)  # it is to fail in the run
+        monkeypatch.setattr("tdmpc2_fast.train.envs._try", lambda *_: None)  # it is to fail in the run
         assert cli.main(["train", *words()]) == status
         out, err = capsys.readouterr()
         assert message in out + err

@@ -323,7 +323,7 @@ def test_without_a_renderer_states_go_on_and_pictures_say_why(variables: dict[st
     [
         ("walker-wlak", ["unknown task 'walker-wlak'", "walker-walk", "tdmpc2-fast tasks", "Gymnasium"]),
         ("hoper-hop", ["hopper-hop"]),
-        ("mt30", ["multi-task", "does not have yet"]),
+        ("mt40", ["unknown task 'mt40'"]),
         ("mw-raech", ["unknown task", "mw-reach"]),
         ("Hoper-v5", ["cannot make 'Hoper-v5'", "Hopper-v5"]),
     ],

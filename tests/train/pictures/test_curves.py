@@ -49,6 +49,23 @@ class TestReading:
         (c,) = read_curves(folder / "eval.csv")
         assert (c.steps.tolist(), c.returns.tolist()) == ([0, 10, 20], [1, 2, 4])
 
+    def test_a_run_of_several_tasks_has_a_score_and_a_curve_of_each(self, tmp_path: Path) -> None:
+        folder = run(tmp_path, "two", "default", 1)
+        head = "step,reward,seed,normalized_score,return+cup-catch,success+cup-catch,return+dog-run\n"
+        (folder / "eval.csv").write_text(f"{head}0,10,1,1,20,0,0\n20,30,1,3,50,0,10\n")
+        found = read_curves(folder / "eval.csv")
+        assert [(c.label, c.task, c.scored, c.steps.tolist(), c.returns.tolist()) for c in found] == [
+            ("default", "two", True, [0, 20], [1, 3]),
+            ("default of two", "cup-catch", False, [0, 20], [20, 50]),
+            ("default of two", "dog-run", False, [0, 20], [0, 10]),
+        ]
+        (folder / "eval.csv").write_text(f"{head}0,10,1,,20,0,0\n20,30,1,,50,0,10\n")
+        whole = read_curves(folder / "eval.csv")[0]
+        assert (whole.task, whole.scored, whole.returns.tolist()) == ("two", False, [10, 30])
+        (folder / "eval.csv").write_text(f"{head}0,10,1,x,20,0,0\n")
+        with pytest.raises(InputError, match="line 2: got normalized_score=x"):
+            read_curves(folder / "eval.csv")
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [

@@ -238,6 +238,26 @@ print("fine")
         assert "no IQM over tasks: no known scale of returns for Hopper-v5" in caplog.messages
         assert "ablation of cheetah-run ends at 9k, where seed 2 ends; others go on to 90k" in caplog.messages
 
+    def test_a_set_of_tasks_is_drawn_with_each_of_them(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for seed in (1, 2):
+            run(tmp_path, "two", "default", seed)
+            head = "step,reward,seed,normalized_score,return+cup-catch,return+dog-run\n"
+            (tmp_path / f"two/default/{seed}/eval.csv").write_text(f"{head}0,10,{seed},1,20,0\n20,30,{seed},3,50,10\n")
+        run(tmp_path, "dog-run", "default", 1, (0, 5), (20, 7))
+        runs = group(c for f in find_runs([tmp_path]) for c in read_curves(f))
+        panels = draw(runs, {}).axes
+        assert [ax.get_title() for ax in panels] == ["two", "cup-catch", "dog-run", "IQM of 2 tasks"]
+        assert [ax.get_ylabel() for ax in panels][:2] == ["normalised score", "episode return"]
+        assert "default is not in the IQM over tasks: it has no curve of cup-catch" in caplog.text
+        caplog.clear()
+        mixed = {
+            ("x", "default"): runs["two", "default"],
+            ("mw-reach", "default of x"): runs["dog-run", "default of two"],
+        }
+        mixed |= {("cup-catch", "default of x"): runs["cup-catch", "default of two"]}
+        assert [ax.get_title() for ax in draw(mixed, {}).axes] == ["x", "cup-catch", "mw-reach"]
+        assert not caplog.text
+
     def test_methods_look_the_same_whatever_is_beside_them(self, tmp_path: Path) -> None:
         runs, reference = self.several(tmp_path, ["cheetah-run"]), self.published(tmp_path)
 

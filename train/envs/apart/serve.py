@@ -71,8 +71,10 @@ class Obey(Held):
         """Start episodes and write their observations; return the errors of those that failed."""
 
         def begin(i: int) -> None:
-            self._rows["obs"][i] = self.begin(i)
-            self._rows["task"][i] = task_of(self.envs[i])
+            try:
+                self._rows["obs"][i] = self.begin(i)
+            finally:  # an error names it, too
+                self._rows["task"][i] = task_of(self.envs[i])
 
         return self._each(which, begin)
 

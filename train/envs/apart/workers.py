@@ -234,7 +234,8 @@ class Workers(Environments):
             return self._workers[k].indices
         failed: Failed = self._workers[k].answer
         for i, (ours, line, trace) in failed.items():
-            self.failures.take(i, ours or EnvError(line), "" if ours else trace)
+            name = self.cfg.tasks[self._rows["task"][i]] if self.cfg.multitask else None
+            self.failures.take(i, ours or EnvError(line), "" if ours else trace, name)
             self._workers[k].tell("make_anew", i, self._anew)
             if not self._answered(k, time.monotonic()):
                 return self._workers[k].indices

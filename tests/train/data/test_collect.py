@@ -1,0 +1,216 @@
+"""Collecting: random actions, agents, replays; appended, stopped, gone on with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import QUICK, in_an_empty_folder, save_untrained, words  # noqa: F401
+from conftest import TINY
+
+pytest.importorskip("gymnasium")
+pytest.importorskip("dm_control")
+pytest.importorskip("click")
+from tdmpc2_fast import TDMPC2, Config, load
+from tdmpc2_fast.errors import CheckpointError, ConfigError, DataError
+from tdmpc2_fast.train import cli
+from tdmpc2_fast.train.data import collect as module
+from tdmpc2_fast.train.data.check import problems
+from tdmpc2_fast.train.data.collect import collect
+from tdmpc2_fast.train.data.dataset import DataSet
+from tdmpc2_fast.train.envs.base import EnvError
+from tdmpc2_fast.train.run.checkpoints import Checkpoints
+from tdmpc2_fast.train.run.stop import Stop, Stopped
+
+OUT = Path("set")
+SHORT: dict[str, Any] = dict(episode_length=20)
+PENDULUM = "Pendulum-v1"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        assert cli.main(words(work_dir=folder, steps=130, episode_length=20, eval_freq=50)) == 0
+    assert len([*folder.glob("checkpoints/*-at-*")]) == 2
+    return folder
+
+
+class StopAfter(Stop):
+    """Asked to end after so many decisions."""
+
+    def __init__(self, decisions: int) -> None:
+        super().__init__()
+        self.left = decisions
+
+    def check(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.signal = 2
+        super().check()
+
+
+def test_random_episodes() -> None:
+    lines: list[str] = []
+    collect(PENDULUM, OUT, SHORT, 3, tell=lines.append)
+    (task,) = DataSet.open(OUT).tasks
+    assert (task.name, task.episodes, task.steps, task.obs_dim, task.action_dim) == (PENDULUM, 3, 60, 3, 1)
+    assert not [*problems(OUT)]
+    assert lines[-1].startswith("Pendulum-v1: 3 of 3 episodes, return -")
+    rows = DataSet.open(OUT).episodes(PENDULUM)[0].rows(0, 3)
+    assert np.nanstd(rows.action) > 0.4  # of a uniform one it is 0.58
+    assert len(np.unique(rows.obs[::21], axis=0)) == 3  # each begins elsewhere
+
+
+def test_equal_seeds_collect_equal_episodes() -> None:
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        collect(PENDULUM, Path(folder), SHORT | dict(seed=seed), 2)
+    a, b, c = (DataSet.open(f).index.shards[0].sha256 for f in "abc")
+    assert a == b != c
+
+
+def test_it_goes_on_to_the_number_asked_for() -> None:
+    collect(PENDULUM, OUT, SHORT, 2)
+    lines: list[str] = []
+    collect(PENDULUM, OUT, SHORT, 2, tell=lines.append)
+    assert lines == ["Pendulum-v1: 2 of 2 episodes are there (random actions, seed 1)"]
+    collect(PENDULUM, OUT, SHORT, 3)
+    collect(PENDULUM, OUT, SHORT | dict(seed=2), 1)
+    data = DataSet.open(OUT)
+    assert data.tasks[0].episodes == 4
+    assert len({rows.tobytes() for e in data.episodes(PENDULUM) for rows in [e.rows(0, 1).obs]}) == 3
+
+
+def test_stopped_it_keeps_what_was_done() -> None:
+    with pytest.raises(Stopped):
+        collect(PENDULUM, OUT, SHORT, 5, stop=StopAfter(50))
+    assert DataSet.open(OUT).tasks[0].episodes == 2
+    assert not [*problems(OUT)]
+    collect(PENDULUM, OUT, SHORT, 5)
+    assert DataSet.open(OUT).tasks[0].episodes == 5
+
+
+def test_a_failing_environment_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, left = module.step, [50]
+
+    def failing(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise EnvError("broke")
+        return real(*args)
+
+    monkeypatch.setattr(module, "step", failing)
+    with pytest.raises(EnvError, match="broke"):
+        collect(PENDULUM, OUT, SHORT, 5)
+    assert DataSet.open(OUT).tasks[0].episodes == 2
+
+
+def test_long_collections_are_appended_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_APPEND_SECONDS", 0)
+    collect(PENDULUM, OUT, SHORT, 3)
+    assert [s.episodes for s in DataSet.open(OUT).index.shards] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("mpc", [True, False])
+def test_an_agent_plays(mpc: bool) -> None:
+    save_untrained("agent")
+    for folder, noise in (("a", False), ("b", False), ("c", True)):
+        collect("agent", Path(folder), dict(mpc=mpc), 2, noise=noise)
+    a, b, c = (DataSet.open(f) for f in "abc")
+    assert a.index.shards[0].sha256 == b.index.shards[0].sha256 != c.index.shards[0].sha256
+    assert a.tasks[0].steps == 80
+    assert "with noise" in c.index.shards[0].origin
+    if not mpc:  # what the policy prior of the agent does in these observations
+        rows = a.episodes(PENDULUM)[0].rows(0, 1)
+        expected = load("agent", mpc=False).act(rows.obs[:-1], eval_mode=True)
+        np.testing.assert_allclose(rows.action[1:], expected.numpy(), atol=1e-5)
+
+
+def test_all_checkpoints_of_a_run_play(trained: Path) -> None:
+    """Its best, too, where it is none of the newest."""
+    files = module._checkpoints(trained)
+    apart = not any(files[0].samefile(f) for f in files[1:]) and files[0].stem == "best"
+    assert len(files) == 2 + apart
+    collect(str(trained), OUT, {}, 5)
+    shards = DataSet.open(OUT).index.shards
+    assert [s.episodes for s in shards] == ([2, 2, 1] if apart else [3, 2])
+    assert len({s.origin for s in shards}) == len(files)
+    collect(str(trained), OUT, {}, 5)
+    assert DataSet.open(OUT).tasks[0].episodes == 5
+
+
+def test_the_best_plays_where_it_is_none_of_the_newest(trained: Path) -> None:
+    shutil.copytree(trained, "run")
+    names = [p.name for p in sorted(Path("run/checkpoints").glob("*-at-*"))]
+    shutil.copy(f"run/checkpoints/{names[0]}/agent.safetensors", "best")
+    Path("run/checkpoints/best.safetensors").unlink()
+    os.link(f"run/checkpoints/{names[1]}/agent.safetensors", "run/checkpoints/best.safetensors")
+    assert [p.parent.name for p in module._checkpoints(Path("run"))] == names
+    Path("run/checkpoints/best.safetensors").unlink()
+    Path("best").rename("run/checkpoints/best.safetensors")
+    assert [p.parent.name for p in module._checkpoints(Path("run"))] == ["checkpoints", *names]
+
+
+def test_a_replay_is_taken_as_it_is(trained: Path) -> None:
+    collect(str(trained), OUT, {}, replay=True)
+    saved = Checkpoints(trained, 1).newest(print)
+    assert saved is not None
+    data = DataSet.open(OUT)
+    steps = dict(Checkpoints(trained, 1).replay.read(saved.chunks))
+    held = {k: np.concatenate([x[k].numpy() for x in steps.values()]) for k in ("obs", "action", "reward")}
+    lengths = saved.tensors["replay/episodes"][:, 1].tolist()
+    assert data.tasks[0].episodes == len(lengths) >= 5
+    rows = data.episodes(PENDULUM)[0].rows(0, len(lengths))
+    for name, x in held.items():
+        np.testing.assert_array_equal(getattr(rows, name), x)
+    lines: list[str] = []
+    collect(str(trained), OUT, {}, replay=True, tell=lines.append)
+    assert "its episodes are there" in lines[0]
+    collect(str(trained), Path("newest"), {}, 2, replay=True)
+    newest = DataSet.open("newest").episodes(PENDULUM)[0].rows(0, 2)
+    np.testing.assert_array_equal(newest.obs, held["obs"][-42:])
+
+
+def test_an_agent_of_several_tasks_plays_each() -> None:
+    tasks = (PENDULUM, "MountainCarContinuous-v0")
+    keys = dict(
+        TINY, multitask=True, tasks=tasks, action_dims=(1, 1), episode_lengths=(200, 999), task_dim=4, mpc=False
+    )
+    TDMPC2(Config.from_dict({**keys, "device": "cpu"}).with_env({"state": (5,)}, 2, 999)).save("several")
+    collect("several", OUT, {}, 1)
+    found = {t.name: t for t in DataSet.open(OUT).tasks}
+    assert {k: (t.obs_dim, t.action_dim, t.episodes) for k, t in found.items()} == {
+        tasks[0]: (3, 1, 1),
+        tasks[1]: (2, 1, 1),
+    }
+    assert found[tasks[0]].steps == 200
+
+
+@pytest.mark.parametrize(
+    ("source", "keys", "error", "reason"),
+    [
+        ("walker-wlak", {}, ConfigError, "unknown task 'walker-wlak'. Nearest: walker-walk"),
+        (PENDULUM, dict(values=dict(obs="rgb")), DataError, "config key 'obs': got 'rgb', allowed: 'state'"),
+        ("empty", {}, CheckpointError, "a folder without checkpoints"),
+        ("empty", dict(replay=True), DataError, "has no checkpoint with a replay"),
+        ("nothing", dict(replay=True), DataError, "has no checkpoint with a replay"),
+    ],
+)
+def test_what_cannot_be_is_said_before(source: str, keys: dict[str, Any], error: Any, reason: str) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(error, match=reason):
+        collect(source, OUT, **{"values": {}, **keys})
+    assert not OUT.exists()
+
+
+def test_an_agent_of_another_environment_is_refused() -> None:
+    save_untrained("agent")
+    with pytest.raises(ConfigError, match="obs_shape"):
+        collect("agent", OUT, dict(task="MountainCarContinuous-v0"), 1)
+    assert QUICK["task"] == PENDULUM
