@@ -23,8 +23,8 @@ from tdmpc2_fast.runtime.ranks import Ranks
 from tdmpc2_fast.train.cli.keys import parse
 from tdmpc2_fast.train.run import lifecycle
 from tdmpc2_fast.train.run.checkpoints import Part, Saved
-from tdmpc2_fast.train.run.shared.dealing import deal, of_rank
 from tdmpc2_fast.train.run.replay_files import ReplayFiles
+from tdmpc2_fast.train.run.shared.dealing import deal, of_rank
 
 pytest.importorskip("gymnasium")
 

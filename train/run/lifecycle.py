@@ -24,12 +24,12 @@ from ..log.sinks import wandb_package
 from ..log.status import returned
 from ..pictures.plots import plot_runs
 from .checkpoints import Checkpoints, Saved, trained
-from .shared.dealing import of_rank
 from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder
 from .loops.base import Trainer
 from .loops.choice import check_data, fitted, is_offline, keys_of, trainer_of
+from .shared.dealing import of_rank
 from .stop import Stop, Stopped
 from .threads import choose_threads
 

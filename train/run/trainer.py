@@ -35,7 +35,6 @@ from ..envs.given import Source
 from ..log.run_log import RunLog
 from . import resume
 from .checkpoints import Checkpoints, Saved
-from .shared.dealing import deal
 from .doubts import Doubts
 from .episode import Played
 from .loops.base import Trainer, about, begin_with
@@ -43,6 +42,7 @@ from .loops.mixed import Mixed, shares
 from .loops.offline import Stream
 from .overlap import updates_on
 from .rollouts import rollouts_in
+from .shared.dealing import deal
 from .stop import Stop
 
 _LAUNCHED_AT_ONCE = 16  # updates of pretraining, between which a run can stop and show itself
