@@ -36,6 +36,7 @@ CASES = dict(
     small=tiny_config(horizon=1, num_bins=21, num_q=2, batch_size=4),
 )
 UPDATES = 4
+BATCHES = 3  # whose gradients are compared: a maximum over those of one small batch is luck
 _AT = dict(obs=1, action=1, reward=1, terminated=1, task=0, td_eps=1, pi_eps=1, value_dropout=2, pi_dropout=2)
 _CPU = torch.device("cpu")
 _AT |= dict(shift_next=1, shift_first=0)
@@ -92,11 +93,15 @@ def given(cfg: Config, i: int, ranks: Ranks = ALONE) -> tuple[Batch, UpdateNoise
 def updates(cfg: Config, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Return what came of `UPDATES` from given draws, of one that drew its own, and of one that is not finite.
 
-    metrics: of each of the first. grads: of the first one. given, params: parameters after those, and after the next.
-    noise: see `_noise`. said: by the last one. kept: whether it changed no parameter.
+    metrics: of each of the first. grads: of a first update from each of `BATCHES`. given, params: parameters after the
+    given ones, and after the next. noise: see `_noise`. said: by the last one. kept: whether it changed no parameter.
     """
-    agent, trace = agent_of(cfg, ranks), UpdateTrace.empty()
-    metrics = [agent.updater.step(*given(cfg, i, ranks), trace if i == 0 else None) for i in range(UPDATES)]
+    agent, grads = agent_of(cfg, ranks), []
+    for i in range(BATCHES):
+        trace = UpdateTrace.empty()
+        agent_of(cfg, ranks).updater.step(*given(cfg, i, ranks), trace)
+        grads.append(trace.grads)
+    metrics = [agent.updater.step(*given(cfg, i, ranks)) for i in range(UPDATES)]
     learned = _tensors(agent)
     batch, _ = given(cfg, UPDATES, ranks)
     drawn = agent.updater.step(batch)  # from draws of its own
@@ -114,7 +119,7 @@ def updates(cfg: Config, ranks: Ranks = ALONE) -> dict[str, Any]:
         given=learned,
         drawn=drawn,
         noise=noise,
-        grads=trace.grads,
+        grads=grads,
         params=before,
         said=said,
         kept=all(torch.equal(before[k], after[k]) for k in before),

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from rank_updates import UPDATES, agent_of, case, given, torchrun, updates
+from rank_updates import BATCHES, UPDATES, agent_of, case, given, torchrun, updates
 from small_configs import tiny_config
+from torch import Tensor
 from update_oracle import doubled
 
+from tdmpc2_fast import Config
 from tdmpc2_fast.errors import ConfigError, RanksError
 from tdmpc2_fast.kernels.cpu.build import why_not as why_not_built
 from tdmpc2_fast.kernels.device.launch import triton
@@ -35,6 +37,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     return found
 
 
+def exact_gradients(cfg: Config, i: int) -> dict[str, Tensor]:
+    """Return the gradients of a first update of one process in float64."""
+    agent, trace = agent_of(cfg.replace(backend="torch")), UpdateTrace.empty()
+    agent.model.double()
+    agent.updater.step(*doubled(*given(cfg, i)), trace)
+    return trace.grads
+
+
 CASES_RUN = [(count, name) for count in ("2", "4") for name in NAMES] + [("2", name) for name in INTERPRETED]
 
 
@@ -44,15 +54,18 @@ def test_ranks_equal_one_process_with_the_whole_batch(
 ) -> None:
     cfg, ranks = case(name), [rank[name] for rank in found[count]]
     one = updates(cfg.replace(backend="torch"))
-    exact = agent_of(cfg.replace(backend="torch"))
-    exact.model.double()
-    trace = UpdateTrace.empty()
-    exact.updater.step(*doubled(*given(cfg, 0)), trace)
+    exact = [exact_gradients(cfg, i) for i in range(BATCHES)]
     # Errors of the first gradients, at most twice those of one process in float32.
-    for rank in ranks:
-        assert rank["grads"].keys() == trace.grads.keys()
+    assert all(got.keys() == want.keys() for got, want in zip(ranks[0]["grads"], exact, strict=True))
     ours, allowed = (
-        torch.cat([((x["grads"][n].double() - g) / g.abs().max()).flatten() for n, g in trace.grads.items() if g.any()])
+        torch.cat(
+            [
+                ((got[n].double() - g) / g.abs().max()).flatten()
+                for got, want in zip(x["grads"], exact, strict=True)
+                for n, g in want.items()
+                if g.any()
+            ]
+        )
         for x in (ranks[0], one)
     )
     assert ours.abs().max() <= 2 * allowed.abs().max() + 2**-24
@@ -74,8 +87,10 @@ def test_all_ranks_are_the_same_bit_for_bit(found: dict[str, list[dict[str, Any]
     first, *others = (rank[name] for rank in found[count])
     for other in others:
         for kind in ("params", "grads", "drawn"):
-            assert first[kind].keys() == other[kind].keys()
-            assert all(torch.equal(x, other[kind][key]) for key, x in first[kind].items()), kind
+            ours, theirs = ([x] if isinstance(x, dict) else x for x in (first[kind], other[kind]))
+            for one, two in zip(ours, theirs, strict=True):
+                assert one.keys() == two.keys()
+                assert all(torch.equal(x, two[key]) for key, x in one.items()), kind
         assert first["metrics"] == other["metrics"]
 
 
