@@ -324,7 +324,7 @@ class Config:
         if resized:
             changes = {**dict.fromkeys(DEFAULT_DIMS), **changes}
         leaves = task != self.task and self.multitask and self.task in TASK_SETS
-        if leaves or tuple(changes.get("tasks", self.tasks)) != self.tasks:
+        if leaves or ("tasks" in changes and changes["tasks"] not in (self.tasks, [*self.tasks])):
             left = {f.name: f.default for f in dataclasses.fields(self) if f.name in set_keys("mt30", None)}
             changes = {**left, **changes}
         elif resized and self.task_dim == task_embedding_dim(self.task, self.model_size):

@@ -36,11 +36,6 @@ def check_relations(cfg: Any) -> None:
         flat, channels = each * cfg.num_channels, cfg.latent_dim // each
         ways = f"{each}*num_channels = {flat} where obs=rgb, or with it num_channels={channels}"
         need(cfg.latent_dim == flat, "latent_dim", ways)
-    need(
-        cfg.init is None or cfg.checkpoint is None,
-        "init",
-        "none where checkpoint is given, which sets all weights",
-    )
     need(cfg.init_task is None or cfg.init is not None, "init_task", "none without init")
     need(cfg.mix is None or cfg.data_dir is not None, "mix", "none without data_dir")
     need(cfg.mix is None or 0 < cfg.mix < 1, "mix", "between 0 and 1, or none to train on the data alone")

@@ -337,6 +337,11 @@ def test_a_set_of_ones_own_is_complete_where_its_tasks_are_official() -> None:
     assert (one.task, one.multitask, one.tasks, one.action_dims, one.task_dim) == ("cup-catch", False, (), (), 0)
     assert (one.obs_shape, one.action_dim, one.episode_length, one.episode_lengths) == (None, None, 500, ())
     assert cfg.replace(tasks=("cup-catch",)).action_dims == (2,)
+    assert cfg.replace(tasks=[*cfg.tasks], lr=1.0).action_dims == (6, 2)
+    with pytest.raises(ConfigError, match="'tasks': got None"):
+        cfg.replace(tasks=None)
+    # Settings of environments may change sizes, which are then asked of them.
+    assert not Config(**OWN_SET, env_kwargs={"task_kwargs": {"time_limit": 1}}).multitask  # type: ignore[arg-type]
 
 
 def test_a_set_of_other_tasks_is_completed_by_their_environments() -> None:

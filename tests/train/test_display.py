@@ -113,6 +113,20 @@ def test_the_table_fits_and_breaks_no_number(width: int, height: int) -> None:
     assert not any("…" in line or "termination" in line for line in lines)
 
 
+def test_a_run_from_data_counts_updates_and_has_no_replay() -> None:
+    s = status()
+    s = Status(s.cfg, s.folder, 1, ABOUT, Clock(), "updates")
+    s.decisions, s.row = 40, {k: v for k, v in ROW.items() if k != "episode_reward"}
+    s.clock.seconds = dict(draw=1.0, update=98.0)
+    shown, out = live(s)
+    shown.console.print(shown._table())
+    text = "\n".join(text_of(out))
+    assert all(
+        words in text for words in ("40 / 1,000,000 updates", "updates/s", "draw", "training", "consistency 0.0123")
+    )
+    assert not any(words in text for words in ("replay", "random actions", "episode", "decisions"))
+
+
 def test_the_newest_note_shows_in_the_lowest_terminal() -> None:
     s = status()
     for n in range(5):

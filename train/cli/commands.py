@@ -173,7 +173,7 @@ def evaluate(words: Sequence[str]) -> int:
 
 
 def info(words: Sequence[str]) -> int:
-    """Say what a checkpoint holds, or without one what this machine plans and learns with.
+    """Say what a checkpoint holds; without one, what this machine uses.
 
     Of a checkpoint: its format, size, parameters, tensors and config; official .pt files have no config, but it says
     which published model they are and what has to be given to load them.

@@ -33,12 +33,11 @@ def collect(words: Sequence[str]) -> int:
 
     stop, out = Stop(), Path(options.out).expanduser()
     with stop.listening():
-        for source in sources:
-            try:
-                collecting.collect(source, out, values, options.episodes, options.noise, options.replay, stop, _say)
-            except Stopped as e:
-                print("stopped; the episodes that ended are in the set, the same command goes on", file=sys.stderr)
-                return _BY_SIGNAL + e.signal
+        try:
+            collecting.collect(sources, out, values, options.episodes, options.noise, options.replay, stop, _say)
+        except Stopped as e:
+            print("stopped; the episodes that ended are in the set, the same command goes on", file=sys.stderr)
+            return _BY_SIGNAL + e.signal
     return _info(out)
 
 
@@ -76,6 +75,10 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def _info(folder: Path) -> int:
     from ..data.dataset import DataSet
 
@@ -99,7 +102,8 @@ def _info(folder: Path) -> int:
     steps, size = sum(t.steps for t in found.tasks), sum(t.nbytes for t in found.tasks)
     print(tables.rendered(tables.grid(rows, titles)))
     episodes = sum(t.episodes for t in found.tasks)
-    print(f"{folder}: {len(rows)} tasks, {episodes:,} episodes, {steps:,} steps, {size / 1e6:,.1f} MB")
+    counts = (_count(len(rows), "task"), _count(episodes, "episode"), _count(steps, "step"))
+    print(f"{folder}: {', '.join(counts)}, {size / 1e6:,.1f} MB")
     return 0
 
 
@@ -112,8 +116,8 @@ def _check(folder: Path) -> int:
         count += 1
         print(problem, flush=True)
     if count:
-        print(f"{folder}: {count} problems")
+        print(f"{folder}: {_count(count, 'problem')}")
         return 1
     found = DataSet.open(folder)
-    print(f"{folder}: {len(found.files)} files, every checksum and every number is right")
+    print(f"{folder}: {_count(len(found.files), 'file')}, every checksum and every number is right")
     return 0

@@ -85,7 +85,7 @@ def _check(groups: Iterable[tuple[str, str, list[str]]]) -> int:
 
 
 def suites(words: Sequence[str]) -> int:
-    """List the suites that have an interpreter of their own, or install or remove one: install NAME.
+    """List, install or remove suites with an interpreter of their own.
 
     Their packages exclude ours, so each lives in a virtual environment that this command makes, in
     TDMPC2_SUITES if that is set and else beside this package. Training, evaluation and everything

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tdmpc2_fast.agent import TDMPC2, load
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import DataError
+from tdmpc2_fast.errors import ConfigError, DataError, warn
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.plan.planner import Planner
@@ -27,18 +27,19 @@ from tdmpc2_fast.seeds import stream_seed
 
 from ..envs import make_env, same_form, suite_of, tried
 from ..envs.base import Actions, Env, check_actions, close_all, reset, step
-from ..run.checkpoints import Checkpoints
+from ..run.checkpoints import Checkpoints, Saved
 from ..run.episode import Episode
 from ..run.stop import Stop
 from ..run.threads import choose_threads
 from .dataset import found_index
 from .index import INDEX
-from .rows import kept
+from .rows import Kept, kept
 from .writer import write
 
 EPISODES = 100
 _MOST_ENVS = 16
 _APPEND_SECONDS, _APPEND_BYTES = 60.0, 64 << 20
+_LOOK_SECONDS = 0.05
 _NONE: dict[str, Any] = dict(
     multitask=False,
     tasks=(),
@@ -71,7 +72,7 @@ class Player(NamedTuple):
 
 
 def collect(
-    source: str,
+    sources: Sequence[str],
     out: Path,
     values: dict[str, Any],
     episodes: int | None = None,
@@ -83,10 +84,10 @@ def collect(
     """Append episodes to a data set, which is made if it is not there.
 
     Args:
-        source: a task's name, for random actions; a checkpoint; or a run's folder, for all of its checkpoints.
+        sources: each a task's name, for random actions; a checkpoint; or a run's folder, for all of its checkpoints.
         out: the data set's folder.
         values: config keys: `seed`, `device` and settings of the environment.
-        episodes: how many of this source the set is to have, of each task; default 100, or all of a replay.
+        episodes: how many of each source the set is to have, of each task; default 100, or all of a replay.
         noise: let agents explore as in training.
         replay: take the episodes that a run's replay holds, and play none.
         stop: asked after every decision.
@@ -98,15 +99,40 @@ def collect(
     """
     stop = stop or Stop()
     if replay:
-        _from_replay(Path(source).expanduser(), out, episodes, tell)
+        for run in [_replay(Path(source).expanduser()) for source in sources]:
+            _from_replay(run, out, episodes, tell)
         return
-    players = [*_players(source, values, noise, tell)]
-    by_task = {task: [p for p in players if p.cfg.task == task] for task in dict.fromkeys(p.cfg.task for p in players)}
+    plan: list[tuple[Player, int]] = []
     total = EPISODES if episodes is None else episodes
-    for sharing in by_task.values():
-        for i, player in enumerate(sharing):
-            count = total // len(sharing) + (i < total % len(sharing))
-            _play(player, out, count, stop, tell)
+    for source in sources:
+        players = [*_players(source, values, noise)]
+        for task in dict.fromkeys(p.cfg.task for p in players):
+            sharing = [p for p in players if p.cfg.task == task]
+            plan += [(p, total // len(sharing) + (i < total % len(sharing))) for i, p in enumerate(sharing)]
+    for player, _ in plan:  # what cannot be is said before the first plays for an hour
+        _try(player, out)
+    for player, count in plan:
+        _play(player, out, count, stop, tell)
+
+
+def _try(player: Player, out: Path) -> None:
+    """Raise an error where the environment cannot be made, or does not fit to the agent or into the set."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"config key 'out': {str(out)!r} is a file, allowed: a folder")
+    env = make_env(player.cfg, player.cfg.seed)
+    try:
+        if player.form is not None:
+            same_form(env, player.form)
+        got = (env.obs_shape[0], env.action_dim)
+    finally:
+        close_all([env])
+    held = found_index(out).tasks if (out / INDEX).exists() else ()
+    for task in held:
+        if task.name == player.cfg.task and (task.obs_dim, task.action_dim) != got:
+            raise DataError(
+                f"data {str(out)!r}: has {task.name!r} with observations and actions of {task.obs_dim} and "
+                f"{task.action_dim} numbers, allowed: {got[0]} and {got[1]}, as they are here"
+            )
 
 
 def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None:
@@ -122,7 +148,7 @@ def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None
 
     def append() -> None:
         if waiting:
-            write(out, [kept(task, waiting, player.origin)])
+            _append(out, kept(task, waiting, player.origin))
             totals = [float(np.nansum(e["reward"])) for e in waiting]
             tell(
                 f"{task}: {done:,} of {count:,} episodes, return {np.mean(totals):.1f} ± {np.std(totals):.1f} of the "
@@ -134,8 +160,6 @@ def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None
         for i in range(min(player.width, count - done)):
             env = make_env(player.cfg, stream_seed(seed, f"env {i}") % 2**31)
             envs.append(env)
-            if player.form is not None:
-                same_form(env, player.form)
         last, nbytes = time.monotonic(), 0
         while done < count:
             for episode in _round(envs[: count - done], act, stop):
@@ -171,7 +195,7 @@ def _round(envs: Sequence[Env], act: Act, stop: Stop) -> list[Episode]:
     return found
 
 
-def _players(source: str, values: dict[str, Any], noise: bool, tell: Tell) -> Iterator[Player]:
+def _players(source: str, values: dict[str, Any], noise: bool) -> Iterator[Player]:
     path = Path(source).expanduser()
     if not path.exists() and not path.with_name(f"{path.name}.safetensors").exists():
         yield _random(source, values)
@@ -182,7 +206,7 @@ def _players(source: str, values: dict[str, Any], noise: bool, tell: Tell) -> It
         choose_threads(agent.cfg)
         if agent.cfg.obs != "state":
             raise DataError(f"{source}: sees pixels, allowed: data sets are of states")
-        yield from _of_agent(agent, file, noise)
+        yield from _of_agent(agent, file, values, noise)
 
 
 def _random(task: str, values: dict[str, Any]) -> Player:
@@ -199,8 +223,8 @@ def _random(task: str, values: dict[str, Any]) -> Player:
     return Player(f"random actions, seed {cfg.seed}", cfg, 1, policy)
 
 
-def _of_agent(agent: TDMPC2, file: Path, noise: bool) -> Iterator[Player]:
-    """Yield a player for each task of an agent."""
+def _of_agent(agent: TDMPC2, file: Path, values: dict[str, Any], noise: bool) -> Iterator[Player]:
+    """Yield a player for each task of an agent, which is loaded again when it plays: many need not be in memory."""
     cfg = agent.cfg
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     where = file.parent.name if file.parent.name != "checkpoints" and file.stem == "agent" else file.stem
@@ -208,7 +232,7 @@ def _of_agent(agent: TDMPC2, file: Path, noise: bool) -> Iterator[Player]:
     width = 1 if agent.device.type == "cpu" else _MOST_ENVS
     for i, task in enumerate(cfg.tasks if cfg.multitask else (cfg.task,)):
         single = cfg.replace(task=task, **_NONE) if cfg.multitask else cfg
-        policy = functools.partial(_Policy, agent, width, i if cfg.multitask else None, not noise)
+        policy = functools.partial(_Policy, file, values, width, i if cfg.multitask else None, not noise)
         form = None if cfg.multitask else cfg
         yield Player(origin, single.replace(checkpoint=None), width, policy, form)
 
@@ -216,9 +240,11 @@ def _of_agent(agent: TDMPC2, file: Path, noise: bool) -> Iterator[Player]:
 class _Policy:
     """An agent as a policy for environments of one of its tasks."""
 
-    def __init__(self, agent: TDMPC2, width: int, task: int | None, greedy: bool, seed: int) -> None:
-        self.agent, self.task, self.greedy = agent, task, greedy
-        self.planner = Planner(agent.model, width, seed=seed)
+    def __init__(
+        self, file: Path, values: dict[str, Any], width: int, task: int | None, greedy: bool, seed: int
+    ) -> None:
+        self.agent, self.task, self.greedy = load(file, **values), task, greedy
+        self.planner = Planner(self.agent.model, width, seed=seed)
         self.width = width
 
     def __call__(self, obs: NDArray[np.float32], first: bool) -> Actions:
@@ -243,6 +269,19 @@ def _checkpoints(path: Path) -> list[Path]:
     return found or [checkpoint.find_checkpoint(path)]
 
 
+def _append(out: Path, episodes: Kept) -> None:
+    """Append episodes, when no other process does; that takes a moment."""
+    end = time.monotonic() + _APPEND_SECONDS
+    while True:
+        try:
+            write(out, [episodes])
+            return
+        except ConfigError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(_LOOK_SECONDS)
+
+
 def _there(out: Path, task: str, origin: str) -> int:
     """Return how many episodes of a task and an origin a data set has."""
     if not (out / INDEX).exists():
@@ -251,13 +290,19 @@ def _there(out: Path, task: str, origin: str) -> int:
     return sum(s.episodes for s in index.shards if s.origin == origin and index.tasks[s.task].name == task)
 
 
-def _from_replay(run: Path, out: Path, episodes: int | None, tell: Tell) -> None:
-    """Append the newest episodes of a run's replay, oldest first."""
-    saved = Checkpoints(run, 1).newest(tell) if (run / "checkpoints").is_dir() else None
+def _replay(run: Path) -> Saved:
+    """Return the newest checkpoint of a run, if it has a replay that can be taken; else raise `DataError`."""
+    saved = Checkpoints(run, 1).newest(warn) if (run / "checkpoints").is_dir() else None
     if saved is None:
         raise DataError(f"{run}: has no checkpoint with a replay, allowed: the folder of a run")
     if saved.cfg.obs != "state" or saved.cfg.multitask:
         raise DataError(f"{run}: its replay is of pixels or several tasks, allowed: states of one task")
+    return saved
+
+
+def _from_replay(saved: Saved, out: Path, episodes: int | None, tell: Tell) -> None:
+    """Append the newest episodes of the replay of a checkpoint, oldest first."""
+    run = saved.folder.parents[1]
     origin = f"replay of {saved.cfg.exp_name} seed {saved.cfg.seed}, {saved.folder.name}"
     if _there(out, saved.cfg.task, origin):
         tell(f"{saved.cfg.task}: its episodes are there ({origin})")
@@ -274,6 +319,6 @@ def _from_replay(run: Path, out: Path, episodes: int | None, tell: Tell) -> None
     found = [{k: x.numpy() for k, x in buffer.steps(a, b).items()} for a, b in spans]
     for e in found:
         e["terminated"] = e["terminated"].astype(np.float32)
-    write(out, [kept(saved.cfg.task, found, origin)])
+    _append(out, kept(saved.cfg.task, found, origin))
     totals = [float(np.nansum(e["reward"][1:])) for e in found]
     tell(f"{saved.cfg.task}: {len(found):,} episodes, return {np.mean(totals):.1f} ± {np.std(totals):.1f} ({origin})")

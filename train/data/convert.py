@@ -33,8 +33,15 @@ def convert(
     """
     if (out / INDEX).exists():
         raise DataError(f"config key 'out': {str(out)!r} is a whole data set already, allowed: a new folder")
-    found = [part for source in sources for part in episodes(source, tasks, tell)]
-    return writer.write(out, found, tell, shard_bytes)
+    found: list[Episodes] = []
+    try:
+        for source in sources:
+            found += episodes(source, tasks, tell)
+        return writer.write(out, found, tell, shard_bytes)
+    finally:
+        for part in found:
+            if isinstance(part, minari.MinariEpisodes):
+                part.close()
 
 
 def episodes(path: Path, tasks: str | None, tell: Callable[[str], None] = lambda line: None) -> list[Episodes]:

@@ -9,8 +9,10 @@ Observations become what an agent of that environment sees (`train/envs/spaces.p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +67,36 @@ class MinariEpisodes:
         self.identity = sha256(path)
         self.origin = f"Minari {str(about.get('dataset_id', self.folder.name))[:100]} ({self.identity[:8]})"
         self._file = self._opened(path)
-        self._groups = [self._group(i) for i in range(self._count(about))]
-        self.lengths: Lengths = np.array([self._set(g, "rewards").shape[0] + 1 for g in self._groups], np.int64)
-        size = int(self.lengths.sum()) * 4 * (self.obs_dim + self.action_dim + 1)
-        if size > _MOST_PACKED * path.stat().st_size:
-            raise self._error(f"claims episodes of {size:,} bytes in a file of {path.stat().st_size:,}")
-        if (self.lengths < 2).any():
-            raise self._error(f"episode {int(self.lengths.argmin())} has no step")
+        try:
+            with self._reading():
+                self._groups = [self._group(i) for i in range(self._count(about))]
+                self.lengths: Lengths = self._measured(path.stat().st_size)
+        except BaseException:
+            self.close()
+            raise
 
     def rows(self, first: int, stop: int) -> Rows:
         """Return episodes from `first` to before `stop`."""
-        each = [self._episode(i) for i in range(first, stop)]
+        with (
+            self._reading(),
+            np.errstate(over="ignore", invalid="ignore"),
+        ):  # what becomes infinite is told of by `judged`
+            each = [self._episode(i) for i in range(first, stop)]
         return Rows(*(np.concatenate(x) for x in zip(*each, strict=True)))
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _measured(self, size: int) -> Lengths:
+        """Return the rows of each episode; size: the bytes of the file."""
+        found = np.array([self._set(g, "rewards").shape[0] + 1 for g in self._groups], np.int64)
+        claimed = int(found.sum()) * 4 * (self.obs_dim + self.action_dim + 1)
+        if claimed > _MOST_PACKED * size:
+            raise self._error(f"claims episodes of {claimed:,} bytes in a file of {size:,}")
+        if (found < 2).any():
+            raise self._error(f"episode {int(found.argmin())} has no step")
+        return found
 
     def _episode(self, i: int) -> Rows:
         group, steps = self._groups[i], int(self.lengths[i]) - 1
@@ -107,10 +123,7 @@ class MinariEpisodes:
             raise self._error(
                 f"{found.name} has {found.shape} of {found.dtype}, allowed: numbers, {count} rows of them"
             )
-        try:
-            return np.asarray(found[()])
-        except OSError as e:
-            raise self._error(f"{found.name} is damaged ({e})") from e
+        return np.asarray(found[()])
 
     def _set(self, group: Any, *names: str) -> Any:
         """Return a dataset of an episode that lies in this file."""
@@ -147,6 +160,16 @@ class MinariEpisodes:
 
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise self._error(f"{group.name.rstrip('/')}/{name} is a link, which may lead to other files")
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say that the file is damaged where the library stumbles over it, which it does in many ways."""
+        try:
+            yield
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, OSError, OverflowError, MemoryError) as e:
+            raise self._error(f"{FILE} is damaged ({e})") from e
 
     def _opened(self, path: Path) -> Any:
         try:

@@ -25,7 +25,7 @@ from .rows import Episodes, Lengths, Rows
 _BY_ROWS = {501: "mt30", 101: "mt80"}
 _NEEDED = ("obs", "action", "reward", "task")
 _LONGEST_EPISODE = 1 << 28  # numbers
-_PIECE = 1 << 22  # numbers of a column that are read at a time
+_PIECE = 1 << 20  # numbers of a column that are read at a time
 
 
 def episodes(path: Path, tasks: Sequence[str] | None = None) -> list[Episodes]:

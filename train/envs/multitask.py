@@ -18,6 +18,7 @@ from typing_extensions import override
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
+from .answers import array
 from .base import Array, Env, close_all, env_seed, state_of, whole_sizes
 
 Make = Callable[[Config, int], Env]
@@ -52,17 +53,15 @@ class Padded(Env):
             ways = f"of at least the {env.obs_shape[0]} numbers that {self.name} observes"
             raise ConfigError(f"config key 'obs_shape': got {self.obs_shape} of 'state', allowed: {ways}")
 
-    def _padded(self, obs: Any) -> Any:
-        # What is no array of the task's shape goes on as it is, to be refused by whoever asked for it.
-        if np.shape(obs) != self.env.obs_shape:
-            return obs
+    def _padded(self, obs: Any) -> NDArray[np.float32]:
+        seen = array(obs, tuple(self.env.obs_shape), np.float32, "observation")
         found = np.zeros(self.obs_shape, np.float32)
-        found[: len(obs)] = obs
+        found[: len(seen)] = seen
         return found
 
     @override
     def reset(self) -> Array:
-        return self._padded(self.env.reset())  # type: ignore[no-any-return]
+        return self._padded(self.env.reset())
 
     @override
     def step(self, action: NDArray[np.float32]) -> tuple[Array, float, bool, bool, dict[str, Any]]:
@@ -98,7 +97,7 @@ class TaskEnv(Env):
     Its first episode is of the first task, until `begin_with` says otherwise.
 
     Args:
-        cfg: a config with `tasks`, completed or, until `sizes` was asked, not.
+        cfg: a config with `tasks`, completed or to be by `complete`.
         seed: of each of them.
         make: makes the environment of a single task.
 

@@ -28,7 +28,7 @@ from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder
 from .loops.base import Trainer
-from .loops.choice import check_data, fitted, is_offline, keys_of, trainer_of
+from .loops.choice import check_data, donor_of, is_offline, keys_of, trainer_of
 from .shared.dealing import of_rank
 from .stop import Stop, Stopped
 from .threads import choose_threads
@@ -75,20 +75,22 @@ class Given:
 def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     """Begin a run, or with `resume=auto` go on with the one in its folder."""
     given = given or Given()
-    values = keys_of(values, given.source)
     cfg = Config.from_dict(values)
     leave_if_imported_anew()
-    if cfg.tasks and not given.source.by_name:
-        raise ConfigError("env: got environments beside `tasks`, allowed: none, since several tasks are made by name")
     if cfg.resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
             "config key 'resume': got None under torchrun --max-restarts, allowed: auto, or a restart would begin anew"
         )
     with among(cfg.device, cfg.rank_timeout) as ranks:
-        return _start(cfg, values, given, ranks)
+        return _start(values, given, ranks)
 
 
-def _start(cfg: Config, values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
+def _start(values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
+    donor = donor_of(values, given.source)
+    values = keys_of(values, donor)
+    cfg = Config.from_dict(values)
+    if cfg.tasks and not (given.source.by_name and given.evaluation is None):
+        raise ConfigError("env: got environments beside `tasks`, allowed: none, since several tasks are made by name")
     ranks.equal(cfg, "batch_size")
     if not is_offline(cfg):
         ranks.equal(cfg, "num_envs")
@@ -100,7 +102,8 @@ def _start(cfg: Config, values: Mapping[str, Any], given: Given, ranks: Ranks) -
         for k in values
         if getattr(fixed, k) != getattr(cfg, k)
     ]
-    fixed = fitted(fixed)
+    fixed = fixed if donor is None else donor.fitted(fixed)
+    del donor  # its weights are read again where they are taken: meanwhile they would be in memory
     check_data(fixed)
     begun = cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None
     if ranks.of_first(begun):

@@ -156,7 +156,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, livened: Liven)
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (dict(init="x", checkpoint="y"), "'init': got 'x', allowed: none where checkpoint is given"),
         (dict(init_task="x"), "'init_task': got 'x', allowed: none without init"),
         (dict(mix=0.5), "'mix': got 0.5, allowed: none without data_dir"),
         (dict(mix=1, data_dir="x"), "'mix': got 1, allowed: between 0 and 1"),

@@ -77,7 +77,7 @@ class TestHelp:
     def test_short_help(self, capsys: Capture) -> None:
         assert cli.main(["--help"]) == 0
         out = capsys.readouterr().out
-        for command in ("train", "resume", "eval", "plot", "plan", "export", "tasks", "suites", "info", "bench"):
+        for command in [*(c.name for c in app.COMMANDS), "bench"]:
             assert re.search(rf"^  {command} +[A-Z]", out, re.MULTILINE)
         assert "..." not in out.partition("Commands:")[2].partition("Examples")[0]
         assert len(out.splitlines()) < 32
@@ -138,7 +138,7 @@ class TestCompletion:
     @pytest.mark.parametrize(
         ("args", "found"),
         [
-            (("",), ["train", "resume", "eval", "plot", "plan", "export", "tasks", "suites", "info", "bench"]),
+            (("",), [*(c.name for c in app.COMMANDS), "bench"]),
             (("plot", "ref"), ["reference="]),
             (("plan", "deci"), ["decision="]),
             (("tr",), ["train"]),

@@ -84,7 +84,7 @@ class TestTasks:
         assert "DMControl (39): needs pip install 'tdmpc2-fast[train]'" in out
         assert "Gymnasium (" in out
         assert "Meta-World (50): needs an interpreter of its own: tdmpc2-fast suites install metaworld" in out
-        assert "multi-task training (2): not in this version" in out
+        assert "Sets of tasks (2): one model each, where all of its tasks run mt30 mt80" in out
 
 
 class TestInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from command_line import QUICK, in_an_empty_folder, save_untrained, words  # noqa: F401
 from conftest import TINY
+from data_episodes import episode
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("dm_control")
@@ -22,8 +24,11 @@ from tdmpc2_fast.train.data import collect as module
 from tdmpc2_fast.train.data.check import problems
 from tdmpc2_fast.train.data.collect import collect
 from tdmpc2_fast.train.data.dataset import DataSet
+from tdmpc2_fast.train.data.rows import kept
+from tdmpc2_fast.train.data.writer import write
 from tdmpc2_fast.train.envs.base import EnvError
 from tdmpc2_fast.train.run.checkpoints import Checkpoints
+from tdmpc2_fast.train.run.folder import locked
 from tdmpc2_fast.train.run.stop import Stop, Stopped
 
 OUT = Path("set")
@@ -58,7 +63,7 @@ class StopAfter(Stop):
 
 def test_random_episodes() -> None:
     lines: list[str] = []
-    collect(PENDULUM, OUT, SHORT, 3, tell=lines.append)
+    collect([PENDULUM], OUT, SHORT, 3, tell=lines.append)
     (task,) = DataSet.open(OUT).tasks
     assert (task.name, task.episodes, task.steps, task.obs_dim, task.action_dim) == (PENDULUM, 3, 60, 3, 1)
     assert not [*problems(OUT)]
@@ -70,18 +75,18 @@ def test_random_episodes() -> None:
 
 def test_equal_seeds_collect_equal_episodes() -> None:
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        collect(PENDULUM, Path(folder), SHORT | dict(seed=seed), 2)
+        collect([PENDULUM], Path(folder), SHORT | dict(seed=seed), 2)
     a, b, c = (DataSet.open(f).index.shards[0].sha256 for f in "abc")
     assert a == b != c
 
 
 def test_it_goes_on_to_the_number_asked_for() -> None:
-    collect(PENDULUM, OUT, SHORT, 2)
+    collect([PENDULUM], OUT, SHORT, 2)
     lines: list[str] = []
-    collect(PENDULUM, OUT, SHORT, 2, tell=lines.append)
+    collect([PENDULUM], OUT, SHORT, 2, tell=lines.append)
     assert lines == ["Pendulum-v1: 2 of 2 episodes are there (random actions, seed 1)"]
-    collect(PENDULUM, OUT, SHORT, 3)
-    collect(PENDULUM, OUT, SHORT | dict(seed=2), 1)
+    collect([PENDULUM], OUT, SHORT, 3)
+    collect([PENDULUM], OUT, SHORT | dict(seed=2), 1)
     data = DataSet.open(OUT)
     assert data.tasks[0].episodes == 4
     assert len({rows.tobytes() for e in data.episodes(PENDULUM) for rows in [e.rows(0, 1).obs]}) == 3
@@ -89,10 +94,10 @@ def test_it_goes_on_to_the_number_asked_for() -> None:
 
 def test_stopped_it_keeps_what_was_done() -> None:
     with pytest.raises(Stopped):
-        collect(PENDULUM, OUT, SHORT, 5, stop=StopAfter(50))
+        collect([PENDULUM], OUT, SHORT, 5, stop=StopAfter(50))
     assert DataSet.open(OUT).tasks[0].episodes == 2
     assert not [*problems(OUT)]
-    collect(PENDULUM, OUT, SHORT, 5)
+    collect([PENDULUM], OUT, SHORT, 5)
     assert DataSet.open(OUT).tasks[0].episodes == 5
 
 
@@ -107,21 +112,37 @@ def test_a_failing_environment_keeps_what_was_done(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(module, "step", failing)
     with pytest.raises(EnvError, match="broke"):
-        collect(PENDULUM, OUT, SHORT, 5)
+        collect([PENDULUM], OUT, SHORT, 5)
     assert DataSet.open(OUT).tasks[0].episodes == 2
 
 
 def test_long_collections_are_appended_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_APPEND_SECONDS", 0)
-    collect(PENDULUM, OUT, SHORT, 3)
+    collect([PENDULUM], OUT, SHORT, 3)
     assert [s.episodes for s in DataSet.open(OUT).index.shards] == [1, 1, 1]
+
+
+def test_it_waits_for_another_process_to_have_written() -> None:
+    collect([PENDULUM], OUT, SHORT, 1)
+    busy = locked(OUT, "data")
+    busy.__enter__()
+    threading.Timer(0.5, busy.__exit__, (None, None, None)).start()
+    collect([PENDULUM], OUT, SHORT, 2)
+    assert DataSet.open(OUT).tasks[0].episodes == 2
+
+
+def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    collect([PENDULUM], OUT, SHORT, 1)
+    monkeypatch.setattr(module, "_APPEND_SECONDS", 0.2)
+    with locked(OUT, "data"), pytest.raises(ConfigError, match="is writing to it"):
+        collect([PENDULUM], OUT, SHORT, 2)
 
 
 @pytest.mark.parametrize("mpc", [True, False])
 def test_an_agent_plays(mpc: bool) -> None:
     save_untrained("agent")
     for folder, noise in (("a", False), ("b", False), ("c", True)):
-        collect("agent", Path(folder), dict(mpc=mpc), 2, noise=noise)
+        collect(["agent"], Path(folder), dict(mpc=mpc), 2, noise=noise)
     a, b, c = (DataSet.open(f) for f in "abc")
     assert a.index.shards[0].sha256 == b.index.shards[0].sha256 != c.index.shards[0].sha256
     assert a.tasks[0].steps == 80
@@ -137,11 +158,11 @@ def test_all_checkpoints_of_a_run_play(trained: Path) -> None:
     files = module._checkpoints(trained)
     apart = not any(files[0].samefile(f) for f in files[1:]) and files[0].stem == "best"
     assert len(files) == 2 + apart
-    collect(str(trained), OUT, {}, 5)
+    collect([str(trained)], OUT, {}, 5)
     shards = DataSet.open(OUT).index.shards
     assert [s.episodes for s in shards] == ([2, 2, 1] if apart else [3, 2])
     assert len({s.origin for s in shards}) == len(files)
-    collect(str(trained), OUT, {}, 5)
+    collect([str(trained)], OUT, {}, 5)
     assert DataSet.open(OUT).tasks[0].episodes == 5
 
 
@@ -158,7 +179,7 @@ def test_the_best_plays_where_it_is_none_of_the_newest(trained: Path) -> None:
 
 
 def test_a_replay_is_taken_as_it_is(trained: Path) -> None:
-    collect(str(trained), OUT, {}, replay=True)
+    collect([str(trained)], OUT, {}, replay=True)
     saved = Checkpoints(trained, 1).newest(print)
     assert saved is not None
     data = DataSet.open(OUT)
@@ -170,9 +191,9 @@ def test_a_replay_is_taken_as_it_is(trained: Path) -> None:
     for name, x in held.items():
         np.testing.assert_array_equal(getattr(rows, name), x)
     lines: list[str] = []
-    collect(str(trained), OUT, {}, replay=True, tell=lines.append)
+    collect([str(trained)], OUT, {}, replay=True, tell=lines.append)
     assert "its episodes are there" in lines[0]
-    collect(str(trained), Path("newest"), {}, 2, replay=True)
+    collect([str(trained)], Path("newest"), {}, 2, replay=True)
     newest = DataSet.open("newest").episodes(PENDULUM)[0].rows(0, 2)
     np.testing.assert_array_equal(newest.obs, held["obs"][-42:])
 
@@ -183,7 +204,7 @@ def test_an_agent_of_several_tasks_plays_each() -> None:
         TINY, multitask=True, tasks=tasks, action_dims=(1, 1), episode_lengths=(200, 999), task_dim=4, mpc=False
     )
     TDMPC2(Config.from_dict({**keys, "device": "cpu"}).with_env({"state": (5,)}, 2, 999)).save("several")
-    collect("several", OUT, {}, 1)
+    collect(["several"], OUT, {}, 1)
     found = {t.name: t for t in DataSet.open(OUT).tasks}
     assert {k: (t.obs_dim, t.action_dim, t.episodes) for k, t in found.items()} == {
         tasks[0]: (3, 1, 1),
@@ -205,12 +226,29 @@ def test_an_agent_of_several_tasks_plays_each() -> None:
 def test_what_cannot_be_is_said_before(source: str, keys: dict[str, Any], error: Any, reason: str) -> None:
     Path("empty").mkdir()
     with pytest.raises(error, match=reason):
-        collect(source, OUT, **{"values": {}, **keys})
+        collect([source], OUT, **{"values": {}, **keys})
     assert not OUT.exists()
+
+
+def test_all_mistakes_are_said_before_the_first_plays() -> None:
+    save_untrained("agent")
+    for wrong in ("walker-wlak", "empty"):
+        Path("empty").mkdir(exist_ok=True)
+        with pytest.raises((ConfigError, CheckpointError)):
+            collect([PENDULUM, "agent", wrong], OUT, SHORT, 1)
+    OUT.touch()
+    with pytest.raises(DataError, match="'set' is a file, allowed: a folder"):
+        collect([PENDULUM], OUT, SHORT, 1)
+    OUT.unlink()
+    rng = np.random.default_rng(0)
+    write(OUT, [kept(PENDULUM, [episode(rng, 5, 4, 1)], "made")])
+    with pytest.raises(DataError, match=r"has 'Pendulum-v1' with .* of 4 and 1 numbers, allowed: 3 and 1, as they are"):
+        collect([PENDULUM], OUT, SHORT, 1)
+    assert DataSet.open(OUT).tasks[0].episodes == 1
 
 
 def test_an_agent_of_another_environment_is_refused() -> None:
     save_untrained("agent")
     with pytest.raises(ConfigError, match="obs_shape"):
-        collect("agent", OUT, dict(task="MountainCarContinuous-v0"), 1)
+        collect(["agent"], OUT, dict(task="MountainCarContinuous-v0"), 1)
     assert QUICK["task"] == PENDULUM

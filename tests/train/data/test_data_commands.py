@@ -51,7 +51,7 @@ def test_check_fails_with_the_reason(capsys: Capture) -> None:
     assert cli.main(["data", "check", "one"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert "00001-cup-catch.safetensors': its checksum differs" in out[0]
-    assert out[1] == "one: 1 problems"
+    assert out[1] == "one: 1 problem"
 
 
 @pytest.mark.parametrize(

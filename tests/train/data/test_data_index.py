@@ -144,12 +144,19 @@ def test_large_numbers_are_no_numbers(folder: Path) -> None:
         read(folder / INDEX)
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A data set whose index is written anew again and again, and what it was at first."""
+    folder = tmp_path_factory.mktemp("set")
+    made(folder)
+    return folder, (folder / INDEX).read_bytes()
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_damage_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    folder = tmp_path_factory.mktemp("flip")
-    made(folder)
-    content = bytearray((folder / INDEX).read_bytes())
+def test_damage_is_noticed(many: tuple[Path, bytes], data: st.DataObject) -> None:
+    folder, content = many[0], bytearray(many[1])
+    (folder / INDEX).write_bytes(content)
     index = read(folder / INDEX)
     if data.draw(st.booleans()):
         bit = data.draw(st.integers(0, 8 * len(content) - 1))
@@ -162,3 +169,45 @@ def test_damage_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.Da
     except DataError:
         return
     assert found == index  # a space that became another
+
+
+def places(found: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in JSON that has a value."""
+    inner = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+    return [path, *(p for k, v in inner for p in places(v, (*path, k)))] if path else [
+        p for k, v in inner for p in places(v, (k,))
+    ]  # fmt: skip
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_a_forged_index_says_is_judged(many: tuple[Path, bytes], data: st.DataObject) -> None:
+    """Anything in any place: it is refused by name, or the set opens and its numbers are read without harm."""
+    folder = many[0]
+    (folder / INDEX).write_bytes(many[1])
+    path = data.draw(st.sampled_from(places(json.loads((folder / INDEX).read_text()))))
+    value = data.draw(ANY)
+
+    def change(found: Any) -> None:
+        for key in path[:-1]:
+            found = found[key]
+        found[path[-1]] = value
+
+    forged(folder, change)
+    try:
+        opened = DataSet.open(folder)
+    except DataError:
+        return
+    finally:
+        left = [*folder.iterdir()]
+    for task in opened.tasks:
+        for episodes in opened.episodes(task.name):
+            episodes.rows(0, len(episodes.lengths))
+    assert [*folder.iterdir()] == left

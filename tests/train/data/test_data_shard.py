@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def rows(n: int, seed: int = 0) -> Rows:
 def test_pieces_make_one_safetensors_file(cuts: list[int], tmp_path: Path) -> None:
     whole = rows(12)
     bounds = [0, *cuts, 12]
-    parts = [Rows(*(x[a:b] for x in whole)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [Rows(*(x[a:b] for x in whole)) for a, b in itertools.pairwise(bounds)]
     size = write(tmp_path / "x.safetensors", Task("a", 5, 2), 12, parts)
     assert size == (tmp_path / "x.safetensors").stat().st_size
     found = load_file(tmp_path / "x.safetensors")

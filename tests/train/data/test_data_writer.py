@@ -181,13 +181,13 @@ def test_what_stands_before_the_first_decision_is_nothing(tmp_path: Path) -> Non
 
 def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    with pytest.raises(DataError, match="needs .* GB, allowed: the .* GB free"):
+    with pytest.raises(DataError, match=r"needs .* GB, allowed: the .* GB free"):
         made(tmp_path)
     assert not [*tmp_path.glob("*.safetensors")]
 
 
 def test_two_processes_do_not_write_at_once(tmp_path: Path) -> None:
-    with locked(tmp_path, "data"), pytest.raises(ConfigError, match="process .* is writing to it"):
+    with locked(tmp_path, "data"), pytest.raises(ConfigError, match=r"process .* is writing to it"):
         made(tmp_path)
 
 

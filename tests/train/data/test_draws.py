@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from data_episodes import TASKS, episode, made, multitask, parts
 from scipy import stats
 
@@ -301,7 +301,7 @@ def test_more_than_fits_is_drawn_at_a_flat_size(tmp_path: Path) -> None:
         one = kept(task, [episode(rng, 500, *widths) for _ in range(40)], "made")
         given += [one] * (50 if task == "walker-walk" else 10)
     write(tmp_path, given, shard_bytes=24 << 20)
-    command = [sys.executable, "-P", "-c", LIMITED, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-P", "-c", LIMITED, str(tmp_path), str(ROOT / "tests" / "support" / "data")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-h5py = pytest.importorskip("h5py")
-gymnasium = pytest.importorskip("gymnasium")
+pytest.importorskip("gymnasium")
+pytest.importorskip("h5py")
+import h5py
 from point_env import Point
 
 from tdmpc2_fast.errors import DataError
@@ -24,6 +28,8 @@ from tdmpc2_fast.train.data.minari import MinariEpisodes
 from tdmpc2_fast.train.envs.gymnasium_tasks import GymnasiumTask
 
 HERE = Path(__file__).parent / "minari"
+FULL = [i for i, byte in enumerate((HERE / "parts" / "main_data.hdf5").read_bytes()) if byte]
+"""Places in the file that are not empty."""
 
 
 @pytest.fixture
@@ -171,6 +177,31 @@ def test_what_is_none_or_leads_elsewhere_is_refused(change: Callable[[Path], Non
     with pytest.raises(DataError, match=reason):
         convert([parts], parts / "set")
     assert not (parts / "set" / "index.json").exists()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damage_is_named_or_changes_numbers_alone(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """HDF5 of this kind has no checksums; whatever its library raises, it becomes a `DataError`."""
+    folder = tmp_path_factory.mktemp("flip")
+    shutil.copy(HERE / "parts" / "metadata.json", folder)
+    content = bytearray((HERE / "parts" / "main_data.hdf5").read_bytes())
+    if data.draw(st.integers(0, 9)):
+        for i in data.draw(st.lists(st.sampled_from(FULL), min_size=1, max_size=4)):
+            content[i] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    (folder / "main_data.hdf5").write_bytes(content)
+    with contextlib.suppress(DataError):
+        found = MinariEpisodes(folder)
+        try:
+            assert found.lengths.tolist() == [8, 11]
+            assert found.rows(0, 2).obs.shape == (19, 6)
+        finally:
+            found.close()
+    shutil.rmtree(folder)
 
 
 def test_a_link_in_place_of_the_file_is_refused(parts: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -155,14 +157,14 @@ def test_numbers_that_are_not_finite_are_named_by_their_place(tmp_path: Path) ->
     saved(tmp_path / "x.pt", changed(reward=poked((4, 7), np.inf)))
     with pytest.raises(DataError, match=r"x\.pt .* b: step 7 of episode 1 has reward that is NaN or infinite"):
         convert([tmp_path / "x.pt"], tmp_path / "set", "a,b,c")
-    with pytest.raises(DataError, match="has no index|not finished"):
+    with pytest.raises(DataError, match=r"has no index|not finished"):
         DataSet.open(tmp_path / "set")
 
 
 def test_another_order_of_tasks_is_noticed(tmp_path: Path) -> None:
     """Numbers stand where the task that the number names has none."""
     saved(tmp_path / "x.pt", mt30([7, 12]) | dict(task=np.repeat([[12], [7]], 501, 1)))
-    with pytest.raises(DataError, match="'pendulum-swingup' have numbers behind the 3 .* another order of tasks"):
+    with pytest.raises(DataError, match=r"'pendulum-swingup' have numbers behind the 3 .* another order of tasks"):
         convert([tmp_path / "x.pt"], tmp_path / "set")
     saved(tmp_path / "x.pt", official_numbers(2, 11, 3, 1))
     with pytest.raises(
@@ -172,7 +174,7 @@ def test_another_order_of_tasks_is_noticed(tmp_path: Path) -> None:
 
 
 def test_lengths_of_no_official_set_ask_for_names(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="episodes of 11 rows, which is no official set .501 or 101.: tasks=NAME"):
+    with pytest.raises(DataError, match=r"episodes of 11 rows, which is no official set .501 or 101.: tasks=NAME"):
         convert([FILES[0]], tmp_path / "set")
 
 
@@ -181,5 +183,34 @@ def test_a_flipped_number_is_noticed(tmp_path: Path) -> None:
     at = content.index(official_numbers()["obs"].tobytes()[:64])
     content[at + 40] ^= 1
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(DataError, match="the checksum of its part .*data/0' differs"):
+    with pytest.raises(DataError, match=r"the checksum of its part .*data/0' differs"):
         official.episodes(tmp_path / "x.pt", TREE)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from tdmpc2_fast.train.data.convert import convert
+
+def status(name):
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) << 10
+
+limit = status("VmSize") + (80 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+before = status("VmHWM")
+convert([Path(sys.argv[1])], Path(sys.argv[2]))
+print((status("VmHWM") - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what is resident")
+def test_a_file_larger_than_memory_is_converted(tmp_path: Path) -> None:
+    """With `ulimit -v`: 120 MB, where 80 more may be taken, and few are."""
+    numbers = mt30([i % 30 for i in range(30)], 101)
+    path = saved(tmp_path / "x.pt", {k: np.tile(x, (200, *[1] * (x.ndim - 1))) for k, x in numbers.items()})
+    assert path.stat().st_size > 110 << 20
+    command = [sys.executable, "-P", "-c", LIMITED, str(path), str(tmp_path / "set")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sum(t.episodes for t in DataSet.open(tmp_path / "set").tasks) == 6000
+    assert int(done.stdout) < 50

@@ -13,7 +13,6 @@ from conftest import TINY
 
 pytest.importorskip("gymnasium")
 
-import task_suite
 from task_suite import ENDING, FAILING, NARROW, SIZES, TALL, WIDE
 
 from tdmpc2_fast import TDMPC2, Config
@@ -247,9 +246,19 @@ def test_a_simulator_of_many_is_no_part_of_a_set() -> None:
         tried(Config(task="set", tasks=("playground:CheetahRun",)))
 
 
-def test_what_is_no_observation_is_refused_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((np.zeros(5), 0.0, False, False, {}), "observation"),
+        ((np.zeros(4), 0.0, False, False, {}), "observation"),  # as wide as the widest task's
+        ((np.full(2, np.nan), 0.0, False, False, {}), "observation"),
+        ((np.zeros(2), np.nan, False, False, {}), "reward"),
+        (None, "step: got NoneType"),
+    ],
+)
+def test_an_answer_that_is_none_is_refused_as_ever(answer: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     env = made(config()).of(1)
     reset(env)
-    monkeypatch.setattr(task_suite.Drift, "step", lambda self, action: (np.zeros(5), 0.0, False, False, {}))
-    with pytest.raises(EnvError, match="observation"):
+    monkeypatch.setattr(env.env, "step", lambda action: answer)
+    with pytest.raises(EnvError, match=message):
         step(env, ONES)

@@ -18,6 +18,7 @@ from tdmpc2_fast import Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import ConfigError, DataError
 from tdmpc2_fast.model.files import read_tensors
+from tdmpc2_fast.train import cli
 from tdmpc2_fast.train.log.run_log import WALL_CLOCK, WALL_CLOCK_OFFLINE
 from tdmpc2_fast.train.run import lifecycle
 from tdmpc2_fast.train.run.loops.base import Trainer
@@ -99,12 +100,10 @@ def test_several_tasks_are_learned_from_data(tmp_path: Path) -> None:
 
 
 def test_the_official_sets_have_the_official_batch() -> None:
-    from tdmpc2_fast.train.envs.given import Source
-
-    assert keys_of(dict(task="mt30", data_dir="x"), Source())["batch_size"] == 1024
-    assert keys_of(dict(task="mt30", data_dir="x", batch_size=64), Source())["batch_size"] == 64
-    assert "batch_size" not in keys_of(dict(task="walker-walk", data_dir="x"), Source())
-    assert "batch_size" not in keys_of(dict(task="mt30"), Source())
+    assert keys_of(dict(task="mt30", data_dir="x"), None)["batch_size"] == 1024
+    assert keys_of(dict(task="mt30", data_dir="x", batch_size=64), None)["batch_size"] == 64
+    assert "batch_size" not in keys_of(dict(task="walker-walk", data_dir="x"), None)
+    assert "batch_size" not in keys_of(dict(task="mt30"), None)
 
 
 def test_data_that_does_not_fit_is_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -167,25 +166,15 @@ def test_mixed_batches_are_both_parts_side_by_side(tmp_path: Path) -> None:
     stream.close()
 
 
-def test_a_new_task_begins_from_a_model_of_several(tmp_path: Path) -> None:
+def test_a_new_task_begins_from_a_model_of_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("dm_control")
     keys = dict(QUICK, steps=3, eval_freq=100, mpc=False)
     data = make_data(tmp_path / "data", "cup-catch", "reacher-easy")
     run(tmp_path / "two", **keys, task="two", tasks=("reacher-easy", "cup-catch"), data_dir=str(data))
-    outcome = lifecycle.start(
-        dict(
-            {k: v for k, v in QUICK.items() if k not in ("latent_dim", "mlp_dim", "enc_dim", "num_q")},
-            task="Pendulum-v1",
-            episode_length=9,
-            init=str(tmp_path / "two"),
-            init_task="cup-catch",
-            freeze="encoder",
-            steps=40,
-            seed_steps=18,
-            eval_freq=100,
-            work_dir=str(tmp_path / "fine"),
-        )
-    )
+    own = {k: v for k, v in QUICK.items() if k not in ("latent_dim", "mlp_dim", "enc_dim", "num_q")}
+    new = dict(own, task="Pendulum-v1", episode_length=9, seed_steps=18, eval_freq=100, freeze="encoder")
+    new |= dict(init=str(tmp_path / "two"), init_task="cup-catch", work_dir=str(tmp_path / "fine"))
+    outcome = lifecycle.start(dict(new, steps=40))
     assert outcome.status == 0
     agent, donor = outcome.agent, load(tmp_path / "two")
     assert agent is not None
@@ -194,10 +183,15 @@ def test_a_new_task_begins_from_a_model_of_several(tmp_path: Path) -> None:
     mine, theirs = (tensors_only(a.model.state_dict()) for a in (agent, donor))
     assert all(torch.equal(x, theirs[k]) for k, x in mine.items() if k.startswith("_encoder."))
     assert not torch.equal(mine["_dynamics.0.weight"], theirs["_dynamics.0.weight"])
-    resumed = lifecycle.resume(tmp_path / "fine", dict(steps=60))
+    assert lifecycle.resume(tmp_path / "fine", dict(steps=50)).status == 0
+    resumed = lifecycle.start(dict(new, steps=60, resume="auto"))
     assert resumed.status == 0
     assert resumed.agent is not None
-    assert resumed.agent.updater.steps > agent.updater.steps
+    assert resumed.agent.updater.steps == agent.updater.steps + 20
+    mine = tensors_only(resumed.agent.model.state_dict())
+    assert all(torch.equal(x, theirs[k]) for k, x in mine.items() if k.startswith("_encoder."))
+    assert cli.main(["eval", str(tmp_path / "fine"), "eval_episodes=2"]) == 0
+    assert "Pendulum-v1" in capsys.readouterr().out
 
 
 def test_a_wider_task_and_data_of_it_beside_the_replay(tmp_path: Path) -> None:
@@ -218,6 +212,8 @@ def test_a_wider_task_and_data_of_it_beside_the_replay(tmp_path: Path) -> None:
 def test_wrong_ways_to_begin_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no such file"):
         run(tmp_path / "run", **OFFLINE, init=str(tmp_path / "none.pt"))
+    with pytest.raises(ConfigError, match="'init': got 'x', allowed: none where checkpoint is given"):
+        run(tmp_path / "run", **OFFLINE, init="x", checkpoint="y")
     run(tmp_path / "one", **{**PENDULUM, "steps": 20, "seed_steps": 18, "eval_freq": 100})
     with pytest.raises(ConfigError, match=r"'latent_dim': got 8, allowed: 16, as in the model of init"):
         run(tmp_path / "run", **{**PENDULUM, "latent_dim": 8}, init=str(tmp_path / "one"))

@@ -40,30 +40,38 @@ def is_offline(cfg: Config) -> bool:
     return cfg.data_dir is not None and cfg.mix is None
 
 
-def keys_of(values: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Return the keys of a run: those given, the architecture of the model it begins from, and the official batch.
+def donor_of(values: Mapping[str, Any], source: Source) -> Donor | None:
+    """Return the model that a run begins from, if there is one.
 
     Raises:
         CheckpointError: no model can be read from `init`.
-        ConfigError: keys that go against that model, or environments that its kind cannot be trained in.
+        ConfigError: `checkpoint` is given, too; or it is of several tasks, and the environment is no task by its name.
     """
     cfg = Config.from_dict(values)
-    if cfg.init is not None:
-        donor = Donor.read(cfg.init)
-        values = donor.keys(values)
-        if donor.cfg.multitask and not source.by_name:
-            raise ConfigError(
-                f"config key 'init': got {cfg.init!r}, a multi-task model, allowed: one of a single task where the "
-                "environment is an object, or a task by its name"
-            )
+    if cfg.init is not None and cfg.checkpoint is not None:
+        raise ConfigError(
+            f"config key 'init': got {cfg.init!r}, allowed: none where checkpoint is given, which sets all weights"
+        )
+    donor = None if cfg.init is None else Donor.read(cfg.init)
+    if donor is not None and donor.cfg.multitask and not source.by_name:
+        raise ConfigError(
+            f"config key 'init': got {cfg.init!r}, a multi-task model, allowed: one of a single task where the "
+            "environment is an object, or a task by its name"
+        )
+    return donor
+
+
+def keys_of(values: Mapping[str, Any], donor: Donor | None) -> dict[str, Any]:
+    """Return the keys of a run: those given, the architecture of the model it begins from, and the official batch.
+
+    Raises:
+        ConfigError: keys that go against that model.
+    """
+    cfg = Config.from_dict(values)
+    values = values if donor is None else donor.keys(values)
     if cfg.task in TASK_SETS and is_offline(cfg) and values.get("batch_size") is None:
         values = {**values, "batch_size": _OFFICIAL_BATCH}
     return dict(values)
-
-
-def fitted(cfg: Config) -> Config:
-    """Return the completed config of a run that begins, in the widths of the model that it begins from."""
-    return cfg if cfg.init is None else Donor.read(cfg.init).fitted(cfg)
 
 
 def check_data(cfg: Config) -> None:

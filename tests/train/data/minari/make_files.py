@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 os.environ["MINARI_DATASETS_PATH"] = sys.argv[1]
-import gymnasium  # noqa: E402
-import minari  # noqa: E402
+import gymnasium
+import minari
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[3] / "support" / "environments"))
 
 for name, keys in (("parts", dict(parts=True)), ("discrete", dict(discrete=True))):
     gymnasium.register(f"Point-{name}-v0", "point_env:Point", kwargs=keys, max_episode_steps=10)

@@ -14,7 +14,7 @@ import torch.multiprocessing.reductions
 torch.multiprocessing.reductions.ForkingPickler = multiprocessing.reduction.ForkingPickler
 from tensordict import TensorDict  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[3] / "support" / "data"))
 from data_episodes import official_numbers  # noqa: E402
 
 numbers = {k: torch.from_numpy(x) for k, x in official_numbers().items()}

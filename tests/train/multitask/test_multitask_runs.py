@@ -227,6 +227,11 @@ def test_the_commands_know_the_tasks(tmp_path: Path, capsys: Capture, monkeypatc
     assert "tasks 3" in capsys.readouterr().out
     assert cli.main(["resume", "run", "steps=70"]) == 0
     assert rows(Path("run/eval.csv"))[-1]["step"] == "70"
+    again = [*(w for w in words if not w.startswith("steps=")), "steps=80", "resume=auto"]
+    assert cli.main(["train", f"task={','.join(TASKS)}", "as=set", *again]) == 0
+    assert rows(Path("run/eval.csv"))[-1]["step"] == "80"
+    assert cli.main(["train", f"task={','.join(TASKS[:2])}", "as=set", *again]) == 2
+    assert "'tasks'" in capsys.readouterr().err
 
 
 def test_a_program_gives_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +253,8 @@ def test_a_program_gives_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         tdmpc2_fast.train(WIDE, as_="both", **keys)
     with pytest.raises(ConfigError, match="env: got"):
         agent.evaluate(env=WIDE)
+    with pytest.raises(ConfigError, match="made by name"):
+        tdmpc2_fast.train(task=[WIDE, NARROW], as_="both", eval_env=WIDE, **keys)
     gymnasium = pytest.importorskip("gymnasium")
     with pytest.raises(ConfigError, match="made by name"):
         tdmpc2_fast.train(gymnasium.make(WIDE), tasks=[WIDE, NARROW], **keys)
