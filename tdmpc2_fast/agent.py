@@ -17,6 +17,7 @@ from .model import checkpoint
 from .model.world_model import WorldModel
 from .plan.planner import Planner
 from .runtime.backend import Backend, matmul_precision, resolve_device
+from .runtime.ranks import ALONE, Ranks
 from .runtime.surroundings import undisturbed
 from .seeds import stream_seed
 
@@ -28,10 +29,11 @@ class TDMPC2:
         cfg: a `Config` or the official `cfg` object, completed by the environment's
             `obs_shape`, `action_dim` and `episode_length`.
         num_envs: environments acted in side by side by `act`.
+        ranks: the processes that share its updates; default none but this one.
     """
 
     @undisturbed
-    def __init__(self, cfg: Config | Any, num_envs: int | None = None) -> None:
+    def __init__(self, cfg: Config | Any, num_envs: int | None = None, ranks: Ranks = ALONE) -> None:
         cfg = Config.from_official(cfg)
         self.cfg = cfg
         device = resolve_device(cfg.device)
@@ -39,8 +41,9 @@ class TDMPC2:
             torch.default_generator.manual_seed(stream_seed(cfg.seed, "init"))
             self.model = WorldModel(cfg)
         self.model.to(device).eval()
-        self.planner = Planner(self.model, cfg.num_envs if num_envs is None else num_envs)
-        self.updater = Updater(self.model)
+        envs = max(1, cfg.num_envs // ranks.count) if num_envs is None else num_envs
+        self.planner = Planner(self.model, envs, None if ranks.first else stream_seed(cfg.seed, f"plan of {ranks}"))
+        self.updater = Updater(self.model, ranks)
 
     @property
     def device(self) -> torch.device:

@@ -171,6 +171,9 @@ class Config:
     utd: float = key(1.0, "updates per decision", low=0)
     device: str = key("auto", "torch device: auto, cpu, cuda, cuda:1, ...")
     num_threads: int | None = key(None, "CPU threads of torch; none takes the cores idle at the start", low=1)
+    rank_timeout: float = key(
+        10.0, "minutes that processes of torchrun wait for each other until the run ends", low=0, open_low=True
+    )
     precision: str = key(
         "auto",
         "products: float32 exact, tf32 on a GPU (auto there), bfloat16 by kernels (a CPU: AMX or AVX512-BF16)",

@@ -33,6 +33,10 @@ class NonFiniteError(FloatingPointError):
     """A loss or gradient became NaN or infinite; parameters were left as they were."""
 
 
+class RanksError(RuntimeError):
+    """The processes of a run on several cannot reach each other, or differ where they must not."""
+
+
 def kind_of(value: object) -> str:
     """Return the name of a value's type, for a message."""
     return "None" if value is None else type(value).__name__

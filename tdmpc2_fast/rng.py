@@ -115,10 +115,16 @@ class UpdateNoise:
     shift_first: Tensor | None = None  # (B, 1, 1, 2) pixel shifts of obs[0]
 
     @classmethod
-    def draw(cls, cfg: Config, g: torch.Generator, dtype: torch.dtype | None = None) -> UpdateNoise:
-        """Return fresh draws on the generator's device, in `dtype` or torch's default."""
+    def draw(
+        cls, cfg: Config, g: torch.Generator, dtype: torch.dtype | None = None, own: torch.Generator | None = None
+    ) -> UpdateNoise:
+        """Return fresh draws on the generator's device, in `dtype` or torch's default.
+
+        own: where all but the pairs of critics come from, on a rank that shares the update; default `g`.
+        """
         h, b, a, d = cfg.horizon, cfg.batch_size, cfg.need("action_dim"), cfg.mlp_dim
         pairs = _pairs(cfg, 2, g, dtype)
+        g = g if own is None else own
 
         def multipliers(*size: int) -> Tensor | None:
             return dropout_multipliers(size, cfg.dropout, g, dtype) if cfg.dropout > 0 else None

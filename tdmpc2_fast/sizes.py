@@ -22,13 +22,14 @@ def plan_sizes(cfg: Config, num_envs: int) -> PlanSizes:
     return _sizes(PlanSizes, cfg, envs=num_envs, iterations=cfg.effective_iterations)
 
 
-def update_sizes(model: WorldModel) -> UpdateSizes:
-    """Return the sizes of an update of this model."""
+def update_sizes(model: WorldModel, ranks: int = 1) -> UpdateSizes:
+    """Return the sizes of an update of this model, or of one rank's share of it."""
     cfg: Config = model.cfg
     return _sizes(
         UpdateSizes,
         cfg,
-        batch=cfg.batch_size,
+        batch=cfg.batch_size // ranks,
+        ranks=ranks,
         encoder_numel=sum(map(pixel_room, model._encoder.parameters())) if cfg.obs == "rgb" else 0,
         num_tasks=len(cfg.tasks) if cfg.multitask else 0,
     )

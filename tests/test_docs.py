@@ -104,6 +104,7 @@ NOT_HERE = {
     r"python tests/golden_check|python benchmarks/|python -m tdmpc2_fast\.benchmarks": "have tests of their own",
     r"python tests/mutation/": "takes hours",
     r"python train\.py": "the official code",
+    r"torchrun |.*\n#SBATCH(.*\n)*srun torchrun": "several processes; tests/ranks has them",
     r"tdmpc2-fast train task=mw-": "has an interpreter of its own; `make suites` tries it",
     r"tdmpc2-fast eval mt30-1M\.pt": "long episodes; tests/train/multitask/test_multitask_runs.py plays them",
     r"tdmpc2-fast suites install": "installs; tests/train/cli/test_tasks.py tries it",

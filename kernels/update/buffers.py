@@ -28,7 +28,7 @@ _ALIGNED = 32  # floats: where a tensor in a flat buffer begins
 class UpdateSizes(ModelSizes):
     """What an update is made of; names as in the config."""
 
-    batch: int
+    batch: int  # slices of this process
     dropout: float
     encoder_numel: int  # parameters of an encoder of pixels
     num_tasks: int
@@ -42,6 +42,7 @@ class UpdateSizes(ModelSizes):
     enc_lr_scale: float
     grad_clip_norm: float
     tau: float
+    ranks: int = 1  # processes that share an update, of `batch` slices each
 
     @property
     def input_dim(self) -> int:
@@ -154,6 +155,7 @@ class UpdateInputs:
     discount: Tensor  # (B,)
     mask: Tensor | None  # (B, A)
     rng: Tensor  # (2,) int64: seed, number of updates so far
+    own_rng: Tensor  # (2,) int64: as `rng`, for draws that are of this rank alone; `rng` itself where no one shares
     flag: Tensor  # (1,) int64: 0, or which step was not finite
 
     @classmethod
@@ -165,6 +167,7 @@ class UpdateInputs:
         operands = partial(floats, dtype=precision.dtype)
         x, next_x = operands(1, h + 1, b, padded(s.input_dim)), operands(1, h, b, padded(s.input_dim))
         own = precision.dtype != torch.float32
+        rng = torch.zeros(2, dtype=torch.int64, device=device)
         return cls(
             obs=operands(1, h + 1, b, padded(s.obs_dim + s.task_dim) if s.obs_dim else 0),
             x=x,
@@ -175,7 +178,8 @@ class UpdateInputs:
             terminated=floats(1, h, b),
             discount=floats(b),
             mask=floats(b, s.action_dim) if s.task_dim else None,
-            rng=torch.zeros(2, dtype=torch.int64, device=device),
+            rng=rng,
+            own_rng=rng if s.ranks == 1 else torch.zeros_like(rng),
             flag=torch.zeros(1, dtype=torch.int64, device=device),
         )
 

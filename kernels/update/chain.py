@@ -13,7 +13,8 @@
 Where layers are wide, activations and gradients of LayerNorms have launches of their own beside.
 Environments of the layers are time steps here, so that the H steps of a slice are one launch where
 nothing depends on the step before. Everything lives in buffers allocated once; what is looked up or
-encoded by torch (task embeddings, pixels) is written into them between the stages.
+encoded by torch (task embeddings, pixels) is written into them between the stages. What several
+processes do together is in together.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from ..backward.gradient_tile import Gradient
 from ..backward.input_gradient import input_gradient
 from ..backward.norm_gradient import add_up, norm_gradient
 from ..backward.weight_gradient import LayerGradient, weight_gradient
-from ..device.draw import draw
 from ..device.launch import How, native
 from ..layers import tiles
 from ..layers.grouped_layer import activate_rows, grouped_layer
@@ -58,6 +58,7 @@ from .optim import (
     squared_norm,
 )
 from .summary import Kept
+from .together import Shared, Together
 
 WORLD, POLICY = 1, 2
 """What `flag` says was not finite first."""
@@ -82,6 +83,7 @@ class UpdateChain:
         once: whether activations and gradients of LayerNorms get launches of their own; None
             lets the table decide.
         annotate: makes a named range for profilers.
+        together: the ranks that share the update, `sizes.ranks` of them; None for one process.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class UpdateChain:
         device: torch.device,
         once: bool | None = None,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
+        together: Together | None = None,
     ) -> None:
         self.sizes, self.how, self._annotate = sizes, how, annotate
+        self._shared = Shared(sizes, together, device)
         self.layout, self.policy_layout = WorldLayout(sizes), PolicyLayout(sizes)
         layout, precision = self.layout, how.precision
         self.world = FlatParameters.zeros(layout.size, precision, device)
@@ -129,8 +133,7 @@ class UpdateChain:
 
     def draw(self) -> None:
         """Fill `draws` from the counter RNG."""
-        runs = update_runs(self.draws, self.sizes.num_q, self.sizes.dropout)
-        draw(self.inputs.rng, runs, pdl=self.how.pdl)
+        self._shared.draw(self.inputs, update_runs(self.draws, self.sizes.num_q, self.sizes.dropout), self.how.pdl)
 
     def encode(self) -> list[Rows]:
         """Write latents of all observations, the first into `inputs.x`, the others into `next_x` and `next_latent`.
@@ -205,7 +208,8 @@ class UpdateChain:
             second = self._layer(first, self._heads.layers[1], state.critics[1], slabs)
             layer, d = self._heads.layers[2], state.d_critics[2]
             scalar_head(second.ready(), layer, self.losses.q, slabs=slabs, gradient=d.x, **self._code)
-            running_scale(self.losses.q[:, 0], state.scale, tau=s.tau, out=state.new_scale, pdl=self.how.pdl)
+            q = self._shared.values(self.losses.q[:, 0])
+            running_scale(q, state.scale, tau=s.tau, out=state.new_scale, pdl=self.how.pdl)
             # Critics are constants: only what reaches [e, a] is of interest.
             back = self._finished(self._inputs(d, layer, second, state.d_critics[1], slabs))
             back = self._finished(self._inputs(back, self._heads.layers[1], first, state.d_critics[0], slabs))
@@ -221,6 +225,7 @@ class UpdateChain:
         """Make the metrics; unless a step failed, keep the new scale and count the update."""
         state, inputs = self.state, self.inputs
         self.losses.summarise(Kept(inputs.flag, state.scale, state.new_scale, inputs.rng[1:]), self.how.pdl)
+        self._shared.finish(self.losses.told, inputs)
 
     # ---- parts of stages
 
@@ -433,5 +438,6 @@ class UpdateChain:
 
     def _step(self, flat: FlatParameters, rates: Rates, target: FlatTarget | None, norm: str, code: int) -> None:
         """Take a step whose gradient's norm goes to the metric `norm`, and whose failure is `code`."""
+        self._shared.sum(flat.grad)
         squared_norm(flat.grad, flat.partials, flat.step, pdl=self.how.pdl)
         adam_step(flat, rates, target, Outcome(self.inputs.flag, self.losses.metric(norm), code), how=self.how)

@@ -12,8 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..device.launch import cdiv
 from .buffers import UpdateSizes
 from .summary import Kept, summarise
+
+_ALIGNED = 32  # floats: where metrics begin behind the means
 
 
 class Loss(NamedTuple):
@@ -29,9 +32,10 @@ class Loss(NamedTuple):
 def world_losses(s: UpdateSizes) -> list[Loss]:
     """Return the parts of the world model's loss, in the order of their rows (paper, eq. 3).
 
-    Reward and values are neighbours: their heads share a launch, and so a slice of the rows.
+    Weights are of the whole batch, so that the gradients of all ranks add up to its gradient; shares are of the
+    rows here. Reward and values are neighbours: their heads share a launch, and so a slice of the rows.
     """
-    h, b, q = s.horizon, s.batch, s.num_q
+    h, b, q = s.horizon, s.batch * s.ranks, s.num_q
     rho, one = _decay(s)[:h], torch.ones(h)
     c, r, v, t = s.consistency_coef, s.reward_coef, s.value_coef, s.termination_coef
     return [
@@ -57,7 +61,7 @@ class UpdateLosses:
         consistency, reward, value, termination = (x.weight.to(device) for x in world)
         self.consistency_weight, self.termination_weight = consistency, termination[None]
         self.head_weight = torch.stack([reward, *[value] * s.num_q])
-        self.policy_weight = (rho / ((h + 1) * b)).to(device)
+        self.policy_weight = (rho / ((h + 1) * b * s.ranks)).to(device)
 
         counts = {x.name: x.groups * h for x in world} | dict(q=2 * (h + 1), log_prob=h + 1, entropy=h + 1)
         ends = pairwise(accumulate(counts.values(), initial=0))
@@ -84,9 +88,11 @@ class UpdateLosses:
         mix["_value"] = sum_of("q", rho.repeat(2) / (2 * (h + 1)))
         mix["_entropy"] = sum_of("entropy", -s.entropy_coef * rho / (h + 1))
         self._mixed, self._mix = list(mix), torch.stack(list(mix.values())).to(device)
-        self._means = torch.zeros(len(rows), device=device)
         self._names = [*mix, "pi_loss", "pi_scale", "grad_norm", "pi_grad_norm"]
-        self._metrics = torch.zeros(len(self._names), device=device)
+        # Ranks average means and metrics in one piece.
+        first = cdiv(len(rows), _ALIGNED) * _ALIGNED
+        self.told = torch.zeros(first + len(self._names), device=device)
+        self._means, self._metrics = self.told[: len(rows)], self.told[first:]
 
     def metric(self, name: str) -> Tensor:
         """Return where one metric lies: (1,)."""

@@ -25,6 +25,7 @@ from ..runtime.backend import matmul_precision, plan_precision
 from ..runtime.cuda_graph import GraphedFunction
 from ..runtime.on_device import OnDevice
 from ..runtime.profiling import annotate
+from ..runtime.ranks import ALONE, Ranks
 from ..seeds import stream_seed
 from ..sizes import update_sizes
 from .backend import TASK_GRADIENT, UpdateBackend
@@ -44,29 +45,35 @@ class KernelUpdate(UpdateBackend):
     Draws come from a counter-based generator on the device, whose counter each update advances.
     The parameters become views into flat buffers, which the optimisers go over in one pass; names,
     shapes and the parameter objects stay. once, pdl: see `UpdateChain`; `pdl` is None for what
-    the device can.
+    the device can. ranks: as of `Updater`.
     """
 
-    def __init__(self, model: WorldModel, once: bool | None = None, pdl: bool | None = None) -> None:
+    def __init__(
+        self, model: WorldModel, once: bool | None = None, pdl: bool | None = None, ranks: Ranks = ALONE
+    ) -> None:
         cfg, device = model.cfg, model.device
         self.model, self.cfg = model, cfg
         self.precision = plan_precision(cfg, device)
         self.chain = UpdateChain(
-            update_sizes(model),
+            update_sizes(model, ranks.count),
             how_on(device, self.precision, pdl),
             device,
             once=once,
             annotate=annotate,
+            together=ranks if ranks.count > 1 else None,
         )
+        self._ranks = ranks
         self.flat = FlatModel(model, self.chain, self.precision)
         self.scale = RunningScale(cfg.tau, device)
         self.scale.value = self.chain.state.scale
         inputs = self.chain.inputs
         inputs.discount.fill_(cfg.discounts[0])
         inputs.rng.copy_(torch.tensor([stream_seed(cfg.seed, "update"), 0]))
+        if ranks.count > 1:
+            inputs.own_rng.copy_(torch.tensor([stream_seed(cfg.seed, f"update of {ranks}"), 0]))
         self._tasks = Tasks(model, self.chain, self.flat.grads["_task_emb.weight"]) if cfg.multitask else None
         self._frozen = [self.flat.grads[name] for name in model.frozen()]
-        images = cfg.horizon + 1, cfg.batch_size, *cfg.observation_shape
+        images = cfg.horizon + 1, self.chain.sizes.batch, *cfg.observation_shape
         self._images = torch.zeros(images, dtype=torch.uint8, device=device) if cfg.obs == "rgb" else None
         self._z0: Tensor | None = None
         self._lend_gradients()
@@ -138,6 +145,7 @@ class KernelUpdate(UpdateBackend):
             for name, x in mine.items():
                 if name in state:  # else it has not taken a step, or is of the other backend
                     x.copy_(state[name].reshape(x.shape))
+            self.chain.inputs.own_rng[1:].copy_(self.chain.inputs.rng[1:])
 
     @contextlib.contextmanager
     def _one_update(self) -> Iterator[None]:
@@ -190,7 +198,7 @@ class KernelUpdate(UpdateBackend):
         obs = inputs.obs[0, ..., : sizes.obs_dim] if self._images is None else self._images.flatten(2)
         task = None if self._tasks is None else self._tasks.index
         out = Slices(task, obs, self._actions, inputs.target[0], inputs.terminated[0])
-        draw_slices(inputs.rng, replay, out, pdl=self.chain.how.pdl)
+        draw_slices(inputs.own_rng, replay, out, pdl=self.chain.how.pdl)
         self._run()
 
     @property
@@ -220,15 +228,15 @@ class KernelUpdate(UpdateBackend):
             host(partial(torch._foreach_zero_, self._frozen))
         if self.cfg.episodic:
             host(self._termination_statistics)
+        chain.step_world()
         if trace is not None:
             self._trace_world(trace)
-        chain.step_world()
         if tasks is not None:
             host(tasks.look_up_again)
         chain.policy_losses()
+        chain.step_policy()
         if trace is not None:
             self._trace_gradients(trace, of_policy=True)
-        chain.step_policy()
         if tasks is not None:
             host(tasks.leave_policy_gradient)
         chain.summarise()
@@ -328,7 +336,7 @@ class KernelUpdate(UpdateBackend):
         target = chain.inputs.terminated[0, -1, :, None]
         slope = chain.state.d_termination[2].x[0, -1].float()
         prob = slope / chain.losses.termination_weight[0, -1] + target
-        found = termination_statistics(prob, target)
+        found = termination_statistics(self._ranks.whole(prob), self._ranks.whole(target))
         if not self._statistics:
             self._statistics = {k: torch.zeros_like(v) for k, v in found.items()}
         for k, v in found.items():

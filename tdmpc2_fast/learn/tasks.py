@@ -19,7 +19,7 @@ class Tasks:
     def __init__(self, model: WorldModel, chain: UpdateChain, grad: Tensor) -> None:
         cfg, device = model.cfg, model.device
         self.model, self.cfg, self.chain, self.grad = model, cfg, chain, grad
-        self.index = torch.zeros(cfg.batch_size, dtype=torch.int64, device=device)
+        self.index = torch.zeros(chain.sizes.batch, dtype=torch.int64, device=device)
         self._discounts = torch.tensor(cfg.discounts, device=device)
         self._masks = model._action_masks.clone()
 

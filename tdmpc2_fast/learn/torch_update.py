@@ -24,6 +24,7 @@ from ..model.world_model import WorldModel, join
 from ..rng import UpdateNoise, generator, generator_state, set_generator
 from ..runtime.backend import matmul_precision
 from ..runtime.profiling import annotate
+from ..runtime.ranks import ALONE, Ranks
 from ..runtime.torch_cache import have_a_cache
 from .backend import TASK_GRADIENT, UpdateBackend
 from .batch import Batch, Sampler, UpdateTrace
@@ -31,6 +32,7 @@ from .metrics import termination_statistics
 from .scale import RunningScale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+OWN = "rng.own"
 
 
 class TorchUpdate(UpdateBackend):
@@ -38,12 +40,15 @@ class TorchUpdate(UpdateBackend):
 
     Args:
         model: the world model, trained in place.
+        ranks: as of `Updater`.
     """
 
-    def __init__(self, model: WorldModel) -> None:
-        cfg = model.cfg
-        self.model, self.cfg, device = model, cfg, model.device
+    def __init__(self, model: WorldModel, ranks: Ranks = ALONE) -> None:
+        cfg = model.cfg.replace(batch_size=ranks.equal(model.cfg, "batch_size"))
+        self.model, self.cfg, self.ranks, device = model, cfg, ranks, model.device
         self.generator = generator(cfg.seed, "update", device)
+        # What ranks draw for their own slices; the critics are drawn alike.
+        self.own_generator = None if ranks.count == 1 else generator(cfg.seed, f"update of {ranks}", device)
         named = list(model.world_parameters())
         encoder = [p for n, p in named if n.startswith("_encoder.")]
         rest = [p for n, p in named if not n.startswith("_encoder.")]
@@ -67,7 +72,7 @@ class TorchUpdate(UpdateBackend):
     def step(self, batch: Batch, noise: UpdateNoise | None, trace: UpdateTrace | None) -> dict[str, Tensor]:
         model = self.model
         batch = batch.to(self.cfg, model.device, model.dtype)
-        noise = noise or UpdateNoise.draw(self.cfg, self.generator, model.dtype)
+        noise = noise or UpdateNoise.draw(self.cfg, self.generator, model.dtype, self.own_generator)
         with torch.enable_grad(), matmul_precision(self.cfg, model.device):
             return self._step(batch, noise, trace)
 
@@ -82,6 +87,8 @@ class TorchUpdate(UpdateBackend):
     @override
     def state(self) -> dict[str, Tensor]:
         found = dict(scale=self.scale.value, **generator_state(self.generator))
+        if self.own_generator is not None:
+            found |= generator_state(self.own_generator, OWN)
         for prefix, (optim, params) in self._optimisers().items():
             for name, p in params.items():
                 for key, x in optim.state[p].items():
@@ -96,6 +103,8 @@ class TorchUpdate(UpdateBackend):
         device = self.model.device
         self.scale.value.copy_(state["scale"])
         set_generator(self.generator, state)
+        if self.own_generator is not None:
+            set_generator(self.own_generator, state, OWN)
         for prefix, (optim, params) in self._optimisers().items():
             if f"{prefix}.step" not in state:  # it has not taken a step
                 continue
@@ -129,7 +138,7 @@ class TorchUpdate(UpdateBackend):
         if trace is not None:
             trace.tensors.update(td_target=td_target, zs=zs)
         self.steps += 1
-        return {k: v.detach().mean() for k, v in info.items()}
+        return self._averaged({k: v.detach().mean() for k, v in info.items()})
 
     def _world_step(
         self, batch: Batch, next_z: Tensor, td_target: Tensor, noise: UpdateNoise, trace: UpdateTrace | None
@@ -140,7 +149,7 @@ class TorchUpdate(UpdateBackend):
         if trace is not None and leaked is not None:
             trace.tensors["task_emb_grad_before"] = leaked.clone()
         zs, info = self._world_losses(batch, e, next_z, td_target, noise)
-        info["total_loss"].backward()
+        (info["total_loss"] / self.ranks.count).backward()
         params = dict(model.world_parameters())
         for name in self._frozen:
             params[name].grad = None  # neither in the norm nor in the step
@@ -159,7 +168,7 @@ class TorchUpdate(UpdateBackend):
         info = self._policy_losses(zs, task, e, noise)
         # Backward also reaches the task embedding, whose gradient no one clears: the next
         # world update inherits it. That is what the official code does.
-        info["pi_loss"].backward()
+        (info["pi_loss"] / self.ranks.count).backward()
         params = {f"_pi.{n}": p for n, p in model._pi.named_parameters()}
         info["pi_grad_norm"] = self._clip(params, {"pi_loss": info["pi_loss"]}, trace)
         self.scale.value.copy_(info["pi_scale"])
@@ -220,7 +229,8 @@ class TorchUpdate(UpdateBackend):
         if cfg.episodic:
             terminal = model.termination(zs[1:], unnormalized=True)
             info["termination_loss"] = F.binary_cross_entropy_with_logits(terminal, batch.terminated)
-            info |= termination_statistics(terminal[-1].detach().sigmoid(), batch.terminated[-1])
+            whole = self.ranks.whole
+            info |= termination_statistics(whole(terminal[-1].detach().sigmoid()), whole(batch.terminated[-1]))
         info["total_loss"] = (
             cfg.consistency_coef * info["consistency_loss"]
             + cfg.reward_coef * info["reward_loss"]
@@ -242,17 +252,36 @@ class TorchUpdate(UpdateBackend):
             for x in model.critic_logits(join(zs, e, out.action), noise.pi_members, detach=True, dropout=dropout)
         )
         qs = (q0 + q1) / 2
-        scale = self.scale.after(qs[0])
+        scale = self.scale.after(self.ranks.whole(qs[0].detach()))
         qs = qs / scale
         loss = (-(cfg.entropy_coef * out.scaled_entropy + qs).mean((1, 2)) * self._rho).mean()
         return dict(pi_loss=loss, pi_entropy=-out.log_prob, pi_scaled_entropy=out.scaled_entropy, pi_scale=scale)
 
+    def _add_up(self, grads: list[Tensor]) -> None:
+        """Add up gradients over all ranks, in one collective."""
+        if self.ranks.count == 1:
+            return
+        flat = torch.cat([g.flatten() for g in grads])
+        self.ranks.sum(flat)
+        for g, whole in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(whole.view_as(g))
+
+    def _averaged(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the means of scalars over all ranks; what is the same on each stays."""
+        if self.ranks.count == 1:
+            return scalars
+        x = torch.stack([v.mean().to(self.model.dtype) for v in scalars.values()])
+        self.ranks.sum(x)
+        return dict(zip(scalars, x / self.ranks.count, strict=True))
+
     def _clip(self, params: dict[str, nn.Parameter], losses: dict[str, Tensor], trace: UpdateTrace | None) -> Tensor:
         """Clip gradients by their global norm, which is returned; refuse non-finite ones before anything is updated."""
+        self._add_up([p.grad for p in params.values() if p.grad is not None])
         if trace is not None:
             trace.grads.update((n, p.grad.clone()) for n, p in params.items() if p.grad is not None)
         norm = nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
         if not bool(torch.isfinite(norm)):
+            losses = self._averaged({k: v.detach() for k, v in losses.items()})
             bad = [n for n, x in losses.items() if not bool(torch.isfinite(x).all())]
             if not bad:
                 bad = [n for n, p in params.items() if p.grad is not None and not bool(p.grad.isfinite().all())]

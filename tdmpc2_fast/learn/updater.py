@@ -16,6 +16,7 @@ from ..runtime.access import access_to
 from ..runtime.backend import Backend
 from ..runtime.by_value import by_value, from_values
 from ..runtime.chosen import Chosen
+from ..runtime.ranks import ALONE, Ranks
 from ..runtime.surroundings import undisturbed
 from .backend import UpdateBackend
 from .batch import Batch, Sampler, UpdateTrace
@@ -39,18 +40,22 @@ class Updater:
 
     Args:
         model: the world model, trained in place.
+        ranks: the processes that share each update. All of them take every step together, each with its share of
+            the batch, `batch_size` / ranks slices; parameters, metrics and errors are the same on all.
     """
 
-    def __init__(self, model: WorldModel) -> None:
-        self.model, self.cfg = model, model_checked(model).cfg
-        by_torch = partial(TorchUpdate, model)
+    def __init__(self, model: WorldModel, ranks: Ranks = ALONE) -> None:
+        self.model, self.ranks = model, ranks
+        cfg = model_checked(model).cfg
+        self.cfg = cfg.replace(batch_size=ranks.equal(cfg, "batch_size"))
+        by_torch = partial(TorchUpdate, model, ranks)
         self._chosen = Chosen[UpdateBackend](model, "Updater: learning", by_torch, self._by_kernels, _carry)
 
     def _by_kernels(self) -> UpdateBackend:
         from .kernel_update import KernelUpdate
 
         with access_to(self.model).writing():
-            return KernelUpdate(self.model)
+            return KernelUpdate(self.model, ranks=self.ranks)
 
     @property
     def _update(self) -> UpdateBackend:
@@ -75,7 +80,7 @@ class Updater:
     def step(
         self, batch: Batch, noise: UpdateNoise | None = None, trace: UpdateTrace | None = None
     ) -> dict[str, Tensor]:
-        """Train on one batch and return the official metrics as scalar tensors.
+        """Train on one batch, of this rank's share, and return the official metrics as scalar tensors.
 
         Raises:
             InputError: a batch of the wrong shape.

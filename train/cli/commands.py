@@ -56,6 +56,10 @@ def train(words: Sequence[str]) -> int:
             return run_(tell=sweep.tell, **keys.parse(each[0].words)).status
         except Interrupted as e:
             return e.status
+    from tdmpc2_fast.runtime.ranks import under_torchrun
+
+    if under_torchrun():
+        raise ConfigError(f"{len(each)} runs under torchrun, allowed: one, or one of them with job=N")
     several = sweep.Sweep(each)
     status = several.run()
     print(tables.rendered(tables.section("sweep", tables.grid(several.rows(), ("run", "result", "took", "where")))))

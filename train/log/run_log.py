@@ -32,6 +32,7 @@ class RunLog:
         action_repeat: environment steps per decision.
         about: facts for the header, in order, e.g. `{"model": "1,012,345 parameters", "device": "cpu"}`.
         unit: what the run counts: decisions, or the updates of one that has no environment.
+        rank: of this process among those that share the run. Only the first one writes and shows; others warn.
         resumed: what `state` returned when the checkpoint was written that the run goes on from.
             Rows after it are taken back: they belong to a stretch that is run again.
 
@@ -48,17 +49,21 @@ class RunLog:
         about: Mapping[str, str],
         resumed: Mapping[str, Any] | None = None,
         unit: str = "decisions",
+        rank: int = 0,
     ) -> None:
+        if rank:
+            cfg = cfg.replace(display="none", enable_wandb=False, save_csv=False, tensorboard=False)
         self.cfg, self.action_repeat, self.unit = cfg, action_repeat, unit
         self.clock = Clock()
         self._status = Status(cfg, folder, action_repeat, about, self.clock, unit)
         self._closed = False
         self._warned: set[str] = set()
+        self._who = f"rank {rank}: " if rank else ""
         saved: Mapping[str, Any] = resumed or {}
         if resumed is not None:
             self._status.load(resumed["status"])
         path, text = folder / "config.json", json.dumps(cfg.to_dict(), indent=1) + "\n"
-        if not path.exists() or path.read_text() != text:
+        if not rank and (not path.exists() or path.read_text() != text):
             with replacing(path) as tmp:
                 tmp.write_text(text)
         self._display = choose(self._status)
@@ -147,7 +152,7 @@ class RunLog:
 
     def warn(self, text: str) -> None:
         """Show, on every display, that something went wrong and the run goes on."""
-        self._display.warn(text)
+        self._display.warn(self._who + text)
 
     def warn_once(self, text: str, about: str | None = None) -> None:
         """Warn, unless this session was warned of the same thing: `about` names it, or the text does."""
@@ -167,4 +172,4 @@ class RunLog:
         lost = [text for text in (sink.close() for sink in self.sinks.values()) if text]
         if lost:
             self.warn(f"never written: {', '.join(lost)}")
-        self._display.close(summary)
+        self._display.close([] if self._who else summary)

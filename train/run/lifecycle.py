@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
 from tdmpc2_fast.runtime.backend import on_this_machine
+from tdmpc2_fast.runtime.ranks import Ranks, among, under_torchrun
 
 from ..envs import beside, same_form, tried
 from ..envs.apart.workers import leave_if_imported_anew
@@ -25,6 +29,7 @@ from .events import Callback
 from .folder import discard, home, locked, new_folder
 from .loops.base import Trainer
 from .loops.choice import check_data, donor_of, is_offline, keys_of, trainer_of
+from .shared.dealing import of_rank
 from .stop import Stop, Stopped
 from .threads import choose_threads
 
@@ -32,7 +37,7 @@ CHANGEABLE = (
     *("steps", "eval_freq", "eval_episodes", "checkpoint_minutes", "keep_checkpoints", "save_video"),
     *("enable_wandb", "wandb_project", "wandb_entity", "wandb_silent", "tensorboard", "display"),
     *("device", "backend", "precision", "num_threads", "overlap", "env_workers"),
-    *("buffer_size", "on_env_error", "data_dir"),
+    *("buffer_size", "on_env_error", "data_dir", "rank_timeout"),
 )
 """Keys a run may go on with other values of: how long, where, what fits there, and what is shown. The rest is fixed."""
 
@@ -70,12 +75,25 @@ class Given:
 def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     """Begin a run, or with `resume=auto` go on with the one in its folder."""
     given = given or Given()
+    cfg = Config.from_dict(values)
+    leave_if_imported_anew()
+    if cfg.resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ConfigError(
+            "config key 'resume': got None under torchrun --max-restarts, allowed: auto, or a restart would begin anew"
+        )
+    with among(cfg.device, cfg.rank_timeout) as ranks:
+        return _start(values, given, ranks)
+
+
+def _start(values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
     donor = donor_of(values, given.source)
     values = keys_of(values, donor)
     cfg = Config.from_dict(values)
-    leave_if_imported_anew()
     if cfg.tasks and not (given.source.by_name and given.evaluation is None):
         raise ConfigError("env: got environments beside `tasks`, allowed: none, since several tasks are made by name")
+    ranks.equal(cfg, "batch_size")
+    if not is_offline(cfg):
+        ranks.equal(cfg, "num_envs")
     fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
     if given.evaluation is not None:
         close_all([same_form(given.evaluation.form(fixed), fixed)])
@@ -87,19 +105,23 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
     fixed = fixed if donor is None else donor.fitted(fixed)
     del donor  # its weights are read again where they are taken: meanwhile they would be in memory
     check_data(fixed)
-    if cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None:
+    begun = cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None
+    if ranks.of_first(begun):
         as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
-        return resume(home(cfg), as_begun, given)
+        return _resume(home(cfg), as_begun, given, ranks)
     if cfg.enable_wandb:
         wandb_package()
-    begun = fixed if cfg.data_dir is not None or cfg.init is not None else cfg
-    cfg = begun.replace(num_threads=choose_threads(cfg))  # kept in config.json: other threads, other rounding
-    folder = new_folder(cfg)
-    with locked(folder):
+    cfg = fixed if cfg.data_dir is not None or cfg.init is not None else cfg
+    # Kept in config.json: other threads, other rounding.
+    cfg = cfg.replace(num_threads=ranks.of_first(choose_threads(cfg)))
+    choose_threads(cfg)
+    folder = Path(ranks.done(lambda: str(new_folder(cfg)) if ranks.first else None)[0])
+    with _held(folder, ranks):
         try:
-            return _run(cfg, folder, None, notes, given)
+            return _run(cfg, folder, None, notes, given, ranks)
         finally:
-            discard(folder)  # where nothing came of it
+            if ranks.first:
+                discard(folder)  # where nothing came of it
 
 
 def resume(run: str | Path, values: Mapping[str, Any], given: Given | None = None) -> Outcome:
@@ -117,12 +139,20 @@ def resume(run: str | Path, values: Mapping[str, Any], given: Given | None = Non
     folder = Path(run)
     if (why := _why_no_run(folder)) is not None:
         raise CheckpointError(f"run {str(folder)!r}: {why}, allowed: the folder of a run")
+    begun = json.loads((folder / "config.json").read_text()) if under_torchrun() else {}
+    keys = {k: values.get(k, begun.get(k)) for k in ("device", "rank_timeout")}
+    cfg = Config.from_dict({k: x for k, x in keys.items() if x is not None})
+    with among(cfg.device, cfg.rank_timeout) as ranks:
+        return _resume(folder, values, given or Given(), ranks)
+
+
+def _resume(folder: Path, values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
     notes: list[str] = []
-    given = given or Given()
-    with locked(folder):
-        saved = Checkpoints(folder, keep=1).newest(notes.append)
+    with _held(folder, ranks):
+        saved = Checkpoints(folder, 1, ranks).newest(notes.append)
         if saved is None:
             raise CheckpointError(f"run {str(folder)!r}: it was stopped before its first checkpoint; start it anew")
+        saved = of_rank(saved, ranks)
         cfg = on_this_machine(_changed(saved.cfg, values, folder), values, notes.append)
         if cfg.enable_wandb:
             wandb_package()
@@ -131,10 +161,19 @@ def resume(run: str | Path, values: Mapping[str, Any], given: Given | None = Non
             more = 2 * max(cfg.steps, done)
             learned = "updater/steps" in saved.tensors
             how = "finished" if learned else "finished, and nothing was learned,"
-            print(f"{how} at {done:,} {unit}; to go on: {_call(folder, given.source, more)}")
+            if ranks.first:
+                print(f"{how} at {done:,} {unit}; to go on: {_call(folder, given.source, more)}")
             return Outcome(int(not learned), folder)
         choose_threads(cfg)
-        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} {unit} from {saved.folder}"], given)
+        return _run(cfg, folder, saved, [*notes, f"going on at {done:,} {unit} from {saved.folder}"], given, ranks)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs from this folder; ranks share the lock of the first one."""
+    with contextlib.ExitStack() as stack:
+        ranks.done(lambda: stack.enter_context(locked(folder)) if ranks.first else None)
+        yield
 
 
 def _why_no_run(folder: Path) -> str | None:
@@ -162,12 +201,14 @@ def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
     return saved.replace(**changes)
 
 
-def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], given: Given) -> Outcome:
+def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], given: Given, ranks: Ranks) -> Outcome:
+    if not ranks.first:
+        notes, given = [], replace(given, tell=lambda **facts: None, callbacks=())
     tell = given.tell
     tell(folder=str(folder))
     stop = Stop()
     with stop.listening():
-        trainer = trainer_of(cfg, folder, saved, stop, given.source, given.evaluation)
+        trainer = trainer_of(cfg, folder, saved, stop, given.source, given.evaluation, ranks)
         trainer.call(given.callbacks)
         summary: list[str] = []
         for note in notes:  # of a new run: what was asked for and has no effect
@@ -187,6 +228,8 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], g
             summary = _how_to_go_on(trainer)
             raise
         else:
+            if not ranks.first:
+                return Outcome(0, folder, trainer.agent, found)
             tell(mean_return=found.mean_return, std_return=found.std_return)
             result = returned(found.mean_return, found.std_return, len(found.returns))
             if more := trainer.result():

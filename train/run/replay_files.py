@@ -33,11 +33,15 @@ class Chunk(NamedTuple):
 class ReplayFiles:
     """Writes and reads the files of a run's replay.
 
+    Args:
+        folder: where they are; several ranks share it.
+        prefix: what the names of new files begin with, so that no two mean the same one.
+
     chunks: those that together hold what the replay held when it was saved, oldest first.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder, self.prefix = folder, prefix
         self.chunks: list[Chunk] = []
 
     def save(self, buffer: ReplayBuffer) -> list[Chunk]:
@@ -45,11 +49,13 @@ class ReplayFiles:
         oldest = max(0, buffer.written - buffer.capacity)
         self.chunks = [c for c in self.chunks if c.stop > oldest]
         self.folder.mkdir(exist_ok=True)
+        if self.chunks:
+            self.prefix = self.chunks[-1].file[: -len("0123456789-0123456789.safetensors")]
         rows = max(1, _MOST_BYTES * buffer.capacity // max(buffer.nbytes, 1))
         start = self.chunks[-1].stop if self.chunks else oldest
         while start < buffer.written:
             stop = min(start + rows, buffer.written)
-            path = self.folder / f"{start:010d}-{stop:010d}.safetensors"
+            path = self.folder / f"{self.prefix}{start:010d}-{stop:010d}.safetensors"
             write_tensors(path, buffer.kept(start, stop))
             self.chunks.append(Chunk(path.name, start, stop, sha256(path)))
             start = stop

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
+from tdmpc2_fast.errors import RanksError
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
+from tdmpc2_fast.runtime.ranks import Ranks
 
 from ..envs.given import Source
 from ..log.run_log import RunLog
 from .checkpoints import Checkpoints, Saved
 from .evaluate import Evaluator
+from .shared.evaluation import SharedEvaluator
 
 
 @dataclass
@@ -36,13 +39,18 @@ class Resumable(Protocol):
 
     cfg: Config
     agent: TDMPC2
-    evaluator: Evaluator | None
+    evaluator: Evaluator | SharedEvaluator | None
     evaluation: Source
     checkpoints: Checkpoints
     log: RunLog
     progress: Progress
     metrics: dict[str, Tensor]
     evaluated: dict[str, Any]
+    ranks: Ranks
+
+    def make_evaluator(self) -> Evaluator | SharedEvaluator:
+        """Return what plays its evaluations."""
+        ...
 
     @property
     def replay(self) -> ReplayBuffer | None:
@@ -67,6 +75,7 @@ def save(run: Resumable, whole: bool) -> bool:
         if not all(bool(p.isfinite().all()) for p in run.agent.model.parameters()):
             run.log.warn("no checkpoint: weights are not finite; the last one stays")
             return False
+        _check_alike(run)
         run.checkpoints.save(run.agent.model, *_state(run, whole), run.replay, about_weights(run))
         return True
     except OSError as e:
@@ -79,6 +88,17 @@ def save(run: Resumable, whole: bool) -> bool:
             raise
         run.log.warn(f"no checkpoint: {type(e).__name__}: {e}")  # what it follows from is told next
     return False
+
+
+def _check_alike(run: Resumable) -> None:
+    """Raise `RanksError` where ranks have come to differ, of whose weights the first one's would be written."""
+    if run.ranks.count == 1:
+        return
+    bits = [p.detach().float().view(torch.int32).sum(dtype=torch.int64) for p in run.agent.model.parameters()]
+    sums = run.ranks.told(torch.stack(bits).tolist())
+    if any(x != sums[0] for x in sums):
+        other = next(rank for rank, x in enumerate(sums) if x != sums[0])
+        raise RanksError(f"the weights of rank {other} are no longer those of rank 0: the run ends, and writes none")
 
 
 def about_weights(run: Resumable) -> dict[str, Any]:
@@ -123,11 +143,12 @@ def restore(run: Resumable, saved: Saved) -> None:
     agent = run.agent
     checkpoint.load_into(agent.model, saved.weights, repr(str(saved.folder)))
     agent.updater.load_state(parts.get("updater", {}))
-    agent.planner.load_state(parts["planner"])
+    if "planner" in parts:
+        agent.planner.load_state(parts["planner"])
     run.metrics = {k: x.to(agent.device) for k, x in parts.get("metrics", {}).items()}
     run.progress = Progress(**{f.name: values[f.name] for f in fields(Progress)})
     if values["evaluation"] is not None:
-        run.evaluator = Evaluator(agent, run.evaluation)
+        run.evaluator = run.make_evaluator()
         run.evaluator.restore(values["evaluation"], parts["evaluation"])
     run.restore(parts, saved)
     before, now = values["made_by"], _made_by(run)

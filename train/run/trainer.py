@@ -25,6 +25,7 @@ from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.runtime.backend import resolve_device
+from tdmpc2_fast.runtime.ranks import ALONE, Ranks
 from tdmpc2_fast.seeds import stream_seed
 
 from ..envs import complete
@@ -41,6 +42,7 @@ from .loops.mixed import Mixed, shares
 from .loops.offline import Stream
 from .overlap import updates_on
 from .rollouts import rollouts_in
+from .shared.dealing import deal
 from .stop import Stop
 
 _LAUNCHED_AT_ONCE = 16  # updates of pretraining, between which a run can stop and show itself
@@ -58,6 +60,7 @@ class OnlineTrainer(Trainer):
         evaluation: where those come from that it is evaluated in; default as `source`.
         data: what a share of each batch comes from, where `mix` says so; closed at the end.
         facts: what the header of the run says of the data.
+        ranks: those that share the run: each has its share of the environments, and a replay of what it plays.
 
     Raises:
         ConfigError: the task terminates and `episodic` is not set, among others.
@@ -73,39 +76,44 @@ class OnlineTrainer(Trainer):
         evaluation: Source | None = None,
         data: Stream | None = None,
         facts: Mapping[str, str] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         leave_if_imported_anew()
         restarts, dropped = resume.made_anew(saved)
         source = source or Source()
-        first = source.first(cfg, env_seed(cfg.seed, 0, restarts + dropped))
+        own = ranks.part(cfg)
+        first = source.first(own, env_seed(own.seed, 0, restarts + dropped))
         cfg = complete(cfg, first)
+        self.own = own = ranks.part(cfg)
 
         # What acts, remembers and learns.
         notes = list(getattr(first, "notes", ()))
-        self.buffer = ReplayBuffer(cfg.replace(batch_size=shares(cfg)[0]), resolve_device(cfg.device))
+        self.buffer = ReplayBuffer(own.replace(batch_size=shares(own)[0]), resolve_device(cfg.device))
         self.data, self.sampler = data, self.buffer if data is None else Mixed(self.buffer, data)
         stacked = getattr(first, "frames", 1)
         gbyte = self.buffer.check_memory(stacked) / 1e9
         if cfg.obs == "rgb":
             once = f"; of the {stacked} frames in an observation, one a step is kept" if stacked > 1 else ""
             notes.append(f"replay: {gbyte:.3g} GB of memory for {self.buffer.capacity:,} steps{once}")
-        agent = TDMPC2(cfg)
+        agent = TDMPC2(cfg, ranks=ranks)
         if saved is None:
             begin_with(agent, notes)
         # Updates on the CPU and environments want the same cores, and an update takes far longer than a step.
         self.overlap = agent.device.type == "cuda" if cfg.overlap is None else cfg.overlap
-        super().__init__(agent, folder, stop, source, evaluation or source, updates_on(agent.updater, self.overlap))
-        self.random = np.random.default_rng(stream_seed(cfg.seed, "random actions"))
+        updates = updates_on(agent.updater, self.overlap)
+        super().__init__(agent, folder, stop, source, evaluation or source, updates, ranks)
+        self.random = np.random.default_rng(stream_seed(own.seed, "random actions"))
 
         # What leaves traces, so that what fails above leaves none: files, then processes.
         resumed = None if saved is None else saved.values["log"]
-        self.log = RunLog(cfg, folder, first.action_repeat, about(agent) | dict(facts or {}), resumed)
+        header = about(agent, ranks) | dict(facts or {})
+        self.log = RunLog(cfg, folder, first.action_repeat, header, resumed, rank=ranks.rank)
         for note in notes:
             self.log.note(note)
-        self.doubts = Doubts(cfg, self.log.warn_once)
-        self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints)
-        self.envs = source.together(cfg, first, self.log.warn, restarts, dropped)
-        self.rollouts = rollouts_in(self.envs, cfg, agent.device, self.log.warn, restarts, dropped)
+        self.doubts = Doubts(cfg, self.log.warn_once if ranks.first else lambda *_: None)
+        self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints, ranks)
+        self.envs = source.together(own, first, self.log.warn, restarts, dropped)
+        self.rollouts = rollouts_in(self.envs, own, agent.device, self.log.warn, restarts, dropped)
         if saved is not None:
             resume.restore(self, saved)
 
@@ -146,8 +154,12 @@ class OnlineTrainer(Trainer):
     @override
     def restore(self, parts: Mapping[str, Mapping[str, Tensor]], saved: Saved) -> None:
         values = saved.values
-        self.buffer.restore(parts["replay"], self.checkpoints.replay.read(saved.chunks))
-        self.random.bit_generator.state = values["random"]
+        if saved.dealt:
+            deal(saved, self.buffer, self.checkpoints.replay, self.ranks)
+            self.log.note(f"{len(saved.dealt)} ranks wrote it, {self.ranks.count} go on: replays are dealt out anew")
+        else:
+            self.buffer.restore(parts["replay"], self.checkpoints.replay.read(saved.chunks))
+            self.random.bit_generator.state = values["random"]
         if self.data is not None:
             self.data.load_state(parts["data"])
         if values["envs"] is None:
@@ -171,6 +183,11 @@ class OnlineTrainer(Trainer):
 
     @property
     @override
+    def any_ended(self) -> bool:
+        return self.rollouts.any_ended
+
+    @property
+    @override
     def at_boundary(self) -> bool:
         return self.rollouts.at_boundary
 
@@ -187,13 +204,26 @@ class OnlineTrainer(Trainer):
             self._updates.join()
             if self.rollouts.any_ended:
                 self._updates.wait()  # they read the replay
+        before, rows = self.buffer.num_eps, []
         for episode in self.rollouts.ended():
             self.buffer.add(episode.rows())
             self.doubts.episode(episode)
-            self._record(episode)
+            rows.append(self._row(episode))
+            if self.ranks.count == 1:
+                self.log.episode(self.progress.decisions, rows[-1] | self._losses())
+        if self.ranks.count > 1 and self._something_ended:
+            self._something_ended = False
+            self._record(self.ranks.told([before, rows]))
 
-    def _record(self, episode: Played) -> None:
-        row: dict[str, Any] = dict(
+    def _record(self, each: list[Any]) -> None:
+        """Log the episodes of all ranks, of each how many there were before and the rows; numbers are of the run."""
+        episodes, losses = sum(before for before, _ in each), self._losses()
+        for row in (row for _, rows in each for row in rows):
+            episodes += 1
+            self.log.episode(self.progress.decisions, row | dict(episode=episodes) | losses)
+
+    def _row(self, episode: Played) -> dict[str, Any]:
+        return dict(
             episode=self.buffer.num_eps,
             **({} if episode.task is None else dict(task=self.cfg.tasks[episode.task])),
             episode_reward=round(episode.total, 2),
@@ -201,7 +231,6 @@ class OnlineTrainer(Trainer):
             episode_length=len(episode),
             episode_terminated=float(episode.terminates),
         )
-        self.log.episode(self.progress.decisions, row | self._losses())
 
     def _act(self) -> None:
         """Choose an action for every environment: random at first, then the agent's."""
@@ -209,13 +238,13 @@ class OnlineTrainer(Trainer):
         if self.progress.seeded:
             self.rollouts.act(self.agent)
         else:
-            size = (self.cfg.num_envs, self.cfg.need("action_dim"))
+            size = (self.own.num_envs, self.cfg.need("action_dim"))
             self.rollouts.take(self.random.uniform(-1, 1, size).astype(np.float32))
 
     def _learn(self) -> None:
         """Launch the updates that are due."""
         now = self.progress
-        pretraining = not now.seeded and now.decisions > self._seed_steps and self.buffer.num_sampleable > 0
+        pretraining = not now.seeded and now.decisions > self._seed_steps and self._all_can_learn
         if now.seeded:
             now.updates_due += self.cfg.utd * self.cfg.num_envs
         elif pretraining:
@@ -229,7 +258,7 @@ class OnlineTrainer(Trainer):
     def _launch(self, pretraining: bool) -> None:
         """Launch updates until none is due; in pretraining, until the run is asked to stop."""
         with self.log.clock.part("update"):
-            while self.progress.updates_due >= 1 and not (pretraining and self.stop.asked):
+            while self.progress.updates_due >= 1 and not (pretraining and self._stopping()):
                 self._updates.launch(self._update)
                 self.progress.updates_due -= 1
                 left = int(self.progress.updates_due)
@@ -241,6 +270,10 @@ class OnlineTrainer(Trainer):
 
     def _update(self) -> None:
         self.metrics = self.agent.update(self.sampler)
+
+    @property
+    def _all_can_learn(self) -> bool:
+        return self.ranks.every(self.buffer.num_sampleable > 0)
 
     @property
     def _seed_steps(self) -> int:

@@ -65,7 +65,7 @@ def check_gradients(cfg: Config, precision: str, livened: Liven) -> None:
         exact.model.double()
         batch = random_batch(cfg, fused.device, seed)
         noise = UpdateNoise.draw(cfg, generator(seed, "test", fused.device))
-        want = gradients(exact, *_doubled(batch, noise))
+        want = gradients(exact, *doubled(batch, noise))
         allowed, got = gradients(plain, batch, noise, reduced), gradients(fused, batch, noise)
         assert got.keys() == want.keys()
         for found, errors in ((got, ours), (allowed, theirs)):
@@ -75,7 +75,9 @@ def check_gradients(cfg: Config, precision: str, livened: Liven) -> None:
     assert got_all.square().mean().sqrt() <= 2 * allowed_all.square().mean().sqrt() + 2**-26
 
 
-def _doubled(batch: Batch, noise: UpdateNoise) -> tuple[Batch, UpdateNoise]:
+def doubled(batch: Batch, noise: UpdateNoise) -> tuple[Batch, UpdateNoise]:
+    """Return both in float64."""
+
     def double(x: Tensor | None) -> Tensor | None:
         return x.double() if x is not None and x.is_floating_point() else x
 

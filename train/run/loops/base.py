@@ -22,6 +22,7 @@ from tdmpc2_fast.learn.metrics import metric_names
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.model.transfer import Donor, begin_from
+from tdmpc2_fast.runtime.ranks import ALONE, Ranks
 
 from ...envs.given import Source
 from ...log.run_log import RunLog
@@ -31,6 +32,7 @@ from ..evaluate import Evaluation, Evaluator
 from ..events import Callback, Calls
 from ..overlap import Updates
 from ..resume import Progress
+from ..shared.evaluation import SharedEvaluator
 from ..stop import Stop, Stopped
 
 
@@ -44,6 +46,7 @@ class Trainer:
         source: where its environments come from.
         evaluation: where those come from that it is evaluated in.
         updates: what runs the updates.
+        ranks: those that share the run; each calls the same methods at the same time.
     """
 
     log: RunLog  # made when nothing can fail any more
@@ -57,19 +60,23 @@ class Trainer:
         source: Source,
         evaluation: Source,
         updates: Updates,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.agent, self.cfg, self.folder = agent, agent.cfg, folder
         self.stop, self.source, self.evaluation = stop or Stop(), source, evaluation
-        self._updates = updates
+        self._updates, self.ranks = updates, ranks
+        ranks.spread([*agent.model.parameters(), *agent.model.buffers()])
         # What the loop keeps from one step to the next.
         self.progress = Progress()
         self.metrics: dict[str, Tensor] = {}
-        self.evaluator: Evaluator | None = None  # made when it is first needed
+        self.evaluator: Evaluator | SharedEvaluator | None = None  # made when it is first needed
         self.evaluated: dict[str, Any] = {}  # what came of the last evaluation
         self.ended = False  # because a callback said so
         self._evaluated_now: Evaluation | None = None  # where that was at an evaluation
         self._evaluating = False
         self._saved_at = time.monotonic()
+        self._agrees_every = 1  # steps after which ranks agree whether to stop, to save or to end
+        self._something_ended = False  # on any rank
 
     # ---- what a kind of run says of itself
 
@@ -102,6 +109,11 @@ class Trainer:
         return None
 
     @property
+    def any_ended(self) -> bool:
+        """Tells whether an episode has ended that is not in the log yet."""
+        return False
+
+    @property
     def at_boundary(self) -> bool:
         """Tells whether an evaluation may come before the next step."""
         return True
@@ -130,7 +142,7 @@ class Trainer:
             self._begin()
             self._stop_or_save()
             while self.progress.decisions < self.cfg.steps and not self.ended:
-                if self._evaluation_due and self.at_boundary:
+                if self._evaluation_due and self.ranks.any(self.at_boundary):
                     self._evaluate()
                 self.step()
                 self._stop_or_save()
@@ -142,7 +154,8 @@ class Trainer:
         except BaseException as e:
             self._updates.close()  # those under way end, so that the weights saved are of whole updates
             in_a_hurry = isinstance(e, KeyboardInterrupt) and self.stop.asked
-            if not in_a_hurry and not self._evaluating:  # an evaluation begins with a checkpoint
+            # An evaluation begins with a checkpoint; and a rank alone can write none.
+            if self.ranks.count == 1 and not in_a_hurry and not self._evaluating:
                 self._save(whole=False)
             raise
         finally:
@@ -152,6 +165,12 @@ class Trainer:
         """Tell callbacks of the rows and evaluations to come, and end where one of them says so."""
         if callbacks:
             self.log.sinks["callbacks"] = Calls(callbacks, self)
+
+    def make_evaluator(self) -> Evaluator | SharedEvaluator:
+        """Return what plays the episodes of an evaluation, or this rank's share of them."""
+        if self.ranks.count == 1:
+            return Evaluator(self.agent, self.evaluation)
+        return SharedEvaluator(self.agent, self.evaluation, self.ranks)
 
     def _losses(self) -> dict[str, float | None]:
         """Return the metrics of the last update, all of them None before the first."""
@@ -175,7 +194,7 @@ class Trainer:
         saved, now = self._save(), self.progress
         with self.log.clock.part("evaluation"):
             if self.evaluator is None:
-                self.evaluator = Evaluator(self.agent, self.evaluation)
+                self.evaluator = self.make_evaluator()
             step = now.decisions * self.log.action_repeat
             video = self.folder / "videos" / f"{step}.mp4" if self.cfg.save_video else None
             busy = functools.partial(self.log.busy, "evaluating")
@@ -200,11 +219,22 @@ class Trainer:
 
     def _stop_or_save(self) -> None:
         """Write a checkpoint if it is time, and end if that is asked for."""
+        if self.ranks.count > 1 and self.progress.decisions % self._agrees_every:
+            return
         minutes = self.cfg.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        if self.stop.asked or due:
+        # The first rank's clock, and callbacks, are those of the run.
+        asked = self.stop.signal or 0, self.ranks.first and due, self.ended, self.any_ended
+        signal, save, ended, some = self.ranks.most(*asked)
+        self.ended, self._something_ended = bool(ended), bool(some)
+        if signal or save:
             self._save()
-        self.stop.check()
+        if signal:
+            raise Stopped(signal)
+
+    def _stopping(self) -> bool:
+        """Tell whether any rank was asked to stop; all ask at the same time."""
+        return self.ranks.any(self.stop.asked)
 
     def _save(self, whole: bool = True) -> bool:
         """Write a checkpoint unless switched off, with no update under way; tell whether it was written."""
@@ -227,9 +257,10 @@ def begin_with(agent: TDMPC2, notes: list[str]) -> None:
         notes.append(begin_from(agent.model, Donor.read(cfg.init), cfg.init_task))
 
 
-def about(agent: TDMPC2) -> dict[str, str]:
+def about(agent: TDMPC2, ranks: Ranks = ALONE) -> dict[str, str]:
     """Return the facts about an agent that the header of a run shows."""
-    return dict(
+    shared = {} if ranks.count == 1 else dict(ranks=str(ranks.count))
+    return shared | dict(
         model=f"{agent.model.total_params:,} parameters",
         device=str(agent.device),
         backend=f"{agent.backend.name} ({agent.backend.why})",

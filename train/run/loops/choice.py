@@ -18,6 +18,7 @@ from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError, DataError
 from tdmpc2_fast.model.transfer import Donor
 from tdmpc2_fast.runtime.backend import resolve_device
+from tdmpc2_fast.runtime.ranks import Ranks
 from tdmpc2_fast.task_sets import TASK_SETS
 
 from ...data.dataset import DataSet
@@ -129,18 +130,27 @@ def _facts(data: DataSet, cfg: Config) -> dict[str, str]:
 
 
 def trainer_of(
-    cfg: Config, folder: Path, saved: Saved | None, stop: Stop, source: Source, evaluation: Source | None
+    cfg: Config,
+    folder: Path,
+    saved: Saved | None,
+    stop: Stop,
+    source: Source,
+    evaluation: Source | None,
+    ranks: Ranks,
 ) -> Trainer:
     """Make the trainer that a config asks for; with `data_dir` it is a completed one."""
     if cfg.data_dir is None:
-        return OnlineTrainer(cfg, folder, saved, stop, source, evaluation)
+        return OnlineTrainer(cfg, folder, saved, stop, source, evaluation, ranks=ranks)
     data = _opened(cfg)
-    facts, (_, share) = _facts(data, cfg), shares(cfg)
-    draws = _OwnDraws(data, cfg.replace(batch_size=share or cfg.batch_size), resolve_device(cfg.device))
+    own = cfg.replace(batch_size=ranks.equal(cfg, "batch_size"))
+    facts, (_, share) = _facts(data, cfg), shares(own)
+    # Ranks draw one batch of the whole run together, so that they need its seed.
+    own = own.replace(batch_size=share or own.batch_size)
+    draws = _OwnDraws(data, own, resolve_device(cfg.device), ranks.rank, ranks.count)
     try:
         if is_offline(cfg):
-            return OfflineTrainer(cfg, draws, folder, saved, stop, evaluation or source, facts)
-        return OnlineTrainer(cfg, folder, saved, stop, source, evaluation, draws, facts)
+            return OfflineTrainer(cfg, draws, folder, saved, stop, evaluation or source, facts, ranks)
+        return OnlineTrainer(cfg, folder, saved, stop, source, evaluation, draws, facts, ranks)
     except BaseException:
         draws.close()
         raise

@@ -17,6 +17,7 @@ from typing_extensions import override
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.learn.batch import Batch
+from tdmpc2_fast.runtime.ranks import ALONE, Ranks
 
 from ...envs.given import Source
 from ...log.run_log import RunLog
@@ -26,6 +27,7 @@ from ..overlap import updates_on
 from ..stop import Stop
 from .base import Trainer, about, begin_with
 
+_BETWEEN_AGREEMENTS = 16  # updates: ranks wait for each other's hosts no more often
 _BETWEEN_ROWS = 1_000
 """Updates between two rows of `train.csv`; the official code writes every tenth of them."""
 
@@ -61,6 +63,7 @@ class OfflineTrainer(Trainer):
         stop: looked at between updates.
         source: where the environments come from that it is evaluated in; default by `cfg.task`.
         facts: what the header of the run says of the data.
+        ranks: those that share the run; `data` gives each its share of a batch.
     """
 
     def __init__(
@@ -72,17 +75,20 @@ class OfflineTrainer(Trainer):
         stop: Stop | None = None,
         source: Source | None = None,
         facts: Mapping[str, str] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        source, agent, notes = source or Source(), TDMPC2(cfg), list[str]()
+        source, agent, notes = source or Source(), TDMPC2(cfg, ranks=ranks), list[str]()
         if saved is None:
             begin_with(agent, notes)
-        super().__init__(agent, folder, stop, source, source, updates_on(agent.updater, overlap=False))
+        super().__init__(agent, folder, stop, source, source, updates_on(agent.updater, overlap=False), ranks)
+        self._agrees_every = _BETWEEN_AGREEMENTS
         self.data = data
         resumed = None if saved is None else saved.values["log"]
-        self.log = RunLog(cfg, folder, 1, about(agent) | dict(facts or {}), resumed, unit="updates")
+        header = about(agent, ranks) | dict(facts or {})
+        self.log = RunLog(cfg, folder, 1, header, resumed, "updates", ranks.rank)
         for note in notes:
             self.log.note(note)
-        self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder, cfg.keep_checkpoints, ranks)
         self._written = 0 if saved is None else saved.values["written"]
         if saved is not None:
             resume.restore(self, saved)

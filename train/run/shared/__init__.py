@@ -1,0 +1,1 @@
+"""What ranks that share a run do otherwise: going on from each other's checkpoints, and evaluating together."""
