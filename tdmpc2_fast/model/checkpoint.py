@@ -93,6 +93,8 @@ def _path(fp: object) -> Path:
 def find_checkpoint(path: str | Path) -> Path:
     """Return the file that is meant: a checkpoint, with or without its ending, or a run folder's best or latest.
 
+    The latest is meant where the best is of the evaluation before the first update, and more was learned since.
+
     Of an address on the Hub (`hf://OWNER/NAME/FILE`) it is the file downloaded from there.
 
     Raises:
@@ -105,12 +107,23 @@ def find_checkpoint(path: str | Path) -> Path:
         with_ending = given.with_name(given.name + ".safetensors")
         return with_ending if not given.exists() and with_ending.is_file() else given
     for folder in (given / "checkpoints", given):
-        for name in ("best", "latest", "agent", "model"):
+        names = ["best", "latest", "agent", "model"]
+        if _updates(folder / "best.json") == 0 < _updates(folder / "latest.json"):
+            names.remove("best")
+        for name in names:
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
     if (what := foreign.folder(given)) is not None:
         raise CheckpointError(f"checkpoint {str(path)!r}: {what}, allowed: a run folder, or a file with weights")
     raise CheckpointError(f"checkpoint {str(path)!r}: a folder without checkpoints/best or checkpoints/latest in it")
+
+
+def _updates(told: Path) -> int:
+    """Return how many updates made weights, as the JSON beside them tells; -1 where it does not."""
+    try:
+        return int(json.loads(told.read_text())["trained"]["updates"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def read(path: str | Path, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], Config | None]:

@@ -15,6 +15,7 @@ from conftest import TINY
 from tdmpc2_fast import TDMPC2, Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.model.checkpoint import find_checkpoint
 from tdmpc2_fast.train.envs import make_env
 from tdmpc2_fast.train.envs.together import InProcess
 from tdmpc2_fast.train.run import lifecycle as runs
@@ -227,6 +228,21 @@ def test_before_anything_is_learned_the_best_is_what_there_is(tmp_path: Path, mo
     evaluations(monkeypatch, 100, 50, 60)  # what another run has learned is worth keeping
     run(tmp_path / "b", steps=30, checkpoint=str(tmp_path / "a/checkpoints/best"))
     assert best_of(tmp_path / "b")[1] == 0
+
+
+def test_a_run_stopped_before_it_was_evaluated_again_stands_for_what_it_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluations(monkeypatch, 100, 50)
+    run(tmp_path, steps=20)
+    checkpoints = tmp_path / "checkpoints"
+    assert find_checkpoint(tmp_path) == checkpoints / "best.safetensors"
+    told = json.loads((checkpoints / "latest.json").read_text())
+    told["trained"]["updates"] = 7
+    (checkpoints / "latest.json").write_text(json.dumps(told))
+    assert find_checkpoint(tmp_path) == checkpoints / "latest.safetensors"
+    (checkpoints / "best.json").unlink()  # nothing is told of it
+    assert find_checkpoint(tmp_path) == checkpoints / "best.safetensors"
 
 
 def test_the_best_stays_the_best_where_a_run_goes_on(
