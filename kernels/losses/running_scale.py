@@ -18,7 +18,8 @@ from ..device.launch import await_producers, interpreting, jit, launch, pow2, tl
 from ..device.reference import reference_of
 
 PERCENTILES = (5, 95)
-_MAX_BATCH = 4096
+MAX_BATCH = 4096
+"""Slices of a batch, of all ranks, that the kernels take."""
 
 
 @jit
@@ -78,9 +79,9 @@ def scale_tile(b: int) -> tuple[int, int, int]:
 
 
 def _check(q: Tensor, tau: float, **places: Tensor) -> None:
-    if q.ndim not in (1, 2) or not 1 <= q.shape[-1] <= _MAX_BATCH or q.shape[0] < 1 or q.dtype != torch.float32:
+    if q.ndim not in (1, 2) or not 1 <= q.shape[-1] <= MAX_BATCH or q.shape[0] < 1 or q.dtype != torch.float32:
         got = f"shape {tuple(q.shape)} {q.dtype}"
-        raise ValueError(f"q: got {got}, allowed: (B,) or (G, B) torch.float32, B from 1 to {_MAX_BATCH}")
+        raise ValueError(f"q: got {got}, allowed: (B,) or (G, B) torch.float32, B from 1 to {MAX_BATCH}")
     for name, x in places.items():
         if x.shape != (1,) or x.dtype != torch.float32 or x.device != q.device:
             got = f"shape {tuple(x.shape)} {x.dtype} on {x.device}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdmpc2_fast import TDMPC2, Config, ReplayBuffer
 from tdmpc2_fast.compat.state_dict import tensors_only
-from tdmpc2_fast.errors import NonFiniteError
+from tdmpc2_fast.errors import ConfigError, NonFiniteError
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.train.envs import complete, make_env
 from tdmpc2_fast.train.log.run_log import WALL_CLOCK_OFFLINE
@@ -120,6 +120,14 @@ def test_it_is_a_loop_of_updates(tmp_path: Path) -> None:
     assert trained(tmp_path / "checkpoints" / "latest.safetensors").startswith("step 25 (25 updates), return")
     assert set(trainer.log.clock.seconds) == {"draw", "update", "evaluation"}
     assert "draw" in trainer.result()
+
+
+@pytest.mark.triton
+def test_a_batch_that_kernels_do_not_take_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'batch_size': got 5000, allowed: at most 4096 with backend=triton"):
+        trainer_in(tmp_path, backend="triton", batch_size=5000)
+    assert not list(tmp_path.iterdir())
+    trainer_in(tmp_path, backend="torch", batch_size=5000).log.close()
 
 
 @pytest.mark.parametrize("at", [0, 7, 10, 19])

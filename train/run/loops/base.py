@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from tdmpc2_fast.agent import TDMPC2
+from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.kernels.losses.running_scale import MAX_BATCH
 from tdmpc2_fast.learn.metrics import metric_names
 from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
@@ -65,6 +67,11 @@ class Trainer:
         self.agent, self.cfg, self.folder = agent, agent.cfg, folder
         self.stop, self.source, self.evaluation = stop or Stop(), source, evaluation
         self._updates, self.ranks = updates, ranks
+        if agent.updater.backend.name != "torch" and agent.cfg.batch_size > MAX_BATCH:
+            raise ConfigError(
+                f"config key 'batch_size': got {agent.cfg.batch_size}, allowed: at most {MAX_BATCH} with "
+                f"backend={agent.updater.backend.name}; backend=torch takes more"
+            )
         ranks.spread([*agent.model.parameters(), *agent.model.buffers()])
         # What the loop keeps from one step to the next.
         self.progress = Progress()
