@@ -191,6 +191,12 @@ def _why_no_run(folder: Path) -> str | None:
 def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
     given = Config.from_dict(beside(values, saved))
     changes = {k: getattr(given, k) for k in values if getattr(given, k) != getattr(saved, k)}
+    if "data_dir" in changes and None in (given.data_dir, saved.data_dir):  # another loop, which has kept other things
+        allowed = "none, since it learns without data" if saved.data_dir is None else "the folder where its data is now"
+        raise ConfigError(
+            f"config key 'data_dir': got {given.data_dir!r}, but the run in {str(folder)!r} has {saved.data_dir!r}, "
+            f"allowed: {allowed}; or a run of its own, which init=PATH begins with the weights of this one"
+        )
     for key, value in changes.items():
         if key not in CHANGEABLE:
             raise ConfigError(

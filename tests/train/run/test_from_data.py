@@ -133,6 +133,18 @@ def test_other_data_is_no_continuation(tmp_path: Path, stop_after: Callable[[int
         lifecycle.resume(tmp_path / "run", dict(data_dir=str(other)))
 
 
+def test_a_run_does_not_turn_into_one_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(make_data(tmp_path / "data", "Pendulum-v1"))
+    run(tmp_path / "offline", **OFFLINE, data_dir=data)
+    run(tmp_path / "online", **{**PENDULUM, "steps": 20, "seed_steps": 18, "eval_freq": 100})
+    for name, given, allowed in (
+        ("offline", "none", f"has {data!r}, allowed: the folder where its data is now"),
+        ("online", data, "has None, allowed: none, since it learns without data"),
+    ):
+        assert cli.main(["resume", str(tmp_path / name), f"data_dir={given}", "steps=400"]) == 2
+        assert allowed in capsys.readouterr().err
+
+
 def test_a_share_of_each_batch_comes_from_the_data() -> None:
     cfg = Config(batch_size=8, data_dir="x", mix=0.25).with_env({"state": (3,)}, 1, 9)
     assert shares(cfg) == (6, 2)
