@@ -12,7 +12,8 @@ from typing import Any
 
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import CheckpointError, ConfigError, InputError
+from tdmpc2_fast.errors import CheckpointError, ConfigError, DataError, InputError
+from tdmpc2_fast.model.transfer import Donor
 from tdmpc2_fast.runtime.backend import on_this_machine
 from tdmpc2_fast.runtime.ranks import Ranks, among, under_torchrun
 
@@ -86,7 +87,11 @@ def start(values: Mapping[str, Any], given: Given | None = None) -> Outcome:
 
 
 def _start(values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
-    donor = donor_of(values, given.source)
+    cfg = Config.from_dict(values)
+    begun = cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None
+    begun = ranks.of_first(begun)
+    # A run that was begun has all that it takes from the other model, which may be gone.
+    donor = None if begun else donor_of(values, given.source)
     values = keys_of(values, donor)
     cfg = Config.from_dict(values)
     if cfg.tasks and not (given.source.by_name and given.evaluation is None):
@@ -102,13 +107,16 @@ def _start(values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
         for k in values
         if getattr(fixed, k) != getattr(cfg, k)
     ]
+    if begun:
+
+        def as_begun(saved: Config) -> dict[str, Any]:
+            wanted = fixed if cfg.init is None else Donor({}, saved, cfg.init).fitted(fixed)
+            return {k: getattr(wanted, k) for k in values if k not in ("resume", "work_dir")}
+
+        return _resume(home(cfg), as_begun, given, ranks)
     fixed = fixed if donor is None else donor.fitted(fixed)
     del donor  # its weights are read again where they are taken: meanwhile they would be in memory
     check_data(fixed)
-    begun = cfg.resume == "auto" and Checkpoints(home(cfg), cfg.keep_checkpoints).last() is not None
-    if ranks.of_first(begun):
-        as_begun = {k: getattr(fixed, k) for k in values if k not in ("resume", "work_dir")}
-        return _resume(home(cfg), as_begun, given, ranks)
     if cfg.enable_wandb:
         wandb_package()
     cfg = fixed if cfg.data_dir is not None or cfg.init is not None else cfg
@@ -143,17 +151,24 @@ def resume(run: str | Path, values: Mapping[str, Any], given: Given | None = Non
     keys = {k: values.get(k, begun.get(k)) for k in ("device", "rank_timeout")}
     cfg = Config.from_dict({k: x for k, x in keys.items() if x is not None})
     with among(cfg.device, cfg.rank_timeout) as ranks:
-        return _resume(folder, values, given or Given(), ranks)
+        return _resume(folder, lambda _: values, given or Given(), ranks)
 
 
-def _resume(folder: Path, values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
+def _resume(folder: Path, wanted: Callable[[Config], Mapping[str, Any]], given: Given, ranks: Ranks) -> Outcome:
+    """Go on with a run; `wanted` returns the keys given, as they are in a run of this config."""
     notes: list[str] = []
     with _held(folder, ranks):
         saved = Checkpoints(folder, 1, ranks).newest(notes.append)
         if saved is None:
             raise CheckpointError(f"run {str(folder)!r}: it was stopped before its first checkpoint; start it anew")
         saved = of_rank(saved, ranks)
+        values = wanted(saved.cfg)
         cfg = on_this_machine(_changed(saved.cfg, values, folder), values, notes.append)
+        if cfg.data_dir is not None and not Path(cfg.data_dir).expanduser().is_dir():
+            raise DataError(
+                f"data {cfg.data_dir!r}, of the run in {str(folder)!r}: no such folder, seen from {str(Path.cwd())!r}; "
+                "data_dir=FOLDER says where it is now"
+            )
         if cfg.enable_wandb:
             wandb_package()
         done, unit = saved.values["decisions"], "updates" if is_offline(cfg) else "decisions"

@@ -131,6 +131,9 @@ def test_other_data_is_no_continuation(tmp_path: Path, stop_after: Callable[[int
     other = make_data(tmp_path / "other", "Pendulum-v1", episodes=5)
     with pytest.raises(DataError, match="is not what the run has drawn from"):
         lifecycle.resume(tmp_path / "run", dict(data_dir=str(other)))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"no such folder, seen from .*; data_dir=FOLDER says where it is now"):
+        lifecycle.resume(tmp_path / "run", {})
 
 
 def test_a_run_does_not_turn_into_one_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
