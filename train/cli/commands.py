@@ -260,6 +260,7 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     if saved is None:
         cfg = OfficialModel(state, repr(str(path))).config(values, partial=True)
     else:
+        _check_task(saved, values)
         # Of several tasks the environments are as the config says; that of one task is asked anew.
         known = saved.to_dict().items()
         cfg = Config.from_dict({k: v for k, v in known if saved.multitask or k not in keys.FILLED_IN})
@@ -274,6 +275,23 @@ def _agent(given: str, values: dict[str, Any]) -> tuple[Path, TDMPC2]:
     print(f"{path}: {trained(path)}")
     # What is drawn and filmed lies beside a file, but not in the Hub's cache.
     return Path(path.name) if is_address(given) else path, agent
+
+
+def _check_task(saved: Config, values: dict[str, Any]) -> None:
+    """Raise `ConfigError` where `task` is not what a multi-task model is called, since it plays its own tasks anyway.
+
+    A model of a single task may be played in another task of the same widths.
+    """
+    got = values.get("task")
+    if saved.multitask and got not in (None, saved.task):
+        one = (
+            f"; tasks={got} plays this one alone"
+            if got in saved.tasks
+            else f", whose tasks are {', '.join(saved.tasks)}"
+        )
+        raise ConfigError(
+            f"config key 'task': got {got!r}, allowed: {saved.task!r}, as the multi-task model is called{one}"
+        )
 
 
 def _names(tasks: str | None) -> list[str]:

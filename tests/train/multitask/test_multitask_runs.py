@@ -219,6 +219,15 @@ def test_the_commands_know_the_tasks(tmp_path: Path, capsys: Capture, monkeypatc
     assert [line.partition(": return")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [NARROW, "set"]
     assert cli.main(["eval", "run", "tasks=other"]) == 2
     assert "'tasks': got 'other', allowed: task_suite:Wide" in capsys.readouterr().err
+    for command in ("eval", "plan"):
+        for other, allowed in (
+            (NARROW, f"; tasks={NARROW} plays"),
+            ("cup-catch", f", whose tasks are {WIDE}, {NARROW}"),
+        ):
+            assert cli.main([command, "run", f"task={other}"]) == 2
+            assert f"'task': got {other!r}, allowed: 'set', as the multi-task model is called{allowed}" in "".join(
+                capsys.readouterr().err.splitlines()
+            )
     assert cli.main(["plan", "run", "decision=2"]) == 2
     assert "allowed: one of task_suite:Wide" in capsys.readouterr().err
     assert cli.main(["plan", "run", "decision=2", f"tasks={NARROW}", "out=plan.png"]) == 0
