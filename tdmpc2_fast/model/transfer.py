@@ -69,7 +69,8 @@ class Donor:
         """Return the config keys of a run that begins from this model: those given, and the model's architecture.
 
         Raises:
-            ConfigError: one given that makes another architecture, or an `init_task` that the model does not have.
+            ConfigError: one given that makes another architecture, an `init_task` that the model does not have, or one
+                that nothing would begin with.
         """
         own = {k: getattr(self.cfg, k) for k in SHARED}
         given = Config.from_dict(values)
@@ -82,15 +83,33 @@ class Donor:
             known = f"one of {', '.join(self.cfg.tasks)}" if self.cfg.tasks else "none, since init has a single task"
             close = did_you_mean(given.init_task, self.cfg.tasks)
             raise ConfigError(f"config key 'init_task': got {given.init_task!r}, allowed: {known}.{close}")
+        if given.init_task is not None and all(task in self.cfg.tasks for task in given.tasks or (given.task,)):
+            raise ConfigError(
+                f"config key 'init_task': got {given.init_task!r}, allowed: none, since init has an embedding of "
+                f"{', '.join(given.tasks or (given.task,))} already, which is taken"
+            )
         return {**own, **values, **({"task_dim": self.cfg.task_dim} if given.multitask and self.cfg.multitask else {})}
 
     def fitted(self, cfg: Config) -> Config:
         """Return a completed config for a model that begins from this one.
 
         From a multi-task model it is one, of the config's task or tasks, and as wide as both need.
+
+        Raises:
+            ConfigError: `freeze` names a part whose first layer has columns that this model has not.
         """
-        if not self.cfg.multitask:
-            return cfg
+        cfg = self._several(cfg) if self.cfg.multitask else cfg
+        for part in cfg.freeze.split("+") if cfg.freeze is not None and cfg.obs == "state" else ():
+            first = "_encoder.state.0.weight" if part == "encoder" else f"_{part}.0.weight"
+            _, mine, theirs = _parts(first, cfg, self.cfg)
+            if any(own > old for own, old in zip(mine, theirs, strict=True)):
+                raise ConfigError(
+                    f"config key 'freeze': got {cfg.freeze!r}, allowed: no {part}, which sees more here than in the "
+                    "model of init: the weights of what is new would stay random"
+                )
+        return cfg
+
+    def _several(self, cfg: Config) -> Config:
         own, more = cfg.observation_shape[0], self.cfg.observation_shape[0]
         width = max(cfg.need("action_dim"), self.cfg.need("action_dim"))
         wide = dict(obs_shape={"state": (max(own, more),)}, action_dim=width, task_dim=self.cfg.task_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,34 @@ def test_the_architecture_is_the_donors(tmp_path: Path, livened: Liven) -> None:
         donor.keys(dict(task="walker-walk", latent_dim=32))
     with pytest.raises(ConfigError, match=r"'init_task': got 'bb', allowed: one of a, b, c"):
         donor.keys(dict(init="x", init_task="bb"))
+    for tasks in (dict(task="b"), dict(task="two", tasks=("b", "c"))):
+        with pytest.raises(ConfigError, match=r"'init_task': got 'a', allowed: none, since init has an embedding of b"):
+            donor.keys(dict(init="x", init_task="a", **tasks))
+    assert donor.keys(dict(init="x", init_task="a", task="two", tasks=("b", "new")))["init_task"] == "a"
     with pytest.raises(CheckpointError, match=r"latent_dim is 16 in it and 24 here"):
         begin_from(WorldModel(tiny_config(latent_dim=24)), donor)
+
+
+@pytest.mark.parametrize("multitask", [False, True])
+def test_what_is_frozen_has_no_columns_that_nothing_was_taken_for(
+    multitask: bool, tmp_path: Path, livened: Liven
+) -> None:
+    _, donor = saved(tiny_multitask() if multitask else tiny_config(OBS, ACTIONS), tmp_path, livened)
+    for freeze, obs, actions, part in (
+        ("encoder", OBS, ACTIONS + 1, None),
+        ("encoder+dynamics", OBS - 1, ACTIONS - 1, None),
+        ("encoder", OBS + 1, ACTIONS, "encoder"),
+        ("encoder+dynamics", OBS, ACTIONS + 1, "dynamics"),
+    ):
+        cfg = tiny_config(obs, actions, task="new", freeze=freeze)
+        if part is None:
+            donor.fitted(cfg)
+        else:
+            with pytest.raises(ConfigError, match=rf"'freeze': got '{re.escape(freeze)}', allowed: no {part}, which"):
+                donor.fitted(cfg)
+    if not multitask:  # the embedding is an input, too
+        with pytest.raises(ConfigError, match="allowed: no encoder, which sees more here"):
+            donor.fitted(tiny_multitask(freeze="encoder"))
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, livened: Liven) -> None:

@@ -229,6 +229,8 @@ def test_wrong_ways_to_begin_are_refused(tmp_path: Path) -> None:
         run(tmp_path / "run", **OFFLINE, init=str(tmp_path / "none.pt"))
     with pytest.raises(ConfigError, match="'init': got 'x', allowed: none where checkpoint is given"):
         run(tmp_path / "run", **OFFLINE, init="x", checkpoint="y")
+    with pytest.raises(ConfigError, match="'freeze': got 'encoder', allowed: none without init or checkpoint"):
+        run(tmp_path / "run", **OFFLINE, freeze="encoder")
     run(tmp_path / "one", **{**PENDULUM, "steps": 20, "seed_steps": 18, "eval_freq": 100})
     with pytest.raises(ConfigError, match=r"'latent_dim': got 8, allowed: 16, as in the model of init"):
         run(tmp_path / "run", **{**PENDULUM, "latent_dim": 8}, init=str(tmp_path / "one"))

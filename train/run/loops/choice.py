@@ -45,12 +45,18 @@ def donor_of(values: Mapping[str, Any], source: Source) -> Donor | None:
 
     Raises:
         CheckpointError: no model can be read from `init`.
-        ConfigError: `checkpoint` is given, too; or it is of several tasks, and the environment is no task by its name.
+        ConfigError: `checkpoint` is given, too; or neither, where `freeze` is; or it is of several tasks, and the
+            environment is no task by its name.
     """
     cfg = Config.from_dict(values)
     if cfg.init is not None and cfg.checkpoint is not None:
         raise ConfigError(
             f"config key 'init': got {cfg.init!r}, allowed: none where checkpoint is given, which sets all weights"
+        )
+    if cfg.freeze is not None and cfg.init is None and cfg.checkpoint is None:
+        raise ConfigError(
+            f"config key 'freeze': got {cfg.freeze!r}, allowed: none without init or checkpoint, since fresh weights "
+            "are random"
         )
     donor = None if cfg.init is None else Donor.read(cfg.init)
     if donor is not None and donor.cfg.multitask and not source.by_name:
