@@ -116,6 +116,11 @@ class TaskEnv(Env):
         self._first, self._turn = index, turn
         self.task = self._task_of(turn)
 
+    def begin_after(self, task: int) -> None:
+        """Play from the episode on that follows one of this task."""
+        turns = range(len(self._cfg.tasks))  # they repeat after as many
+        self.begin_with(self._first, 1 + next(turn for turn in turns if self._task_of(turn) == task))
+
     def _task_of(self, turn: int) -> int:
         count, envs = len(self._cfg.tasks), self._cfg.num_envs
         return (self._first + (turn * envs if envs < count else 0)) % count
@@ -234,13 +239,17 @@ def task_of(env: Env) -> int:
     return env.task if isinstance(env, TaskEnv) else 0
 
 
-def placed(make: Make, cfg: Config, index: int, anew: int) -> Env:
+def placed(make: Make, cfg: Config, index: int, anew: int, failed: int | None = None) -> Env:
     """Make environment `index` of a run.
 
-    anew: times environments of the run were made anew. One that plays several tasks leaves out as many turns, so that
-        a task in which it always fails does not keep it from the next ones.
+    anew: times environments of the run were made anew.
+    failed: the task, by its index, of the episode that was lost in the environment that this one replaces; None where
+        none is known of. One that plays several tasks goes on with the turn after it, or else leaves out `anew` turns,
+        so that a task in which it always fails does not keep it from the next ones.
     """
     env = make(cfg, env_seed(cfg.seed, index, anew))
     if isinstance(env, TaskEnv):
         env.begin_with(index, anew)
+        if failed is not None:
+            env.begin_after(failed)
     return env

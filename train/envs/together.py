@@ -42,7 +42,8 @@ class InProcess(Environments):
         restarts: int = 0,
     ) -> None:
         self.cfg, self._make, self.failures, self.restarts = cfg, make, failures, restarts
-        self._held = Held({i: first if i == 0 and first is not None else self._made(i) for i in range(cfg.num_envs)})
+        own = {0: first} if first is not None else {}
+        self._held = Held({i: own[i] if i in own else placed(make, cfg, i, self._anew) for i in range(cfg.num_envs)})
         self._actions: NDArray[np.float32] | None = None
 
     @property
@@ -50,8 +51,12 @@ class InProcess(Environments):
         """The environments by index."""
         return self._held.envs
 
-    def _made(self, i: int) -> Env:
-        return placed(self._make, self.cfg, i, self.restarts + self.failures.dropped)
+    @property
+    def _anew(self) -> int:
+        return self.restarts + self.failures.dropped
+
+    def _replaced(self, i: int) -> Env:
+        return placed(self._make, self.cfg, i, self._anew, task_of(self.envs[i]))
 
     @override
     def reset(self, which: Sequence[int]) -> dict[int, Array]:
@@ -61,7 +66,7 @@ class InProcess(Environments):
                 try:
                     found[i] = self._held.begin(i)
                 except FAILURES as e:
-                    self.failures.replace(self.envs, i, e, self._made)
+                    self.failures.replace(self.envs, i, e, self._replaced)
         return found
 
     @override
@@ -76,7 +81,7 @@ class InProcess(Environments):
             try:
                 found.append(step(self.envs[i], action))
             except FAILURES as e:
-                self.failures.replace(self.envs, i, e, self._made)
+                self.failures.replace(self.envs, i, e, self._replaced)
                 found.append(None)
         self.failures.count(found)
         return found

@@ -19,6 +19,7 @@ from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.train.envs import complete, make_env, tried
 from tdmpc2_fast.train.envs.answers import EnvError
+from tdmpc2_fast.train.envs.apart.serve import NO_TASK, Obey, rows_of
 from tdmpc2_fast.train.envs.apart.workers import Workers
 from tdmpc2_fast.train.envs.base import Environments, Failures, env_seed, reset, step
 from tdmpc2_fast.train.envs.multitask import TaskEnv
@@ -186,22 +187,39 @@ def test_the_agent_is_told_the_task_of_each_environment() -> None:
     assert told == [*expected, ([2, 0], [True, False])]
 
 
-def test_an_environment_that_fails_goes_on_with_the_next_turn() -> None:
-    cfg = config(1, (FAILING, NARROW), on_env_error="drop")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_environment_that_fails_goes_on_with_the_next_turn(workers: int) -> None:
+    cfg = config(1, (WIDE, NARROW, TALL, FAILING), on_env_error="drop", env_workers=workers)
     notes: list[str] = []
-    envs = InProcess(cfg, make_env, Failures(cfg, notes.append))
+    envs = environments(cfg, made(cfg), notes.append)
+    assert isinstance(envs, (InProcess, Workers))
     with closing(envs):
         told = []
-        for _ in range(7):
+        for _ in range(29):
             envs.reset([0])
             told.append(envs.tasks()[0])
-            for _ in range(5):
-                envs.step_async(np.zeros((1, 1), np.float32))
+            for _ in range(SIZES[cfg.tasks[told[-1]]][2]):
+                envs.step_async(np.zeros((1, 2), np.float32))
                 if envs.step_wait() == [None]:
                     break
-    assert told == [0, 1, 0, 1, 0, 1, 0]  # the third of FAILING fails: the one made anew leaves out a turn
-    assert len(notes) == 1
-    assert FAILING in notes[0]
+    assert told == ([0, 1, 2, 3] * 8)[:29]  # every third of FAILING fails
+    assert len(notes) == 2
+    assert all(FAILING in note for note in notes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_process_that_replaces_a_lost_one_goes_on_with_the_next_turns(count: int) -> None:
+    cfg, row = config(count), np.dtype([("obs", np.float32, (4,)), ("task", np.int64)])
+    memory = bytearray(count * row.itemsize)
+    tasks = rows_of(memory, row)["task"]
+    tasks[:] = NO_TASK
+    seen = []
+    for anew in range(4):
+        process = Obey(cfg, make_env, range(count), anew and 5, memory, row)  # more than one was lost elsewhere
+        with closing(process):
+            assert process.reset(range(count)) == {}
+        seen.append(tasks.tolist())
+    assert seen == [[(i + k * count if count < 3 else i) % 3 for i in range(count)] for k in range(4)]
 
 
 def test_an_error_names_the_task() -> None:

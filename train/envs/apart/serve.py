@@ -29,6 +29,8 @@ from .held import Held
 
 BEGUN = "begun"
 """Said by a process when its imports are done."""
+NO_TASK = -1
+"""The task in a row of shared memory whose environment has begun no episode."""
 Error = tuple[Exception | None, str, str]
 """Itself where it is ours and can be sent; in a line; where it came from."""
 Failed = dict[int, Error]
@@ -58,14 +60,17 @@ class Obey(Held):
         memory: Any,
         row: np.dtype[Any],
     ) -> None:
-        super().__init__({i: placed(make, cfg, i, anew) for i in which})
         self._cfg, self._make = cfg, make
         self._rows = rows_of(memory, row)
+        # Of a process that replaces a lost one, the rows say what was played; else none.
+        lost = {i: task for i in which if (task := int(self._rows["task"][i])) != NO_TASK}
+        super().__init__({i: placed(make, cfg, i, anew, lost.get(i)) for i in which})
 
     def make_anew(self, i: int, anew: int) -> None:
         """Replace environment i; `anew` is as for `placed`."""
+        failed = task_of(self.envs[i])
         close_all([self.envs[i]])
-        self.envs[i] = placed(self._make, self._cfg, i, anew)
+        self.envs[i] = placed(self._make, self._cfg, i, anew, failed)
 
     def reset(self, which: Sequence[int]) -> Failed:
         """Start episodes and write their observations; return the errors of those that failed."""

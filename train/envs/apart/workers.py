@@ -42,7 +42,7 @@ from tdmpc2_fast.errors import ConfigError
 from ..answers import EnvError
 from ..base import Actions, Array, Env, Environments, EnvState, Failures, Step
 from .processes import GuestProcess, SharedFile
-from .serve import BEGUN, Failed, Obey, rows_of, serve
+from .serve import BEGUN, NO_TASK, Failed, Obey, rows_of, serve
 
 ANSWER_SECONDS = 60.0  # a process that has answered before has this long to answer again
 START_SECONDS = 300.0  # the first answer includes the imports and making the environments
@@ -110,6 +110,7 @@ class Workers(Environments):
         size = cfg.num_envs * self._row.itemsize
         self._memory: Any = SharedFile(size) if python is not None else _spawn.RawArray("b", size)
         self._rows: NDArray[Any] = rows_of(self._memory, self._row)
+        self._rows["task"] = NO_TASK
         self.restarts = restarts
         self._workers: list[_Worker] = []
         # An interpreter that ends without close() ends the processes, too: before multiprocessing waits for
