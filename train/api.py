@@ -16,7 +16,9 @@ from tdmpc2_fast.errors import ConfigError, InputError, kind_of
 from tdmpc2_fast.plan.planner import Planner
 from tdmpc2_fast.task_sets import own_set
 
-from .envs import same_form
+from .envs import make_env, same_form
+from .envs.answers import NotHereError
+from .envs.base import close_all
 from .envs.given import source_of
 from .run.evaluate import Evaluation, Evaluator, named
 from .run.events import Callback, Event
@@ -56,6 +58,7 @@ class Agent:
         self._form.close()  # its spaces are all that is wanted
         self._planner: Planner | None = None
         self._begun = False
+        self._widths: dict[str, int | None] = {}
         self.folder: Path | None = None
         self.evaluation: Evaluation | None = None
         self.status = 0
@@ -73,13 +76,14 @@ class Agent:
             obs: as `reset` and `step` of the environment return it.
             t0: whether it begins an episode; None: whether it is the first since `reset`, or at all.
             eval_mode: leave out exploration noise.
-            task: the one of a multi-task model that the environment is of, by its name.
+            task: the one of a multi-task model that the environment is of, by its name; default its only one.
 
         Returns:
             an action of the environment's action space, in its shape and dtype.
 
         Raises:
-            ConfigError: no task, or one that the model does not have.
+            ConfigError: no task where there are several, or one that the model does not have.
+            InputError: not as many numbers as the task observes, with or without the zeros that pad them.
         """
         if self.cfg.multitask:
             return self._act_in(obs, t0, eval_mode, task)
@@ -98,15 +102,16 @@ class Agent:
 
     def _act_in(self, obs: Any, t0: bool | None, eval_mode: bool, task: str | None) -> NDArray[np.float32]:
         cfg = self.cfg
-        if task is None:
+        if task is None and len(cfg.tasks) > 1:
             raise ConfigError(f"task: got None, allowed: {', '.join(cfg.tasks)}")
-        index = cfg.tasks.index(named(cfg, [task])[0])
+        index = cfg.tasks.index(named(cfg, cfg.tasks if task is None else [task])[0])
+        state, width = np.asarray(obs, np.float32).ravel(), cfg.observation_shape[0]
+        own = self._width(cfg.tasks[index])
+        if len(state) > width or (own is not None and len(state) not in (own, width)):
+            allowed = f"at most {width}" if own is None else f"{own}, as {cfg.tasks[index]} observes"
+            raise InputError(f"obs: got {len(state)} numbers, allowed: {allowed}")
         first = not self._begun if t0 is None else t0
         self._begun = True
-        state = np.asarray(obs, np.float32).ravel()
-        width = cfg.observation_shape[0]
-        if len(state) > width:
-            raise InputError(f"obs: got {len(state)} numbers, allowed: at most {width}")
         batch = torch.from_numpy(np.pad(state, (0, width - len(state)))).unsqueeze(0)
         if cfg.mpc:
             self._planner = self._planner or Planner(self.tdmpc2.model, 1)
@@ -115,6 +120,18 @@ class Agent:
             action = self.tdmpc2.act(batch, eval_mode=eval_mode, task=index)[0]
         found: NDArray[np.float32] = action.cpu().numpy()[: cfg.action_dims[index]]
         return found
+
+    def _width(self, task: str) -> int | None:
+        """Return how many numbers a task observes, which its environment tells; None where that is not installed."""
+        if task not in self._widths:
+            try:
+                env = make_env(self.cfg.of_task(task), self.cfg.seed)
+            except NotHereError:
+                self._widths[task] = None
+            else:
+                self._widths[task] = env.obs_shape[0]
+                close_all([env])
+        return self._widths[task]
 
     def evaluate(
         self,

@@ -25,7 +25,7 @@ from task_suite import NARROW, SIZES, TALL, WIDE
 
 import tdmpc2_fast
 from tdmpc2_fast import TDMPC2, Config, Planner, load
-from tdmpc2_fast.errors import ConfigError
+from tdmpc2_fast.errors import ConfigError, InputError
 from tdmpc2_fast.seeds import stream_seed
 from tdmpc2_fast.train import cli
 from tdmpc2_fast.train.envs import make_env
@@ -256,6 +256,12 @@ def test_a_program_gives_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for call in (lambda: agent.act(np.zeros(3)), lambda: agent.act(np.zeros(3), task=TALL)):
         with pytest.raises(ConfigError, match=r"allowed: task_suite:Wide-v0, task_suite:Narrow-v0"):
             call()
+    for task, width, own in ((WIDE, 2, 3), (WIDE, 4, 3), (NARROW, 1, 2)):  # what pads NARROW to WIDE may be there
+        with pytest.raises(InputError, match=f"obs: got {width} numbers, allowed: {own}, as {task} observes"):
+            agent.act(np.zeros(width), task=task)
+    assert agent.act(np.zeros(3), task=NARROW).shape == (1,)
+    one = tdmpc2_fast.train([NARROW], as_="one", **keys)
+    assert one.act(np.zeros(2)).shape == (1,)
     with pytest.raises(ConfigError, match="as"):
         tdmpc2_fast.train([WIDE, NARROW], **keys)
     with pytest.raises(ConfigError, match=r"as_: got .*list"):
