@@ -29,7 +29,7 @@ from .evaluate import Evaluation
 from .events import Callback
 from .folder import discard, home, locked, new_folder
 from .loops.base import Trainer
-from .loops.choice import check_data, donor_of, is_offline, keys_of, trainer_of
+from .loops.choice import check_data, donor_of, is_offline, keys_of, trainer_of, without_effect
 from .shared.dealing import of_rank
 from .stop import Stop, Stopped
 from .threads import choose_threads
@@ -107,6 +107,7 @@ def _start(values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
         for k in values
         if getattr(fixed, k) != getattr(cfg, k)
     ]
+    notes += without_effect(values, cfg)
     if begun:
 
         def as_begun(saved: Config) -> dict[str, Any]:
@@ -164,6 +165,7 @@ def _resume(folder: Path, wanted: Callable[[Config], Mapping[str, Any]], given: 
         saved = of_rank(saved, ranks)
         values = wanted(saved.cfg)
         cfg = on_this_machine(_changed(saved.cfg, values, folder), values, notes.append)
+        notes += without_effect(values, cfg)
         if cfg.data_dir is not None and not Path(cfg.data_dir).expanduser().is_dir():
             raise DataError(
                 f"data {cfg.data_dir!r}, of the run in {str(folder)!r}: no such folder, seen from {str(Path.cwd())!r}; "

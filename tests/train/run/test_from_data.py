@@ -125,6 +125,20 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_made(tmp_path: Pat
     assert "'batch_size': got 1, allowed with mix: at least 2" in refused(good, mix=0.5, batch_size=1)
 
 
+def test_keys_that_do_nothing_without_playing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = dict(utd=4, seed_steps=9, num_envs=3, env_workers=0, buffer_size=70, overlap=True)
+    data = str(make_data(tmp_path / "data", "Pendulum-v1"))
+    shown = dict(OFFLINE, display="lines", steps=2)
+    run(tmp_path / "run", **{**shown, **keys}, data_dir=data, on_env_error="drop")
+    said = "".join(capsys.readouterr())
+    assert [k for k, v in keys.items() if f"{k}={v} has no effect: the run learns from data alone" in said] == [*keys]
+    assert said.count("has no effect") == len(keys)
+    assert lifecycle.resume(tmp_path / "run", dict(steps=3, overlap=False)).status == 0
+    assert "overlap=False has no effect" in "".join(capsys.readouterr())
+    run(tmp_path / "plain", **shown, data_dir=data)
+    assert "has no effect" not in "".join(capsys.readouterr())
+
+
 def test_other_data_is_no_continuation(tmp_path: Path, stop_after: Callable[[int], None]) -> None:
     stop_after(7)
     run(tmp_path / "run", **OFFLINE, data_dir=str(make_data(tmp_path / "data", "Pendulum-v1")))

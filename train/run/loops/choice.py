@@ -33,6 +33,7 @@ from .mixed import shares
 from .offline import OfflineTrainer
 
 _OFFICIAL_BATCH = 1024
+_OF_PLAYING = ("utd", "seed_steps", "num_envs", "env_workers", "buffer_size", "overlap")
 
 
 def is_offline(cfg: Config) -> bool:
@@ -78,6 +79,18 @@ def keys_of(values: Mapping[str, Any], donor: Donor | None) -> dict[str, Any]:
     if cfg.task in TASK_SETS and is_offline(cfg) and values.get("batch_size") is None:
         values = {**values, "batch_size": _OFFICIAL_BATCH}
     return dict(values)
+
+
+def without_effect(values: Mapping[str, Any], cfg: Config) -> list[str]:
+    """Say of each key given that nothing in the run reads it."""
+    if not is_offline(cfg):
+        return []
+    given, default = Config.from_dict(values), Config()
+    return [
+        f"{k}={getattr(given, k)} has no effect: the run learns from data alone, and plays only to be evaluated"
+        for k in _OF_PLAYING
+        if k in values and getattr(given, k) != getattr(default, k)
+    ]
 
 
 def check_data(cfg: Config) -> None:
