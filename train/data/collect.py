@@ -34,7 +34,7 @@ from ..run.threads import choose_threads
 from .dataset import found_index
 from .index import INDEX
 from .rows import Kept, kept
-from .writer import write
+from .writer import check_place, place, write
 
 EPISODES = 100
 _MOST_ENVS = 16
@@ -98,6 +98,7 @@ def collect(
         Stopped: `stop` said so; what was done is in the set.
     """
     stop = stop or Stop()
+    check_place(out)
     if replay:
         for run in [_replay(Path(source).expanduser()) for source in sources]:
             _from_replay(run, out, episodes, tell)
@@ -111,14 +112,13 @@ def collect(
             plan += [(p, total // len(sharing) + (i < total % len(sharing))) for i, p in enumerate(sharing)]
     for player, _ in plan:  # what cannot be is said before the first plays for an hour
         _try(player, out)
-    for player, count in plan:
-        _play(player, out, count, stop, tell)
+    with place(out):
+        for player, count in plan:
+            _play(player, out, count, stop, tell)
 
 
 def _try(player: Player, out: Path) -> None:
     """Raise an error where the environment cannot be made, or does not fit to the agent or into the set."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"config key 'out': {str(out)!r} is a file, allowed: a folder")
     env = make_env(player.cfg, player.cfg.seed)
     try:
         if player.form is not None:
@@ -171,8 +171,10 @@ def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None
                 append()
                 last, nbytes = time.monotonic(), 0
     finally:  # what was done is kept, whatever ended it
-        append()
-        close_all(envs)
+        try:
+            append()
+        finally:
+            close_all(envs)
 
 
 def _round(envs: Sequence[Env], act: Act, stop: Stop) -> list[Episode]:
