@@ -133,6 +133,20 @@ def test_other_data_is_no_continuation(tmp_path: Path, stop_after: Callable[[int
         lifecycle.resume(tmp_path / "run", dict(data_dir=str(other)))
 
 
+@pytest.mark.parametrize("keys", [OFFLINE, MIXED], ids=["offline", "mixed"])
+def test_a_run_stays_one_from_data(keys: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path / "run", **keys, data_dir=str(make_data(tmp_path / "data", "Pendulum-v1")))
+    with pytest.raises(ConfigError, match=r"'data_dir': got None .*allowed: the folder where its data is now"):
+        lifecycle.resume(tmp_path / "run", dict(data_dir=None, steps=100))
+
+
+def test_a_run_without_data_stays_one(tmp_path: Path) -> None:
+    run(tmp_path / "run", **PENDULUM, steps=20, seed_steps=18, eval_freq=100)
+    data = make_data(tmp_path / "data", "Pendulum-v1")
+    with pytest.raises(ConfigError, match=r"'data_dir': got '.*data' .*allowed: none, since it learns without data"):
+        lifecycle.resume(tmp_path / "run", dict(data_dir=str(data), steps=100))
+
+
 def test_a_share_of_each_batch_comes_from_the_data() -> None:
     cfg = Config(batch_size=8, data_dir="x", mix=0.25).with_env({"state": (3,)}, 1, 9)
     assert shares(cfg) == (6, 2)
