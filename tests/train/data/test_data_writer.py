@@ -158,11 +158,12 @@ def spoilt(name: str, row: int, value: float) -> Callable[[], list[object]]:
         (spoilt("obs", 12, np.nan), "made of seed 0, cup-catch: step 1 of episode 1 has obs that is NaN"),
         (spoilt("action", 3, np.inf), "step 3 of episode 0 has action that is NaN or infinite"),
         (spoilt("reward", 5, -np.inf), "step 5 of episode 0 has reward"),
+        (spoilt("action", 3, 1.5), "step 3 of episode 0 has action of 1.5"),
         (spoilt("terminated", 4, True), "step 4 of episode 0 terminates an episode that goes on"),
         (lambda: [parts()[0]._replace(obs_dim=3), parts()[0]], "numbers, allowed: 3 and 6, as elsewhere in the set"),
         (lambda: [], "got no episodes"),
     ],
-    ids=["obs", "action", "reward", "end", "width", "none"],
+    ids=["obs", "action", "reward", "wide", "end", "width", "none"],
 )
 def test_what_nothing_can_be_learned_from_is_refused(
     make: Callable[[], list[object]], reason: str, tmp_path: Path
