@@ -104,6 +104,7 @@ def write(
     parts: Sequence[Episodes],
     tell: Callable[[str], None] = lambda line: None,
     shard_bytes: int = SHARD_BYTES,
+    agree: Callable[[Index | None], None] = lambda old: None,
 ) -> Index:
     """Write episodes into a new data set, or behind those of one that is there; return its index.
 
@@ -111,6 +112,7 @@ def write(
         parts: episodes; those of one task become its shards together.
         tell: told in a line of each shard.
         shard_bytes: how large a shard may become, if it has more than one episode.
+        agree: told what is there when no other process can change it any more; raises where nothing is to be written.
 
     Raises:
         DataError: a task of two widths, numbers that are not finite, no room on the disk, or a folder that `place`
@@ -123,6 +125,7 @@ def write(
             if _ASIDE.fullmatch(left.name) and left.is_file() and not left.is_symlink():
                 left.unlink()
         old = found_index(folder) if (folder / INDEX).exists() else None
+        agree(old)
         there = () if old is None else old.shards
         tasks, chains = _tasks(old, parts)
         plan = [
@@ -235,8 +238,12 @@ def _whole(path: Path, told: Shard | None) -> Shard | None:
 
 def _origin(chain: _Chain, first: int, stop: int) -> str:
     names = dict.fromkeys(part.origin for part, _, _ in chain.pieces(first, stop, int(firsts(chain.lengths)[-1])))
-    text = "; ".join(names)
-    return text if len(text) <= _MOST_TEXT else text[: _MOST_TEXT - 1] + "…"
+    return shortened("; ".join(names))
+
+
+def shortened(origin: str) -> str:
+    """Return where episodes come from as an index has it."""
+    return origin if len(origin) <= _MOST_TEXT else origin[: _MOST_TEXT - 1] + "…"
 
 
 def _key(tasks: Sequence[Task], chains: dict[int, _Chain], shard_bytes: int) -> str:
