@@ -199,11 +199,6 @@ def _changed(saved: Config, values: Mapping[str, Any], folder: Path) -> Config:
                 f"makes it what it is. Allowed: the same; changes of {', '.join(CHANGEABLE)}; or a run of its own "
                 "(another exp_name or work_dir; checkpoint=PATH begins with the weights of this one)"
             )
-        if key == "data_dir" and None in (value, saved.data_dir):
-            allowed = "none, since it learns without data" if value else "the folder where its data is now"
-            raise ConfigError(
-                f"config key 'data_dir': got {value!r} for the run in {str(folder)!r}, allowed: {allowed}"
-            )
     return saved.replace(**changes)
 
 

@@ -82,8 +82,6 @@ def test_a_run_from_data_goes_on_bit_for_bit(
     stop_after(at)
     assert run(tmp_path / "parts", **keys, data_dir=str(data)).status == 128 + signal.SIGTERM
     moved = data.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="is not there; data_dir=FOLDER says where"):
-        lifecycle.resume(tmp_path / "parts", {})
     assert lifecycle.resume(tmp_path / "parts", dict(data_dir=str(moved))).status == 0
     assert left(tmp_path / "parts") == left(tmp_path / "whole")
 
@@ -134,20 +132,6 @@ def test_other_data_is_no_continuation(tmp_path: Path, stop_after: Callable[[int
     other = make_data(tmp_path / "other", "Pendulum-v1", episodes=5)
     with pytest.raises(DataError, match="is not what the run has drawn from"):
         lifecycle.resume(tmp_path / "run", dict(data_dir=str(other)))
-
-
-@pytest.mark.parametrize("keys", [OFFLINE, MIXED], ids=["offline", "mixed"])
-def test_a_run_stays_one_from_data(keys: dict[str, Any], tmp_path: Path) -> None:
-    run(tmp_path / "run", **keys, data_dir=str(make_data(tmp_path / "data", "Pendulum-v1")))
-    with pytest.raises(ConfigError, match=r"'data_dir': got None .*allowed: the folder where its data is now"):
-        lifecycle.resume(tmp_path / "run", dict(data_dir=None, steps=100))
-
-
-def test_a_run_without_data_stays_one(tmp_path: Path) -> None:
-    run(tmp_path / "run", **PENDULUM, steps=20, seed_steps=18, eval_freq=100)
-    data = make_data(tmp_path / "data", "Pendulum-v1")
-    with pytest.raises(ConfigError, match=r"'data_dir': got '.*data' .*allowed: none, since it learns without data"):
-        lifecycle.resume(tmp_path / "run", dict(data_dir=str(data), steps=100))
 
 
 def test_a_run_goes_on_with_what_it_had_where_more_was_appended(

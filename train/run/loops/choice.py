@@ -153,8 +153,6 @@ def trainer_of(
     """Make the trainer that a config asks for; with `data_dir` it is a completed one."""
     if cfg.data_dir is None:
         return OnlineTrainer(cfg, folder, saved, stop, source, evaluation, ranks=ranks)
-    if saved is not None and not Path(cfg.data_dir).expanduser().is_dir():
-        raise DataError(f"data {cfg.data_dir!r}: is not there; data_dir=FOLDER says where the data of the run is now")
     data = _opened(cfg)
     own = cfg.replace(batch_size=ranks.equal(cfg, "batch_size"))
     _, share = shares(own)
