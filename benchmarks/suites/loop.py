@@ -87,8 +87,8 @@ class _Timed:
         self.parts[part] += 1e3 * (time.perf_counter() - start)
         return result
 
-    def act(self, obs: Tensor, t0: Tensor) -> Tensor:
-        """Act as `TDMPC2.act` does for a batch."""
+    def act(self, obs: Tensor, t0: Tensor, task: None = None) -> Tensor:
+        """Act as `TDMPC2.act` does for a batch of one task."""
         obs = self.timed("copy", lambda: obs.to(self.device, non_blocking=True))
         action = self.timed("plan", lambda: self.inner.plan(obs, t0))
         copied: Tensor = self.timed("copy", action.cpu)

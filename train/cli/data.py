@@ -27,7 +27,8 @@ def collect(words: Sequence[str]) -> int:
     values = keys.parse(words, presets=False)
     if not sources or options.out is None:
         got = "no source" if not sources else "no out="
-        raise ConfigError(f"got {got}, allowed: tdmpc2-fast collect SOURCE ... out=FOLDER [key=value ...]")
+        hint = f"; SOURCE is the name alone: {values['task']}" if not sources and "task" in values else ""
+        raise ConfigError(f"got {got}, allowed: tdmpc2-fast collect SOURCE ... out=FOLDER [key=value ...]{hint}")
     from ..data import collect as collecting
     from ..run.stop import Stop, Stopped
 
@@ -51,8 +52,10 @@ def data(words: Sequence[str]) -> int:
     paths, others = keys.arguments(words)
     own = [f.name for f in dataclasses.fields(options)]
     if others or len(paths) < 2 or paths[0] not in ("info", "check", "convert"):
-        got = others[0] if others else " ".join(paths)
-        close = did_you_mean(got.partition("=")[0], own) if others else did_you_mean(got, ("info", "check", "convert"))
+        got, known = others[0] if others else " ".join(paths), ("info", "check", "convert")
+        if got in known:
+            raise ConfigError(f"data {got}: got no {'SOURCE' if got == 'convert' else 'FOLDER'}, allowed: {_DATA}")
+        close = did_you_mean(got.partition("=")[0], own) if others else did_you_mean(got, known)
         raise ConfigError(f"got {got!r}, allowed: {_DATA}.{close}")
     what, *given = paths
     if what != "convert" and (len(given) > 1 or options != keys.DataOptions()):

@@ -1,13 +1,14 @@
 """Episodes for a data set: played with random actions or by trained agents, or taken from a run's replay.
 
 Episodes are appended as they come, some at a time: stopped at any point, the set is whole and holds what was done. Each
-shard tells its origin, so the same command goes on where it stopped.
+shard tells its origin and the settings it was played with, so the same command, and no other, goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from tdmpc2_fast.learn.replay import ReplayBuffer
 from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.plan.planner import Planner
 from tdmpc2_fast.seeds import stream_seed
+from tdmpc2_fast.task_sets import TASK_SETS
 
 from ..envs import make_env, same_form, suite_of, tried
 from ..envs.base import Actions, Env, check_actions, close_all, reset, step
@@ -32,14 +34,24 @@ from ..run.episode import Episode
 from ..run.stop import Stop
 from ..run.threads import choose_threads
 from .dataset import found_index
-from .index import INDEX
+from .index import INDEX, Index
 from .rows import Kept, kept
-from .writer import write
+from .writer import check_place, place, shortened, write
 
 EPISODES = 100
 _MOST_ENVS = 16
 _APPEND_SECONDS, _APPEND_BYTES = 60.0, 64 << 20
 _LOOK_SECONDS = 0.05
+_LONGEST_SETTINGS = 200
+_SILENT = ("seed", "device", "num_threads", "backend", "precision")
+"""Keys that are told elsewhere, or change no more than rounding."""
+_OF_ALL = (*_SILENT, "obs", "episode_length", "env_kwargs")
+_OF_AGENTS = (
+    *("task", "multitask", "tasks", "episodic", "model_size", "action_dims", "episode_lengths", "task_dim"),
+    *("mpc", "iterations", "num_samples", "num_elites", "num_pi_trajs", "horizon", "min_std", "max_std", "temperature"),
+    *("log_std_min", "log_std_max", "discount_denom", "discount_min", "discount_max"),
+)
+"""Keys that change how agents play, or that a file without a config needs."""
 _NONE: dict[str, Any] = dict(
     multitask=False,
     tasks=(),
@@ -86,7 +98,7 @@ def collect(
     Args:
         sources: each a task's name, for random actions; a checkpoint; or a run's folder, for all of its checkpoints.
         out: the data set's folder.
-        values: config keys: `seed`, `device` and settings of the environment.
+        values: config keys: `seed`, `device`, settings of the environment and, of agents, of planning.
         episodes: how many of each source the set is to have, of each task; default 100, or all of a replay.
         noise: let agents explore as in training.
         replay: take the episodes that a run's replay holds, and play none.
@@ -98,6 +110,8 @@ def collect(
         Stopped: `stop` said so; what was done is in the set.
     """
     stop = stop or Stop()
+    _check_keys(sources, values, noise, replay)
+    check_place(out)
     if replay:
         for run in [_replay(Path(source).expanduser()) for source in sources]:
             _from_replay(run, out, episodes, tell)
@@ -108,17 +122,36 @@ def collect(
         players = [*_players(source, values, noise)]
         for task in dict.fromkeys(p.cfg.task for p in players):
             sharing = [p for p in players if p.cfg.task == task]
-            plan += [(p, total // len(sharing) + (i < total % len(sharing))) for i, p in enumerate(sharing)]
+            plan += [(p, total // len(sharing) + (i < total % len(sharing))) for i, p in enumerate(sharing[:total])]
     for player, _ in plan:  # what cannot be is said before the first plays for an hour
         _try(player, out)
-    for player, count in plan:
-        _play(player, out, count, stop, tell)
+    with place(out):
+        for player, count in plan:
+            _play(player, out, count, stop, tell)
+
+
+def _check_keys(sources: Sequence[str], values: dict[str, Any], noise: bool, replay: bool) -> None:
+    """Raise a `ConfigError` for a key that would change nothing."""
+    agents = any(map(_is_path, sources))
+    allowed = () if replay else _OF_ALL + (_OF_AGENTS if agents else ())
+    given = values | ({"noise": True} if noise and (replay or not agents) else {})
+    for key in given:
+        if key not in allowed:
+            who = "a replay, which is taken as it is" if replay else "agents" if agents else "random actions"
+            hint = f": none, SOURCE says it ({' '.join(sources)})" if key == "task" and not replay else ""
+            raise ConfigError(
+                f"config key {key!r}: got {given[key]!r}, which changes nothing for {who}, allowed"
+                + (hint or f": {', '.join(allowed) or 'none'}")
+            )
+
+
+def _is_path(source: str) -> bool:
+    path = Path(source).expanduser()
+    return path.exists() or path.with_name(f"{path.name}.safetensors").exists()
 
 
 def _try(player: Player, out: Path) -> None:
     """Raise an error where the environment cannot be made, or does not fit to the agent or into the set."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"config key 'out': {str(out)!r} is a file, allowed: a folder")
     env = make_env(player.cfg, player.cfg.seed)
     try:
         if player.form is not None:
@@ -138,7 +171,7 @@ def _try(player: Player, out: Path) -> None:
 def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None:
     """Play until the set has so many episodes of this player."""
     task = player.cfg.task
-    done = _there(out, task, player.origin)
+    done = written = _there(out, task, player.origin)
     tell(f"{task}: {done:,} of {count:,} episodes are there ({player.origin})")
     if done >= count:
         return
@@ -147,8 +180,10 @@ def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None
     act, envs = player.policy(seed), list[Env]()
 
     def append() -> None:
+        nonlocal written
         if waiting:
-            _append(out, kept(task, waiting, player.origin))
+            _append(out, kept(task, waiting, player.origin), written)
+            written += len(waiting)
             totals = [float(np.nansum(e["reward"])) for e in waiting]
             tell(
                 f"{task}: {done:,} of {count:,} episodes, return {np.mean(totals):.1f} ± {np.std(totals):.1f} of the "
@@ -171,8 +206,10 @@ def _play(player: Player, out: Path, count: int, stop: Stop, tell: Tell) -> None
                 append()
                 last, nbytes = time.monotonic(), 0
     finally:  # what was done is kept, whatever ended it
-        append()
-        close_all(envs)
+        try:
+            append()
+        finally:
+            close_all(envs)
 
 
 def _round(envs: Sequence[Env], act: Act, stop: Stop) -> list[Episode]:
@@ -197,20 +234,27 @@ def _round(envs: Sequence[Env], act: Act, stop: Stop) -> list[Episode]:
 
 def _players(source: str, values: dict[str, Any], noise: bool) -> Iterator[Player]:
     path = Path(source).expanduser()
-    if not path.exists() and not path.with_name(f"{path.name}.safetensors").exists():
+    if not _is_path(source):
         yield _random(source, values)
         return
-    files = _checkpoints(path)
-    for file in files:
+    digests = set[str]()
+    for file in reversed(_checkpoints(path)):
+        if (digest := hashlib.sha256(file.read_bytes()).hexdigest()) in digests:
+            continue  # a run that ended has its last weights twice
+        digests.add(digest)
         agent = load(file, **values)
         choose_threads(agent.cfg)
         if agent.cfg.obs != "state":
             raise DataError(f"{source}: sees pixels, allowed: data sets are of states")
-        yield from _of_agent(agent, file, values, noise)
+        yield from _of_agent(agent, file, digest[:8], values, noise)
 
 
 def _random(task: str, values: dict[str, Any]) -> Player:
-    suite_of(task)
+    try:
+        suite_of(task)
+    except ConfigError as e:
+        why = f"{task!r} is no file or folder, and {e}"
+        raise ConfigError(f"{why} Several sources have spaces between them." if "," in task else why) from None
     cfg = Config.from_dict({**values, "task": task, "episodic": True})  # whose episodes may terminate
     if cfg.obs != "state":
         raise DataError(f"config key 'obs': got {cfg.obs!r}, allowed: 'state', of which data sets are")
@@ -220,15 +264,29 @@ def _random(task: str, values: dict[str, Any]) -> Player:
         rng = np.random.default_rng(seed)
         return lambda obs, first: rng.uniform(-1, 1, (len(obs), width)).astype(np.float32)
 
-    return Player(f"random actions, seed {cfg.seed}", cfg, 1, policy)
+    changed = _settings(values, cfg, Config.from_dict(dict(task=task)))
+    return Player(f"random actions, seed {cfg.seed}{changed}", cfg, 1, policy)
 
 
-def _of_agent(agent: TDMPC2, file: Path, values: dict[str, Any], noise: bool) -> Iterator[Player]:
+def _settings(values: dict[str, Any], cfg: Config, was: Config | None) -> str:
+    """Return the settings that change what is played, where they are not those of another config."""
+    found = {k: getattr(cfg, k) for k in sorted(values) if k not in _SILENT}
+    found = {k: x for k, x in found.items() if was is None or x != getattr(was, k)}
+    text = "".join(f", {k}={json.dumps(x, sort_keys=True, default=str)}" for k, x in found.items())
+    return text if len(text) <= _LONGEST_SETTINGS else f", settings {hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _of_agent(agent: TDMPC2, file: Path, digest: str, values: dict[str, Any], noise: bool) -> Iterator[Player]:
     """Yield a player for each task of an agent, which is loaded again when it plays: many need not be in memory."""
     cfg = agent.cfg
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    if cfg.multitask and values.get("task") not in (None, *TASK_SETS):
+        raise ConfigError(
+            f"config key 'task': got {values['task']!r}, allowed: none with {str(file)!r}, which plays each of its "
+            f"tasks ({', '.join(cfg.tasks)})"
+        )
     where = file.parent.name if file.parent.name != "checkpoints" and file.stem == "agent" else file.stem
-    origin = f"{cfg.exp_name} {where} ({digest}){' with noise' if noise else ''}, seed {cfg.seed}"
+    changed = _settings(values, cfg, checkpoint.read(file)[1])
+    origin = f"{cfg.exp_name} {where} ({digest}){' with noise' if noise else ''}, seed {cfg.seed}{changed}"
     width = 1 if agent.device.type == "cpu" else _MOST_ENVS
     for i, task in enumerate(cfg.tasks if cfg.multitask else (cfg.task,)):
         single = cfg.replace(task=task, **_NONE) if cfg.multitask else cfg
@@ -269,12 +327,23 @@ def _checkpoints(path: Path) -> list[Path]:
     return found or [checkpoint.find_checkpoint(path)]
 
 
-def _append(out: Path, episodes: Kept) -> None:
-    """Append episodes, when no other process does; that takes a moment."""
+def _append(out: Path, episodes: Kept, before: int) -> None:
+    """Append episodes, when no other process does; that takes a moment.
+
+    before: how many of this task and origin must be there.
+    """
+
+    def agree(old: Index | None) -> None:
+        if (got := _count(old, episodes.task, episodes.origin)) != before:
+            raise DataError(
+                f"data {str(out)!r}: got {got:,} episodes of {episodes.task} ({episodes.origin}) where {before:,} "
+                "were: another process collects the same, allowed: a seed for each"
+            )
+
     end = time.monotonic() + _APPEND_SECONDS
     while True:
         try:
-            write(out, [episodes])
+            write(out, [episodes], agree=agree)
             return
         except ConfigError:
             if time.monotonic() > end:
@@ -284,10 +353,12 @@ def _append(out: Path, episodes: Kept) -> None:
 
 def _there(out: Path, task: str, origin: str) -> int:
     """Return how many episodes of a task and an origin a data set has."""
-    if not (out / INDEX).exists():
-        return 0
-    index = found_index(out)
-    return sum(s.episodes for s in index.shards if s.origin == origin and index.tasks[s.task].name == task)
+    return _count(found_index(out) if (out / INDEX).exists() else None, task, origin)
+
+
+def _count(index: Index | None, task: str, origin: str) -> int:
+    shards, origin = () if index is None else index.shards, shortened(origin)
+    return sum(s.episodes for s in shards if index and s.origin == origin and index.tasks[s.task].name == task)
 
 
 def _replay(run: Path) -> Saved:
@@ -297,6 +368,8 @@ def _replay(run: Path) -> Saved:
         raise DataError(f"{run}: has no checkpoint with a replay, allowed: the folder of a run")
     if saved.cfg.obs != "state" or saved.cfg.multitask:
         raise DataError(f"{run}: its replay is of pixels or several tasks, allowed: states of one task")
+    if "replay/episodes" not in saved.tensors:
+        raise DataError(f"{run}: has no replay: it learned from data alone; allowed: a run that played")
     return saved
 
 
@@ -319,6 +392,6 @@ def _from_replay(saved: Saved, out: Path, episodes: int | None, tell: Tell) -> N
     found = [{k: x.numpy() for k, x in buffer.steps(a, b).items()} for a, b in spans]
     for e in found:
         e["terminated"] = e["terminated"].astype(np.float32)
-    _append(out, kept(saved.cfg.task, found, origin))
+    _append(out, kept(saved.cfg.task, found, origin), 0)
     totals = [float(np.nansum(e["reward"][1:])) for e in found]
     tell(f"{saved.cfg.task}: {len(found):,} episodes, return {np.mean(totals):.1f} ± {np.std(totals):.1f} ({origin})")

@@ -33,6 +33,7 @@ def convert(
     """
     if (out / INDEX).exists():
         raise DataError(f"config key 'out': {str(out)!r} is a whole data set already, allowed: a new folder")
+    writer.check_place(out)
     found: list[Episodes] = []
     try:
         for source in sources:

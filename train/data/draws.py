@@ -8,6 +8,7 @@ has the r-th part: 4 ranks of 256 slices draw what one rank of 1,024 draws, bit 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections import deque
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import DataError
+from tdmpc2_fast.errors import DataError, InputError
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.seeds import stream_seed
 
 from .dataset import DataSet
+from .index import Shard
 
 _PER_BLOCK = 4  # random numbers at one position of Philox' counter
 _GPU_THREADS = 4
@@ -43,7 +45,7 @@ class Draws:
     waited: seconds that `sample` has waited for a batch.
 
     Raises:
-        DataError: a task of the config is not there, or is wider than the config says.
+        DataError: a task of the config is not there, is wider than the config says, or has no episode long enough.
     """
 
     def __init__(
@@ -61,21 +63,38 @@ class Draws:
         self._rank, self._key = rank, stream_seed(cfg.seed, "data")
         self._slice, self._pinned = cfg.horizon + 1, self.device.type == "cuda"
         self._width = cfg.observation_shape[0]
-        self._table(_numbers(data, cfg))
+        self._numbers = _numbers(data, cfg)
+        self._table()
         count = threads or (_GPU_THREADS if self._pinned else 1)
         self._pool = ThreadPoolExecutor(count, "draws")
         self._ahead: deque[Future[Batch]] = deque()
         self._most_ahead = 2 * count
-        self._next = 0
+        self._next, self._closed = 0, False
         self.waited = 0.0
 
     @property
     def num_sampleable(self) -> int:
         """The number of episodes with at least one slice."""
-        return int(self._before[-1]) if self._long is None else len(self._long)
+        return self.num_episodes if self._long is None else len(self._long)
+
+    @property
+    def num_episodes(self) -> int:
+        """The number of episodes of these tasks, those too short for a slice among them."""
+        return int(self._before[-1])
+
+    @property
+    def num_steps(self) -> int:
+        """The number of their decisions."""
+        return int(self._lengths.sum()) - self.num_episodes
 
     def sample(self) -> Batch:
-        """Return the next batch, on the device: obs (H+1, B, O), action, reward, terminated (H, B, .), task (B,)."""
+        """Return the next batch, on the device: obs (H+1, B, O), action, reward, terminated (H, B, .), task (B,).
+
+        Raises:
+            InputError: after `close`.
+        """
+        if self._closed:
+            raise InputError("sample: got a call after close, allowed: before it")
         while len(self._ahead) < self._most_ahead:
             self._ahead.append(self._pool.submit(self.batch, self._next + len(self._ahead)))
         start = time.monotonic()
@@ -114,40 +133,57 @@ class Draws:
         return found if self.cfg.multitask else found._replace(task=None)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what `load_state` takes: the number of the next batch, and of which data."""
-        return dict(next=torch.tensor(self._next), data=self._fingerprint())
+        """Return what `load_state` takes: the number of the next batch, and of how many shards and which."""
+        count = len(self._shards)
+        return dict(next=torch.tensor(self._next), shards=torch.tensor(count), data=self._fingerprint(count))
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another one stood: the next batch is bit for bit the one that would have come.
 
+        Shards that were appended since are left out.
+
         Raises:
             DataError: that one drew from other data.
         """
-        if not torch.equal(state["data"].cpu(), self._fingerprint()):
-            raise DataError(f"data {str(self.data.folder)!r}: is not what the run has drawn from so far")
+        count = int(state["shards"])
+        if count > len(self._of_tasks()) or not torch.equal(state["data"].cpu(), self._fingerprint(count)):
+            raise DataError(
+                f"data {str(self.data.folder)!r}: is not what the run has drawn from so far; allowed: the same shards "
+                "of its tasks, behind which others may have been appended"
+            )
         self._drop()
+        if count != len(self._shards):
+            self._table(count)
         self._next = int(state["next"])
 
     def close(self) -> None:
         """End the threads. The data set stays open."""
+        self._closed = True
         self._drop()
         self._pool.shutdown()
 
-    def _table(self, numbers: Mapping[int, int]) -> None:
-        """Put down where each episode lies; numbers: index in the config by the number of the data set's task."""
-        shards = [(i, s) for i, s in enumerate(self.data.index.shards) if s.task in numbers]
-        self._shards = [(i, numbers[s.task], s.terminated > 0) for i, s in shards]
+    def _of_tasks(self) -> list[tuple[int, Shard]]:
+        """Return the shards of the tasks that are drawn from, with their places in the data set."""
+        return [(i, s) for i, s in enumerate(self.data.index.shards) if s.task in self._numbers]
+
+    def _table(self, count: int | None = None) -> None:
+        """Put down where each episode of the first `count` shards lies, or of all."""
+        shards = self._of_tasks()[:count]
+        self._shards = [(i, self._numbers[s.task], s.terminated > 0) for i, s in shards]
         lengths = [s.each_length() for _, s in shards]
         self._before = np.concatenate([[0], np.cumsum([len(x) for x in lengths])])
         self._lengths = np.concatenate(lengths).astype(np.int32)
         self._starts = np.concatenate([np.cumsum(x) - x for x in lengths]).astype(np.int32)
         long = self._lengths >= self._slice
         self._long: NDArray[np.int64] | None = None if long.all() else np.flatnonzero(long)
-        if not long.any():
-            raise DataError(
-                f"data {str(self.data.folder)!r}: got {len(long):,} episodes, none with a slice of {self._slice} rows "
-                "(horizon + 1); allowed: at least one"
-            )
+        drawn = {s.task for (_, s), x in zip(shards, lengths, strict=True) if (x >= self._slice).any()}
+        for task in self._numbers:
+            if task not in drawn:
+                episodes = sum(s.episodes for _, s in shards if s.task == task)
+                raise DataError(
+                    f"data {str(self.data.folder)!r}: {self.data.index.tasks[task].name!r} has {episodes:,} episodes, "
+                    f"none with a slice of {self._slice} rows (horizon + 1); allowed: at least one"
+                )
 
     def _random(self, number: int, count: int) -> NDArray[np.float64]:
         """Return the two uniform numbers of each slice: (B, 2)."""
@@ -163,8 +199,10 @@ class Draws:
         tensors.append(torch.zeros(count, dtype=torch.int64, pin_memory=self._pinned))
         return Batch(*tensors), [x.numpy() for x in tensors]
 
-    def _fingerprint(self) -> Tensor:
-        return torch.frombuffer(bytearray.fromhex(self.data.index.digest()), dtype=torch.uint8)
+    def _fingerprint(self, count: int) -> Tensor:
+        """Return a digest of the first `count` shards, by their tasks' names."""
+        told = [(self.data.index.tasks[s.task].name, s.sha256, s.lengths) for _, s in self._of_tasks()[:count]]
+        return torch.frombuffer(bytearray(hashlib.sha256(repr(told).encode()).digest()), dtype=torch.uint8)
 
     def _drop(self) -> None:
         for future in self._ahead:

@@ -13,6 +13,8 @@ from tdmpc2_fast.errors import DataError
 
 Floats = NDArray[np.float32]
 Lengths = NDArray[np.int64]
+_MOST_ACTION = 1.001  # with room for rounding
+_MOST = 1e18  # the square of more is infinite in float32
 
 
 class Rows(NamedTuple):
@@ -126,9 +128,13 @@ def judged(rows: Rows, lengths: Lengths, where: str, number: int = 0) -> Rows:
     action, reward = rows.action.copy(), rows.reward.copy()
     action[begin], reward[begin] = 0, 0
     for name, x in (("obs", rows.obs), ("action", action), ("reward", reward)):
-        bad = ~np.isfinite(x).reshape(len(x), -1).all(1)
-        if bad.any():
-            raise DataError(f"{where}: {_place(begin, int(bad.argmax()), number)} has {name} that is NaN or infinite")
+        most, allowed = (_MOST_ACTION, "-1 to 1") if name == "action" else (_MOST, f"{-_MOST:g} to {_MOST:g}")
+        good = (np.abs(x) <= most).reshape(len(x), -1)  # NaN is not
+        if not good.all():
+            row = int(good.all(1).argmin())
+            got = x.reshape(len(x), -1)[row][~good[row]][0]
+            what = f"of {got:.6g}, allowed: {allowed}" if np.isfinite(got) else "that is NaN or infinite"
+            raise DataError(f"{where}: {_place(begin, row, number)} has {name} {what}")
     early = rows.terminated.copy()
     early[ends] = False
     if early.any():

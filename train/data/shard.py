@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,13 @@ def _header(task: Task, rows: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def write(path: Path, task: Task, rows: int, parts: Iterable[Rows]) -> int:
+def write(
+    path: Path, task: Task, rows: int, parts: Iterable[Rows], complete: Callable[[Path], None] = lambda tmp: None
+) -> int:
     """Write a shard of so many rows, flushed and renamed; return its bytes.
 
     parts: consecutive rows, as many in all; only one is in memory at a time.
+    complete: told of the file that is about to take the place of `path`.
 
     Raises:
         DataError: there were more or fewer.
@@ -66,6 +69,7 @@ def write(path: Path, task: Task, rows: int, parts: Iterable[Rows]) -> int:
         if done != rows:
             raise DataError(f"data {str(path)!r}: got {done:,} rows, allowed: {rows:,}")
         size = tmp.stat().st_size
+        complete(tmp)
     return size
 
 

@@ -18,7 +18,7 @@ from .apart.remote import Apart, installed
 from .base import FAILURES, Env, Step, close_all, in_a_line, reset, step, whole_sizes
 from .device import playground
 from .device.base import DeviceEnvironments
-from .multitask import TaskEnv
+from .multitask import Padded, TaskEnv
 
 _TRY_DECISIONS, _TRY_SECONDS = 200, 1.0
 _SHORTEST_TRIES = 10  # of many tasks, each has a tenth of the time
@@ -156,7 +156,12 @@ def beside(values: Mapping[str, Any], saved: Config) -> dict[str, Any]:
     return {**values, "env_kwargs": {**(saved.env_kwargs or {}), **given}} if given else dict(values)
 
 
-def tried(cfg: Config, make: Callable[[Config], Env] | None = None, steps: bool = True) -> Config:
+def tried(
+    cfg: Config,
+    make: Callable[[Config], Env] | None = None,
+    steps: bool = True,
+    widths: dict[str, int] | None = None,
+) -> Config:
     """Return the completed config of a run whose environment answered a try with random actions.
 
     The try is at most an episode, 200 decisions and a second long, so that mistakes are told before
@@ -164,6 +169,7 @@ def tried(cfg: Config, make: Callable[[Config], Env] | None = None, steps: bool 
 
     make: makes the environment; default by `cfg.task`.
     steps: whether steps are tried; else only what the environment tells of itself is looked at.
+    widths: filled with the width of each task's own observations, or the channels of its images.
 
     Raises:
         ConfigError: as `make_env` and `complete`; the task terminates and `episodic` is not set; a `horizon` longer
@@ -175,6 +181,8 @@ def tried(cfg: Config, make: Callable[[Config], Env] | None = None, steps: bool 
         cfg = complete(cfg, env)
         each = {cfg.task: env} if not isinstance(env, TaskEnv) else {one.name: one for one in env.each()}
         for name, one in each.items():
+            if widths is not None:
+                widths[name] = (one.env if isinstance(one, Padded) else one).obs_shape[0]
             if cfg.horizon > one.max_episode_steps:
                 raise ConfigError(
                     f"config key 'horizon': got {cfg.horizon}, allowed: at most {one.max_episode_steps}, the decisions "

@@ -12,7 +12,7 @@ from typing import Any
 
 from tdmpc2_fast.agent import TDMPC2
 from tdmpc2_fast.config import Config
-from tdmpc2_fast.errors import CheckpointError, ConfigError, DataError, InputError
+from tdmpc2_fast.errors import CheckpointError, ConfigError, DataError, InputError, NonFiniteError
 from tdmpc2_fast.model.transfer import Donor
 from tdmpc2_fast.runtime.backend import on_this_machine
 from tdmpc2_fast.runtime.ranks import Ranks, among, under_torchrun
@@ -99,7 +99,8 @@ def _start(values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
     ranks.equal(cfg, "batch_size")
     if not is_offline(cfg):
         ranks.equal(cfg, "num_envs")
-    fixed = tried(cfg, given.source.form, given.source.tried)  # errors before a folder is made
+    widths: dict[str, int] = {}
+    fixed = tried(cfg, given.source.form, given.source.tried, widths)  # errors before a folder is made
     if given.evaluation is not None:
         close_all([same_form(given.evaluation.form(fixed), fixed)])
     notes = [
@@ -117,7 +118,7 @@ def _start(values: Mapping[str, Any], given: Given, ranks: Ranks) -> Outcome:
         return _resume(home(cfg), as_begun, given, ranks)
     fixed = fixed if donor is None else donor.fitted(fixed)
     del donor  # its weights are read again where they are taken: meanwhile they would be in memory
-    check_data(fixed)
+    check_data(fixed, widths)
     if cfg.enable_wandb:
         wandb_package()
     cfg = fixed if cfg.data_dir is not None or cfg.init is not None else cfg
@@ -247,8 +248,10 @@ def _run(cfg: Config, folder: Path, saved: Saved | None, notes: Sequence[str], g
         except ConfigError:
             summary = _how_to_go_on(trainer)[:1]  # going on would fail in the same way
             raise
-        except BaseException:
+        except BaseException as e:
             summary = _how_to_go_on(trainer)
+            if isinstance(e, NonFiniteError) and cfg.data_dir is not None:
+                e.add_note(f"tdmpc2-fast data check {cfg.data_dir} tells whether it comes from the data")
             raise
         else:
             if not ranks.first:

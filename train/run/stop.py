@@ -33,10 +33,14 @@ class Stop:
         """Tells whether the run is to end after its step."""
         return self.signal is not None
 
+    def wanted(self) -> int:
+        """Return the signal by which the run is to end, or 0."""
+        return self.signal or 0
+
     def check(self) -> None:
         """Raise `Stopped` if the run is to end."""
-        if self.signal is not None:
-            raise Stopped(self.signal)
+        if signal := self.wanted():
+            raise Stopped(signal)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

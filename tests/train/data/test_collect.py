@@ -13,6 +13,7 @@ import pytest
 from command_line import QUICK, in_an_empty_folder, save_untrained, words  # noqa: F401
 from conftest import TINY
 from data_episodes import episode
+from data_sets import make_data
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("dm_control")
@@ -84,7 +85,7 @@ def test_it_goes_on_to_the_number_asked_for() -> None:
     collect([PENDULUM], OUT, SHORT, 2)
     lines: list[str] = []
     collect([PENDULUM], OUT, SHORT, 2, tell=lines.append)
-    assert lines == ["Pendulum-v1: 2 of 2 episodes are there (random actions, seed 1)"]
+    assert lines == ["Pendulum-v1: 2 of 2 episodes are there (random actions, seed 1, episode_length=20)"]
     collect([PENDULUM], OUT, SHORT, 3)
     collect([PENDULUM], OUT, SHORT | dict(seed=2), 1)
     data = DataSet.open(OUT)
@@ -154,16 +155,92 @@ def test_an_agent_plays(mpc: bool) -> None:
 
 
 def test_all_checkpoints_of_a_run_play(trained: Path) -> None:
-    """Its best, too, where it is none of the newest."""
+    """Its best, too, where it is none of the newest, and once what stands there twice."""
     files = module._checkpoints(trained)
     apart = not any(files[0].samefile(f) for f in files[1:]) and files[0].stem == "best"
     assert len(files) == 2 + apart
+    count = len({f.read_bytes() for f in files})
     collect([str(trained)], OUT, {}, 5)
     shards = DataSet.open(OUT).index.shards
-    assert [s.episodes for s in shards] == ([2, 2, 1] if apart else [3, 2])
-    assert len({s.origin for s in shards}) == len(files)
+    assert [s.episodes for s in shards] == {1: [5], 2: [3, 2], 3: [2, 2, 1]}[count]
+    assert len({s.origin for s in shards}) == count
     collect([str(trained)], OUT, {}, 5)
     assert DataSet.open(OUT).tasks[0].episodes == 5
+
+
+def test_the_newest_plays_first_and_equal_ones_once(trained: Path) -> None:
+    shutil.copytree(trained, "run")
+    names = [p.name for p in sorted(Path("run/checkpoints").glob("*-at-*"))]
+    lines: list[str] = []
+    collect(["run"], OUT, {}, 1, tell=lines.append)
+    (shard,) = DataSet.open(OUT).index.shards
+    assert names[-1] in shard.origin
+    assert not [line for line in lines if "of 0 episodes" in line]
+    for name in names[:-1]:
+        shutil.copy(f"run/checkpoints/{names[-1]}/agent.safetensors", f"run/checkpoints/{name}/agent.safetensors")
+    for path in Path("run/checkpoints").glob("best.*"):
+        path.unlink()
+    collect(["run"], Path("once"), {}, 4)
+    assert [s.episodes for s in DataSet.open("once").index.shards] == [4]
+
+
+def test_what_was_played_otherwise_is_not_there() -> None:
+    save_untrained("agent")
+    for values in (dict(mpc=False), dict(mpc=True, iterations=2), dict(mpc=False)):
+        collect(["agent"], OUT, values, 1)
+    assert [s.origin.partition("seed 1")[2] for s in DataSet.open(OUT).index.shards] == [
+        ", mpc=false",
+        ", iterations=2",
+    ]
+    for g in (5.0, 9.0):
+        collect([PENDULUM], OUT, dict(episode_length=5, env_kwargs=dict(g=g)), 1)
+    assert DataSet.open(OUT).tasks[0].episodes == 4
+
+
+def test_two_of_one_seed_do_not_write_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, first = module._round, [True]
+
+    def beside(*args: Any) -> Any:
+        if first.pop() if first else False:
+            collect([PENDULUM], OUT, SHORT, 1)
+        return real(*args)
+
+    monkeypatch.setattr(module, "_round", beside)
+    with pytest.raises(DataError, match=r"got 1 episodes of Pendulum-v1 .* where 0 were: another process"):
+        collect([PENDULUM], OUT, SHORT, 2)
+    assert DataSet.open(OUT).tasks[0].episodes == 1
+
+
+def test_environments_are_closed_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Any] = []
+
+    def full(*args: Any, **keys: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "write", full)
+    monkeypatch.setattr(module, "close_all", lambda envs: closed.append(len(envs)))
+    with pytest.raises(OSError, match="no space"):
+        collect([PENDULUM], OUT, SHORT, 2)
+    assert closed == [1, 1]  # of the try, and of what played
+    assert not OUT.exists()
+
+
+def test_a_folder_of_other_files_is_refused_before_anything_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    OUT.mkdir()
+    (OUT / "00000-Pendulum-v1.safetensors").write_text("mine")
+    monkeypatch.setattr(module, "_play", lambda *args: pytest.fail("it played"))
+    with pytest.raises(DataError, match=r"and no index\.json, allowed: a new or empty folder"):
+        collect([PENDULUM], OUT, SHORT, 1)
+    with pytest.raises(DataError, match="cannot be made"):
+        collect([PENDULUM], Path("/proc/foo"), SHORT, 1)
+
+
+def test_a_run_without_a_replay_says_so(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", PENDULUM)
+    assert cli.main(words(work_dir="run", steps=2, episode_length=20, data_dir=data)) == 0
+    with pytest.raises(DataError, match="run: has no replay: it learned from data alone"):
+        collect(["run"], OUT, {}, replay=True)
+    assert not OUT.exists()
 
 
 def test_the_best_plays_where_it_is_none_of_the_newest(trained: Path) -> None:
@@ -205,6 +282,8 @@ def test_an_agent_of_several_tasks_plays_each() -> None:
     )
     TDMPC2(Config.from_dict({**keys, "device": "cpu"}).with_env({"state": (5,)}, 2, 999)).save("several")
     collect(["several"], OUT, {}, 1)
+    with pytest.raises(ConfigError, match=rf"'task': got '{PENDULUM}', allowed: none .* each of its tasks"):
+        collect(["several"], OUT, dict(task=PENDULUM), 1)
     found = {t.name: t for t in DataSet.open(OUT).tasks}
     assert {k: (t.obs_dim, t.action_dim, t.episodes) for k, t in found.items()} == {
         tasks[0]: (3, 1, 1),
@@ -221,6 +300,24 @@ def test_an_agent_of_several_tasks_plays_each() -> None:
         ("empty", {}, CheckpointError, "a folder without checkpoints"),
         ("empty", dict(replay=True), DataError, "has no checkpoint with a replay"),
         ("nothing", dict(replay=True), DataError, "has no checkpoint with a replay"),
+        (
+            "nothing",
+            dict(replay=True, noise=True),
+            ConfigError,
+            "'noise': got True, which changes nothing for a replay",
+        ),
+        ("nothing", dict(replay=True, values=dict(seed=2)), ConfigError, "'seed': got 2, .* allowed: none"),
+        ("runs/none/1", {}, ConfigError, "'runs/none/1' is no file or folder, and .*unknown task"),
+        ("a,b", {}, ConfigError, "unknown task 'a,b'.*Several sources have spaces between them"),
+        (PENDULUM, dict(noise=True), ConfigError, "'noise': got True, which changes nothing for random actions"),
+        (PENDULUM, dict(values=dict(steps=7)), ConfigError, "'steps': got 7, .* random actions, allowed: seed, device"),
+        (PENDULUM, dict(values=dict(mpc=False)), ConfigError, "'mpc': got False, which changes nothing for random"),
+        (
+            PENDULUM,
+            dict(values=dict(task="x")),
+            ConfigError,
+            r"'task': .* allowed: none, SOURCE says it \(Pendulum-v1\)",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before(source: str, keys: dict[str, Any], error: Any, reason: str) -> None:

@@ -62,6 +62,10 @@ def test_check_fails_with_the_reason(capsys: Capture) -> None:
         (["collect", "Pendulum-v1", "out=x", "episodes=0"], "'episodes': got 0, allowed"),
         (["collect", "Pendulum-v1", "out=x", "episods=3"], "unknown config key 'episods'"),
         (["data"], "got '', allowed: tdmpc2-fast data info FOLDER"),
+        (["data", "info"], "data info: got no FOLDER, allowed"),
+        (["data", "convert", "out=y"], "data convert: got no SOURCE"),
+        (["collect", "task=Pendulum-v1", "out=x"], "got no source, .*; SOURCE is the name alone: Pendulum-v1"),
+        (["collect", "Pendulum-v1", "out=x", "steps=7"], "'steps': got 7, which changes nothing"),
         (["data", "inf", "x"], "Did you mean 'info'?"),
         (["data", "info", "x", "y"], "data info: got 'info x y', allowed: data info FOLDER"),
         (["data", "check", "x", "out=y"], "data check: got"),
@@ -88,7 +92,10 @@ def test_a_signal_leaves_a_whole_set(number: signal.Signals) -> None:
     """In a process of its own, as a person stops it."""
     process = start("collect", "Pendulum-v1", "episode_length=50", "episodes=100000", "out=set")
     assert process.stdout is not None
-    assert process.stdout.readline() == "Pendulum-v1: 0 of 100,000 episodes are there (random actions, seed 1)\n"
+    assert (
+        process.stdout.readline()
+        == "Pendulum-v1: 0 of 100,000 episodes are there (random actions, seed 1, episode_length=50)\n"
+    )
     time.sleep(1)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)

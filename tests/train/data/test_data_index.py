@@ -81,7 +81,8 @@ def shards(change: Callable[[list[Any]], Any]) -> Callable[[dict[str, Any]], Non
         (put("sha256", "0" * 63), "sha256: got"),
         (put("sha256", "G" * 64), "sha256: got"),
         (put("returns", [3.0, 2.0, 1.0]), "returns: got"),
-        (put("returns", [1, 2, 3]), "returns: got"),
+        (put("returns", [1, 2, True]), "returns: got"),
+        (put("returns", [1, 2, 10**400]), "returns: got"),
         (put("returns", [1.0]), "returns: got 1, allowed"),
         (put("origin", "x" * 1000), "origin: got"),
         (put("origin", "\x1b[2J"), "origin: got"),
@@ -134,6 +135,13 @@ def test_strange_json_is_refused(text: str, reason: str, folder: Path) -> None:
     (folder / INDEX).write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=reason):
         DataSet.open(folder)
+
+
+def test_whole_numbers_are_numbers(tmp_path: Path) -> None:
+    """As another program writes them."""
+    made(tmp_path)
+    forged(tmp_path, lambda found: found["shards"][0].update(returns=[0, 0, 1]))
+    assert read(tmp_path / INDEX).shards[0].returns == (0.0, 0.0, 1.0)
 
 
 def test_large_numbers_are_no_numbers(folder: Path) -> None:

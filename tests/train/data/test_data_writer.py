@@ -13,8 +13,9 @@ from data_episodes import TASKS, made, parts
 
 from tdmpc2_fast.errors import ConfigError, DataError
 from tdmpc2_fast.train.data import writer
+from tdmpc2_fast.train.data.convert import convert
 from tdmpc2_fast.train.data.dataset import DataSet
-from tdmpc2_fast.train.data.index import INDEX, Index
+from tdmpc2_fast.train.data.index import INDEX, Index, Shard
 from tdmpc2_fast.train.data.rows import Rows, pieces
 from tdmpc2_fast.train.run.folder import locked
 
@@ -81,7 +82,8 @@ def test_it_goes_on_wherever_it_was_killed(tmp_path: Path) -> None:
             continue
         with pytest.raises(DataError, match=r"is not finished|has no index\.json"):
             DataSet.open(folder)
-        finished = [s.file for path in folder.glob("unfinished-*") for s in writer._shards(path)]
+        told = [s.file for path in folder.glob("unfinished-*") for s in writer._shards(path)]
+        finished = [file for file in told if (folder / file).exists()]  # it is told before it has its name
         before = {name: (folder / name).stat().st_ino for name in finished}
         made(folder, shard_bytes=SMALL, count=2)
         assert contents(folder) == whole
@@ -156,11 +158,12 @@ def spoilt(name: str, row: int, value: float) -> Callable[[], list[object]]:
         (spoilt("obs", 12, np.nan), "made of seed 0, cup-catch: step 1 of episode 1 has obs that is NaN"),
         (spoilt("action", 3, np.inf), "step 3 of episode 0 has action that is NaN or infinite"),
         (spoilt("reward", 5, -np.inf), "step 5 of episode 0 has reward"),
+        (spoilt("action", 3, 1.5), "step 3 of episode 0 has action of 1.5"),
         (spoilt("terminated", 4, True), "step 4 of episode 0 terminates an episode that goes on"),
         (lambda: [parts()[0]._replace(obs_dim=3), parts()[0]], "numbers, allowed: 3 and 6, as elsewhere in the set"),
         (lambda: [], "got no episodes"),
     ],
-    ids=["obs", "action", "reward", "end", "width", "none"],
+    ids=["obs", "action", "reward", "wide", "end", "width", "none"],
 )
 def test_what_nothing_can_be_learned_from_is_refused(
     make: Callable[[], list[object]], reason: str, tmp_path: Path
@@ -189,6 +192,68 @@ def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_two_processes_do_not_write_at_once(tmp_path: Path) -> None:
     with locked(tmp_path, "data"), pytest.raises(ConfigError, match=r"process .* is writing to it"):
         made(tmp_path)
+
+
+FOREIGN = [
+    ["00000-cup-catch.safetensors", ".draft.tmp"],
+    ["notes.txt"],
+    [".cache.tmp/"],
+    ["00000-a.safetensors", "data.lock"],
+]
+
+
+def with_files(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if name.endswith("/") else path.write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize("names", FOREIGN, ids=lambda names: names[0])
+def test_a_folder_of_other_files_is_refused(names: list[str], tmp_path: Path) -> None:
+    folder = with_files(tmp_path / "theirs", names)
+    made(tmp_path / "ours")
+    for work in (lambda: made(folder), lambda: convert([tmp_path / "ours"], folder)):
+        with pytest.raises(DataError, match=r"'out': .*theirs' has files \('.*'\) and no index.json, allowed: a new"):
+            work()
+    assert {p.name for p in folder.iterdir()} == {n.rstrip("/") for n in names}
+    assert all(p.read_text() == "mine" for p in folder.iterdir() if p.is_file())
+
+
+def test_a_set_whose_index_was_lost_is_not_written_over(tmp_path: Path) -> None:
+    made(tmp_path)
+    (tmp_path / INDEX).unlink()
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"and no index\.json"):
+        made(tmp_path, seed=1)
+    assert contents(tmp_path) == before
+
+
+def test_other_files_beside_a_set_stay(tmp_path: Path) -> None:
+    """Those, too, that have names such as ours, and those that a list of unfinished shards names."""
+    made(tmp_path)
+    with_files(tmp_path, ["00007-mine.safetensors", ".draft.tmp", ".cache.tmp/", "unfinished-mine.json"])
+    stray = [vars(s) | dict(file="00007-mine.safetensors") for s in DataSet.open(tmp_path).index.shards[:1]]
+    index = Index(DataSet.open(tmp_path).index.tasks, tuple(Shard(**s) for s in stray))
+    index.write(tmp_path / f"unfinished-{'0' * 16}.json")
+    assert [s.file[:5] for s in made(tmp_path, seed=1).shards[3:]] == ["00008", "00009", "00010"]
+    assert all((tmp_path / n).read_text() == "mine" for n in ("00007-mine.safetensors", ".draft.tmp"))
+    assert (tmp_path / ".cache.tmp").is_dir()
+    assert (tmp_path / "unfinished-mine.json").exists()
+    assert not [*tmp_path.glob("unfinished-0*")]
+
+
+def test_a_refused_set_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="NaN"):
+        writer.write(tmp_path / "new", spoilt("obs", 3, np.nan)())  # type: ignore[arg-type]
+    assert (tmp_path / "new" / "00000-walker-walk.safetensors").exists()  # what is good goes on
+    with pytest.raises(DataError, match="got no episodes"):
+        writer.write(tmp_path / "none", [])
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be made \(Not a directory\)"):
+        made(tmp_path / "file" / "set")
 
 
 def test_an_index_of_another_program_is_appended_to(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from data_episodes import TASKS, episode, made, multitask, parts
 from scipy import stats
 
 from tdmpc2_fast import TDMPC2, ReplayBuffer
-from tdmpc2_fast.errors import DataError
+from tdmpc2_fast.errors import DataError, InputError
 from tdmpc2_fast.learn.batch import Batch
 from tdmpc2_fast.train.data import draws as module
 from tdmpc2_fast.train.data.dataset import DataSet
@@ -178,6 +178,48 @@ def test_other_data_is_not_gone_on_with(data: DataSet, tmp_path: Path) -> None:
         other.load_state(one.state())
     one.close()
     other.close()
+
+
+def test_what_was_appended_since_is_left_out(tmp_path: Path) -> None:
+    made(tmp_path / "set")
+    before = Draws(DataSet.open(tmp_path / "set"), multitask(), "cpu")
+    before.sample()
+    state, expected = before.state(), before.sample()
+    made(tmp_path / "set", seed=5)
+    after = Draws(DataSet.open(tmp_path / "set"), multitask(), "cpu")
+    assert after.num_episodes == 30
+    after.load_state(state)
+    assert (after.num_episodes, after.num_steps) == (before.num_episodes, before.num_steps) == (15, 111)
+    assert same(after.sample(), expected)
+    assert all(torch.equal(x, before.state()[k]) for k, x in after.state().items())
+    before.load_state(after.state())
+    before.close()
+    after.close()
+
+
+def test_other_tasks_of_a_set_may_change(tmp_path: Path) -> None:
+    keys: dict[str, Any] = dict(tasks=("cup-catch",), action_dims=(2,), episode_lengths=(10,))
+    write(tmp_path / "a", parts())
+    write(tmp_path / "b", [*parts(seed=5)[:1], *parts()[1:]])
+    one, other = (Draws(DataSet.open(tmp_path / x), multitask(**keys), "cpu") for x in "ab")
+    other.load_state(one.state())
+    assert same(one.sample(), other.sample())
+    one.close()
+    other.close()
+
+
+def test_a_task_of_short_episodes_alone_is_named(tmp_path: Path) -> None:
+    short = parts(lengths=(2,))[1]
+    write(tmp_path, [*parts()[::2], short])
+    with pytest.raises(DataError, match="'cup-catch' has 5 episodes, none with a slice of 4 rows"):
+        Draws(DataSet.open(tmp_path), multitask(), "cpu")
+
+
+def test_a_closed_one_draws_no_more(data: DataSet) -> None:
+    draws = Draws(data, multitask(), "cpu")
+    draws.close()
+    with pytest.raises(InputError, match="after close"):
+        draws.sample()
 
 
 @pytest.mark.parametrize(

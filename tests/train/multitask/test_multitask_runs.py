@@ -97,10 +97,9 @@ class StopAfter(Stop):
         super().__init__()
         self.left = asked
 
-    def check(self) -> None:
-        super().check()
+    def wanted(self) -> int:
         self.left -= 1
-        self.signal = signal.SIGTERM if self.left < 0 else None
+        return signal.SIGTERM if self.left < -1 else 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from data_sets import make_data
 
 from tdmpc2_fast import Config, load
 from tdmpc2_fast.compat.state_dict import tensors_only
-from tdmpc2_fast.errors import ConfigError, DataError
+from tdmpc2_fast.errors import ConfigError, DataError, NonFiniteError
 from tdmpc2_fast.model.files import read_tensors
 from tdmpc2_fast.train import cli
 from tdmpc2_fast.train.log.run_log import WALL_CLOCK, WALL_CLOCK_OFFLINE
@@ -24,6 +24,7 @@ from tdmpc2_fast.train.run import lifecycle
 from tdmpc2_fast.train.run.loops.base import Trainer
 from tdmpc2_fast.train.run.loops.choice import keys_of
 from tdmpc2_fast.train.run.loops.mixed import Mixed, shares
+from tdmpc2_fast.train.run.loops.offline import OfflineTrainer
 
 pytest.importorskip("gymnasium")
 
@@ -160,6 +161,41 @@ def test_a_run_does_not_turn_into_one_of_another_kind(tmp_path: Path, capsys: py
     ):
         assert cli.main(["resume", str(tmp_path / name), f"data_dir={given}", "steps=400"]) == 2
         assert allowed in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_what_it_had_where_more_was_appended(
+    tmp_path: Path, stop_after: Callable[[int], None]
+) -> None:
+    data = make_data(tmp_path / "data", "Pendulum-v1")
+    whole = run(tmp_path / "whole", **OFFLINE, data_dir=str(data))
+    assert whole.status == 0
+    stop_after(7)
+    run(tmp_path / "parts", **OFFLINE, data_dir=str(data))
+    make_data(data, "Pendulum-v1", "cup-catch", episodes=3)
+    assert lifecycle.resume(tmp_path / "parts", {}).status == 0
+    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+
+
+def test_widths_are_checked_of_each_task(tmp_path: Path) -> None:
+    """A multi-task config has the widest alone."""
+    pytest.importorskip("dm_control")
+    data = make_data(tmp_path / "data", "cup-catch", "reacher-easy", **{"reacher-easy": (7, 2)})
+    keys = dict(QUICK, task="two", tasks=("reacher-easy", "cup-catch"), steps=4, eval_freq=100, mpc=False)
+    with pytest.raises(DataError, match="'reacher-easy' has observations of 7 numbers, allowed: 6, as its environment"):
+        run(tmp_path / "run", **keys, data_dir=str(data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_that_are_not_finite_are_looked_for_in_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise NonFiniteError("update 0: is not finite")
+
+    monkeypatch.setattr(OfflineTrainer, "step", broken)
+    with pytest.raises(NonFiniteError) as e:
+        run(tmp_path / "run", **OFFLINE, data_dir=str(make_data(tmp_path / "data", "Pendulum-v1")))
+    assert f"data check {tmp_path / 'data'}" in e.value.__notes__[0]
 
 
 def test_a_share_of_each_batch_comes_from_the_data() -> None:

@@ -231,7 +231,7 @@ class Trainer:
         minutes = self.cfg.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         # The first rank's clock, and callbacks, are those of the run.
-        asked = self.stop.signal or 0, self.ranks.first and due, self.ended, self.any_ended
+        asked = self.stop.wanted(), self.ranks.first and due, self.ended, self.any_ended
         signal, save, ended, some = self.ranks.most(*asked)
         self.ended, self._something_ended = bool(ended), bool(some)
         if signal or save:

@@ -93,10 +93,22 @@ def without_effect(values: Mapping[str, Any], cfg: Config) -> list[str]:
     ]
 
 
-def check_data(cfg: Config) -> None:
-    """Raise a `DataError` where a completed config and its data set do not go together."""
-    if cfg.data_dir is not None:
-        _opened(cfg).close()
+def check_data(cfg: Config, widths: Mapping[str, int]) -> None:
+    """Raise a `DataError` where a completed config and its data set do not go together.
+
+    widths: of the observations of each task, which a multi-task config does not tell.
+    """
+    if cfg.data_dir is None:
+        return
+    data = _opened(cfg)
+    data.close()
+    for task in data.tasks:
+        width = widths.get(task.name) if task.name in cfg.tasks else None
+        if width is not None and task.obs_dim != width:
+            raise DataError(
+                f"data {cfg.data_dir!r}: {task.name!r} has observations of {task.obs_dim} numbers, allowed: {width}, "
+                "as its environment"
+            )
 
 
 def _opened(cfg: Config) -> DataSet:
@@ -142,10 +154,10 @@ class _OwnDraws(Draws):
         self.data.close()
 
 
-def _facts(data: DataSet, cfg: Config) -> dict[str, str]:
-    own = [t for t in data.tasks if t.name in (cfg.tasks or (cfg.task,))]
-    steps = sum(t.steps for t in own)
-    return dict(data=f"{counted(sum(t.episodes for t in own), 'episode')}, {steps:,} decisions, of {data.folder}")
+def _facts(draws: Draws) -> dict[str, str]:
+    found = f"{counted(draws.num_episodes, 'episode')}, {draws.num_steps:,} decisions, of {draws.data.folder}"
+    short = draws.num_episodes - draws.num_sampleable
+    return dict(data=f"{found}; {short:,} shorter than horizon are left out" if short else found)
 
 
 def trainer_of(
@@ -162,11 +174,14 @@ def trainer_of(
         return OnlineTrainer(cfg, folder, saved, stop, source, evaluation, ranks=ranks)
     data = _opened(cfg)
     own = cfg.replace(batch_size=ranks.equal(cfg, "batch_size"))
-    facts, (_, share) = _facts(data, cfg), shares(own)
+    _, share = shares(own)
     # Ranks draw one batch of the whole run together, so that they need its seed.
     own = own.replace(batch_size=share or own.batch_size)
     draws = _OwnDraws(data, own, resolve_device(cfg.device), ranks.rank, ranks.count)
     try:
+        if saved is not None:  # other data is told of before anything is shown or written
+            draws.load_state({k.removeprefix("data/"): x for k, x in saved.tensors.items() if k.startswith("data/")})
+        facts = _facts(draws)
         if is_offline(cfg):
             return OfflineTrainer(cfg, draws, folder, saved, stop, evaluation or source, facts, ranks)
         return OnlineTrainer(cfg, folder, saved, stop, source, evaluation, draws, facts, ranks)
