@@ -249,7 +249,6 @@ def test_what_no_set_can_have_is_refused_before_the_run(changes: dict[str, Any],
     ("changes", "words"),
     [
         (dict(action_dims=(2, 2, 1)), ["action_dims", "got 2 for " + NARROW, "allowed: 1"]),
-        (dict(episode_lengths=(7, 5, 5)), ["episode_lengths", "got 5 for " + TALL, "allowed: 6"]),
         (dict(obs_shape={"state": (3,)}), ["obs_shape", "at least the 4", TALL]),
     ],
 )
@@ -257,6 +256,16 @@ def test_sizes_that_an_environment_does_not_have_name_its_task(changes: dict[str
     with pytest.raises(ConfigError) as e:
         list(made(config().replace(**changes)).each())
     assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_an_episode_ends_where_the_config_says_as_of_one_task() -> None:
+    alone = make_env(Config(task=TALL, episode_length=5), 3)
+    env = list(made(config().replace(episode_lengths=(7, 5, 5))).each())[2]
+    assert alone.max_episode_steps == env.max_episode_steps == 5
+    for one in (alone, env):
+        reset(one)
+        found = [step(one, ONES[: one.action_dim]) for _ in range(5)]
+        assert [s.truncated for s in found] == [False] * 4 + [True]
 
 
 def test_a_simulator_of_many_is_no_part_of_a_set() -> None:
