@@ -129,6 +129,7 @@ class Draws:
             if ends:
                 terminated[:, columns, 0] = rows.terminated.take(at[1:])
             task[columns] = index
+            del rows  # or this shard would stay mapped while the next one needs room
         self.data.maps.look()
         return found if self.cfg.multitask else found._replace(task=None)
 

@@ -8,6 +8,7 @@ that were not used for longest are unmapped.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -65,7 +66,7 @@ class Maps:
                 self._held.move_to_end(i)
             else:
                 self._make_room(self._files[i].shard.bytes)
-                self._held[i] = _mapped(self._files[i])
+                self._held[i] = self._mapped(self._files[i])
                 self._nbytes += self._held[i].nbytes
             return self._held[i].rows
 
@@ -92,17 +93,28 @@ class Maps:
                 "limit on this process leaves (ulimit -v)"
             )
         while self._held and self._nbytes + nbytes > self._space:
-            self._nbytes -= self._held.popitem(last=False)[1].nbytes
+            self._unmap_one()
+
+    def _unmap_one(self) -> None:
+        """Unmap the shard that was not used for longest."""
+        self._nbytes -= self._held.popitem(last=False)[1].nbytes
+
+    def _mapped(self, file: ShardFile) -> _Mapped:
+        """Map a shard, in place of others where there is no room: threads and what they allocate take of it, too."""
+        while True:
+            try:
+                return _mapped(file)
+            except OSError as e:
+                if e.errno != errno.ENOMEM or not self._held:
+                    raise DataError(f"data {str(file.path)!r}: cannot be mapped ({e.strerror})") from e
+            self._unmap_one()
 
 
 def _mapped(file: ShardFile) -> _Mapped:
     with file.path.open("rb") as f:
         if (size := os.fstat(f.fileno()).st_size) != file.shard.bytes:  # reading behind its end would kill the process
             raise DataError(f"data {str(file.path)!r}: has {size:,} bytes now, allowed: {file.shard.bytes:,}")
-        try:
-            memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as e:
-            raise DataError(f"data {str(file.path)!r}: cannot be mapped ({e.strerror})") from e
+        memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     rows, task = file.shard.rows, file.task
     shapes = dict(obs=(rows, task.obs_dim), action=(rows, task.action_dim), reward=(rows,), terminated=(rows,))
     fields = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from data_episodes import TASKS, episode, made, parts
 
+from tdmpc2_fast.errors import DataError
 from tdmpc2_fast.train.data import maps as module
 from tdmpc2_fast.train.data.dataset import DataSet
 from tdmpc2_fast.train.data.maps import Maps
 from tdmpc2_fast.train.data.rows import kept
+from tdmpc2_fast.train.data.shard import ShardFile
 from tdmpc2_fast.train.data.writer import write
 
 TOLD = pytest.mark.skipif(not module._STATM.exists(), reason="the system does not tell what is resident")
@@ -46,6 +49,27 @@ def test_the_least_used_are_unmapped(data: DataSet) -> None:
     maps.close()
     assert not maps._held
     assert np.isfinite(held.obs).all()  # what is in use stays
+
+
+def test_where_others_took_the_room_fewer_are_held(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, mapped, room = Maps(data.files), module._mapped, [3]
+
+    def crowded(file: ShardFile) -> module._Mapped:
+        if len(maps._held) >= room[0]:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return mapped(file)
+
+    monkeypatch.setattr(module, "_mapped", crowded)
+    for i in range(4):
+        _ = maps[i]
+    assert [*maps._held] == [1, 2, 3]
+    room[0] = 1
+    _ = maps[0]
+    assert [*maps._held] == [0]
+    assert maps._nbytes == data.files[0].shard.bytes
+    room[0] = 0
+    with pytest.raises(DataError, match=r"cannot be mapped \(Cannot allocate memory\)"):
+        _ = maps[1]
 
 
 def test_threads_may_use_what_others_unmap(data: DataSet) -> None:
