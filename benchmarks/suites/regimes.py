@@ -56,7 +56,7 @@ def regimes_on(device: torch.device, what: str) -> dict[str, dict[str, Any]]:
     regimes: dict[str, dict[str, Any]] = {"once": dict(once=True), "by readers": dict(once=False)}
     if not how_on(device, Precision("float32")).pdl:
         return regimes
-    return regimes | ({"early start": dict(early=True)} if what == "plan" else {"no early start": dict(pdl=False)})
+    return regimes | ({"early start": dict(early=True)} if what == "plan" else {"no early start": dict(early=False)})
 
 
 def plan_case(options: Options, size: int, actions: int, envs: int, precision: str) -> Case:

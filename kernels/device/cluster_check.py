@@ -29,10 +29,10 @@ def neighbours_kernel(scratch_ptr, out_ptr, ROUNDS: tl.constexpr, LANES: tl.cons
     tl.store(out_ptr + program * LANES + lane, x)
 
 
-def how_on(device: torch.device, precision: Precision, pdl: bool | None = None) -> How:
-    """Return what a device can; pdl: None for what it can, too."""
+def how_on(device: torch.device, precision: Precision) -> How:
+    """Return what a device can."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return How(precision, hopper if pdl is None else pdl, hopper and clusters_work(device))
+    return How(precision, hopper, hopper and clusters_work(device))
 
 
 @lru_cache

@@ -78,10 +78,12 @@ class UpdateChain:
 
     Args:
         sizes: of everything.
-        how: precision of the products, and programmatic dependent launch.
+        how: precision of the products, and what the device can.
         device: where the buffers are.
         once: whether activations and gradients of LayerNorms get launches of their own; None
             lets the table decide.
+        early: whether kernels start early where the device can. A plan is slower so (plan/chain.py); an update was not
+            measured without.
         annotate: makes a named range for profilers.
         together: the ranks that share the update, `sizes.ranks` of them; None for one process.
     """
@@ -92,10 +94,12 @@ class UpdateChain:
         how: How,
         device: torch.device,
         once: bool | None = None,
+        early: bool = True,
         annotate: Callable[[str], AbstractContextManager[object]] = nullcontext,
         together: Together | None = None,
     ) -> None:
-        self.sizes, self.how, self._annotate = sizes, how, annotate
+        self.sizes, self._annotate = sizes, annotate
+        self.how = how = how._replace(pdl=how.pdl and early)
         self._shared = Shared(sizes, together, device)
         self.layout, self.policy_layout = WorldLayout(sizes), PolicyLayout(sizes)
         layout, precision = self.layout, how.precision

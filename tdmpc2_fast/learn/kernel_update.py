@@ -44,21 +44,20 @@ class KernelUpdate(UpdateBackend):
 
     Draws come from a counter-based generator on the device, whose counter each update advances.
     The parameters become views into flat buffers, which the optimisers go over in one pass; names,
-    shapes and the parameter objects stay. once, pdl: see `UpdateChain`; `pdl` is None for what
-    the device can. ranks: as of `Updater`.
+    shapes and the parameter objects stay. once, early: see `UpdateChain`.
+    ranks: as of `Updater`.
     """
 
-    def __init__(
-        self, model: WorldModel, once: bool | None = None, pdl: bool | None = None, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, model: WorldModel, once: bool | None = None, early: bool = True, ranks: Ranks = ALONE) -> None:
         cfg, device = model.cfg, model.device
         self.model, self.cfg = model, cfg
         self.precision = plan_precision(cfg, device)
         self.chain = UpdateChain(
             update_sizes(model, ranks.count),
-            how_on(device, self.precision, pdl),
+            how_on(device, self.precision),
             device,
             once=once,
+            early=early,
             annotate=annotate,
             together=ranks if ranks.count > 1 else None,
         )
