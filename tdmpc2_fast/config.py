@@ -148,7 +148,9 @@ class Config:
     obs_shape: Mapping[str, tuple[int, ...]] | None = key(None, "shape per kind of observation")
     action_dim: int | None = key(None, "width of the action", low=1)
     episode_length: int | None = key(None, "decisions per episode", low=1)
-    seed_steps: int | None = key(None, "random decisions at the start; default max(1000, 5 episodes)", low=1)
+    seed_steps: int | None = key(
+        None, "decisions before learning, random unless weights are given; default max(1000, 5 episodes)", low=1
+    )
     multitask: bool = key(False, "one model for several tasks")
     tasks: tuple[str, ...] = key((), "names of the tasks of one multi-task model, whose own name is `task`")
     action_dims: tuple[int, ...] = key((), "action width per task (multi-task)")
@@ -228,6 +230,11 @@ class Config:
     def effective_iterations(self) -> int:
         """MPPI iterations actually run: two more for large action spaces (official heuristic)."""
         return self.iterations + 2 * int(self.need("action_dim") >= LARGE_ACTION_DIM)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a run begins with weights that have learned, so that its agent plays from the start."""
+        return self.checkpoint is not None or self.init is not None
 
     @property
     def discounts(self) -> list[float]:

@@ -146,7 +146,7 @@ class Status:
     @property
     def seeding(self) -> bool:
         """Tells whether actions are random so far."""
-        return self.plays and self.decisions <= self._seed_steps
+        return self.plays and not self.cfg.has_weights and self.decisions <= self._seed_steps
 
     @property
     def percent(self) -> str:

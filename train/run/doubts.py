@@ -58,9 +58,10 @@ class Doubts:
     def seeded(self, decisions: int, buffer: ReplayBuffer) -> None:
         """Check, after a decision before the first update, that the replay can give a slice."""
         if decisions > (self.cfg.seed_steps or 0) and buffer.num_eps and not buffer.num_sampleable:
+            meanwhile = "" if self.cfg.has_weights else "; actions stay random until one is"
             self._say(
-                f"nothing is learned so far: no episode was as long as horizon={self.cfg.horizon} decisions; actions "
-                f"stay random until one is. horizon={max(1, self._longest)} fits the longest one",
+                f"nothing is learned so far: no episode was as long as horizon={self.cfg.horizon} decisions{meanwhile}"
+                f". horizon={max(1, self._longest)} fits the longest one",
                 "episodes",
             )
 
@@ -80,7 +81,8 @@ class Doubts:
         random, ended = seed // envs * envs, (cfg.horizon if cfg.episodic else length) * envs
         if cfg.steps > max(random, ended):
             return None
-        what = f"seed_steps={seed} random decisions" if random > ended else f"the end of an episode, {ended} decisions"
+        kind = "" if cfg.has_weights else " random"
+        what = f"seed_steps={seed}{kind} decisions" if random > ended else f"the end of an episode, {ended} decisions"
         return f"steps={cfg.steps}, and the first update comes after {what}; allowed: steps above {max(random, ended)}"
 
 

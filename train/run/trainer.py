@@ -4,6 +4,7 @@ The official schedule, counted in decisions: random actions up to and including
 `seed_steps` (and on, until an episode has ended: with many environments that can be later);
 there, as many updates as seed steps; from then on `utd` updates per decision. Evaluation
 at the first episode boundary after every `eval_freq` decisions, at the start, and at the end.
+An agent that begins with weights plays the seed episodes itself.
 
 The order within a decision is official, too: episodes that ended in the last one enter the
 replay, their environments are reset, the agent acts, the environments step, the agent learns.
@@ -233,9 +234,9 @@ class OnlineTrainer(Trainer):
         )
 
     def _act(self) -> None:
-        """Choose an action for every environment: random at first, then the agent's."""
+        """Choose an action for every environment: random at first where the agent knows nothing, then the agent's."""
         self.progress.decisions += self.cfg.num_envs
-        if self.progress.seeded:
+        if self.progress.seeded or self.cfg.has_weights:
             self.rollouts.act(self.agent)
         else:
             size = (self.own.num_envs, self.cfg.need("action_dim"))

@@ -25,6 +25,7 @@ from tdmpc2_fast.train.run.loops.base import Trainer
 from tdmpc2_fast.train.run.loops.choice import keys_of
 from tdmpc2_fast.train.run.loops.mixed import Mixed, shares
 from tdmpc2_fast.train.run.loops.offline import OfflineTrainer
+from tdmpc2_fast.train.run.rollouts import HostRollouts
 
 pytest.importorskip("gymnasium")
 
@@ -272,6 +273,29 @@ def test_a_wider_task_and_data_of_it_beside_the_replay(tmp_path: Path) -> None:
     assert outcome.agent.cfg.latent_dim == first.agent.cfg.latent_dim
     assert not outcome.agent.cfg.multitask
     assert outcome.agent.updater.steps == 500 + int(0.02 * 4)
+
+
+@pytest.mark.parametrize("key", ["init", "checkpoint", None])
+def test_an_agent_that_has_learned_plays_its_seed_episodes(
+    key: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {**PENDULUM, "steps": 20, "seed_steps": 18, "eval_freq": 100}
+    run(tmp_path / "one", **keys)
+    chosen: list[str] = []
+    for name in ("act", "take"):
+        known = getattr(HostRollouts, name)
+
+        def noted(self: HostRollouts, given: Any, name: str = name, known: Any = known) -> None:
+            chosen.append(name)
+            known(self, given)
+
+        monkeypatch.setattr(HostRollouts, name, noted)
+    begin = {} if key is None else {key: str(tmp_path / "one" / "checkpoints" / "latest")}
+    assert run(tmp_path / "two", **keys, **begin).status == 0
+    assert chosen == (["take"] * 19 + ["act"] if key is None else ["act"] * 20)
+    capsys.readouterr()
+    run(tmp_path / "short", **keys | dict(steps=18, display="lines"), **begin)
+    assert f"comes after seed_steps=18{' random' * (key is None)} decisions" in "".join(capsys.readouterr())
 
 
 def test_wrong_ways_to_begin_are_refused(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ class Trainer:
             try:
                 self.checkpoints.mark_best(resume.about_weights(self))
                 # What an agent returns that has learned nothing is no bar: a few lucky episodes would set it.
-                if self.agent.updater.steps or self.cfg.checkpoint is not None or self.cfg.init is not None:
+                if self.agent.updater.steps or self.cfg.has_weights:
                     now.best = found.merit
             except OSError as e:
                 self.log.warn(f"checkpoints/best stays what it was: {e}")

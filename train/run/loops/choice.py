@@ -54,7 +54,7 @@ def donor_of(values: Mapping[str, Any], source: Source) -> Donor | None:
         raise ConfigError(
             f"config key 'init': got {cfg.init!r}, allowed: none where checkpoint is given, which sets all weights"
         )
-    if cfg.freeze is not None and cfg.init is None and cfg.checkpoint is None:
+    if cfg.freeze is not None and not cfg.has_weights:
         raise ConfigError(
             f"config key 'freeze': got {cfg.freeze!r}, allowed: none without init or checkpoint, since fresh weights "
             "are random"
