@@ -162,6 +162,17 @@ def test_ranks_share_a_data_set_and_one_process_goes_on(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in rows(two, "eval.csv")] == [0, 1, 40, 50]
 
 
+def test_ranks_play_beside_a_data_set_and_one_process_goes_on(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", "Pendulum-v1", length=EPISODE)
+    folder, keys = tmp_path / "run", dict(data_dir=data, mix=0.25, eval_episodes=1)
+    done = torchrun(2, "-m", "tdmpc2_fast.train", *words(folder, **keys))
+    assert done.returncode == 0, done.stderr
+    losses = [row["consistency_loss"] for row in rows(folder, "train.csv")]
+    assert losses[-1] != ""
+    assert lifecycle.resume(folder, dict(steps=2 * STEPS)).status == 0
+    assert rows(folder, "train.csv")[-1]["consistency_loss"] not in losses
+
+
 class _Told(Ranks):
     """A rank whose others are elsewhere: it hears itself alone."""
 
