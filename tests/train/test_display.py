@@ -333,8 +333,26 @@ def test_a_warning_is_said_once_where_that_is_enough(
     ]
 
 
-def test_nothing_is_foretold_from_random_actions(clock: Time) -> None:
-    s = status(seed_steps=100)
+@pytest.mark.parametrize(
+    ("changes", "decisions", "now"),
+    [
+        ({}, 50, "random actions"),
+        (dict(init="x"), 50, "playing"),
+        ({}, 51, "training"),
+        (dict(init="x"), 51, "training"),
+    ],
+)
+def test_the_table_says_what_is_done(changes: dict[str, str], decisions: int, now: str) -> None:
+    s = status(**changes)
+    s.decisions = decisions
+    shown, out = live(s)
+    shown.console.print(shown._table())
+    assert any(now in line for line in text_of(out))
+
+
+@pytest.mark.parametrize("begins", [{}, dict(init="x")], ids=["random", "weights"])
+def test_nothing_is_foretold_from_decisions_without_updates(begins: dict[str, str], clock: Time) -> None:
+    s = status(seed_steps=100, **begins)
     for n in range(1, 101):
         clock.now += 0.01
         s.step(n, 0.0)

@@ -38,7 +38,8 @@ def table(s: Status, width: int, height: int) -> Panel:
     elif s.over:
         now = Text("ended")
     else:
-        now = Text("random actions" if s.seeding else "training")
+        seeding = "playing" if s.cfg.has_weights else "random actions"
+        now = Text(seeding if s.seeding else "training")
     elapsed = s.elapsed
     shares = {name: seconds / max(elapsed, 1e-9) for name, seconds in s.clock.so_far().items()}
     shares["other"] = max(0.0, 1 - sum(shares.values()))

@@ -83,7 +83,7 @@ class Status:
             self._skipped += decisions - self.decisions
             self._long, self.doing = False, None
         if self.decisions <= self._seed_steps < decisions:
-            self._samples.clear()  # random actions are faster than planned ones
+            self._samples.clear()  # decisions without updates, and random ones, are faster
         self._last_step = now
         self.decisions, self.replay = decisions, replay
         sample = self._sample()
@@ -124,7 +124,8 @@ class Status:
         episodes = f"{counted(each_time, 'episode')} of up to {length:,} decisions"
         text = f"an evaluation takes about {hms(each)}: {episodes}; this run has {count}"
         # In plans of one environment: an update takes about as long as one.
-        training = cfg.steps if not self.plays else max(cfg.steps - self._seed_steps, 0) + cfg.utd * cfg.steps
+        unplanned = 0 if cfg.has_weights else self._seed_steps
+        training = cfg.steps if not self.plays else max(cfg.steps - unplanned, 0) + cfg.utd * cfg.steps
         if cfg.mpc and count * each_time * length > training:
             ways = ["a smaller eval_episodes"] * (cfg.eval_episodes > 1) + ["a larger eval_freq"] * (count > 2)
             text += f", probably most of its time. What shortens it: {' or '.join(ways) or 'more steps'}"
@@ -145,8 +146,8 @@ class Status:
 
     @property
     def seeding(self) -> bool:
-        """Tells whether actions are random so far."""
-        return self.plays and not self.cfg.has_weights and self.decisions <= self._seed_steps
+        """Tells whether nothing is learned yet, and actions are random unless the agent began with weights."""
+        return self.plays and self.decisions <= self._seed_steps
 
     @property
     def percent(self) -> str:

@@ -78,12 +78,12 @@ class Doubts:
         cfg = self.cfg
         seed, length, envs = cfg.seed_steps or 0, min(cfg.episode_lengths or (cfg.episode_length or 0,)), cfg.num_envs
         # An update takes more than `seed_steps` decisions, and an episode that has ended.
-        random, ended = seed // envs * envs, (cfg.horizon if cfg.episodic else length) * envs
-        if cfg.steps > max(random, ended):
+        before, ended = seed // envs * envs, (cfg.horizon if cfg.episodic else length) * envs
+        if cfg.steps > max(before, ended):
             return None
         kind = "" if cfg.has_weights else " random"
-        what = f"seed_steps={seed}{kind} decisions" if random > ended else f"the end of an episode, {ended} decisions"
-        return f"steps={cfg.steps}, and the first update comes after {what}; allowed: steps above {max(random, ended)}"
+        what = f"seed_steps={seed}{kind} decisions" if before > ended else f"the end of an episode, {ended} decisions"
+        return f"steps={cfg.steps}, and the first update comes after {what}; allowed: steps above {max(before, ended)}"
 
 
 def _symexp(x: float) -> float:

@@ -1,10 +1,10 @@
 """Online training: one loop for one environment and for many.
 
-The official schedule, counted in decisions: random actions up to and including
-`seed_steps` (and on, until an episode has ended: with many environments that can be later);
+The official schedule, counted in decisions: random actions (the agent's, where it began with
+weights) up to and including `seed_steps` (and on, until an episode has ended: with many
+environments that can be later);
 there, as many updates as seed steps; from then on `utd` updates per decision. Evaluation
 at the first episode boundary after every `eval_freq` decisions, at the start, and at the end.
-An agent that begins with weights plays the seed episodes itself.
 
 The order within a decision is official, too: episodes that ended in the last one enter the
 replay, their environments are reset, the agent acts, the environments step, the agent learns.

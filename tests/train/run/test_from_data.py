@@ -298,6 +298,19 @@ def test_an_agent_that_has_learned_plays_its_seed_episodes(
     assert f"comes after seed_steps=18{' random' * (key is None)} decisions" in "".join(capsys.readouterr())
 
 
+def test_a_run_stopped_while_its_agent_plays_goes_on_bit_for_bit(
+    tmp_path: Path, stop_after: Callable[[int], None]
+) -> None:
+    keys = {**PENDULUM, "steps": 30, "seed_steps": 18, "eval_freq": 100}
+    run(tmp_path / "one", **keys)
+    keys["init"] = str(tmp_path / "one")
+    assert run(tmp_path / "whole", **keys).status == 0
+    stop_after(7)
+    assert run(tmp_path / "parts", **keys).status == 128 + signal.SIGTERM
+    assert lifecycle.resume(tmp_path / "parts", {}).status == 0
+    assert left(tmp_path / "parts") == left(tmp_path / "whole")
+
+
 def test_wrong_ways_to_begin_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no such file"):
         run(tmp_path / "run", **OFFLINE, init=str(tmp_path / "none.pt"))
