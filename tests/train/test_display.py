@@ -347,7 +347,8 @@ def test_the_table_says_what_is_done(changes: dict[str, str], decisions: int, no
     s.decisions = decisions
     shown, out = live(s)
     shown.console.print(shown._table())
-    assert any(now in line for line in text_of(out))
+    said = " ".join(text_of(out))
+    assert [x for x in ("random actions", "playing", "training") if x in said] == [now]
 
 
 @pytest.mark.parametrize("begins", [{}, dict(init="x")], ids=["random", "weights"])
