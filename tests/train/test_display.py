@@ -82,8 +82,10 @@ def run_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: Quiet | None
     return RunLog(cfg, tmp_path, 2, ABOUT)
 
 
-def text_of(out: io.StringIO) -> list[str]:
-    """Lines without control sequences."""
+def lines_of(s: Status, width: int = 80, height: int = 24) -> list[str]:
+    """The table's lines, without control sequences."""
+    shown, out = live(s, width, height)
+    shown.console.print(shown._table())
     return Text.from_ansi(out.getvalue()).plain.splitlines()
 
 
@@ -97,9 +99,7 @@ def test_the_table_fits_and_breaks_no_number(width: int, height: int) -> None:
     s.doing = ("evaluating", 3, 10)
     for n in range(8):
         s.notes.append((f"0:0{n}:00", f"worker {n} died in environment {n}; it was started anew " * 2, n % 2 == 1))
-    shown, out = live(s, width, height)
-    shown.console.print(shown._table())
-    lines = text_of(out)
+    lines = lines_of(s, width, height)
     assert {cell_len(line) for line in lines} == {min(width, 120)}
     assert len(lines) < height or width == 60
     whole = (
@@ -117,10 +117,9 @@ def test_the_newest_note_shows_in_the_lowest_terminal() -> None:
     s = status()
     for n in range(5):
         s.notes.append(("0:00:01", f"note {n}", False))
-    shown, out = live(s, 80, 5)
-    shown.console.print(shown._table())
-    assert "note 4" in out.getvalue()
-    assert "note 3" not in out.getvalue()
+    shown = " ".join(lines_of(s, 80, 5))
+    assert "note 4" in shown
+    assert "note 3" not in shown
 
 
 def drawn_in(
@@ -333,32 +332,14 @@ def test_a_warning_is_said_once_where_that_is_enough(
     ]
 
 
-@pytest.mark.parametrize(
-    ("changes", "decisions", "now"),
-    [
-        ({}, 50, "random actions"),
-        (dict(init="x"), 50, "playing"),
-        ({}, 51, "training"),
-        (dict(init="x"), 51, "training"),
-    ],
-)
-def test_the_table_says_what_is_done(changes: dict[str, str], decisions: int, now: str) -> None:
-    s = status(**changes)
-    s.decisions = decisions
-    shown, out = live(s)
-    shown.console.print(shown._table())
-    said = " ".join(text_of(out))
-    assert [x for x in ("random actions", "playing", "training") if x in said] == [now]
-
-
-@pytest.mark.parametrize("begins", [{}, dict(init="x")], ids=["random", "weights"])
-def test_nothing_is_foretold_from_decisions_without_updates(begins: dict[str, str], clock: Time) -> None:
+@pytest.mark.parametrize(("begins", "now"), [({}, "random actions"), (dict(init="x"), "playing")])
+def test_nothing_is_foretold_from_decisions_without_updates(begins: dict[str, str], now: str, clock: Time) -> None:
     s = status(seed_steps=100, **begins)
     for n in range(1, 101):
         clock.now += 0.01
         s.step(n, 0.0)
-    assert s.rate == pytest.approx(100.0)
-    assert s.left is None
+    assert (s.rate, s.left) == (pytest.approx(100.0), None)
+    assert now in " ".join(lines_of(s))
     for n in range(101, 106):
         clock.now += 1.0
         s.step(n, 0.0)
