@@ -66,7 +66,7 @@ class Maps:
                 self._held.move_to_end(i)
             else:
                 self._make_room(self._files[i].shard.bytes)
-                self._held[i] = self._mapped(self._files[i])
+                self._held[i] = self._map(self._files[i])
                 self._nbytes += self._held[i].nbytes
             return self._held[i].rows
 
@@ -99,7 +99,7 @@ class Maps:
         """Unmap the shard that was not used for longest."""
         self._nbytes -= self._held.popitem(last=False)[1].nbytes
 
-    def _mapped(self, file: ShardFile) -> _Mapped:
+    def _map(self, file: ShardFile) -> _Mapped:
         """Map a shard, in place of others where there is no room: threads and what they allocate take of it, too."""
         while True:
             try:

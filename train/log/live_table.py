@@ -37,9 +37,10 @@ def table(s: Status, width: int, height: int) -> Panel:
         now = item(what, f"{done:,}", f"of {total:,}")
     elif s.over:
         now = Text("ended")
+    elif s.seeding:
+        now = Text("playing" if s.cfg.has_weights else "random actions")
     else:
-        seeding = "playing" if s.cfg.has_weights else "random actions"
-        now = Text(seeding if s.seeding else "training")
+        now = Text("training")
     elapsed = s.elapsed
     shares = {name: seconds / max(elapsed, 1e-9) for name, seconds in s.clock.so_far().items()}
     shares["other"] = max(0.0, 1 - sum(shares.values()))

@@ -2,9 +2,9 @@
 
 The official schedule, counted in decisions: random actions (the agent's, where it began with
 weights) up to and including `seed_steps` (and on, until an episode has ended: with many
-environments that can be later);
-there, as many updates as seed steps; from then on `utd` updates per decision. Evaluation
-at the first episode boundary after every `eval_freq` decisions, at the start, and at the end.
+environments that can be later); there, as many updates as seed steps; from then on `utd`
+updates per decision. Evaluation at the first episode boundary after every `eval_freq`
+decisions, at the start, and at the end.
 
 The order within a decision is official, too: episodes that ended in the last one enter the
 replay, their environments are reset, the agent acts, the environments step, the agent learns.
