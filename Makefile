@@ -11,6 +11,8 @@ TRAIN  ?= preset=quick
 BENCH  ?= planner update
 OFFICIAL ?=
 JAX    ?=
+# `make learning`: runs of the list, and keys.
+RUNS   ?=
 # `make gpu`: what to run (first, rest, more or names of parts), in how many minutes, and a folder for rows and logs.
 PARTS  ?=
 MINUTES ?=
@@ -23,7 +25,7 @@ HAS    ?=
 THEIRS  = $(if $(OFFICIAL),official=$(abspath $(OFFICIAL))) $(if $(JAX),jax=$(abspath $(JAX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-cpu test-slow test-all coverage gpu wheels report lint typecheck suites golden bench \
+.PHONY: help setup train test test-cpu test-slow test-all coverage gpu wheels report lint typecheck suites golden bench learning \
         bench-report results clean
 
 help:            ## this list
@@ -126,6 +128,9 @@ wheels:          ## fetch what a GPU machine without network lacks, for `make gp
 report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU needed: registers, spills, what plans and updates cost
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.kernels.report
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.benchmarks.static
+
+learning: setup  ## runs that are compared with published ones (docs/results.md): RUNS="walker-walk", none for the list
+	$(BIN)/python -m tdmpc2_fast.benchmarks.learning $(RUNS)
 
 bench: setup     ## plan and update against the reference, eager and compiled; OFFICIAL=, JAX=CHECKOUT add theirs
 	$(BIN)/tdmpc2-fast bench $(BENCH) $(THEIRS)

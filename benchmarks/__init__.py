@@ -1,7 +1,6 @@
 """Speed against baselines, measured in one run and shown only where the results agree."""
 
 _MOVED = dict(
-    learning="gpu.learning",
     soak="gpu.soak",
     stand_in="harness.stand_in",
     wheels="gpu.wheels",

@@ -2,8 +2,9 @@
 
 Nothing of it is copied or written to. Its sources name the device `cuda:0`; where another one is
 measured, that name is replaced on the way into the interpreter, and with it `capturable=True`, which
-torch's Adam allows on a GPU only. Random numbers are given to it for the comparison of results alone;
-what is timed is its own code, compiled as it ships on a GPU, with products in tf32 as its train.py sets them.
+torch's Adam allows on a GPU only, and the question how much memory a GPU has free. Random numbers are
+given to it for the comparison of results alone; what is timed is its own code, compiled as it ships on
+a GPU, with products in tf32 as its train.py sets them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tdmpc2_fast.runtime.backend import torch_products
 from ..harness.agents import agent_of, numbers, update_draws, within
 from ..harness.measure import CannotMeasureError, Gate, Variant
 
-_MODULES = ("tdmpc2", "common")
+_MODULES = ("tdmpc2", "common", "envs", "trainer")
 _LOADS = itertools.count()
 
 
@@ -60,13 +61,18 @@ class _Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         origin = str(module.__spec__.origin)
         text = Path(origin).read_text()
         if self.device.type != "cuda":
-            text = text.replace("capturable=True", "capturable=False")
+            text = text.replace("capturable=True", "capturable=False").replace("torch.cuda.mem_get_info()", "(0, 0)")
         module.__file__ = origin
         exec(compile(text.replace("cuda:0", str(self.device)), origin, "exec"), module.__dict__)
 
 
 def load_official(checkout: str, device: torch.device) -> ModuleType:
-    """Import the official module `tdmpc2` for a device; other modules of these names are left alone.
+    """Import the official module `tdmpc2` for a device; other modules of these names are left alone."""
+    return import_official(checkout, device, "tdmpc2")[0]
+
+
+def import_official(checkout: str, device: torch.device, *names: str) -> list[ModuleType]:
+    """Import official modules for a device, all of one piece; other modules of these names are left alone.
 
     Its modules are kept under names of their own, because torch.compile imports the modules of functions that it
     traces by name.
@@ -78,7 +84,7 @@ def load_official(checkout: str, device: torch.device) -> ModuleType:
     finder = _Sources(checkout, device)
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module("tdmpc2")
+        return [importlib.import_module(name) for name in names]
     except ImportError as e:
         raise CannotMeasureError(f"the official code needs {e.name}, which is not installed") from e
     finally:

@@ -25,7 +25,7 @@ _ENDS = {"PASSED": "passed", "FAILED": "failed", "SKIPPED": "skipped", "ERROR": 
 class Part:
     """Something to run: commands side by side, and the seconds that they may take.
 
-    `{seconds}` in a word of a command stands for the seconds after which it is to end by itself.
+    `{minutes}` in a word of a command stands for those after which it is to end by itself.
     group: the call that it belongs to. timed: whether nothing may run beside it. beside: whether it runs beside the
     parts that follow, up to the first that is timed, and takes no time of its own.
     """
@@ -58,10 +58,10 @@ class Running:
         env = dict(PYTHONUNBUFFERED="1", TORCHINDUCTOR_COMPILE_THREADS="4")
         env |= dict(TRITON_CACHE_DIR=str(CACHES / "triton"), TORCHINDUCTOR_CACHE_DIR=str(CACHES / "inductor"))
         env |= {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        by_itself = f"{max(1.0, seconds - _TO_END):.0f}"
+        by_itself = f"{max(1.0, seconds - _TO_END) / 60:.3f}"
         self._running = []
         for i, words in enumerate(part.commands):
-            command = [w.replace("{seconds}", by_itself) for w in words]
+            command = [w.replace("{minutes}", by_itself) for w in words]
             log = logs / f"{part.name}-{i}.log"
             with log.open("w") as f:
                 # A session of its own, so that what it starts ends with it.

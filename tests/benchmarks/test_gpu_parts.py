@@ -18,9 +18,10 @@ from bench_rows import row
 from conftest import ROOT
 
 from tdmpc2_fast.benchmarks import report, run, static
-from tdmpc2_fast.benchmarks.gpu import call, learning, predicted, processes, warm
+from tdmpc2_fast.benchmarks.gpu import call, predicted, processes, warm
 from tdmpc2_fast.benchmarks.gpu import parts as gpu
 from tdmpc2_fast.benchmarks.gpu.processes import Outcome, Part
+from tdmpc2_fast.benchmarks.learning import __main__ as learning
 from tdmpc2_fast.benchmarks.options import parse
 from tdmpc2_fast.kernels.device.launch import PRECISIONS
 
@@ -63,10 +64,9 @@ def test_parts_of_make_gpu_ask_for_what_there_is() -> None:
     learning_runs = [c for p in gpu.parts(wheels=True) if p.name.startswith("learning-") for c in p.commands]
     assert len(learning_runs) == 8
     for command in learning_runs:
-        words = [
-            w.replace("{seconds}", "9") for w in command[command.index("tdmpc2_fast.benchmarks.gpu.learning") + 1 :]
-        ]
-        assert learning.options(words)[0] == 9
+        own = command[command.index("tdmpc2_fast.benchmarks.learning") + 1 :]
+        chosen, (one,) = learning.options([w.replace("{minutes}", "4.5") for w in own])
+        assert (chosen.minutes, one.size, one.seed in (1, 2)) == (4.5, 1, True)
     file, test = gpu.SANITIZED.split("::")
     name, case = test.removesuffix("]").split("[")
     assert f"def {name}(" in (ROOT / file).read_text()
@@ -132,7 +132,7 @@ def test_a_part_that_fails_hangs_or_dies_does_not_stop_the_others(
     logs, kept = tmp_path / "logs", call.Kept(tmp_path / "out", tmp_path / "logs")
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     chosen = [
-        Part("learning", ((sys.executable, "-c", "print('after {seconds} s')"),), 100),
+        Part("learning", ((sys.executable, "-c", "print('after {minutes} min')"),), 100),
         python("hangs", "import time; time.sleep(60)", -98.0),  # what the first has not used is gone
         python("hangs-deaf", deaf, 2.0),
         python("fails", "raise SystemExit('it broke')"),
@@ -153,7 +153,7 @@ def test_a_part_that_fails_hangs_or_dies_does_not_stop_the_others(
     assert call.finish(outcomes, kept) == 1
     said = capsys.readouterr().out
     assert "it broke" in said
-    assert "\nafter 75 s\n" in said
+    assert "\nafter 1.250 min\n" in said
     assert "planner: plan, 5M, float32: torch 100 ms (p99 103)\n" in said
     assert len(said) < 10_000
     assert path.name == "h200-2026-01-02-abc.json"

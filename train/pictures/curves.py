@@ -1,7 +1,7 @@
 """Learning curves: reading runs and published results, and what can be said over seeds and over tasks.
 
 Steps are environment steps, action repeat included, in `eval.csv` and in published curves alike.
-Returns are of evaluation episodes.
+Returns are of evaluation episodes. Meta-World, MyoSuite and ManiSkill publish the share of them that succeeded instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from tdmpc2_fast.errors import InputError, nearest
 
 from ..envs import dmcontrol
 
-COLUMNS = ("step", "reward", "seed")
+_SUCCESS = "success"  # in place of `reward`, in published curves
+_COLUMNS = f"step,reward,seed, or {_SUCCESS} in place of reward"
 _SCORE, _OF_TASK = "normalized_score", "return+"  # what `eval.csv` has besides of several tasks
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3  # Student's t interval of two seeds is nine times as wide as they lie apart and fills any picture
@@ -38,6 +39,7 @@ class Curve:
     """One seed of one method (`label`) on one task: `steps` (N,) ascending, `returns` (N,).
 
     scored: whether `task` is a set of tasks, and the numbers its normalised scores.
+    success: whether they are shares of episodes that succeeded.
     """
 
     label: str
@@ -46,11 +48,15 @@ class Curve:
     steps: Floats
     returns: Floats
     scored: bool = False
+    success: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """A mean or IQM (N,) at `steps` (N,), and its 95% confidence interval; None with fewer than `FEWEST_SEEDS`."""
+    """A mean or IQM (N,) at `steps` (N,), and a band around it; None with fewer than `FEWEST_SEEDS`.
+
+    The band is the 95% confidence interval, or reaches from the lowest to the highest seed.
+    """
 
     steps: Floats
     centre: Floats
@@ -99,7 +105,7 @@ def read_curves(file: Path) -> list[Curve]:
     Task and label are `task` and `exp_name` of the `config.json` beside an `eval.csv`, and the names of any other
     file and its folder. Of a step that comes twice the last row counts: a resumed run may evaluate again. A run of
     several tasks has the curve of its normalised score, or without one of the mean return, and one of each task,
-    whose label says of which set.
+    whose label says of which set. A column `success` in place of `reward` makes curves of success.
 
     Raises:
         InputError: a file that is missing, empty or malformed; it names the line.
@@ -108,10 +114,11 @@ def read_curves(file: Path) -> list[Curve]:
         label, task = _names(file.with_name("config.json"))
     else:
         label, task = file.resolve().parent.name, file.stem
-    rows, several = _rows(file)
+    rows, several, success = _rows(file)
     scores = several.pop(_SCORE, [])
     scored = bool(scores) and None not in scores
     curves = _by_seed(rows, scores if scored else [reward for _, reward, _ in rows], label, task, scored)
+    curves = [replace(c, success=success) for c in curves]
     for column, values in several.items():
         curves += _by_seed(rows, values, f"{label} of {task}", column.removeprefix(_OF_TASK), False)
     return curves
@@ -131,6 +138,16 @@ def _by_seed(
     return curves
 
 
+def of_success(file: Path) -> list[Curve]:
+    """Read a run's curves of success, which `success.csv` beside its `eval.csv` has; 0 where none has succeeded yet."""
+    returns = [c for c in read_curves(file) if not c.scored]
+    there = file.with_name("success.csv")
+    if not there.is_file():
+        return [replace(c, returns=0 * c.returns, success=True) for c in returns]
+    first = returns[0]
+    return [replace(c, label=first.label, task=first.task, success=True) for c in read_curves(there)]
+
+
 def _names(config: Path) -> tuple[str, str]:
     try:
         values = json.loads(config.read_text())
@@ -139,21 +156,23 @@ def _names(config: Path) -> tuple[str, str]:
         raise InputError(f"{config}: got {type(e).__name__} ({e}), allowed: the config.json of a run") from e
 
 
-def _rows(file: Path) -> tuple[list[tuple[int, float, int]], dict[str, list[float | None]]]:
-    """Return step, reward and seed of each row, and the columns that are of several tasks."""
+def _rows(file: Path) -> tuple[list[tuple[int, float, int]], dict[str, list[float | None]], bool]:
+    """Return step, reward and seed of each row, columns that are of several tasks, and whether rewards are success."""
     rows = []
     several: dict[str, list[float | None]] = {}
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
-            missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
-            if missing:
-                came = ",".join(reader.fieldnames or ()) or "an empty file"
-                raise InputError(f"{file}, line 1: got {came!r}, allowed: the columns {','.join(COLUMNS)}")
-            several = {c: [] for c in reader.fieldnames or () if c == _SCORE or c.startswith(_OF_TASK)}
+            there = reader.fieldnames or ()
+            value = _SUCCESS if _SUCCESS in there and "reward" not in there else "reward"
+            names = ("step", value, "seed")
+            if not {*names} <= {*there}:
+                came = ",".join(there) or "an empty file"
+                raise InputError(f"{file}, line 1: got {came!r}, allowed: the columns {_COLUMNS}")
+            several = {c: [] for c in there if c == _SCORE or c.startswith(_OF_TASK)}
             for row in reader:
                 where = f"{file}, line {reader.line_num}"
-                rows.append(_row(row, where))
+                rows.append(_row(row, names, where))
                 for column, values in several.items():
                     values.append(_number(row, column, where))
     except OSError as e:
@@ -161,8 +180,8 @@ def _rows(file: Path) -> tuple[list[tuple[int, float, int]], dict[str, list[floa
     except (UnicodeDecodeError, csv.Error) as e:
         raise InputError(f"{file}: not a CSV file in UTF-8: {e}") from e
     if not rows:
-        raise InputError(f"{file}, line 2: got nothing, allowed: at least one row of {','.join(COLUMNS)}")
-    return rows, several
+        raise InputError(f"{file}, line 2: got nothing, allowed: at least one row of {_COLUMNS}")
+    return rows, several, value == _SUCCESS
 
 
 def _number(row: Mapping[str, str | None], column: str, where: str) -> float | None:
@@ -176,14 +195,15 @@ def _number(row: Mapping[str, str | None], column: str, where: str) -> float | N
     return value
 
 
-def _row(row: Mapping[str, str | None], where: str) -> tuple[int, float, int]:
+def _row(row: Mapping[str, str | None], names: Sequence[str], where: str) -> tuple[int, float, int]:
     try:
-        step, reward, seed = (float(row[c] or "nan") for c in COLUMNS)
+        step, reward, seed = (float(row[c] or "nan") for c in names)
     except ValueError:
         step = reward = seed = math.nan
     if not (math.isfinite(reward) and step.is_integer() and seed.is_integer() and step >= 0):
-        came = ",".join(f"{c}={row[c]}" for c in COLUMNS)
-        raise InputError(f"{where}: got {came}, allowed: step an integer of at least 0, reward finite, seed an integer")
+        came = ",".join(f"{c}={row[c]}" for c in names)
+        allowed = f"step an integer of at least 0, {names[1]} finite, seed an integer"
+        raise InputError(f"{where}: got {came}, allowed: {allowed}")
     return int(step), reward, int(seed)
 
 
@@ -225,8 +245,8 @@ def group(curves: Iterable[Curve]) -> Groups:
     return {key: list(seeds.values()) for key, seeds in groups.items()}
 
 
-def mean_over_seeds(curves: Sequence[Curve]) -> Band:
-    """Return the mean of the seeds of one task, and Student's t interval of that mean.
+def mean_over_seeds(curves: Sequence[Curve], by_range: bool = False) -> Band:
+    """Return the mean of the seeds of one task, and Student's t interval of that mean, or their range.
 
     Seeds are interpolated linearly at all their steps inside the range that every one covers. With
     three seeds a normal or a bootstrap interval holds the mean far less often than it claims (75% to 81%); t
@@ -237,6 +257,8 @@ def mean_over_seeds(curves: Sequence[Curve]) -> Band:
     mean, n = returns.mean(axis=0), len(curves)
     if n < FEWEST_SEEDS:
         return Band(steps, mean, None, None)
+    if by_range:
+        return Band(steps, mean, returns.min(axis=0), returns.max(axis=0))
     from scipy.stats import t
 
     half = t.ppf((1 + CONFIDENCE) / 2, n - 1) * returns.std(axis=0, ddof=1) / math.sqrt(n)

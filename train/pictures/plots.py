@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from .curves import (
     group,
     iqm_over_tasks,
     mean_over_seeds,
+    of_success,
     read_curves,
     read_reference,
 )
@@ -115,13 +116,26 @@ def plot_runs(
     if max_step is not None and not max_step > 0:
         raise InputError(f"max_step: got {max_step}, allowed: above 0")
     files = find_runs([Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)])
-    runs = group(c for f in files for c in read_curves(f))
+    mine = {f: read_curves(f) for f in files}
+    runs = group(c for curves in mine.values() for c in curves)
     tasks = [task for task, scored in _tasks(runs).items() if not scored]
     _say_what_is_cut(runs)
     published = group(read_reference(reference, tasks)) if reference else {}
+    by_success = {task for (task, _), curves in published.items() if curves[0].success}
+    runs = group(c for f, curves in mine.items() for c in _as_published(f, curves, by_success))
     single = len(files) == 1 and files[0].name == "eval.csv"
     stem = files[0].with_name("curve") if single else Path("curves")
     targets = [stem.with_suffix(kind) for kind in (".png", ".svg")] if out is None else [out]
+    write(lambda: draw(runs, published, max_step), targets)
+    return targets
+
+
+def write(make: Callable[[], Figure], targets: Sequence[Path]) -> None:
+    """Write the figure that `make` draws, in the project's own style, as PNG or SVG by the names of files.
+
+    Raises:
+        ConfigError: matplotlib or scipy is missing.
+    """
     try:
         import matplotlib
         import scipy.stats  # noqa: F401
@@ -130,11 +144,17 @@ def plot_runs(
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a reader's own style would change the bytes
         matplotlib.rcParams.update(_STYLE)
-        figure = draw(runs, published, max_step)
+        figure = make()
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(target, dpi=160, metadata={"Date": None} if target.suffix == ".svg" else None)
-    return targets
+
+
+def _as_published(file: Path, curves: Sequence[Curve], by_success: Collection[str]) -> list[Curve]:
+    """Return the curves of a run, those of success where what is published of its task is success."""
+    if file.name != "eval.csv" or not any(c.task in by_success and not c.scored for c in curves):
+        return list(curves)
+    return [c for c in curves if c.task not in by_success] + [c for c in of_success(file) if c.task in by_success]
 
 
 def _tasks(runs: Groups) -> dict[str, bool]:
@@ -152,8 +172,11 @@ def _say_what_is_cut(runs: Groups) -> None:
             _log.warning("%s of %s ends at %s, where seed %d ends; others go on to %s", *ends)
 
 
-def draw(runs: Groups, published: Groups, max_step: float | None = None) -> Figure:
-    """Draw runs and published curves by (task, label): a panel per task and, for several, one of their IQM."""
+def draw(runs: Groups, published: Groups, max_step: float | None = None, by_range: bool = False) -> Figure:
+    """Draw runs and published curves by (task, label): a panel per task and, for several, one of their IQM.
+
+    by_range: shade from the lowest to the highest seed instead of a confidence interval, and leave out the IQM.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -164,12 +187,14 @@ def draw(runs: Groups, published: Groups, max_step: float | None = None) -> Figu
         ours = {label: curves for (t, label), curves in runs.items() if t == task}
         theirs = {label: curves for (t, label), curves in published.items() if t == task}
         ylabel, full = ("normalised score", 100.0) if scored else ("episode return", full_return(task))
-        panels.append(_Panel(task, ylabel, full, _means(ours), _means(theirs), ours))
+        if any(c.success for curves in ours.values() for c in curves):
+            ylabel, full = "success rate", 1.0
+        panels.append(_Panel(task, ylabel, full, _means(ours, by_range), _means(theirs, by_range), ours))
     single = [task for task, scored in tasks.items() if not scored]
     of_tasks = {key: curves for key, curves in runs.items() if key[0] in single}
     # Nobody who trained on a set asked for an IQM, so that there is none needs no warning.
     wanted = len(single) == len(tasks) or all(full_return(task) for task in single)
-    if len(single) > 1 and wanted and (iqms := _iqms(of_tasks, published, single)):
+    if len(single) > 1 and wanted and not by_range and (iqms := _iqms(of_tasks, published, single)):
         panels.append(_Panel(f"IQM of {len(single)} tasks", "return / 1000", 1.0, *iqms, {}))
     columns = min(len(panels), _MOST_COLUMNS if len(panels) <= _MANY else 2 * _MOST_COLUMNS)
     height = -(-len(panels) // columns)
@@ -187,18 +212,19 @@ def draw(runs: Groups, published: Groups, max_step: float | None = None) -> Figu
         handles=handles,
         loc="outside lower center",
         ncols=min(len(handles), max(columns, 2), max(1, (letters + 12) // (longest + 8))),
-        title=textwrap.fill(_reading(runs, published), letters + 10) or None,
+        title=textwrap.fill(_reading(runs, published, by_range), letters + 10) or None,
     )
     return figure
 
 
-def _reading(runs: Groups, published: Groups) -> str:
+def _reading(runs: Groups, published: Groups, by_range: bool) -> str:
     """Say what lines and shades are, where there is more than one seed."""
     ours, everything = [len(c) for c in runs.values()], [len(c) for c in (*runs.values(), *published.values())]
     if max(everything) == 1:
         return ""
     text = "mean of seeds" + " (thin: each)" * (max(ours) > 1)
-    return text + ", shaded: 95% confidence interval" * (max(everything) >= FEWEST_SEEDS)
+    shaded = "lowest to highest seed" if by_range else "95% confidence interval"
+    return text + f", shaded: {shaded}" * (max(everything) >= FEWEST_SEEDS)
 
 
 def _lines(runs: Groups, published: Groups) -> dict[tuple[bool, str], _Line]:
@@ -217,8 +243,8 @@ def _lines(runs: Groups, published: Groups) -> dict[tuple[bool, str], _Line]:
     return found
 
 
-def _means(methods: Mapping[str, Sequence[Curve]]) -> dict[str, Band]:
-    return {label: mean_over_seeds(curves) for label, curves in methods.items()}
+def _means(methods: Mapping[str, Sequence[Curve]], by_range: bool) -> dict[str, Band]:
+    return {label: mean_over_seeds(curves, by_range) for label, curves in methods.items()}
 
 
 def _iqms(runs: Groups, published: Groups, tasks: Sequence[str]) -> tuple[dict[str, Band], dict[str, Band]] | None:

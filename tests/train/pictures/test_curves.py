@@ -17,6 +17,7 @@ from tdmpc2_fast.train.pictures.curves import (
     iqm_interval,
     iqm_over_tasks,
     mean_over_seeds,
+    of_success,
     read_curves,
     read_reference,
 )
@@ -66,12 +67,29 @@ class TestReading:
         with pytest.raises(InputError, match="line 2: got normalized_score=x"):
             read_curves(folder / "eval.csv")
 
+    def test_where_success_is_published_a_run_has_a_curve_of_it(self, tmp_path: Path) -> None:
+        published = tmp_path / "sac/mw-reach.csv"
+        published.parent.mkdir()
+        published.write_text("step,success,seed\n0,0.0,3\n100000,0.9,3\n")
+        (c,) = read_curves(published)
+        assert (c.success, c.returns.tolist()) == (True, [0, 0.9])
+        with_both = tmp_path / "both.csv"
+        with_both.write_text("step,reward,success,seed\n0,7,1,3\n")
+        assert [(c.success, c.returns.tolist()) for c in read_curves(with_both)] == [(False, [7])]
+        folder = run(tmp_path, "mw-reach", "quick", 1, (0, 100), (2000, 150))
+        (none,) = of_success(folder / "eval.csv")
+        assert (none.label, none.task, none.success) == ("quick", "mw-reach", True)
+        assert (none.steps.tolist(), none.returns.tolist()) == ([0, 2000], [0, 0])
+        csv_file(folder / "success.csv", (0, 0, 1), (2000, 0.3, 1))
+        (some,) = of_success(folder / "eval.csv")
+        assert (some.label, some.task, some.success, some.returns.tolist()) == ("quick", "mw-reach", True, [0, 0.3])
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
             ("", "line 1: got 'an empty file'"),
             ("step,reward,seed\n", "line 2: got nothing"),
-            ("step,success,seed\n0,1,1\n", "line 1: got 'step,success,seed', allowed: the columns step,reward,seed"),
+            ("step,score,seed\n0,1,1\n", "line 1: got 'step,score,seed', allowed: the columns step,reward,seed"),
             ("step,reward,seed\n0,1,1\n10,nan,1\n", "line 3: got step=10,reward=nan,seed=1, allowed: step an integer"),
             ("step,reward,seed\n0,1,1\n\n10,x,1\n", "line 4"),
             ("step,reward,seed\n0,1\n", "seed=None"),

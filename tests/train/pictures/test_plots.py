@@ -138,6 +138,34 @@ print("fine")
         ends = figure.axes[0].collections[1].get_paths()[0].vertices[:, 1]
         assert (ends.min(), ends.max()) == pytest.approx((0, 420 + 4.3027 * 10 / math.sqrt(3)), rel=1e-4)
 
+    def test_bands_of_a_range_reach_from_seed_to_seed(self, tmp_path: Path) -> None:
+        figure = self.figure(self.several(tmp_path), self.published(tmp_path), by_range=True)
+        ax = figure.axes[0]
+        assert len(figure.axes) == 2  # and no IQM
+        theirs = next(c for c in ax.collections if isinstance(c, FillBetweenPolyCollection))
+        ends = theirs.get_paths()[0].vertices
+        assert sorted({float(y) for x, y in ends if x == 100_000}) == [306.0, 308.0]
+        assert "shaded: lowest to highest seed" in figure.legends[0].get_title().get_text()
+
+    def test_success_is_drawn_where_it_is_what_was_published(self, tmp_path: Path) -> None:
+        folder = run(tmp_path / "runs", "mw-reach", "default", 1, (0, 90), (100_000, 800))
+        csv_file(folder / "success.csv", (0, 0, 1), (100_000, 0.8, 1))
+        other = run(tmp_path / "runs", "cheetah-run", "default", 1, (0, 5), (100_000, 400))
+        published = tmp_path / "reference" / "tdmpc2" / "mw-reach.csv"
+        published.parent.mkdir(parents=True)
+        published.write_text("step,success,seed\n0,0.0,3\n100000,0.9,3\n")
+        csv_file(published.with_name("cheetah-run.csv"), (0, 1, 1), (100_000, 420, 1))
+        drawn: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tdmpc2_fast.train.pictures.plots.write", lambda make, targets: drawn.append(make()))
+            plot_runs([folder, other], tmp_path / "x.png", tmp_path / "reference")
+        cheetah, reach = drawn[0].axes
+        assert (cheetah.get_ylabel(), reach.get_ylabel()) == ("episode return", "success rate")
+        assert reach.get_ylim()[1] <= 1.05
+        heights = {line.get_label(): [float(y) for y in line.get_ydata()] for line in reach.lines}
+        assert heights["default"] == [0, 0.8]
+        assert heights["tdmpc2"] == [0, 0.9]
+
     def test_every_seed_is_drawn_and_a_wide_band_leaves_them_room(self, tmp_path: Path) -> None:
         for seed, end in enumerate((-1400, -900, -150)):
             run(tmp_path / "runs", "Pendulum-v1", "default", seed, (0, -1500), (20_000, end))
