@@ -2,9 +2,10 @@
 
 `NAME.safetensors` holds the tensors and, in its header, the manifest: format, config and a
 checksum of the tensors. `NAME.json` is a copy of the manifest for people and scripts; loading
-does not need it. Files are written under a temporary name, flushed to disk and renamed, so
-an interrupted save leaves the previous checkpoint whole. Pickles are read with
-`weights_only=True` only: a file that would run code is refused.
+does not need it. A small file holds what acting takes, in half the bytes. Files are written
+under a temporary name, flushed to disk and renamed, so an interrupted save leaves the previous
+checkpoint whole. Pickles are read with `weights_only=True` only: a file that would run code is
+refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ..compat import foreign
 from ..compat.hub_files import fetch, is_address
-from ..compat.state_dict import dims, from_official_entries, tensors_only, unwrapped
+from ..compat.state_dict import CRITICS, TARGETS, dims, from_official_entries, tensors_only, unwrapped
 from ..config import DEFAULT_DIMS, MODEL_SIZES, Config
 from ..errors import CheckpointError, ConfigError, InputError, kind_of, warn
 from ..runtime.access import access_to
@@ -43,12 +44,31 @@ def save(model: WorldModel, path: str | Path, cfg: Config | None = None) -> Path
     """
     path = _path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
     if path.suffix == ".pt":
         return save_official(model, path)
     path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
-    tensors = {k: v.detach().cpu() for k, v in tensors_only(state).items()}
-    manifest = dict(format=FORMAT, sha256=_digest(tensors), config=(cfg or model.cfg).to_dict())
+    tensors = {k: v.detach().cpu() for k, v in tensors_only(model.state_dict()).items()}
+    return _save(tensors, path, dict(config=(cfg or model.cfg).to_dict()))
+
+
+def save_small(model: WorldModel, path: Path, cfg: Config | None = None) -> Path:
+    """Write the weights in float16 and without target critics, which no plan reads, and return the file.
+
+    It loads as any other; what learns on from it begins with target critics equal to its critics.
+
+    Raises:
+        CheckpointError: a weight that float16 cannot hold.
+    """
+    state = {k: v.detach().cpu() for k, v in tensors_only(model.state_dict()).items() if not k.startswith(TARGETS)}
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    large = [k for k, v in tensors.items() if not bool(v.isfinite().all())]
+    if large:
+        raise CheckpointError(f"{large[0]}: got weights up to {float(state[large[0]].abs().max()):g}, allowed: 65504")
+    return _save(tensors, path, dict(config=(cfg or model.cfg).to_dict(), small=True))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, more: Mapping[str, Any]) -> Path:
+    manifest = dict(format=FORMAT, sha256=_digest(tensors), **more)
     write_tensors(path, tensors, {"manifest": json.dumps(manifest)})
     with replacing(path.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps(manifest, indent=1) + "\n")
@@ -300,6 +320,9 @@ def _read_safetensors(path: Path, map_location: torch.device | str) -> tuple[dic
         config = Config.from_dict(manifest["config"])
     except (ConfigError, KeyError, TypeError) as e:
         raise CheckpointError(f"checkpoint {str(path)!r}: its config cannot be used: {e}") from e
+    if manifest.get("small"):
+        tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+        tensors |= {TARGETS + k.removeprefix(CRITICS): v.clone() for k, v in tensors.items() if k.startswith(CRITICS)}
     return {k: v.to(map_location) for k, v in tensors.items()}, config
 
 

@@ -11,7 +11,8 @@ from tdmpc2_fast.errors import CheckpointError, ConfigError, did_you_mean
 
 from . import keys, tables
 
-_ENDINGS = dict(onnx=".onnx", torch=".pt2", official=".pt")
+_ENDINGS = dict(onnx=".onnx", torch=".pt2", official=".pt", small=".safetensors")
+_PARTS = dict(official=[""], small=["-small"])  # of weights; a plan has its prior beside it
 
 
 def export(words: Sequence[str]) -> int:
@@ -19,7 +20,8 @@ def export(words: Sequence[str]) -> int:
 
     RUN is a checkpoint or a run folder. format=onnx and format=torch write two files: the whole plan, with
     everything random as an input, and the policy prior alone; docs/export.md says what they take. format=official
-    writes weights that the official code loads.
+    writes weights that the official code loads; format=small those that acting takes, in float16, without settings of
+    the machine they were made on.
     """
     options, words = keys.options(words, keys.ExportOptions)
     given = _only(words)
@@ -29,12 +31,13 @@ def export(words: Sequence[str]) -> int:
         raise ConfigError(f"config key 'compiled': got True, allowed: false with format={options.format}")
     out = None if options.out is None else _checked(Path(options.out).expanduser(), _ENDINGS[options.format])
 
+    from tdmpc2_fast.config import Config
     from tdmpc2_fast.export import DEFAULT_OPSET, onnx_file, torch_package
     from tdmpc2_fast.export.graphs import PlanGraph, PriorGraph
     from tdmpc2_fast.model import checkpoint
     from tdmpc2_fast.model.world_model import WorldModel
 
-    from ..run.checkpoints import trained
+    from ..run.checkpoints import tell_as, trained
 
     opset = DEFAULT_OPSET if options.opset is None else options.opset
     if options.format == "onnx":
@@ -54,6 +57,13 @@ def export(words: Sequence[str]) -> int:
     print(f"{path}: {trained(path)}")
     if options.format == "official":
         print(checkpoint.save(model, files[0]))
+        return 0
+    if options.format == "small":
+        of_machine = ("device", "backend", "precision", "num_threads", "env_workers", "work_dir")
+        own = saved.replace(**{k: getattr(Config(), k) for k in of_machine})
+        small = checkpoint.save_small(model, files[0], own)
+        tell_as(path, small)
+        print(f"{small}: {small.stat().st_size / 1e6:.2f} MB, of {path.stat().st_size / 1e6:.2f}")
         return 0
     for make, file in zip((PlanGraph, PriorGraph), files, strict=True):
         graph = make(model)
@@ -81,7 +91,7 @@ def _only(words: Sequence[str]) -> str:
 
 def _checked(out: Path, ending: str) -> Path:
     """Return what `out=` names, if it can be made: a folder, or a file with this ending that is not there yet."""
-    other = out.suffix in {*_ENDINGS.values(), ".safetensors"} and out.suffix != ending
+    other = out.suffix in _ENDINGS.values() and out.suffix != ending
     if (other or out.is_file()) and not out.is_dir():
         what = "which exists" if out.exists() else f"which ends in {out.suffix}"
         raise ConfigError(f"config key 'out': got {str(out)!r}, {what}, allowed: a folder, or a new file in {ending}")
@@ -90,7 +100,7 @@ def _checked(out: Path, ending: str) -> Path:
 
 def _files(checkpoint: Path, out: Path | None, kind: str) -> list[Path]:
     """Return the files to write, with a number in their names where one of these is taken."""
-    ending, parts = _ENDINGS[kind], ["-plan", "-prior"] if kind != "official" else [""]
+    ending, parts = _ENDINGS[kind], _PARTS.get(kind, ["-plan", "-prior"])
     if out is None:
         stem = checkpoint.with_suffix("")
     elif out.suffix == ending and not out.is_dir():

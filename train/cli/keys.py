@@ -148,7 +148,9 @@ class ExportOptions:
     """Keys of the command `export`."""
 
     format: str = _option(
-        "onnx", "ONNX, torch.export's .pt2, or official weights", choices=("onnx", "torch", "official")
+        "onnx",
+        "ONNX, torch.export's .pt2, official weights, or small ones for acting",
+        choices=("onnx", "torch", "official", "small"),
     )
     out: str | None = _option(None, "a folder, or the file of the plan; none writes beside the checkpoint")
     opset: int | None = _option(None, f"of ONNX; none: {DEFAULT_OPSET}", low=OPSETS[0], high=OPSETS[1])

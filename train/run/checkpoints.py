@@ -13,6 +13,7 @@ killed while it writes one leaves earlier ones as they were.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -279,6 +280,12 @@ def trained(path: Path) -> str:
     if "return" not in facts:
         return f"{text}, not evaluated"
     return f"{text}, {returned(facts['return'], facts['return_std'], facts['episodes'])}"
+
+
+def tell_as(path: Path, copy: Path) -> None:
+    """Have `trained` tell of a copy of weights what it tells of them; they may be rounded in it."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        _tell(copy.with_suffix(".json"), json.loads(path.with_suffix(".json").read_text())["trained"])
 
 
 def _tell(manifest: Path, about: Mapping[str, Any] | None) -> None:

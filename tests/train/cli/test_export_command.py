@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -16,13 +17,17 @@ from command_line import (
 )
 from conftest import ROOT, tiny_config, tiny_multitask
 
+import tdmpc2_fast
 from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.errors import CheckpointError
+from tdmpc2_fast.model import checkpoint
 
 pytest.importorskip("dm_control")
 pytest.importorskip("click")
 pytest.importorskip("rich")
 
 from tdmpc2_fast.train import cli
+from tdmpc2_fast.train.run.checkpoints import trained
 
 LOOP = ROOT / "examples" / "robot_loop.py"
 
@@ -168,3 +173,40 @@ def test_the_robot_loop_knows_tasks_and_every_law(empty_folder: Path, capsys: Ca
     assert abs(draw("exponential", (10000,), "float32").mean() - 1) < 0.1
     assert {*draw("integers:0:6", (1000,), "int64").tolist()} == {*range(7)}
     assert abs(draw("normal", (10000,), "float32").std() - 1) < 0.1
+
+
+def test_small_weights_act_as_the_whole_ones_and_learn_on(empty_folder: Path, capsys: Capture) -> None:
+    cfg = tiny_config(3, 1, episode_length=40, num_threads=1, precision="float32")
+    agent = TDMPC2(cfg)
+    agent.save("run/checkpoints/best")
+    beside = Path("run/checkpoints/best.json")
+    told = dict(step=40, decisions=20, updates=7)
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | dict(trained=told)))
+    assert cli.main(["export", "run", "format=small"]) == 0
+    small = Path("run/checkpoints/best-small.safetensors")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{small}: ")
+    assert trained(small) == "step 40 (20 decisions, 7 updates), not evaluated"
+    state, saved = checkpoint.read(small)
+    assert saved == cfg.replace(device="auto", num_threads=None, precision="auto")
+    whole = agent.model.state_dict()
+    for name, x in state.items():
+        source = name.replace("_target_Qs_params.", "_Qs.params.")
+        assert torch.equal(x, whole[source].half().float()), name
+    other = tdmpc2_fast.load(small)
+    assert torch.equal(other.model.state_dict()["_pi.0.weight"], state["_pi.0.weight"])
+    # And of bits that were turned it knows.
+    data = bytearray(small.read_bytes())
+    data[-5] ^= 4
+    small.write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum differs"):
+        tdmpc2_fast.load(small)
+
+
+def test_weights_that_float16_cannot_hold_are_not_made_small(empty_folder: Path, capsys: Capture) -> None:
+    agent = TDMPC2(tiny_config(3, 1, episode_length=40))
+    with torch.no_grad():
+        next(agent.model.parameters()).view(-1)[3] = -1e5
+    agent.save("a")
+    assert cli.main(["export", "a", "format=small"]) == 2
+    assert "got weights up to 100000, allowed: 65504" in capsys.readouterr().err
+    assert {p.name for p in empty_folder.iterdir()} == {"a.safetensors", "a.json"}
