@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +14,10 @@ import torch
 
 from tdmpc2_fast import Config
 from tdmpc2_fast.config import MODEL_SIZES
-from tdmpc2_fast.errors import ConfigError, did_you_mean
+from tdmpc2_fast.errors import CheckpointError, ConfigError, did_you_mean
 from tdmpc2_fast.kernels.cpu.build import bfloat16
 from tdmpc2_fast.kernels.device.launch import PRECISIONS, interpreting
+from tdmpc2_fast.model import checkpoint
 from tdmpc2_fast.runtime.backend import resolve_device
 
 OBS_DIM = 24
@@ -40,6 +41,7 @@ class Options:
     compiled: bool = _key("measure torch.compile baselines, which take a minute or two to compile", True)
     official: str | None = _key("checkout of the official repository to measure, too")
     jax: str | None = _key("checkout of the JAX port (tdmpc2-jax) to measure, too")
+    checkpoint: str | None = _key("plan with these weights, and from their task's first observations")
     task: str = _key("environment of the environment and loop suites", "walker-walk")
     repeats: int = _key("rounds of a measurement", 20)
     budget: float = _key("seconds of a measurement, after which its rounds end", 20.0)
@@ -81,12 +83,28 @@ class Options:
             return self.precision
         return ("tf32", "bfloat16") if self.torch_device.type == "cuda" else _of_this_cpu()
 
+    @cached_property
+    def trained(self) -> tuple[dict[str, Any], Config]:
+        """The weights of the checkpoint, and their config.
+
+        Raises:
+            CheckpointError: as `checkpoint.read`, or it has no config or is of several tasks.
+        """
+        assert self.checkpoint is not None
+        state, cfg = checkpoint.read(self.checkpoint)
+        if cfg is None or cfg.multitask:
+            what = "has no config" if cfg is None else "is of several tasks"
+            raise CheckpointError(f"checkpoint {self.checkpoint!r}: {what}, allowed: one of ours, of one task")
+        return state, cfg
+
     def keys(self, size: int, **changes: Any) -> dict[str, Any]:
         """Return the config keys of a published size."""
         return dict(model_size=size, device=str(self.torch_device), seed=self.seed) | changes
 
     def config(self, size: int, actions: int, **changes: Any) -> Config:
-        """Return a config completed for an environment that does not exist."""
+        """Return a config completed for an environment that does not exist, or that of the checkpoint."""
+        if self.checkpoint is not None:
+            return self.trained[1].replace(device=str(self.torch_device), seed=self.seed, **changes)
         return Config.from_dict(self.keys(size, **changes)).with_env({"state": (OBS_DIM,)}, actions, 500)
 
 
@@ -111,6 +129,11 @@ def parse(words: Sequence[str]) -> Options:
         if key not in fields:
             raise ConfigError(f"unknown bench key {key!r}.{did_you_mean(key, fields)}")
         values[key] = _value(key, str(fields[key].type), text)
+    if "checkpoint" in values:
+        for key in ("size", "actions"):
+            _need(key not in values, key, values.get(key), "none beside checkpoint=, which has its own")
+        cfg = Options(**values).trained[1]
+        values |= dict(size=(cfg.model_size,), actions=(cfg.action_dim,))
     return Options(**values)
 
 
@@ -131,7 +154,7 @@ def _value(key: str, kind: str, text: str) -> Any:
         value = read(text)
     except (KeyError, ValueError) as e:
         raise ConfigError(f"bench key {key!r}: got {text!r}, allowed: {allowed}") from e
-    return str(Path(value).expanduser()) if key in ("official", "jax", "out") else value
+    return str(Path(value).expanduser()) if key in ("official", "jax", "checkpoint", "out") else value
 
 
 def describe() -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tdmpc2_fast import Config, __version__
-from tdmpc2_fast.errors import BackendError, ConfigError, InputError, did_you_mean
+from tdmpc2_fast.errors import BackendError, CheckpointError, ConfigError, InputError, did_you_mean
 from tdmpc2_fast.train.run.threads import choose_threads
 
 from .harness.machine import Facts, this_machine
@@ -54,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         suites = _suites([a for a in args if "=" not in a])
         options = parse([a for a in args if "=" in a])
+        if options.checkpoint is not None and suites != ["planner"]:
+            asked = f"got {options.checkpoint!r} for {', '.join(suites)}"
+            raise ConfigError(f"bench key 'checkpoint': {asked}, allowed: for planner alone")
         return bench(options, suites)
-    except (BackendError, ConfigError, InputError, OSError) as e:
+    except (BackendError, CheckpointError, ConfigError, InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,6 +18,8 @@ from tdmpc2_fast.plan.trace import PlanTrace
 from tdmpc2_fast.reference import ReferenceAgent
 from tdmpc2_fast.rng import PlanNoise, UpdateNoise, generator
 from tdmpc2_fast.runtime.backend import matmul_precision
+from tdmpc2_fast.train.envs import make_env
+from tdmpc2_fast.train.envs.base import close_all, reset
 
 from .compiled import why_not_compiled
 from .measure import CannotMeasureError
@@ -42,6 +44,22 @@ def as_trained(model: nn.Module, seed: int) -> None:
 def reference_of(agent: TDMPC2) -> ReferenceAgent:
     """Return the reference with the same weights on the same device."""
     return ReferenceAgent(agent.cfg, tensors_only(agent.model.state_dict()))
+
+
+def trained_agent(cfg: Config, state: Mapping[str, Any], num_envs: int) -> TDMPC2:
+    """Return an agent with weights of a checkpoint."""
+    agent = TDMPC2(cfg, num_envs)
+    agent.load(state)
+    return agent
+
+
+def first_observations(cfg: Config, num_envs: int) -> Tensor:
+    """Return the first observations of episodes of the config's task (E, obs_dim), on the host."""
+    envs = [make_env(cfg, cfg.seed + n) for n in range(num_envs)]
+    try:
+        return torch.stack([torch.as_tensor(reset(env)) for env in envs])
+    finally:
+        close_all(envs)
 
 
 def observations(cfg: Config, num_envs: int) -> Tensor:

@@ -25,9 +25,11 @@ from ..harness.agents import (
     CompiledReference,
     agent_of,
     check_captured,
+    first_observations,
     observations,
     plan_draws,
     reference_of,
+    trained_agent,
     within,
 )
 from ..harness.measure import Case, Gate, Lineup, Variant
@@ -65,8 +67,12 @@ class Setting:
 
     def __init__(self, options: Options, size: int, actions: int, envs: int, precision: str) -> None:
         self.cfg = cfg = options.config(size, actions, precision=precision, backend=backend_of(options))
-        self.agent = agent_of(cfg, envs)
-        self.device, self.obs = self.agent.device, observations(cfg, envs)
+        if options.checkpoint is None:
+            self.agent, self.obs = agent_of(cfg, envs), observations(cfg, envs)
+        else:
+            self.agent = trained_agent(cfg, options.trained[0], envs)
+            self.obs = first_observations(cfg, envs)
+        self.device = self.agent.device
         self.noise = plan_draws(cfg, envs, self.device)
         self.sizes = plan_sizes(cfg, envs)
         self.work = work = plan_work(self.sizes, Precision(precision))
