@@ -137,7 +137,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def page(found: Sequence[Result], published: Published, findings: str) -> str:
     """Return the page; `findings` is what a person has to say of it."""
     whole = _whole(found)
-    head = ("task", "return", "published, three seeds", "", "hours", "official code")
+    head = ("task", "our return", "published: mean (seeds)", "ours is", "hours", "official code")
     parts = [_INTRODUCTION, _PICTURE, _READING, _table(head, [_row(r, published) for r in whole])]
     parts += ["\n".join(f"- {r.run.name}: {r.where}" for r in whole)]
     if again := _again(found):
@@ -171,7 +171,8 @@ def _again(found: Sequence[Result]) -> str:
 
 def _repeat(whole: Sequence[Result]) -> str:
     first = whole[0]
-    return _REPEAT.format(task=first.run.task, hours=first.hours, where=first.where)
+    one = f"make learning RUNS={first.run.task}"
+    return _REPEAT.format(one=f"{one:36}", task=first.run.task, hours=first.hours, where=first.where)
 
 
 _INTRODUCTION = """# Results
@@ -194,7 +195,7 @@ percentile of rounds that take turns."""
 _REPEAT = """## Repeat one
 
 ```console
-make learning RUNS={task}            # {hours:.1f} hours: {where}
+{one} # {hours:.1f} hours: {where}
 make learning RUNS="all together=2"  # all of them, two side by side, each on half of the cores
 make learning                        # the list, and how far each has come
 ```
