@@ -18,6 +18,8 @@ from tdmpc2_fast.benchmarks.options import parse
 from tdmpc2_fast.benchmarks.suites import ceilings
 from tdmpc2_fast.errors import ConfigError
 
+WALKS = ROOT / "examples" / "walker-walk"
+
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +56,9 @@ def test_the_command_measures_prints_and_writes(tmp_path: Path, capsys: pytest.C
         (["official=/nowhere"], "bench key 'official': got '/nowhere', allowed: a checkout"),
         (["jax=/nowhere"], "bench key 'jax': got '/nowhere', allowed: a checkout of tdmpc2-jax"),
         (["device=cuda:99"], "config key 'device'"),
+        (["planner", "checkpoint=/nowhere"], "checkpoint '/nowhere': no such file"),
+        (["planner", f"checkpoint={WALKS}", "size=1"], "bench key 'size': got (1,), allowed: none beside checkpoint="),
+        (["loop", f"checkpoint={WALKS}"], f"bench key 'checkpoint': got '{WALKS}' for loop, allowed: for planner"),
     ],
 )
 def test_bad_words_are_answered_before_anything_is_measured(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bench_rows import CPU, rows_of
-from conftest import TINY
+from conftest import TINY, tiny_config, tiny_multitask
 from oracle import QUIET
 
-from tdmpc2_fast.benchmarks.harness import stand_in
+from tdmpc2_fast import TDMPC2
+from tdmpc2_fast.benchmarks.harness import agents, stand_in
 from tdmpc2_fast.benchmarks.harness.agents import agent_of
 from tdmpc2_fast.benchmarks.harness.measure import CannotMeasureError
-from tdmpc2_fast.benchmarks.options import Options
+from tdmpc2_fast.benchmarks.options import OBS_DIM, Options, parse
 from tdmpc2_fast.benchmarks.suites import export, kernels, loop, planner, regimes, replay, update, update_kernels
+from tdmpc2_fast.errors import CheckpointError
 from tdmpc2_fast.rng import PlanNoise, generator
 
 
@@ -65,6 +68,32 @@ def test_every_suite_is_set_up_and_its_gate_is_green(
     if case.suite == "planner":
         assert case.variants[product].launches > 20  # type: ignore[operator]
         assert ("torch" in baselines) == ("bfloat16" not in name)
+
+
+@QUIET
+def test_a_plan_is_measured_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    stand_in.install(2)
+    cfg = tiny_config(OBS_DIM, 2, task=stand_in.NAME, episode_length=500, model_size=1, horizon=1, iterations=2)
+    agent = TDMPC2(cfg)
+    agents.as_trained(agent.model, 5)
+    agent.save(tmp_path / "a")
+    words = [f"checkpoint={tmp_path / 'a'}", "device=cpu", "compiled=false", "precision=float32", "repeats=3"]
+    options = parse(words)
+    assert (options.size, options.actions) == ((1,), (2,))
+    (make,) = planner.cases(options)
+    case = make()
+    assert (case.size, case.actions) == (1, 2)
+    setting = planner.Setting(options, 1, 2, 3, "float32")
+    for ours, theirs in zip(agent.model.parameters(), setting.agent.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert setting.obs.shape == (3, OBS_DIM)
+    assert not torch.equal(setting.obs[0], setting.obs[1])
+    gate = case.variants["reference"].gate
+    assert gate is not None
+    assert gate().passed
+    TDMPC2(tiny_multitask()).save(tmp_path / "two")
+    with pytest.raises(CheckpointError, match="is of several tasks, allowed: one of ours, of one task"):
+        parse([f"checkpoint={tmp_path / 'two'}"])
 
 
 def test_the_loop_is_measured_and_split(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import scripted_env
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from torch import Tensor
 
+import tdmpc2_fast
 from tdmpc2_fast import TDMPC2, Planner
+from tdmpc2_fast.train.envs import make_env
+from tdmpc2_fast.train.run.checkpoints import trained
 from tdmpc2_fast.train.run.evaluate import Evaluation, Evaluator
 
 
@@ -106,3 +109,20 @@ def test_mean_and_standard_deviation() -> None:
     found = Evaluation([1.0, 2.0, 6.0], [0.0] * 3, [5] * 3)
     assert found.mean_return == pytest.approx(3.0)
     assert found.std_return == pytest.approx((14 / 3) ** 0.5)
+
+
+def test_the_agent_that_comes_with_the_project_walks() -> None:
+    """Once it is on its feet it gets nearly all of the reward of each decision, which is 2."""
+    folder = ROOT / "examples" / "walker-walk"
+    weights = folder / "agent.safetensors"
+    assert weights.stat().st_size < 3e6
+    assert trained(weights).startswith("step 50,000 (25,000 decisions, 24,999 updates), return 9")
+    agent = tdmpc2_fast.load(folder, device="cpu")
+    assert agent.cfg.task == "walker-walk"
+    env = make_env(agent.cfg, seed=3)
+    obs, rewards = env.reset(), []
+    for t in range(90):
+        action = agent.act(torch.from_numpy(obs), t0=t == 0, eval_mode=True)
+        obs, reward, *_ = env.step(action.numpy())
+        rewards.append(reward)
+    assert np.mean(rewards[-40:]) > 1.7
