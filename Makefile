@@ -130,7 +130,7 @@ report: setup    ## compile the kernels for sm_80, sm_90 and sm_100, no GPU need
 	env -u TRITON_INTERPRET $(BIN)/python -m tdmpc2_fast.benchmarks.static
 
 learning: setup  ## runs that are compared with published ones (docs/results.md): RUNS="walker-walk", none for the list
-	$(BIN)/python -m tdmpc2_fast.benchmarks.learning $(RUNS)
+	@set -f; $(BIN)/python -m tdmpc2_fast.benchmarks.learning $(RUNS) $(if $(OFFICIAL),official=$(abspath $(OFFICIAL)))
 
 bench: setup     ## plan and update against the reference, eager and compiled; OFFICIAL=, JAX=CHECKOUT add theirs
 	$(BIN)/tdmpc2-fast bench $(BENCH) $(THEIRS)

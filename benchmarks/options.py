@@ -92,9 +92,10 @@ class Options:
         """
         assert self.checkpoint is not None
         state, cfg = checkpoint.read(self.checkpoint)
-        if cfg is None or cfg.multitask:
-            what = "has no config" if cfg is None else "is of several tasks"
-            raise CheckpointError(f"checkpoint {self.checkpoint!r}: {what}, allowed: one of ours, of one task")
+        if cfg is None or cfg.multitask or not _published(cfg):
+            what = "no config" if cfg is None else "several tasks" if cfg.multitask else "dims of its own"
+            allowed = "one of ours, of one task and a published size"
+            raise CheckpointError(f"bench key 'checkpoint': {self.checkpoint!r} has {what}, allowed: {allowed}")
         return state, cfg
 
     def keys(self, size: int, **changes: Any) -> dict[str, Any]:
@@ -106,6 +107,12 @@ class Options:
         if self.checkpoint is not None:
             return self.trained[1].replace(device=str(self.torch_device), seed=self.seed, **changes)
         return Config.from_dict(self.keys(size, **changes)).with_env({"state": (OBS_DIM,)}, actions, 500)
+
+
+def _published(cfg: Config) -> bool:
+    """Tell whether a config has the dims of its model size."""
+    dims = MODEL_SIZES.get(cfg.model_size or 0)
+    return dims is not None and all(getattr(cfg, k) == v for k, v in dims.items())
 
 
 def _of_this_cpu() -> tuple[str, ...]:

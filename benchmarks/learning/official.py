@@ -18,10 +18,12 @@ from tdmpc2_fast.errors import ConfigError
 from tdmpc2_fast.runtime.backend import resolve_device
 from tdmpc2_fast.train.envs import make_env
 from tdmpc2_fast.train.envs.base import close_all
+from tdmpc2_fast.train.run.folder import locked
 from tdmpc2_fast.train.run.threads import choose_threads
 
 from ..baselines.official import OfficialConfig, import_official
 
+OFFICIAL = "official"
 _MODULES = ("tdmpc2", "common.buffer", "common.seed", "envs", "trainer.online_trainer")
 _EPISODE = ("episode_reward", "episode_success", "episode_length", "elapsed_time")
 
@@ -48,6 +50,7 @@ class _Logger:
         step = self._repeat * decisions
         if category == "eval":
             row: dict[str, Any] = dict(step=step, reward=round(float(values["episode_reward"]), 1), seed=self._seed)
+            _append(self._sitting.folder / "success.csv", row | dict(reward=round(float(values["episode_success"]), 4)))
         else:
             row = dict(step=step, decisions=decisions, episode=int(values["episode"]))
             row |= {k: round(float(values[k]), 3) for k in _EPISODE}
@@ -68,16 +71,22 @@ def _append(file: Path, row: Mapping[str, Any]) -> None:
         writer.writerow(row)
 
 
+def check_checkout(checkout: str | None) -> str:
+    """Return the checkout; what is none is a `ConfigError`."""
+    if checkout is None or not Path(checkout, "tdmpc2", "tdmpc2.py").is_file():
+        allowed = "a checkout of the official repository, with tdmpc2/tdmpc2.py in it"
+        raise ConfigError(f"learning key 'official': got {checkout!r}, allowed: {allowed}")
+    return checkout
+
+
 def train_official(cfg: Config, checkout: str | None, sitting: Noted) -> int:
     """Make the run in the folder of `sitting`; returns 0.
 
     Raises:
-        ConfigError: no checkout.
+        ConfigError: no checkout, or another process is at the run.
         CannotMeasureError: a package it needs is missing.
     """
-    if checkout is None or not Path(checkout, "tdmpc2", "tdmpc2.py").is_file():
-        allowed = "a checkout of the official repository, with tdmpc2/tdmpc2.py in it"
-        raise ConfigError(f"learning key 'official': got {checkout!r}, allowed: {allowed}")
+    checkout = check_checkout(checkout)
     cfg = cfg.replace(num_threads=choose_threads(cfg))
     device = resolve_device(cfg.device)
     agent, buffer, seed, envs, trainer = import_official(checkout, device, *_MODULES)
@@ -88,13 +97,14 @@ def train_official(cfg: Config, checkout: str | None, sitting: Noted) -> int:
     theirs.compile, theirs.bin_size = device.type == "cuda", cfg.bin_size
     seed.set_seed(cfg.seed)
     env = envs.make_env(theirs)
-    sitting.folder.mkdir(parents=True, exist_ok=True)
-    (sitting.folder / "config.json").write_text(json.dumps(_plain(vars(theirs)), indent=1) + "\n")
     logger = _Logger(sitting, repeat, cfg.seed)
-    parts = dict(cfg=theirs, env=env, agent=agent.TDMPC2(theirs), buffer=buffer.Buffer(theirs), logger=logger)
-    with contextlib.redirect_stdout(None):
-        made = trainer.OnlineTrainer(**parts)
-    made.train()
+    sitting.folder.mkdir(parents=True, exist_ok=True)
+    with locked(sitting.folder):
+        (sitting.folder / "config.json").write_text(json.dumps(_plain(vars(theirs)), indent=1) + "\n")
+        parts = dict(cfg=theirs, env=env, agent=agent.TDMPC2(theirs), buffer=buffer.Buffer(theirs), logger=logger)
+        with contextlib.redirect_stdout(None):
+            made = trainer.OnlineTrainer(**parts)
+        made.train()
     return 0
 
 

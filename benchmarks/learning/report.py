@@ -24,7 +24,8 @@ from tdmpc2_fast.train.pictures.curves import Curve, group, of_success, read_cur
 from tdmpc2_fast.train.pictures.plots import draw, write
 
 from ..report import read
-from .runs import OFFICIAL, RUNS, Run
+from .official import OFFICIAL
+from .runs import RUNS, WHOLE, Run
 from .sitting import about
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +55,13 @@ class Result:
         return sum(float(s["seconds"]) for s in self.about["sittings"]) / 3600
 
     @property
+    def took(self) -> str:
+        """The hours of a run that is finished, or of one that is not, and how far it came."""
+        if self.about["finished"]:
+            return f"{self.hours:.1f}"
+        return f"{self.hours:.1f} so far, {self.about['sittings'][-1]['decisions']:,} of {self.run.steps:,} decisions"
+
+    @property
     def where(self) -> str:
         """The machine and versions of its last sitting, and the commits of all."""
         last = self.about["sittings"][-1]
@@ -63,18 +71,45 @@ class Result:
 
 
 def read_results(folder: Path, published: Published) -> list[Result]:
-    """Read the runs of the list that a folder has, in the list's order, by what is published of their tasks."""
+    """Read the runs of the list that a folder has, in the list's order, by what is published of their tasks.
+
+    Raises:
+        InputError: a run's file is missing or damaged, or it was made with other keys than the list has.
+    """
     found = []
     for run in _there(folder):
-        file = folder / run.name / "eval.csv"
+        place = folder / run.name
+        config = _read_json(place / "config.json", "a run's config")
+        if others := run.differences(config):
+            raise InputError(f"run {str(place)!r}: made with other keys: {'; '.join(others[:3])}, allowed: the list's")
         success = published.get(run.task, {}).get("success", False)
-        (curve,) = of_success(file) if success else read_curves(file)
-        found.append(Result(run, file.parent, curve, about(file.parent)))
+        curves = of_success(place / "eval.csv") if success else read_curves(place / "eval.csv")
+        told = about(place)
+        if len(curves) != 1 or not told["sittings"]:
+            missing = "no sitting in about.json" if len(curves) == 1 else f"{len(curves)} curves"
+            raise InputError(f"run {str(place)!r}: {missing}, allowed: one curve, and at least one sitting")
+        found.append(Result(run, place, curves[0], told))
     return found
 
 
 def _there(folder: Path) -> list[Run]:
-    return [run for run in RUNS if (folder / run.name / "eval.csv").is_file()]
+    """Return runs of the list in a folder; one in float32 stands for one in bfloat16 that is not there."""
+    found = []
+    for run in RUNS:
+        instead = replace(run, precision="float32") if run.precision == "bfloat16" else run
+        found += [r for r in (run, instead) if (folder / r.name / "eval.csv").is_file()][:1]
+    return found
+
+
+def _read_json(file: Path, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+        if isinstance(found, dict):
+            return found
+        why = f"got {type(found).__name__}"
+    except (OSError, ValueError) as e:
+        why = f"got {type(e).__name__} ({e})"
+    raise InputError(f"{file}: {why}, allowed: {what}")
 
 
 def summary(curves: Sequence[Curve]) -> dict[str, dict[str, Any]]:
@@ -116,7 +151,8 @@ def _row(result: Result, published: Published) -> list[str]:
         values = seeds[str(at[0])]
         last = f"{at[1]:.4g} at {at[0]:,}"
         beside = [f"{sum(values) / len(values):.4g} ({', '.join(f'{x:.4g}' for x in values)})", verdict(at[1], values)]
-    return [f"{run.task}{', success' * curve.success}", last, *beside, f"{result.hours:.1f}", _times(result.folder)]
+    name = f"{run.task}{', success' * curve.success}{', float32' * (run.precision == 'float32')}"
+    return [name, last, *beside, result.took, _times(result.folder)]
 
 
 def _times(folder: Path) -> str:
@@ -141,38 +177,39 @@ def page(found: Sequence[Result], published: Published, findings: str) -> str:
     parts = [_INTRODUCTION, _PICTURE, _READING, _table(head, [_row(r, published) for r in whole])]
     parts += ["\n".join(f"- {r.run.name}: {r.where}" for r in whole)]
     if again := _again(found):
-        parts += ["## The same run in float32, and by the official code", again]
+        parts += ["## The same run, computed otherwise", again]
     if findings:
         parts.append(findings.strip())
-    return "\n\n".join([*parts, _repeat(whole), ""])
+    return "\n\n".join([*parts, _repeat(whole)]) + "\n"
 
 
 def _whole(found: Sequence[Result]) -> list[Result]:
     """Return the runs that go as far as the published curves' first point."""
-    return [r for r in found if r.run.steps == max(run.steps for run in RUNS)]
+    return [r for r in found if r.run.steps == WHOLE]
 
 
 def _again(found: Sequence[Result]) -> str:
-    """Compare runs of one task and seed at the last step that all of them evaluated."""
+    """Compare runs of one task and seed that differ in what computes them, at the steps that all of them evaluated."""
     parts = []
     for run in (r for r in RUNS if r.by_official):
         alike = [r for r in found if (r.run.task, r.run.seed) == (run.task, run.seed)]
         if len(alike) < 2:
             continue
-        steps = set.intersection(*({*map(int, r.curve.steps)} for r in alike))
+        steps = sorted(set.intersection(*({*map(int, r.curve.steps)} for r in alike)))
         rows = []
         for r in alike:
             at = dict(zip(map(int, r.curve.steps), r.curve.returns.tolist(), strict=True))
-            rows.append([r.run.precision, *(f"{at[s]:.4g}" for s in sorted(steps))])
-        head = [f"{run.task}, seed {run.seed}", *(f"{s:,} steps" for s in sorted(steps))]
-        parts.append(_table(head, rows))
+            rows.append([r.run.label, *(f"{at[s]:.4g}" for s in steps)])
+        parts.append(_table([f"{run.task}, seed {run.seed}", *(f"{s:,} steps" for s in steps)], rows))
     return "\n\n".join(parts)
 
 
 def _repeat(whole: Sequence[Result]) -> str:
-    first = whole[0]
+    done = [r for r in whole if r.about["finished"]]
+    first = (done or whole)[0]
     one = f"make learning RUNS={first.run.task}"
-    return _REPEAT.format(one=f"{one:36}", task=first.run.task, hours=first.hours, where=first.where)
+    time = f"{first.took} hours: " if done else "not finished yet: "
+    return _REPEAT.format(one=f"{one:36}", task=first.run.task, time=time, where=first.where)
 
 
 _INTRODUCTION = """# Results
@@ -195,15 +232,14 @@ percentile of rounds that take turns."""
 _REPEAT = """## Repeat one
 
 ```console
-{one} # {hours:.1f} hours: {where}
+{one} # {time}{where}
 make learning RUNS="all together=2"  # all of them, two side by side, each on half of the cores
 make learning                        # the list, and how far each has come
 ```
 
 A run that is stopped goes on with the same command, bit for bit. Its folder is `runs/learning/NAME`.
 `RUNS="{task} seed=2 steps=10000"` changes keys; `precision=float32` is for a CPU without bfloat16. Runs
-of the official code need `official=CHECKOUT` and its packages (tried: tensordict 0.12.4, torchrl 0.12.0, gymnasium
-0.29.1).
+of the official code need `official=CHECKOUT` and its packages ([benchmarks.md](benchmarks.md#learning-runs)).
 
 More runs, of smaller models, on a GPU, from pixels and from data, are in
 [benchmarks/results/learning](../benchmarks/results/learning/README.md)."""
@@ -211,13 +247,16 @@ More runs, of smaller models, on a GPU, from pixels and from data, are in
 
 def taken(runs: Path, results: Path) -> Iterator[Path]:
     """Copy the numbers of listed runs, without paths of the machine; yields the folders written."""
+    if runs.resolve() == results.resolve():
+        raise InputError(f"take {str(runs)!r}: the same as results, allowed: another folder")
     for run in _there(runs):
         source, target = runs / run.name, results / run.name
         target.mkdir(parents=True, exist_ok=True)
         for name in _KEPT:
+            (target / name).unlink(missing_ok=True)
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
-        config = json.loads((source / "config.json").read_text())
+        config = _read_json(source / "config.json", "a run's config")
         (target / "config.json").write_text(json.dumps(config | dict(work_dir=None), indent=1) + "\n")
         yield target
 
@@ -225,25 +264,30 @@ def taken(runs: Path, results: Path) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    own = dict(reference="", take="", results=str(_ROOT / "benchmarks/results/learning"), docs=str(_ROOT / "docs"))
+    own = dict(results=str(_ROOT / "benchmarks/results/learning"), docs=str(_ROOT / "docs"))
     if {"-h", "--help"} & {*words}:
         print(__doc__)
         return 0
     try:
         for word in words:
-            key, equals, value = word.partition("=")
-            if not equals or key not in own:
-                raise ConfigError(f"argument {word!r}: allowed: {', '.join(f'{k}=FOLDER' for k in own)}")
+            key, _, value = word.partition("=")
+            if key not in _FOLDERS or not value:
+                raise ConfigError(f"argument {word!r}: allowed: {', '.join(f'{k}=FOLDER' for k in _FOLDERS)}")
             own[key] = value
-        print(make(**{k: Path(v).expanduser() if v else None for k, v in own.items()}))  # type: ignore[arg-type]
-    except (ConfigError, InputError, OSError, ValueError) as e:
+        print(make(**{k: Path(v).expanduser() for k, v in own.items()}))
+    except (ConfigError, InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
 
 
-def make(results: Path, docs: Path, reference: Path | None, take: Path | None) -> Path:
+_FOLDERS = ("reference", "take", "results", "docs")
+
+
+def make(results: Path, docs: Path, reference: Path | None = None, take: Path | None = None) -> Path:
     """Write the page, and with `reference` its pictures and `published.json`; returns the page's path."""
+    if take is not None and not _there(take):
+        raise InputError(f"take {str(take)!r}: no run of the list, allowed: a folder with some")
     for folder in taken(take, results) if take is not None else ():
         print(folder)
     if not _there(results):
@@ -252,12 +296,18 @@ def make(results: Path, docs: Path, reference: Path | None, take: Path | None) -
     curves: list[Curve] = []
     if reference is not None:
         curves = read_reference(reference, dict.fromkeys(run.task for run in _there(results)))
-        noted.write_text(json.dumps(summary(curves), indent=1) + "\n")
-    published = json.loads(noted.read_text())
-    found = read_results(results, published)
+        found = summary(curves)
+        if not found:
+            allowed = f"with {_AGAINST}/TASK.csv"
+            raise InputError(f"reference {str(reference)!r}: no curve of {_AGAINST}, allowed: {allowed}")
+        noted.write_text(json.dumps(found, indent=1) + "\n")
+    published = _read_json(noted, "what reference=FOLDER makes")
+    runs = read_results(results, published)
+    if not _whole(runs):
+        raise InputError(f"results {str(results)!r}: no whole run of the list, allowed: at least one")
     if curves:
-        _pictures(found, [c for c in curves if c.label in _METHODS], docs)
-    (docs / "results.md").write_text(page(found, published, _text(results / "findings.md")))
+        _pictures(runs, [c for c in curves if c.label in _METHODS], docs)
+    (docs / "results.md").write_text(page(runs, published, _text(results / "findings.md")))
     return docs / "results.md"
 
 

@@ -23,9 +23,12 @@ from typing import Any
 import torch
 
 from tdmpc2_fast import Config
+from tdmpc2_fast.errors import InputError
 from tdmpc2_fast.model.files import replacing
 from tdmpc2_fast.runtime.backend import resolve_device
 from tdmpc2_fast.train.run import lifecycle
+from tdmpc2_fast.train.run.checkpoints import Checkpoints
+from tdmpc2_fast.train.run.folder import locked, untouched
 from tdmpc2_fast.train.signals import handled
 
 from ..harness.machine import Machine, this_machine
@@ -33,6 +36,7 @@ from .official import train_official
 from .runs import Run
 
 _ASKED = 128 + signal.SIGTERM
+_SITTING = dict(began=int, decisions=int, seconds=float, commit=str, cpu=str, gpu=str, threads=int, torch_version=str)
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,25 @@ class Reached:
 
 
 def reached(folder: Path) -> Reached:
-    """Read how far the run in a folder has come; an empty or missing one has not begun."""
-    episodes, evaluated = _rows(folder / "train.csv"), _rows(folder / "eval.csv")
-    decisions = max((int(r["decisions"]) for r in episodes), default=0)
-    if (told := folder / "checkpoints" / "latest.json").is_file():
-        decisions = max(decisions, int(json.loads(told.read_text())["trained"]["decisions"]))
-    if not evaluated:
-        return Reached(decisions, None, None)
-    return Reached(decisions, int(evaluated[-1]["step"]), float(evaluated[-1]["reward"]))
+    """Read how far the run in a folder has come; a missing one has not begun.
+
+    Raises:
+        InputError: one of its files is damaged.
+    """
+    with _reading(folder / "train.csv") as file:
+        decisions = max((int(r["decisions"]) for r in _rows(file)), default=0)
+    decisions = max(decisions, _saved(folder))
+    with _reading(folder / "eval.csv") as file:
+        evaluated = _rows(file)
+        if not evaluated:
+            return Reached(decisions, None, None)
+        return Reached(decisions, int(evaluated[-1]["step"]), float(evaluated[-1]["reward"]))
+
+
+def _saved(folder: Path) -> int:
+    """Return the decisions of the newest checkpoint; 0 without one."""
+    with _reading(folder / "checkpoints" / "latest.json") as file:
+        return int(json.loads(file.read_text())["trained"]["decisions"]) if file.is_file() else 0
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
@@ -71,15 +86,29 @@ def _rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    try:
+        yield file
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
+        raise InputError(f"{file}: got {type(e).__name__} ({e}), allowed: what a learning run writes") from e
+
+
 def about(folder: Path) -> dict[str, Any]:
     """Return what `about.json` of a run says: whether it is `finished`, and its `sittings`, first to last.
 
     A sitting has the machine's facts, the decisions it `began` at and those it came to, and its `seconds`, in which
     evaluations and compilation are.
+
+    Raises:
+        InputError: it says something else.
     """
-    file = folder / "about.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else dict(finished=False, sittings=[])
-    return found
+    with _reading(folder / "about.json") as file:
+        if not file.exists():
+            return dict(finished=False, sittings=[])
+        found = json.loads(file.read_text())
+        sittings = [s | {k: kind(s[k]) for k, kind in _SITTING.items()} for s in found["sittings"]]
+        return dict(finished=bool(found["finished"]), sittings=sittings)
 
 
 class Sitting:
@@ -87,7 +116,9 @@ class Sitting:
 
     def __init__(self, folder: Path, machine: Machine) -> None:
         self.folder, self._machine, self._start = folder, machine, time.monotonic()
-        self._before, self._began = about(folder)["sittings"], reached(folder).decisions
+        self._before = about(folder)["sittings"]
+        # Rows after the last checkpoint are those of a process that was killed: they are made again.
+        self._began = _saved(folder)
 
     @property
     def seconds(self) -> float:
@@ -110,43 +141,72 @@ def sit(run: Run, out: Path, minutes: float | None = None, checkout: str | None 
 
     Raises:
         CannotMeasureError: the official code is to make it, and cannot.
-        ConfigError, InputError, BackendError: as a run.
+        InputError: its folder has another run, or what a run does not write.
+        ConfigError, CheckpointError, BackendError: as a run.
     """
     folder = folder_of(run, out)
-    if about(folder)["finished"]:
-        print(f"{folder}\n{folder.name}: finished before: {reached(folder).line()}")
-        return 0
     cfg = Config.from_dict(run.values())
     sitting = Sitting(folder, this_machine(resolve_device(cfg.device)))
+    before = run.by_official and about(folder)["finished"]
     with _alarm(minutes) as over:
         try:
-            status = train_official(cfg, checkout, sitting) if run.by_official else _train(run, sitting)
+            if run.by_official:
+                status = 0 if before else train_official(cfg, checkout, sitting)
+            else:
+                status, before = _train(run, sitting)
         except SystemExit as e:  # what does not end by itself when it is asked to
-            status = int(e.code or 0)
-    if _rows(folder / "train.csv"):
+            if e.code != _ASKED:
+                raise
+            status = _ASKED
+    if not before and (_rows(folder / "train.csv") or _can_go_on(folder)):
         sitting.note(finished=status == 0)
     ended = over() and status == _ASKED
-    how = "until the time was over" if ended else "to its end" if status == 0 else f"ended with status {status}"
+    how = "finished before" if before else "to its end" if status == 0 else f"ended with status {status}"
+    how = "until the time was over" if ended else how
     print(f"{folder}\n{folder.name}: {sitting.seconds:.0f} s, {how}: {reached(folder).line()}")
     return 0 if ended else status
 
 
 def folder_of(run: Run, out: Path) -> Path:
-    """Return a run's folder: one of its name that is new or has a run to go on with."""
-    names = (run.name if n == 1 else f"{run.name}-{n}" for n in itertools.count(1))
-    return next(p for p in map(out.joinpath, names) if not p.exists() or _can_go_on(p))
+    """Return the folder of a run, which is new or has the run to go on with.
+
+    What a run left that cannot go on, as one without checkpoints, gets another name.
+
+    Raises:
+        InputError: something else is there, or a run with other keys.
+        ConfigError: another process is at it.
+    """
+    folder = out / run.name
+    if not folder.exists() or (folder.is_dir() and untouched(folder)):
+        return folder
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        others = run.differences(config)
+    except (OSError, ValueError, TypeError) as e:
+        raise InputError(f"run {str(folder)!r}: no config.json of a run ({e}), allowed: a new folder") from e
+    if others:
+        raise InputError(
+            f"run {str(folder)!r}: made with other keys: {'; '.join(others[:3])}; take another folder: out="
+        )
+    if _can_go_on(folder) or about(folder)["finished"]:
+        return folder
+    with locked(folder):
+        aside = next(p for n in itertools.count(1) if not (p := out / f"{run.name}-stopped-{n}").exists())
+        folder.rename(aside)
+    print(f"{folder}: what was there cannot go on; it is in {aside}")
+    return folder
 
 
 def _can_go_on(folder: Path) -> bool:
-    """Tell whether a run left what it needs to go on, or nothing but its wish to begin."""
-    return (folder / "checkpoints").is_dir() or about(folder)["finished"] or not _rows(folder / "train.csv")
+    return Checkpoints(folder, 1).last() is not None
 
 
-def _train(run: Run, sitting: Sitting) -> int:
+def _train(run: Run, sitting: Sitting) -> tuple[int, bool]:
+    """Make our run; returns its status, and whether it had been finished before."""
     kept: dict[str, Any] = dict(tensorboard=False, display="lines")
     values = kept | run.values() | dict(work_dir=str(sitting.folder), resume="auto")
-    given = lifecycle.Given(callbacks=[lambda event: sitting.note()])
-    return lifecycle.start(values, given).status
+    outcome = lifecycle.start(values, lifecycle.Given(callbacks=[lambda event: sitting.note()]))
+    return outcome.status, outcome.agent is None
 
 
 @contextlib.contextmanager
@@ -159,12 +219,13 @@ def _alarm(minutes: float | None) -> Iterator[Callable[[], bool]]:
         # As from a person or a cluster: a run knows this wish.
         os.kill(os.getpid(), signal.SIGTERM)
 
-    timer = threading.Timer(1e9 if minutes is None else 60 * minutes, ring)
-    timer.daemon = True
+    timer = None if minutes is None else threading.Timer(60 * minutes, ring)
     with handled([signal.SIGTERM], lambda *_: sys.exit(_ASKED)):
-        if minutes is not None:
+        if timer is not None:
+            timer.daemon = True
             timer.start()
         try:
             yield rang.is_set
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()

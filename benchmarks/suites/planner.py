@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,7 @@ class Setting:
         self.sizes = plan_sizes(cfg, envs)
         self.work = work = plan_work(self.sizes, Precision(precision))
         self.facts: dict[str, Any] = dict(size=size, envs=envs, actions=actions, precision=precision)
+        self.facts |= {} if options.checkpoint is None else dict(shape=f"weights of {Path(options.checkpoint).name}")
         self.facts |= dict(results=envs, unit="plans", gflop=work.flops / 1e9, mbyte=work.bytes / 1e6)
 
 

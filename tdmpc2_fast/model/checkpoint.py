@@ -43,7 +43,6 @@ def save(model: WorldModel, path: str | Path, cfg: Config | None = None) -> Path
     default the model's.
     """
     path = _path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pt":
         return save_official(model, path)
     path = path.with_name(path.name.removesuffix(".safetensors") + ".safetensors")
@@ -68,6 +67,7 @@ def save_small(model: WorldModel, path: Path, cfg: Config | None = None) -> Path
 
 
 def _save(tensors: dict[str, Tensor], path: Path, more: Mapping[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     manifest = dict(format=FORMAT, sha256=_digest(tensors), **more)
     write_tensors(path, tensors, {"manifest": json.dumps(manifest)})
     with replacing(path.with_suffix(".json")) as tmp:

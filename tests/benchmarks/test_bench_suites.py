@@ -13,7 +13,7 @@ from bench_rows import CPU, rows_of
 from conftest import TINY, tiny_config, tiny_multitask
 from oracle import QUIET
 
-from tdmpc2_fast import TDMPC2
+from tdmpc2_fast import TDMPC2, Config
 from tdmpc2_fast.benchmarks.harness import agents, stand_in
 from tdmpc2_fast.benchmarks.harness.agents import agent_of
 from tdmpc2_fast.benchmarks.harness.measure import CannotMeasureError
@@ -73,7 +73,8 @@ def test_every_suite_is_set_up_and_its_gate_is_green(
 @QUIET
 def test_a_plan_is_measured_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
     stand_in.install(2)
-    cfg = tiny_config(OBS_DIM, 2, task=stand_in.NAME, episode_length=500, model_size=1, horizon=1, iterations=2)
+    few = dict(horizon=1, iterations=1, num_samples=8, num_elites=4, num_pi_trajs=2)
+    cfg = Config(task=stand_in.NAME, model_size=1, **few).with_env({"state": (OBS_DIM,)}, 2, 500)
     agent = TDMPC2(cfg)
     agents.as_trained(agent.model, 5)
     agent.save(tmp_path / "a")
@@ -91,9 +92,11 @@ def test_a_plan_is_measured_with_the_weights_of_a_checkpoint(tmp_path: Path) -> 
     gate = case.variants["reference"].gate
     assert gate is not None
     assert gate().passed
-    TDMPC2(tiny_multitask()).save(tmp_path / "two")
-    with pytest.raises(CheckpointError, match="is of several tasks, allowed: one of ours, of one task"):
-        parse([f"checkpoint={tmp_path / 'two'}"])
+    assert setting.facts["shape"] == "weights of a"
+    for other, what in ((tiny_multitask(), "several tasks"), (tiny_config(OBS_DIM, 2), "dims of its own")):
+        TDMPC2(other).save(tmp_path / "other")
+        with pytest.raises(CheckpointError, match=f"has {what}, allowed: one of ours, of one task"):
+            parse([f"checkpoint={tmp_path / 'other'}"])
 
 
 def test_the_loop_is_measured_and_split(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,10 @@ from tdmpc2_fast.errors import CheckpointError, ConfigError, did_you_mean
 from . import keys, tables
 
 _ENDINGS = dict(onnx=".onnx", torch=".pt2", official=".pt", small=".safetensors")
+_OF_MACHINE = (
+    *("device", "backend", "precision", "num_threads", "env_workers", "work_dir", "data_dir", "init", "checkpoint"),
+    *("enable_wandb", "wandb_project", "wandb_entity"),
+)
 _PARTS = dict(official=[""], small=["-small"])  # of weights; a plan has its prior beside it
 
 
@@ -59,9 +63,7 @@ def export(words: Sequence[str]) -> int:
         print(checkpoint.save(model, files[0]))
         return 0
     if options.format == "small":
-        of_machine = ("device", "backend", "precision", "num_threads", "env_workers", "work_dir")
-        own = saved.replace(**{k: getattr(Config(), k) for k in of_machine})
-        small = checkpoint.save_small(model, files[0], own)
+        small = checkpoint.save_small(model, files[0], saved.replace(**{k: getattr(Config(), k) for k in _OF_MACHINE}))
         tell_as(path, small)
         print(f"{small}: {small.stat().st_size / 1e6:.2f} MB, of {path.stat().st_size / 1e6:.2f}")
         return 0

@@ -23,7 +23,7 @@ from ..envs import dmcontrol
 
 _SUCCESS = "success"  # in place of `reward`, in published curves
 _COLUMNS = f"step,reward,seed, or {_SUCCESS} in place of reward"
-_SCORE, _OF_TASK = "normalized_score", "return+"  # what `eval.csv` has besides of several tasks
+_SCORE, _OF_TASK, _OF_SUCCESS = "normalized_score", "return+", "success+"  # what `eval.csv` has of several tasks
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3  # Student's t interval of two seeds is nine times as wide as they lie apart and fills any picture
 _ALLOWED = "a run folder (eval.csv and config.json), a folder above runs, or a CSV file with step,reward,seed"
@@ -120,6 +120,8 @@ def read_curves(file: Path) -> list[Curve]:
     curves = _by_seed(rows, scores if scored else [reward for _, reward, _ in rows], label, task, scored)
     curves = [replace(c, success=success) for c in curves]
     for column, values in several.items():
+        if column.startswith(_OF_SUCCESS):
+            continue
         curves += _by_seed(rows, values, f"{label} of {task}", column.removeprefix(_OF_TASK), False)
     return curves
 
@@ -139,13 +141,31 @@ def _by_seed(
 
 
 def of_success(file: Path) -> list[Curve]:
-    """Read a run's curves of success, which `success.csv` beside its `eval.csv` has; 0 where none has succeeded yet."""
-    returns = [c for c in read_curves(file) if not c.scored]
-    there = file.with_name("success.csv")
-    if not there.is_file():
-        return [replace(c, returns=0 * c.returns, success=True) for c in returns]
-    first = returns[0]
-    return [replace(c, label=first.label, task=first.task, success=True) for c in read_curves(there)]
+    """Read the success rates of a run by its `eval.csv`: those of a set's tasks are in it, others in `success.csv`.
+
+    Without that file none has succeeded yet; where `train.csv` tells of some that have, it is lost: there is no
+    curve then, and a warning.
+    """
+    label, task = _names(file.with_name("config.json"))
+    rows, several, _ = _rows(file)
+    of_tasks = {k.removeprefix(_OF_SUCCESS): v for k, v in several.items() if k.startswith(_OF_SUCCESS)}
+    if of_tasks:
+        found = [c for t, v in of_tasks.items() for c in _by_seed(rows, v, f"{label} of {task}", t, False)]
+    elif (there := file.with_name("success.csv")).is_file():
+        found = [replace(c, label=label, task=task) for c in read_curves(there)]
+    elif _some_succeeded(file.with_name("train.csv")):
+        _log.warning("%s is missing, and episodes of %s have succeeded: its success is not drawn", there, task)
+        return []
+    else:
+        found = _by_seed(rows, [0.0] * len(rows), label, task, False)
+    return [replace(c, success=True) for c in found]
+
+
+def _some_succeeded(train: Path) -> bool:
+    if not train.is_file():
+        return False
+    with open(train, newline="", errors="replace") as f:
+        return any((r.get("episode_success") or "0") not in ("0", "0.0") for r in csv.DictReader(f))
 
 
 def _names(config: Path) -> tuple[str, str]:
@@ -169,7 +189,7 @@ def _rows(file: Path) -> tuple[list[tuple[int, float, int]], dict[str, list[floa
             if not {*names} <= {*there}:
                 came = ",".join(there) or "an empty file"
                 raise InputError(f"{file}, line 1: got {came!r}, allowed: the columns {_COLUMNS}")
-            several = {c: [] for c in there if c == _SCORE or c.startswith(_OF_TASK)}
+            several = {c: [] for c in there if c == _SCORE or c.startswith((_OF_TASK, _OF_SUCCESS))}
             for row in reader:
                 where = f"{file}, line {reader.line_num}"
                 rows.append(_row(row, names, where))

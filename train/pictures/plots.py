@@ -123,6 +123,7 @@ def plot_runs(
     published = group(read_reference(reference, tasks)) if reference else {}
     by_success = {task for (task, _), curves in published.items() if curves[0].success}
     runs = group(c for f, curves in mine.items() for c in _as_published(f, curves, by_success))
+    _check_units(runs, published)
     single = len(files) == 1 and files[0].name == "eval.csv"
     stem = files[0].with_name("curve") if single else Path("curves")
     targets = [stem.with_suffix(kind) for kind in (".png", ".svg")] if out is None else [out]
@@ -155,6 +156,17 @@ def _as_published(file: Path, curves: Sequence[Curve], by_success: Collection[st
     if file.name != "eval.csv" or not any(c.task in by_success and not c.scored for c in curves):
         return list(curves)
     return [c for c in curves if c.task not in by_success] + [c for c in of_success(file) if c.task in by_success]
+
+
+def _check_units(runs: Groups, published: Groups) -> None:
+    """Raise `InputError` where one panel would have to show returns and success rates."""
+    kinds: dict[str, dict[bool, str]] = {}
+    for (task, label), curves in [*runs.items(), *published.items()]:
+        for c in curves:
+            kinds.setdefault(task, {})[c.success] = label
+    for task, found in kinds.items():
+        if len(found) > 1:
+            raise InputError(f"{task}: {found[False]} has returns and {found[True]} success, allowed: one of both")
 
 
 def _tasks(runs: Groups) -> dict[str, bool]:

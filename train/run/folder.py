@@ -41,7 +41,7 @@ def new_folder(cfg: Config) -> Path:
                 folder.mkdir()  # fails if it exists: two runs started together get two folders
                 return folder
             except FileExistsError:
-                if fixed and (not folder.is_dir() or not _untouched(folder)):
+                if fixed and (not folder.is_dir() or not untouched(folder)):
                     raise ConfigError(
                         f"config key {fixed!r}: the folder {str(folder)!r} is taken and has no checkpoint to go on "
                         "from, allowed: a new or empty folder"
@@ -56,7 +56,7 @@ def new_folder(cfg: Config) -> Path:
     raise AssertionError("itertools.count ended")
 
 
-def _untouched(folder: Path) -> bool:
+def untouched(folder: Path) -> bool:
     """Tell whether no run has left more there than its wish to begin: no checkpoint, no number."""
     return {p.name for p in folder.iterdir() if not _unfinished(p)} <= _FIRST
 

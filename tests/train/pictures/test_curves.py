@@ -82,6 +82,15 @@ class TestReading:
         assert (none.steps.tolist(), none.returns.tolist()) == ([0, 2000], [0, 0])
         csv_file(folder / "success.csv", (0, 0, 1), (2000, 0.3, 1))
         (some,) = of_success(folder / "eval.csv")
+        (folder / "success.csv").unlink()
+        (folder / "train.csv").write_text("step,episode_success\n100,0.0\n200,1.0\n")
+        assert of_success(folder / "eval.csv") == []
+        several = run(tmp_path, "two", "default", 1)
+        (several / "eval.csv").write_text(
+            "step,reward,seed,return+mw-reach,success+mw-reach,success+mw-push\n0,5,1,9,0.9,0.2\n"
+        )
+        found = [(c.label, c.task, c.success, c.returns.tolist()) for c in of_success(several / "eval.csv")]
+        assert found == [("default of two", "mw-reach", True, [0.9]), ("default of two", "mw-push", True, [0.2])]
         assert (some.label, some.task, some.success, some.returns.tolist()) == ("quick", "mw-reach", True, [0, 0.3])
 
     @pytest.mark.parametrize(

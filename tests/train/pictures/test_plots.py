@@ -165,6 +165,9 @@ print("fine")
         heights = {line.get_label(): [float(y) for y in line.get_ydata()] for line in reach.lines}
         assert heights["default"] == [0, 0.8]
         assert heights["tdmpc2"] == [0, 0.9]
+        returns = csv_file(tmp_path / "mine" / "mw-reach.csv", (0, 90, 1))
+        with pytest.raises(InputError, match="mw-reach: mine has returns and tdmpc2 success, allowed: one of both"):
+            plot_runs([returns], tmp_path / "x.png", tmp_path / "reference")
 
     def test_every_seed_is_drawn_and_a_wide_band_leaves_them_room(self, tmp_path: Path) -> None:
         for seed, end in enumerate((-1400, -900, -150)):
