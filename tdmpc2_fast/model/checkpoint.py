@@ -29,7 +29,7 @@ from ..config import DEFAULT_DIMS, MODEL_SIZES, Config
 from ..errors import CheckpointError, ConfigError, InputError, kind_of, warn
 from ..runtime.access import access_to
 from ..runtime.backend import on_this_machine
-from .files import as_bytes, read_tensors, replacing, write_tensors
+from .files import as_bytes, read_metadata, read_tensors, replacing, write_tensors
 from .official import OfficialModel, model_size_of
 from .world_model import WorldModel
 
@@ -64,6 +64,11 @@ def save_small(model: WorldModel, path: Path, cfg: Config | None = None) -> Path
     if large:
         raise CheckpointError(f"{large[0]}: got weights up to {float(state[large[0]].abs().max()):g}, allowed: 65504")
     return _save(tensors, path, dict(config=(cfg or model.cfg).to_dict(), small=True))
+
+
+def is_small(path: Path) -> bool:
+    """Tell whether a file of ours is one of `save_small`."""
+    return bool(json.loads(read_metadata(path)["manifest"]).get("small"))
 
 
 def _save(tensors: dict[str, Tensor], path: Path, more: Mapping[str, Any]) -> Path:

@@ -192,6 +192,8 @@ def info(words: Sequence[str]) -> int:
     found, cfg = checkpoint.read(path)
     state, taken_off = unwrapped(found, repr(str(path)))
     kind = f"{checkpoint.FORMAT}, the checksum of its tensors is right"
+    if cfg is not None and checkpoint.is_small(path):
+        kind += "; small: in float16, without target critics, which are read as the critics"
     official = OfficialModel(found, repr(str(path))) if cfg is None else None
     if official is not None:
         kind = f"official, {'older' if official.older else 'current'} generation (weights only, no config)"

@@ -194,6 +194,8 @@ def test_small_weights_act_as_the_whole_ones_and_learn_on(empty_folder: Path, ca
         assert torch.equal(x, whole[source].half().float()), name
     other = tdmpc2_fast.load(small)
     assert torch.equal(other.model.state_dict()["_pi.0.weight"], state["_pi.0.weight"])
+    assert cli.main(["info", str(small)]) == 0
+    assert "small: in float16, without target critics" in " ".join(capsys.readouterr().out.split())
     # And of bits that were turned it knows.
     data = bytearray(small.read_bytes())
     data[-5] ^= 4
