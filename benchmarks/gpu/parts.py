@@ -33,7 +33,7 @@ _BOTH = "precision=bfloat16,tf32"
 # The official code computes in tf32 whatever we do.
 _TF32 = "precision=tf32"
 # Several runs share the machine, whose host only launches; what they leave are numbers.
-_LEARNT = ("model_size=1", "eval_episodes=4", "num_threads=1", "save_agent=false")
+_LEARNT = ("eval_episodes=4", "num_threads=1", "save_agent=false")
 _QUICK = ("compiled=false", "repeats=50", "budget=1")
 
 

@@ -66,7 +66,7 @@ def test_parts_of_make_gpu_ask_for_what_there_is() -> None:
     for command in learning_runs:
         own = command[command.index("tdmpc2_fast.benchmarks.learning") + 1 :]
         chosen, (one,) = learning.options([w.replace("{minutes}", "4.5") for w in own])
-        assert (chosen.minutes, one.size, one.seed in (1, 2)) == (4.5, 1, True)
+        assert (chosen.minutes, one.model_size, one.seed in (1, 2)) == (4.5, 5, True)
     file, test = gpu.SANITIZED.split("::")
     name, case = test.removesuffix("]").split("[")
     assert f"def {name}(" in (ROOT / file).read_text()
