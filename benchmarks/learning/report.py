@@ -10,6 +10,7 @@ last given. Exit status: 2 where something is missing or malformed.
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import sys
@@ -199,9 +200,18 @@ def _again(found: Sequence[Result]) -> str:
         rows = []
         for r in alike:
             at = dict(zip(map(int, r.curve.steps), r.curve.returns.tolist(), strict=True))
-            rows.append([r.run.label, *(f"{at[s]:.4g}" for s in steps)])
-        parts.append(_table([f"{run.task}, seed {run.seed}", *(f"{s:,} steps" for s in steps)], rows))
+            rows.append([r.run.label, *(f"{at[s]:.4g}" for s in steps), _trained(r.folder, run.steps)])
+        head = [f"{run.task}, seed {run.seed}", *(f"{s:,} steps" for s in steps)]
+        parts.append(_table([*head, f"training, {run.steps // 2:,} to {run.steps:,} decisions"], rows))
     return "\n\n".join(parts)
+
+
+def _trained(folder: Path, decisions: int) -> str:
+    """Return the mean return of the training episodes that end in the second half of these decisions."""
+    with (folder / "train.csv").open(newline="") as f:
+        rows = [(int(r["decisions"]), float(r["episode_reward"])) for r in csv.DictReader(f)]
+    found = [y for n, y in rows if decisions // 2 < n <= decisions]
+    return f"{sum(found) / len(found):.4g}, {len(found)} episodes" if found else ""
 
 
 def _repeat(whole: Sequence[Result]) -> str:

@@ -29,7 +29,8 @@ def a_run(folder: Path, run: runs.Run, *points: tuple[int, float], finished: boo
     config = Config.from_dict(run.values()).to_dict() | dict(work_dir="/home/somebody/x")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "eval.csv").write_text("step,reward,seed\n" + "".join(f"{s},{y},{run.seed}\n" for s, y in points))
-    (folder / "train.csv").write_text("step,decisions\n1000,500\n")
+    episodes = "".join(f"{2 * n},{n},{n / 10}\n" for n in (500, 5000, 5500, 9500, 10_500))
+    (folder / "train.csv").write_text(f"step,decisions,episode_reward\n{episodes}")
     sittings = [SITTING, SITTING | dict(commit="def")]
     (folder / "about.json").write_text(json.dumps(dict(finished=finished, sittings=sittings)))
 
@@ -67,8 +68,12 @@ def test_the_page_says_where_runs_end_beside_published_seeds(
     assert "make learning RUNS=walker-walk       # 1.0 hours: A CPU, 1 thread; torch 2.13.0; commit abc, def" in lines
     assert "| mw-plate-slide, success | 0.7 at 100,000 | 1 (1, 1, 1) | below | 1.0 |  |" in lines
     assert "- walker-walk-5m-bfloat16-seed1: A CPU, 1 thread; torch 2.13.0; commit abc, def" in lines
-    head = lines.index("| walker-walk, seed 1 | 0 steps | 20,000 steps |")
-    assert lines[head + 2 : head + 5] == ["| bfloat16 | 20 | 60 |", "| float32 | 21 | 70 |", "| official | 22 | 80 |"]
+    head = lines.index("| walker-walk, seed 1 | 0 steps | 20,000 steps | training, 5,000 to 10,000 decisions |")
+    assert lines[head + 2 : head + 5] == [
+        "| bfloat16 | 20 | 60 | 750, 2 episodes |",
+        "| float32 | 21 | 70 | 750, 2 episodes |",
+        "| official | 22 | 80 | 750, 2 episodes |",
+    ]
     assert "somebody" not in "".join(p.read_text() for p in results.rglob("*.json"))
     assert {p.name for p in docs.iterdir()} == {"results.md", "results.png", "results-first.png"}
     # Without the curves, and with what a person found, and with a speed.
