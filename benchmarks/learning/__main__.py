@@ -154,7 +154,7 @@ class Several:
             begun = f.tell()
             if self._signal is not None:
                 return 0
-            print(f"{log.stem}: what it says goes to {log}", flush=True)
+            _say(f"{log.stem}: what it says goes to {log}")
             # A process group of its own: Ctrl-C in a terminal reaches this process, which passes it on once.
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, process_group=0)
             self._children.append(child)
@@ -164,7 +164,7 @@ class Several:
         with log.open(errors="replace") as f:
             f.seek(begun)
             said = f.read().strip().rpartition("\n")[2]
-        print(said if status == 0 else f"{log.stem}: status {status}: {said}", flush=True)
+        _say(said if status == 0 else f"{log.stem}: status {status}: {said}")
         return status
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -172,6 +172,11 @@ class Several:
         for child in self._children:
             if child.poll() is None:
                 child.send_signal(number)
+
+
+def _say(line: str) -> None:
+    """Print a line in one piece: others print beside."""
+    print(f"{line}\n", end="", flush=True)
 
 
 def commands(words: Sequence[str], chosen: Options) -> Iterator[list[str]]:
