@@ -75,9 +75,7 @@ def options(words: Sequence[str]) -> tuple[Options, list[Run]]:
         raise ConfigError(f"config key 'task': got {values['task']!r} beside {names[0]!r}, allowed: one of both")
     if keys and not names and "task" not in values:
         raise ConfigError(f"argument {keys[0]!r}: allowed: beside a RUN or task=NAME")
-    found = named(names) if names else [Run(values["task"])] if "task" in values else []
-    if names == ["all"] and chosen.official is None:
-        found = [r for r in found if not r.by_official]
+    found = _listed(names, chosen) if names else [Run(values["task"])] if "task" in values else []
     runs = [_changed(r, values, chosen) for r in found]
     for run in runs:
         cfg = Config.from_dict(run.values())
@@ -89,6 +87,12 @@ def options(words: Sequence[str]) -> tuple[Options, list[Run]]:
         if run.by_official:
             check_checkout(chosen.official)
     return chosen, runs
+
+
+def _listed(names: Sequence[str], chosen: Options) -> list[Run]:
+    """Return the runs that names mean; `all` are those that can be made with what is given."""
+    left_out = names == ["all"] and chosen.official is None
+    return [r for r in named(names) if not (left_out and r.by_official)]
 
 
 _KEYS = {f.name for f in dataclasses.fields(Options)}
@@ -185,9 +189,8 @@ def commands(words: Sequence[str], chosen: Options) -> Iterator[list[str]]:
     keys = [w for w in keys if not w.startswith("together=")]
     if chosen.together > 1 and not any(w.startswith("num_threads=") for w in keys):
         keys.append(f"num_threads={max(1, (os.cpu_count() or 1) // chosen.together)}")
-    for run in named(names):
-        if names != ["all"] or not run.by_official or chosen.official is not None:
-            yield [sys.executable, "-P", "-m", "tdmpc2_fast.benchmarks.learning", run.name, *keys]
+    for run in _listed(names, chosen):
+        yield [sys.executable, "-P", "-m", "tdmpc2_fast.benchmarks.learning", run.name, *keys]
 
 
 def listing(out: Path) -> str:

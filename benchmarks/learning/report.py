@@ -10,7 +10,6 @@ last given. Exit status: 2 where something is missing or malformed.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ from tdmpc2_fast.train.pictures.plots import draw, write
 from ..report import read
 from .official import OFFICIAL
 from .runs import RUNS, WHOLE, Run
-from .sitting import about
+from .sitting import about, rows_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KEPT = ("config.json", "eval.csv", "success.csv", "train.csv", "about.json")
@@ -208,8 +207,7 @@ def _again(found: Sequence[Result]) -> str:
 
 def _trained(folder: Path, decisions: int) -> str:
     """Return the mean return of the training episodes that end in the second half of these decisions."""
-    with (folder / "train.csv").open(newline="") as f:
-        rows = [(int(r["decisions"]), float(r["episode_reward"])) for r in csv.DictReader(f)]
+    rows = [(int(r["decisions"]), float(r["episode_reward"])) for r in rows_of(folder / "train.csv")]
     found = [y for n, y in rows if decisions // 2 < n <= decisions]
     return f"{sum(found) / len(found):.4g}, {len(found)} episodes" if found else ""
 

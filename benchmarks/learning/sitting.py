@@ -64,10 +64,10 @@ def reached(folder: Path) -> Reached:
         InputError: one of its files is damaged.
     """
     with _reading(folder / "train.csv") as file:
-        decisions = max((int(r["decisions"]) for r in _rows(file)), default=0)
+        decisions = max((int(r["decisions"]) for r in rows_of(file)), default=0)
     decisions = max(decisions, _saved(folder))
     with _reading(folder / "eval.csv") as file:
-        evaluated = _rows(file)
+        evaluated = rows_of(file)
         if not evaluated:
             return Reached(decisions, None, None)
         return Reached(decisions, int(evaluated[-1]["step"]), float(evaluated[-1]["reward"]))
@@ -79,7 +79,8 @@ def _saved(folder: Path) -> int:
         return int(json.loads(file.read_text())["trained"]["decisions"]) if file.is_file() else 0
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's CSV file; none where it is missing."""
     if not file.is_file():
         return []
     with file.open(newline="") as f:
@@ -158,7 +159,7 @@ def sit(run: Run, out: Path, minutes: float | None = None, checkout: str | None 
             if e.code != _ASKED:
                 raise
             status = _ASKED
-    if not before and (_rows(folder / "train.csv") or _can_go_on(folder)):
+    if not before and (rows_of(folder / "train.csv") or _can_go_on(folder)):
         sitting.note(finished=status == 0)
     ended = over() and status == _ASKED
     how = "finished before" if before else "to its end" if status == 0 else f"ended with status {status}"

@@ -260,7 +260,6 @@ def test_processes_run_side_by_side_and_one_that_fails_is_told(
 ) -> None:
     meet = """
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 Path({!r}).touch()

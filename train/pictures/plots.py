@@ -117,12 +117,11 @@ def plot_runs(
         raise InputError(f"max_step: got {max_step}, allowed: above 0")
     files = find_runs([Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)])
     mine = {f: read_curves(f) for f in files}
-    runs = group(c for curves in mine.values() for c in curves)
-    tasks = [task for task, scored in _tasks(runs).items() if not scored]
-    _say_what_is_cut(runs)
+    tasks = sorted({c.task for curves in mine.values() for c in curves if not c.scored})
     published = group(read_reference(reference, tasks)) if reference else {}
     by_success = {task for (task, _), curves in published.items() if curves[0].success}
     runs = group(c for f, curves in mine.items() for c in _as_published(f, curves, by_success))
+    _say_what_is_cut(runs)
     _check_units(runs, published)
     single = len(files) == 1 and files[0].name == "eval.csv"
     stem = files[0].with_name("curve") if single else Path("curves")
