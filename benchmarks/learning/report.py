@@ -26,7 +26,7 @@ from tdmpc2_fast.train.pictures.plots import draw, write
 from ..report import read
 from .official import OFFICIAL
 from .runs import RUNS, WHOLE, Run
-from .sitting import about, rows_of
+from .sitting import about, reading, rows_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KEPT = ("config.json", "eval.csv", "success.csv", "train.csv", "about.json")
@@ -102,14 +102,11 @@ def _there(folder: Path) -> list[Run]:
 
 
 def _read_json(file: Path, what: str) -> dict[str, Any]:
-    try:
+    with reading(file, what):
         found = json.loads(file.read_text())
-        if isinstance(found, dict):
-            return found
-        why = f"got {type(found).__name__}"
-    except (OSError, ValueError) as e:
-        why = f"got {type(e).__name__} ({e})"
-    raise InputError(f"{file}: {why}, allowed: {what}")
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: got {type(found).__name__}, allowed: {what}")
+    return found
 
 
 def summary(curves: Sequence[Curve]) -> dict[str, dict[str, Any]]:
@@ -207,7 +204,8 @@ def _again(found: Sequence[Result]) -> str:
 
 def _trained(folder: Path, decisions: int) -> str:
     """Return the mean return of the training episodes that end in the second half of these decisions."""
-    rows = [(int(r["decisions"]), float(r["episode_reward"])) for r in rows_of(folder / "train.csv")]
+    with reading(folder / "train.csv") as file:
+        rows = [(int(r["decisions"]), float(r["episode_reward"])) for r in rows_of(file)]
     found = [y for n, y in rows if decisions // 2 < n <= decisions]
     return f"{sum(found) / len(found):.4g}, {len(found)} episodes" if found else ""
 

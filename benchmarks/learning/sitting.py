@@ -63,10 +63,10 @@ def reached(folder: Path) -> Reached:
     Raises:
         InputError: one of its files is damaged.
     """
-    with _reading(folder / "train.csv") as file:
+    with reading(folder / "train.csv") as file:
         decisions = max((int(r["decisions"]) for r in rows_of(file)), default=0)
     decisions = max(decisions, _saved(folder))
-    with _reading(folder / "eval.csv") as file:
+    with reading(folder / "eval.csv") as file:
         evaluated = rows_of(file)
         if not evaluated:
             return Reached(decisions, None, None)
@@ -75,7 +75,7 @@ def reached(folder: Path) -> Reached:
 
 def _saved(folder: Path) -> int:
     """Return the decisions of the newest checkpoint; 0 without one."""
-    with _reading(folder / "checkpoints" / "latest.json") as file:
+    with reading(folder / "checkpoints" / "latest.json") as file:
         return int(json.loads(file.read_text())["trained"]["decisions"]) if file.is_file() else 0
 
 
@@ -88,11 +88,12 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[Path]:
+def reading(file: Path, what: str = "what a learning run writes") -> Iterator[Path]:
+    """Have what goes wrong with a file's content be an `InputError` that names it and `what` is allowed."""
     try:
         yield file
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
-        raise InputError(f"{file}: got {type(e).__name__} ({e}), allowed: what a learning run writes") from e
+        raise InputError(f"{file}: got {type(e).__name__} ({e}), allowed: {what}") from e
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def about(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it says something else.
     """
-    with _reading(folder / "about.json") as file:
+    with reading(folder / "about.json") as file:
         if not file.exists():
             return dict(finished=False, sittings=[])
         found = json.loads(file.read_text())

@@ -130,6 +130,17 @@ def test_what_is_missing_or_made_otherwise_is_named(tmp_path: Path, capsys: pyte
     assert "no sitting in about.json" in capsys.readouterr().err
 
 
+def test_a_damaged_file_of_training_episodes_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, alike = tmp_path / "results", [r for r in runs.RUNS if r.task == "walker-walk"]
+    for run in alike:
+        a_run(results, run, (0, 20), (20_000, 60))
+    (results / "published.json").write_text("{}")
+    damaged = results / alike[0].name / "train.csv"
+    damaged.write_text("step,decisions\n1000,500\n")
+    assert report.main([f"results={results}", f"docs={tmp_path}"]) == 2
+    assert f"{damaged}: got KeyError ('episode_reward')" in capsys.readouterr().err
+
+
 def test_runs_in_float32_stand_for_those_of_the_list(tmp_path: Path) -> None:
     results = tmp_path / "results"
     a_run(results, dataclasses.replace(runs.RUNS[2], precision="float32"), (0, 0), (100_000, 970))
