@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +30,7 @@ from tdmpc2_fast.train import api, cli
 from tdmpc2_fast.train.cli import app, sweep
 from tdmpc2_fast.train.envs import SUITES, make_env
 from tdmpc2_fast.train.envs.base import RenderError
+from tdmpc2_fast.train.signals import Children
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOK = ROOT / "examples" / "first_steps.ipynb"
@@ -193,16 +193,13 @@ def done(call: list[str]) -> int:
     return cli.main(small(words))
 
 
-class Here:
-    """A run of a sweep, in this process."""
+class Here(Children):
+    """Runs of a sweep, in this process."""
 
-    def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+    def run(self, command: Sequence[str], **options: Any) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(sweep._REPORT, env[sweep._REPORT])
-            self.status = cli.main(command[command.index("train") :])
-
-    def wait(self) -> int:
-        return self.status
+            patch.setenv(sweep._REPORT, options["env"][sweep._REPORT])
+            return cli.main(command[command.index("train") :])
 
 
 class Ends(sweep.Sweep):
@@ -240,7 +237,7 @@ def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("tdmpc2_fast.train.envs.SUITES", {**SUITES})
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(Popen=Here, DEVNULL=None))
+    monkeypatch.setattr(sweep, "Children", Here)
     monkeypatch.setattr(sweep, "Sweep", Ends)
     monkeypatch.setattr(type(train), "__call__", trained_in_small)
     monkeypatch.setattr("tdmpc2_fast.benchmarks.run.bench", lambda options, suites: 0)  # what it does has tests

@@ -24,13 +24,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tdmpc2_fast import Config
@@ -39,7 +36,7 @@ from tdmpc2_fast.runtime.backend import resolve_device
 from tdmpc2_fast.train.cli.keys import parse
 from tdmpc2_fast.train.cli.tables import grid, rendered
 from tdmpc2_fast.train.envs import suite_of
-from tdmpc2_fast.train.signals import SIGNALS, handled
+from tdmpc2_fast.train.signals import Children
 
 from ..harness.measure import CannotMeasureError
 from .official import OFFICIAL, check_checkout
@@ -142,40 +139,27 @@ class Several:
 
     def __init__(self, commands: Sequence[Sequence[str]], logs: Sequence[Path], together: int) -> None:
         self._work, self._together = list(zip(commands, logs, strict=True)), together
-        self._children: list[subprocess.Popen[bytes]] = []
-        self._signal: int | None = None
+        self._children = Children()
 
     def run(self) -> int:
         """Run them; return 0 where all went well, 1 where one failed, 128 + a signal that ended them."""
-        heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores one
-        with handled(heard, self._stop), ThreadPoolExecutor(self._together) as pool:
+        with self._children.heeding(), ThreadPoolExecutor(self._together) as pool:
             statuses = list(pool.map(lambda work: self._one(*work), self._work))
-        return 128 + self._signal if self._signal is not None else int(any(statuses))
+        return 128 + self._children.signal if self._children.signal is not None else int(any(statuses))
 
     def _one(self, command: Sequence[str], log: Path) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as f:
             begun = f.tell()
-            if self._signal is not None:
+            if self._children.signal is not None:
                 return 0
             _say(f"{log.stem}: what it says goes to {log}")
-            # A process group of its own: Ctrl-C in a terminal reaches this process, which passes it on once.
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, process_group=0)
-            self._children.append(child)
-            if self._signal is not None:  # it came while the process was being made
-                child.send_signal(self._signal)
-            status = child.wait()
+            status = self._children.run(command, stdout=f, stderr=f)
         with log.open(errors="replace") as f:
             f.seek(begun)
             said = f.read().strip().rpartition("\n")[2]
         _say(said if status == 0 else f"{log.stem}: status {status}: {said}")
         return status
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        for child in self._children:
-            if child.poll() is None:
-                child.send_signal(number)
 
 
 def _say(line: str) -> None:

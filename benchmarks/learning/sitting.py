@@ -222,7 +222,7 @@ def _alarm(minutes: float | None) -> Iterator[Callable[[], bool]]:
         os.kill(os.getpid(), signal.SIGTERM)
 
     timer = None if minutes is None else threading.Timer(60 * minutes, ring)
-    with handled([signal.SIGTERM], lambda *_: sys.exit(_ASKED)):
+    with handled(lambda *_: sys.exit(_ASKED), [signal.SIGTERM]):
         if timer is not None:
             timer.daemon = True
             timer.start()

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tdmpc2_fast.train.run.stop import SIGNALS, Stop, Stopped
+from tdmpc2_fast.train.run.stop import Stop, Stopped
+from tdmpc2_fast.train.signals import SIGNALS
 
 
 @pytest.fixture(autouse=True)

@@ -12,29 +12,26 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tdmpc2_fast.config import Config
 from tdmpc2_fast.errors import ConfigError
 
 from ..log.status import hms
-from ..signals import SIGNALS, handled
+from ..signals import SIGNALS, Children
 from . import keys
 
 _REPORT = "TDMPC2_SWEEP_REPORT"
 _IN_FOLDER_NAME = ("task", "seed", "exp_name")  # runs that differ in these have folders of their own anyway
 _HYDRA_SWEEP = re.compile(r"(range|choice|interval|glob|shuffle|sort)\(")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_STOPPED = {128 + s: s for s in (signal.SIGINT, signal.SIGTERM)} | {-s: s for s in (signal.SIGINT, signal.SIGTERM)}
+_STOPPED = {status: s for s in SIGNALS for status in (128 + s, -s)}
 
 
 @dataclass(frozen=True)
@@ -109,19 +106,18 @@ class Sweep:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.outcomes = [Outcome(run) for run in runs]
-        self._signal: int | None = None
-        self._child: subprocess.Popen[bytes] | None = None
+        self._children = Children()
 
     def run(self) -> int:
         """Run them; return 0 where all finished, 1 where one failed, 128 + a signal that ended the sweep."""
-        with handled(SIGNALS, self._stop), tempfile.TemporaryDirectory() as folder:
+        with self._children.heeding(), tempfile.TemporaryDirectory() as folder:
             for i, outcome in enumerate(self.outcomes):
-                if self._signal is not None:
+                if self._children.signal is not None:
                     break
                 print(f"\nrun {i + 1} of {len(self.outcomes)}: {outcome.run.command}", flush=True)
                 self._run(outcome, Path(folder) / str(i))
-        if self._signal is not None:
-            return 128 + self._signal
+        if self._children.signal is not None:
+            return 128 + self._children.signal
         return int(any(o.status for o in self.outcomes))
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -130,27 +126,14 @@ class Sweep:
 
     def _run(self, outcome: Outcome, report: Path) -> None:
         start = time.monotonic()
-        # A process group of its own: Ctrl-C in a terminal reaches this process only, which passes it on once.
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tdmpc2_fast.train", "train", *outcome.run.words],
-            env={**os.environ, _REPORT: str(report)},
-            stdin=subprocess.DEVNULL,
-            process_group=0,
-        )
-        if self._signal is not None:  # it came while the process was being made
-            self._child.send_signal(self._signal)
-        outcome.status = self._child.wait()
+        command = [sys.executable, "-P", "-m", "tdmpc2_fast.train", "train", *outcome.run.words]
+        outcome.status = self._children.run(command, env={**os.environ, _REPORT: str(report)})
         outcome.seconds = time.monotonic() - start
         if report.exists():
             for line in report.read_text().splitlines():
                 outcome.told.update(json.loads(line))
-        if self._signal is None:
-            self._signal = _STOPPED.get(outcome.status)  # someone else told the run to stop
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(number)
+        if self._children.signal is None:
+            self._children.signal = _STOPPED.get(outcome.status)  # someone else told the run to stop
 
 
 def _summary(o: Outcome) -> tuple[str, str, str]:

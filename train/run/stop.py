@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from ..signals import SIGNALS, handled
+from ..signals import handled
 
 
 class Stopped(Exception):
@@ -44,11 +44,11 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Treat signals as wishes inside the `with`, but for those ignored so far: background jobs ignore Ctrl-C."""
+        """Treat signals as wishes inside the `with`, but for those ignored so far."""
         if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
             yield
             return
-        with handled([s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN], self._ask):
+        with handled(self._ask):
             yield
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import TINY
 
 from tdmpc2_fast.train.cli.sweep import Run, Sweep
 from tdmpc2_fast.train.run import lifecycle
+from tdmpc2_fast.train.signals import Children
 
 
 def test_every_run_has_a_row() -> None:
@@ -20,7 +23,7 @@ def test_every_run_has_a_row() -> None:
         (1, 59.9, dict(folder="runs/a/2", error="it broke")),
         (2, 60.0, dict(error="no folder")),
         (128 + signal.SIGTERM, 36000.0, dict(folder="runs/a/4")),
-        (-signal.SIGINT, 0.0, {}),
+        (-signal.SIGHUP, 0.0, {}),
     ]
     for outcome, (status, seconds, facts) in zip(sweep.outcomes, ends, strict=False):
         outcome.status, outcome.seconds, outcome.told = status, seconds, dict(facts)
@@ -32,6 +35,26 @@ def test_every_run_has_a_row() -> None:
         ("seed=5", "interrupted", "0:00:00", ""),
         ("seed=6", "not started", "", ""),
     ]
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_sweep_outlives_its_terminal_under_nohup_only(ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def run(children: Children, command: list[str], **options: Any) -> int:
+        begun.append(command[-1])
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 0
+
+    monkeypatch.setattr(Children, "run", run)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        status = Sweep([Run((f"seed={n}",), "") for n in (1, 2)]).run()
+        after = signal.getsignal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert after is (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    assert (status, begun) == ((0, ["seed=1", "seed=2"]) if ignored else (128 + signal.SIGHUP, ["seed=1"]))
 
 
 def told(folder: Path, **changes: Any) -> tuple[int, dict[str, Any]]:
