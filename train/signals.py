@@ -13,13 +13,15 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], None], signals: Sequence[int] = SIGNALS) -> Iterator[None]:
-    """Have `handler` called with `signals` inside the `with`; only the main thread may do so.
+def handled(handler: Callable[[int, FrameType | None], None], signals: Sequence[int] | None = None) -> Iterator[None]:
+    """Have `handler` called with these signals inside the `with`; only the main thread may do so.
 
-    Those ignored so far stay ignored: `nohup` ignores a closed terminal, and background jobs Ctrl-C.
+    signals: default `SIGNALS` but for those ignored so far: `nohup` ignores a closed terminal, and background jobs
+        Ctrl-C. Given ones are heard in any case.
     """
-    heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]
-    before = {s: signal.signal(s, handler) for s in heard}
+    if signals is None:
+        signals = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, handler) for s in signals}
     try:
         yield
     finally:

@@ -317,6 +317,16 @@ def test_what_nohup_ignores_is_ignored(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_the_clock_is_heard_where_sigterm_is_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit), sitting._alarm(0.001):
+            time.sleep(30)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 OFFICIAL = {
     "tdmpc2.py": "class TDMPC2:\n    def __init__(self, cfg):\n        assert cfg.compile is False\n",
     "common/__init__.py": "",
