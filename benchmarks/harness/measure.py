@@ -50,9 +50,13 @@ class Gate:
 
     @classmethod
     def of_metrics(cls, ours: Mapping[str, float], theirs: Mapping[str, float], limit: float) -> Gate:
-        """Return the gate of what both report: its largest difference, relative to its size or 0.01."""
+        """Return the gate of what both report: its largest difference, relative to its size or 0.01.
+
+        An entropy is a mean of logarithms of both signs, 0 by chance; in one a difference is relative already, of a
+        density. Its least size is 1.
+        """
         both = ours.keys() & theirs.keys()
-        errors = [abs(ours[k] - theirs[k]) / max(abs(theirs[k]), 0.01) for k in both]
+        errors = [abs(ours[k] - theirs[k]) / max(abs(theirs[k]), 1.0 if "entropy" in k else 0.01) for k in both]
         return cls(max(errors) if all(map(math.isfinite, errors)) and errors else math.nan, limit)
 
     @classmethod

@@ -110,6 +110,13 @@ def test_the_worst_gate_wins_and_nan_is_the_worst() -> None:
     assert not Gate.of_metrics({"a": math.nan}, {"a": 1.0}, 1e9).passed
     assert not Gate.of_metrics({}, {"a": 1.0}, 1e9).passed
     assert Gate.of_metrics({"a": 1.1, "b": 5.0}, {"a": 1.0}, 1.0).error == pytest.approx(0.1)
+    assert Gate.of_metrics({"a": 0.02}, {"a": 0.001}, 1.0).error == pytest.approx(1.9)
+
+
+@pytest.mark.parametrize(("wanted", "error"), [(-0.12, 0.01), (-4.0, 0.0025)])
+def test_a_gate_judges_an_entropy_near_0_by_its_difference(wanted: float, error: float) -> None:
+    ours, theirs = {"pi_scaled_entropy": wanted + 0.01}, {"pi_scaled_entropy": wanted}
+    assert Gate.of_metrics(ours, theirs, 1.0).error == pytest.approx(error)
 
 
 def test_quantiles_are_torchs() -> None:
