@@ -11,12 +11,13 @@ import golden_runner
 import plan_oracle
 import pytest
 import torch
-from conftest import GOLDEN, tiny_config, tiny_multitask
+from conftest import GOLDEN, filled_buffer, tiny_config, tiny_multitask
 from golden_cases import Case
 from oracle import KERNELS, QUIET
 from plan_oracle import draw
 
 from tdmpc2_fast import TDMPC2, Config, Planner, WorldModel
+from tdmpc2_fast.compat.state_dict import tensors_only
 from tdmpc2_fast.errors import BackendError, InputError
 from tdmpc2_fast.kernels.device.launch import (
     KERNEL_ERRORS,
@@ -216,6 +217,21 @@ def test_new_parameters_are_honoured(livened: Liven) -> None:
     state = {k: v.clone() for k, v in TDMPC2(small()).model.state_dict().items() if torch.is_tensor(v)}
     agent.load(state)
     assert torch.equal(before, agent.planner.plan(obs, True, noise=noise))
+
+
+def test_a_planner_beside_the_learner_sees_each_update() -> None:
+    agent = TDMPC2(small())
+    beside, buffer, obs = Planner(agent.model, 1, seed=7), filled_buffer(agent.cfg), observations(agent.cfg, 1)
+    beside.plan(obs, True)
+    for _ in range(2):
+        agent.update(buffer)
+        anew = TDMPC2(agent.cfg)
+        anew.load({k: x.clone() for k, x in tensors_only(agent.model.state_dict()).items()})
+        other = Planner(anew.model, 1, seed=7)
+        other.load_state(beside.state())
+        assert torch.equal(beside.plan(obs, True), other.plan(obs, True))
+    noise = draw(agent.cfg, 1)
+    assert torch.equal(beside.plan(obs, True, noise=noise), agent.planner.plan(obs, True, noise=noise))
 
 
 def test_an_action_is_not_overwritten_by_the_next_plan(planner: Planner) -> None:
